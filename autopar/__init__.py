@@ -1,0 +1,66 @@
+"""autopar: compile an ordinary PyTorch model into a distributed program, and know beforehand what it costs.
+
+Names load on first use, so that worker processes start quickly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import cost_model as _cost_model
+import passes as _passes
+
+if TYPE_CHECKING:
+    from autopar.api import compile, estimate
+    from autopar.cluster import Cluster
+    from autopar.compare import Comparison, compare
+    from autopar.executable import Executable
+    from cost_model import errors
+    from cost_model.estimate import Estimate
+    from cost_model.plan import Parallelism, Plan, Precision
+
+__version__ = "0.1.0"
+
+for _module in (_cost_model, _passes):
+    if getattr(_module, "PACKAGE", None) != "autopar":
+        raise ImportError(
+            f"{_module.__file__} shadows autopar's package {_module.__name__!r}; rename it or change sys.path"
+        )
+
+_HOMES = {
+    "compile": "autopar.api",
+    "estimate": "autopar.api",
+    "Cluster": "autopar.cluster",
+    "compare": "autopar.compare",
+    "Comparison": "autopar.compare",
+    "Executable": "autopar.executable",
+    "Estimate": "cost_model.estimate",
+    "Parallelism": "cost_model.plan",
+    "Plan": "cost_model.plan",
+    "Precision": "cost_model.plan",
+    "errors": "cost_model",
+}
+__all__ = [
+    "Cluster",
+    "Comparison",
+    "Estimate",
+    "Executable",
+    "Parallelism",
+    "Plan",
+    "Precision",
+    "compare",
+    "compile",
+    "errors",
+    "estimate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,66 @@
+"""compile and estimate: the two ways in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.executable import Executable
+from autopar.options import OptimizerFactory, Options
+from autopar.planning import plan_model
+from cost_model.cluster import Cluster
+from cost_model.estimate import Estimate
+from cost_model.plan import Parallelism, Plan, Precision
+
+_ADAMW = functools.partial(torch.optim.AdamW, lr=3e-4)
+
+
+def compile(
+    model: nn.Module,
+    cluster: Cluster,
+    inputs: Any = None,
+    *,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: OptimizerFactory | None = _ADAMW,
+    parallelism: Parallelism | None = None,
+    memory_cap: str | int | None = None,
+    precision: Precision | None = None,
+    plan: Plan | None = None,
+) -> Executable:
+    """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
+
+    inputs: one global batch, dict (keyword arguments) or tuple (positional), dim 0 of its tensors is the batch; real,
+    meta or fake tensors. loss_fn(outputs, inputs) -> scalar; without it the output is the loss or has ``.loss``.
+    optimizer: a callable that takes parameters; None: gradients only. parallelism: pins, None anywhere is the planner's.
+    memory_cap: bytes per device ("30GiB"); default: the device's memory less a reserve. plan: an earlier plan.
+    Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError.
+    """
+    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan)
+    executable = Executable(model, cluster, options)
+    if inputs is not None:
+        executable.prepare(inputs)
+    return executable
+
+
+def estimate(
+    model: nn.Module,
+    cluster: Cluster,
+    inputs: Any,
+    *,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: OptimizerFactory | None = _ADAMW,
+    parallelism: Parallelism | None = None,
+    memory_cap: str | int | None = None,
+    precision: Precision | None = None,
+    plan: Plan | None = None,
+) -> Estimate:
+    """Time and memory of the program that ``compile`` would run; no devices, no weights, nothing is run.
+
+    Keywords and errors as for ``compile``.
+    """
+    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan)
+    return plan_model(model, cluster, inputs, options).estimate

@@ -1,0 +1,261 @@
+"""This machine as a cluster: CUDA devices by their name, or CPU ranks measured once and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
+from autopar.calibrate_probes import all_probes
+from autopar.calibrate_worker import MESSAGE_KINDS, message_ranks
+from autopar.runtime.pool import WorkerPool
+from cost_model.cluster import Cluster, cluster_names
+from cost_model.device import Device, device_names
+from cost_model.errors import ClusterFileError, ConfigError, WorkerError
+from cost_model.program import OpCost
+
+CALIBRATION_VERSION = 1
+"""To be raised when what is measured, or how, changes: older results are then measured anew."""
+RANK_ENVIRONMENT: Mapping[str, str] = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
+"""The environment that local ranks are measured in, and must run in for the measures to hold.
+
+The last two let glibc reuse freed memory. Given back to the kernel, memory costs a page fault per 4 KiB when it is
+taken again, which makes an addition of 2 MiB tensors eleven times slower.
+"""
+CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
+MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
+_OP_PASSES, _MESSAGE_PASSES = 3, 2
+_OP_BUDGET_S = 0.012
+_MESSAGE_BUDGET_S = 0.008
+_OS_SHARE = 0.05  # of memory, left to the system and its file cache
+_RANK_WAIT_S = 900.0
+_POLL_S = 0.2
+Step = Callable[[str], None]
+
+
+def local_cluster(num_devices: int, *, refresh: bool = False) -> Cluster:
+    """n devices of this machine: CUDA devices on nccl if there are so many, else CPU ranks of one thread on gloo.
+
+    CPU ranks are measured once, all at the same time, and kept in the user's cache directory (AUTOPAR_CACHE_DIR);
+    refresh measures again. Under torchrun local rank 0 measures and the others wait for its file.
+    Errors: ConfigError, WorkerError; KeyboardInterrupt leaves neither processes nor a file.
+    """
+    if isinstance(num_devices, bool) or not isinstance(num_devices, int) or num_devices < 1:
+        raise ConfigError(f"a local cluster has a whole number of devices above zero, not {num_devices!r}")
+    if torch.cuda.is_available() and torch.cuda.device_count() >= num_devices:
+        return _cuda_cluster(num_devices)
+    path = cache_path(num_devices)
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
+    return _awaited(path) if rank != "0" else _kept_or_measured(path, num_devices, refresh)
+
+
+def cache_path(num_devices: int) -> Path:
+    """Where the measures of so many ranks of this machine are kept; all that they depend on is in the name."""
+    key = {
+        "version": CALIBRATION_VERSION,
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "environment": dict(RANK_ENVIRONMENT),
+        "probes": [probe.label for probe in all_probes()],
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("autopar")
+    return Path(folder) / f"local-{num_devices}-{digest}.toml"
+
+
+def usable_cores() -> float:
+    """Cores this process may use: its affinity, and the CPU quota of its control group where there is one."""
+    cores = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, float(quota) / float(period))
+    return cores
+
+
+def usable_memory_bytes() -> int:
+    """Bytes of memory this process may use: the machine's, or its control group's limit if lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cuda_cluster(num_devices: int) -> Cluster:
+    """Data files for the devices that CUDA reports, with their real memory. Errors: ConfigError for unknown ones."""
+    reported = {torch.cuda.get_device_name(index) for index in range(num_devices)}
+    devices = [device for device in map(Device.load, device_names()) if reported <= set(device.reported_as)]
+    if not devices:
+        raise ConfigError(
+            f"no device file for {', '.join(sorted(reported))}; known: {', '.join(device_names())}. "
+            "Next: describe the machine in a TOML file and give its path to Cluster.load"
+        )
+    memory_bytes = min(torch.cuda.get_device_properties(index).total_memory for index in range(num_devices))
+    device = devices[0].with_memory(memory_bytes)
+    base = _node_of(devices[0].name, num_devices)
+    return dataclasses.replace(base, name=f"local-{num_devices}", devices=(device,) * num_devices)
+
+
+def _node_of(device: str, num_devices: int) -> Cluster:
+    """The first shipped cluster with such a device and a node that large. Errors: ConfigError."""
+    for name in cluster_names():
+        cluster = Cluster.load(name)
+        if cluster.devices[0].name == device and cluster.num_devices >= num_devices:
+            return Cluster.load(name, num_devices)
+    raise ConfigError(
+        f"no shipped cluster has a node of {num_devices} {device}; "
+        "describe the links between them in a TOML file and give its path to Cluster.load"
+    )
+
+
+def _kept_or_measured(path: Path, num_devices: int, refresh: bool) -> Cluster:
+    """The kept file, or a new one; whoever comes second waits for the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = None if refresh else _kept(path)
+        return kept or _write(path, measure(num_devices, note=f"kept in {path}"))
+
+
+def _kept(path: Path) -> Cluster | None:
+    """The cluster in this file; None, after saying so, where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return Cluster.load(path)
+    except ClusterFileError as error:
+        print(f"autopar: {error}; measuring again", file=sys.stderr)
+        return None
+
+
+def _write(path: Path, text: str) -> Cluster:
+    """Check the text, then put it in place whole."""
+    cluster = Cluster.from_toml(text, str(path))
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return cluster
+
+
+def _awaited(path: Path) -> Cluster:
+    """The cluster that local rank 0 measures. Errors: WorkerError if it does not appear in time."""
+    deadline = time.monotonic() + _RANK_WAIT_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise WorkerError(0, f"has not written {path} in {_RANK_WAIT_S:.0f} s; see its output, then start again")
+        time.sleep(_POLL_S)
+    return Cluster.load(path)
+
+
+def measure(num_ranks: int, note: str = "") -> str:
+    """Measure this machine with so many ranks at once and return the text of its cluster file."""
+    description = f"{_cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
+    steps = len(all_probes()) * _OP_PASSES + len(_messages(num_ranks)) * _MESSAGE_PASSES
+    with (
+        _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,
+        WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator", env=RANK_ENVIRONMENT) as pool,
+    ):
+        pool.call("__init__", None)
+        resident = max(pool.call("resident_bytes", None))
+        times, dtypes = _measured_ops(pool, max(1.0, num_ranks / usable_cores()), step)
+        messages = _measured_messages(pool, num_ranks, step)
+    memory_bytes = usable_memory_bytes() // num_ranks
+    reserve_bytes = min(resident + round(_OS_SHARE * memory_bytes), memory_bytes - 1)
+    return render_cluster(Machine(description, num_ranks, memory_bytes, reserve_bytes), times, dtypes, messages)
+
+
+def _measured_ops(pool: WorkerPool, crowding: float, step: Step) -> tuple[list[OpTime], dict[str, float]]:
+    """Every probe in every pass: the mean over ranks, the best pass, since other programs only ever add.
+
+    crowding: ranks per core; CPU time does not see that ranks take turns on a core.
+    """
+    seconds: dict[int, list[float]] = {}
+    costs: dict[int, OpCost] = {}
+    probes = all_probes()
+    for _ in range(_OP_PASSES):
+        for index, probe in enumerate(probes):
+            step(probe.label)
+            replies = pool.call("measure_op", {"index": index, "budget_s": _OP_BUDGET_S})
+            seconds.setdefault(index, []).append(statistics.fmean(reply["seconds"] for reply in replies))
+            costs[index] = _cost(replies[0])
+    found = {index: crowding * min(values) for index, values in seconds.items()}
+    times = [OpTime(probe.row, costs[index], found[index]) for index, probe in enumerate(probes)]
+    dtypes = {time.row.removeprefix("dtype:"): time.seconds for time in times if time.row.startswith("dtype:")}
+    return times, dtypes
+
+
+def _cost(reply: Mapping[str, Any]) -> OpCost:
+    names = ("kind", "flops", "nbytes", "dtype", "gemm", "op")
+    return OpCost(**{name: reply[name] for name in names})
+
+
+def _messages(num_ranks: int) -> list[tuple[str, int, int]]:
+    """Kind, ranks of the group and bytes of each message to be timed; sizes innermost and growing."""
+    groups = [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in MESSAGE_KINDS]
+    pairs = [("transfer", 2)] if num_ranks > 1 else []
+    wanted = pairs + [group for group in groups if group[0] != "transfer"]
+    return [(kind, ranks, nbytes) for kind, ranks in wanted for nbytes in MESSAGE_BYTES]
+
+
+def _measured_messages(pool: WorkerPool, num_ranks: int, step: Step) -> list[MessageTime]:
+    """Every message in every pass: the slowest rank, the best pass, since waiting only ever adds."""
+    best: dict[tuple[str, int, int], float] = {}
+    for _ in range(_MESSAGE_PASSES):
+        last_s = math.inf
+        for kind, ranks, nbytes in _messages(num_ranks):
+            step(f"{kind} of {ranks}, {nbytes / 2**10:,.0f} KiB")
+            repeats = max(1, min(20, round(_MESSAGE_BUDGET_S / last_s)))
+            payload = {"kind": kind, "ranks": ranks, "nbytes": nbytes, "repeats": repeats}
+            last_s = max(pool.call("measure_message", payload))
+            best[kind, ranks, nbytes] = min(last_s, best.get((kind, ranks, nbytes), math.inf))
+    return [MessageTime(*key, seconds) for key, seconds in best.items()]
+
+
+@contextlib.contextmanager
+def _progress(what: str, steps: int, note: str) -> Iterator[Step]:
+    """A bar on a terminal, two plain lines elsewhere; both on stderr."""
+    console = Console(stderr=True)
+    start = time.monotonic()
+    console.print(f"autopar: {what}, once; {note}", highlight=False, soft_wrap=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting ranks", total=steps)
+        yield lambda label: bar.update(task, description=label, advance=1)
+    console.print(f"autopar: measured in {time.monotonic() - start:.0f} s", highlight=False)

@@ -1,0 +1,194 @@
+"""What a rank does while this machine is measured: ops on its own thread, and messages to the other ranks.
+
+Every op comes with its cost from the op table, so that a measured second stands for exactly the flops and bytes
+that programs are priced by.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.utils import _pytree as pytree
+
+from cost_model.ops import OpCall, Ref, price_of
+from cost_model.program import OpCost
+from cost_model.tensor import TensorMeta
+
+Call: TypeAlias = Callable[[], object]
+WORKING_SET_BYTES = 16 * 2**20
+"""Operands rotate over so many bytes: in a program, what an op reads was mostly written a few ops earlier."""
+MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
+_MAX_COPIES = 64
+_BATCH_S = 1e-4  # calls are timed in batches of at least so long: reading the clock takes most of a microsecond
+_MIN_SAMPLES = 3
+_MESSAGE_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One op on tensors of one shape. make: builds (op, arguments, keyword arguments) anew, sharing no memory.
+
+    row: what it helps to fill in the device file, an op kind or "dtype:<name>".
+    """
+
+    row: str
+    label: str
+    make: Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+    def call(self) -> Call:
+        op, args, kwargs = self.make()
+        return functools.partial(op, *args, **kwargs)
+
+    def cost(self) -> OpCost:
+        """The op table's price of this very call, which is made once."""
+        op, args, kwargs = self.make()
+        call = op_call(op, args, kwargs, op(*args, **kwargs))
+        cost = price_of(call)
+        assert cost is not None, self.label
+        return dataclasses.replace(cost, op=call.op)
+
+
+def op_call(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> OpCall:
+    """A call on tensors as the op table sees it."""
+    inputs: list[TensorMeta] = []
+
+    def refer(leaf: object) -> object:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        inputs.append(_meta_of(leaf))
+        return Ref(len(inputs) - 1)
+
+    given: dict[str, Any] = {}
+    for position, argument in enumerate(op._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        value = args[position] if position < len(args) else kwargs.get(argument.name, default)
+        given[argument.name] = pytree.tree_map(refer, value)
+    outputs = tuple(_meta_of(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    return OpCall(str(op), tuple(inputs), outputs, given)
+
+
+def _meta_of(tensor: torch.Tensor) -> TensorMeta:
+    return TensorMeta(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+class Calibrator:
+    """The ranks' side of a calibration; each method is called on all of them at once."""
+
+    def __init__(self, *, rank: int, world_size: int, payload: Any) -> None:
+        from autopar.calibrate_probes import all_probes
+
+        torch.manual_seed(rank)
+        self._probes = all_probes()
+        self._costs: dict[int, OpCost] = {}
+        self._groups = {size: _own_group(rank, world_size, size) for size in message_ranks(world_size)}
+
+    def resident_bytes(self, payload: Any) -> int:
+        """The most this rank has held so far; asked for first, it is interpreter, torch and process group."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def measure_op(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """CPU seconds of one call of probe ``index``, all ranks at once, sampled for ``budget_s``; and its cost."""
+        index = payload["index"]
+        probe = self._probes[index]
+        cost = self._costs[index] = self._costs.get(index) or probe.cost()
+        calls = [probe.call() for _ in range(_copies(cost.nbytes))]
+        dist.barrier()
+        seconds = cpu_seconds(calls, payload["budget_s"])
+        return {"seconds": seconds, **dataclasses.asdict(cost)}
+
+    def measure_message(self, payload: Mapping[str, Any]) -> float:
+        """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once."""
+        group = self._groups[payload["ranks"]]
+        call, messages = _message(payload["kind"], payload["nbytes"], payload["ranks"], group)
+        call()
+        return _wall_seconds(call, payload["repeats"], group) / messages
+
+
+def _own_group(rank: int, world_size: int, size: int) -> Any:
+    """The group of ``size`` consecutive ranks that this one is in; every rank makes all groups."""
+    blocks = [range(start, start + size) for start in range(0, world_size, size)]
+    groups = {block: dist.new_group(list(block)) for block in blocks}
+    return next(group for block, group in groups.items() if rank in block)
+
+
+def message_ranks(world_size: int) -> tuple[int, ...]:
+    """Group sizes that a mesh of so many ranks can have: its divisors above 1."""
+    return tuple(size for size in range(2, world_size + 1) if world_size % size == 0)
+
+
+def cpu_seconds(calls: list[Call], budget_s: float) -> float:
+    """Median CPU seconds of one call, turning over ``calls``; results live as long as a few ops do in a program.
+
+    CPU time of this thread rather than wall time: the same on a machine that does nothing else, and hardly
+    touched by what else runs on one that does.
+    """
+    kept: collections.deque[object] = collections.deque(maxlen=len(calls))
+    turn = itertools.cycle(calls)
+    start = time.thread_time()
+    for call in itertools.islice(turn, len(calls) + 1):
+        kept.append(call())
+    once_s = (time.thread_time() - start) / (len(calls) + 1)
+    repeat = math.ceil(_BATCH_S / max(once_s, 1e-7))
+    samples: list[float] = []
+    deadline = time.monotonic() + budget_s
+    while time.monotonic() < deadline or len(samples) < _MIN_SAMPLES:
+        start = time.thread_time()
+        for call in itertools.islice(turn, repeat):
+            kept.append(call())
+        samples.append((time.thread_time() - start) / repeat)
+    return statistics.median(samples)
+
+
+def _copies(nbytes: float) -> int:
+    return min(_MAX_COPIES, math.ceil(WORKING_SET_BYTES / max(nbytes, 1.0)))
+
+
+def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
+    """Wall seconds of one call: the median of a few rounds, each started together."""
+    samples = []
+    for _ in range(_MESSAGE_ROUNDS):
+        dist.barrier(group)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        samples.append((time.perf_counter() - start) / repeats)
+    return statistics.median(samples)
+
+
+def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup) -> tuple[Call, int]:
+    """A call that moves ``nbytes`` of the full tensor as its price counts them, and how many messages that is."""
+    full = torch.zeros(max(1, nbytes // 4 // ranks) * ranks)
+    other, piece = torch.zeros_like(full), torch.zeros(full.numel() // ranks)
+    members = dist.get_process_group_ranks(group)
+    calls: dict[str, Call] = {
+        "all_reduce": lambda: dist.all_reduce(full, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(full, piece, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, full, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
+        "broadcast": lambda: dist.broadcast(full, members[0], group=group),
+        "transfer": functools.partial(_ping_pong, full, members),
+    }
+    return calls[kind], 2 if kind == "transfer" else 1
+
+
+def _ping_pong(tensor: torch.Tensor, members: list[int]) -> None:
+    """There and back between the first two members; the others look on."""
+    here, there = members[0], members[1]
+    if dist.get_rank() == here:
+        dist.send(tensor, there)
+        dist.recv(tensor, there)
+    elif dist.get_rank() == there:
+        dist.recv(tensor, here)
+        dist.send(tensor, here)

@@ -1,0 +1,203 @@
+"""Link: a plan and a traced model become the whole program, priced and printed, one StageCode per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from autopar.optimizer_price import OptimizerPrice, price_optimizer
+from autopar.runtime.optim import OptimizerSpec
+from cost_model.plan import Plan
+from cost_model.program import Collective, ParameterShard, Program, StageProgram, StepWork, Value
+from cost_model.schedule import check_schedule, stage_schedule
+from cost_model.tensor import DTYPE_BYTES
+from passes.batch import BatchAnalysis
+from passes.cut import cut_stage, prologue
+from passes.graph import GraphInput
+from passes.schedule_code import Reduction, render_prologue, render_step
+from passes.segment import Segment, segment
+from passes.specialise import specialise
+from passes.stage import StageCode, build_stage, parameter_shards
+from passes.trace import Traced
+from passes.verify import verify_cuts, verify_emitted
+
+_LOSS_BYTES = 8  # one float64
+
+
+@dataclass(frozen=True)
+class LinkedStage:
+    """code: the stage; layout: (dtype, parameters in order) of its flat gradient buffers; reductions: over them;
+    prologue_inputs: batch inputs its prologue reads; step_inputs: step constants it uses."""
+
+    code: StageCode
+    shards: tuple[ParameterShard, ...]
+    layout: tuple[tuple[str, tuple[str, ...]], ...]
+    reductions: tuple[Reduction, ...]
+    prologue_source: str
+    prologue_ops: Mapping[str, str] = field(hash=False)
+    prologue_inputs: tuple[GraphInput, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Linked:
+    """The program of every rank. ``program``: as prices see it; ``stages``: as code."""
+
+    traced: Traced
+    plan: Plan
+    stages: tuple[LinkedStage, ...]
+    program: Program
+
+    @cached_property
+    def coordinates(self) -> dict[int, tuple[int, int, int]]:
+        """rank -> (stage, dp replica, tp shard)."""
+        return {device: place for place, device in self.program.devices.items()}
+
+    def source(self, rank: int) -> str:
+        """The module that a rank runs."""
+        stage, dp, tp = self.coordinates[rank]
+        return _rank_source(self, rank, stage, dp, tp)
+
+
+def link(
+    traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: OptimizerSpec | None, *, verify: bool = True
+) -> Linked:
+    """Rewrite every stage of a plan; raises VerificationError where what is emitted is not what is priced."""
+    model = specialise(traced, plan.microbatch_size)
+    segments = segment(model)
+    codes = tuple(
+        _stage_code(model, segments, analysis, plan, index, traced.global_graph.batch) for index in range(plan.pp)
+    )
+    tied = _tied(codes)
+    stages = tuple(_link_stage(traced, code, plan, tied) for code in codes)
+    program = Program(
+        dp=plan.dp,
+        tp=plan.tp,
+        pp=plan.pp,
+        microbatches=plan.microbatches,
+        schedule=plan.schedule,
+        stages=tuple(_stage_program(traced, s, i, plan, optimizer) for i, s in enumerate(stages)),
+        devices=device_map(plan),
+    )
+    check_schedule([stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)], plan.microbatches)
+    verify_cuts(codes)
+    if verify:
+        for code in codes:
+            verify_emitted(code)
+    return Linked(traced, plan, stages, program)
+
+
+def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
+    """(stage, dp replica, tp shard) -> device."""
+    cells = [(s, d, t) for s in range(plan.pp) for d in range(plan.dp) for t in range(plan.tp)]
+    return dict(zip(cells, plan.placement, strict=True))
+
+
+def _stage_code(
+    model: object, segments: tuple[Segment, ...], analysis: BatchAnalysis, plan: Plan, index: int, global_batch: int
+) -> StageCode:
+    stage = plan.stages[index]
+    cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, analysis, global_batch)  # type: ignore[arg-type]
+    return build_stage(cut, stage.choices, plan.tp, last=index == plan.pp - 1)
+
+
+def _tied(codes: tuple[StageCode, ...]) -> dict[str, str]:
+    """Trainable parameters that more than one stage holds: their copies share one gradient."""
+    holders: dict[str, int] = {}
+    for code in codes:
+        for item in code.inputs:
+            if item.kind == "parameter" and item.trainable:
+                holders[item.target] = holders.get(item.target, 0) + 1
+    return {name: name for name, count in holders.items() if count > 1}
+
+
+def _link_stage(traced: Traced, code: StageCode, plan: Plan, tied: Mapping[str, str]) -> LinkedStage:
+    shards = parameter_shards(code, plan.dp, plan.tp, tied)
+    layout, reductions = _gradient_layout(code, shards)
+    names = tuple(i.node for i in code.inputs if i.kind == "step")
+    graph = prologue(traced.global_graph, names)
+    source, ops = render_prologue(graph)
+    return LinkedStage(code, shards, layout, reductions, source, ops, graph.inputs if graph else ())
+
+
+def _gradient_layout(
+    code: StageCode, shards: tuple[ParameterShard, ...]
+) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], tuple[Reduction, ...]]:
+    """Flat buffers by dtype; within each, runs of one reduction axis, in the order backward finishes gradients."""
+    finished = [i.inputs[0] for i in code.backward.instructions if "accumulate" in i.op]
+    order = {name: k for k, name in enumerate(finished)}
+    trainable = sorted(
+        (s for s in shards if s.trainable), key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order.get(s.name, -1))
+    )
+    layout: dict[str, list[str]] = {}
+    offsets: dict[str, int] = {}
+    runs: dict[tuple[str, str], tuple[int, int]] = {}
+    for shard in trainable:
+        dtype = shard.meta.dtype
+        start = offsets.get(dtype, 0)
+        offsets[dtype] = start + shard.meta.numel
+        layout.setdefault(dtype, []).append(shard.name)
+        axes = [shard.reduce_axis, f"tied:{shard.tied}" if shard.tied else None]
+        for axis in (a for a in axes if a):
+            known = runs.get((axis, dtype), (start, start))
+            runs[(axis, dtype)] = (known[0], offsets[dtype])
+    ordered = sorted(runs.items(), key=lambda item: (item[0][0].startswith("tied:"), item[0]))
+    reductions = tuple(Reduction(axis, dtype, *span) for (axis, dtype), span in ordered)
+    return tuple((d, tuple(n)) for d, n in layout.items()), reductions
+
+
+def _stage_program(
+    traced: Traced, stage: LinkedStage, index: int, plan: Plan, optimizer: OptimizerSpec | None
+) -> StageProgram:
+    code = stage.code
+    price = _optimizer_price(optimizer, stage.shards)
+    collectives = [
+        Collective("all_reduce", r.axis, (r.stop - r.start) * DTYPE_BYTES[r.dtype]) for r in stage.reductions
+    ]
+    if plan.dp * plan.tp * plan.pp > 1:
+        collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
+    return StageProgram(
+        stage=index,
+        segments=tuple(range(plan.stages[index].first_segment, plan.stages[index].last_segment)),
+        forward=code.forward,
+        backward=code.backward,
+        saved=code.saved,
+        sent=code.sent,
+        received=code.received,
+        parameters=stage.shards,
+        persistent=_persistent(traced, stage),
+        step=StepWork(tuple(collectives), price.costs, price.state_bytes, price.workspace_bytes),
+    )
+
+
+def _optimizer_price(optimizer: OptimizerSpec | None, shards: tuple[ParameterShard, ...]) -> OptimizerPrice:
+    trainable = {s.name: s.meta for s in shards if s.trainable}
+    if optimizer is None or not trainable:
+        return OptimizerPrice((), 0, 0)
+    return price_optimizer(optimizer, trainable)
+
+
+def _persistent(traced: Traced, stage: LinkedStage) -> tuple[Value, ...]:
+    """What a rank holds all step beside parameters: the global batch's inputs, step values, constants."""
+    whole = traced.global_graph
+    inputs = {i.node: i for i in (*stage.code.inputs, *stage.prologue_inputs) if i.kind in ("batch", "step")}
+    values = [Value(name, whole.tensor(name), name, whole.tensor(name).nbytes) for name in inputs]
+    return (*values, *stage.code.constants)
+
+
+def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str:
+    plan, linked_stage = linked.plan, linked.stages[stage]
+    steps = stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches)
+    doc = f"{plan.schedule}, {plan.microbatches} microbatch(es) of {plan.microbatch_size}."
+    step = render_step(steps, linked_stage.reductions, sends=plan.pp > 1, doc=doc)
+    labels = plan.segment_labels[plan.stages[stage].first_segment : plan.stages[stage].last_segment]
+    header = (
+        f'"""Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {plan.dp}, '
+        f"shard {tp} of {plan.tp}.\n\nSegments: {', '.join(labels)}\n" + '"""'
+    )
+    body = linked_stage.code.source.split('"""', 2)[2]
+    extra = "".join(
+        f"{short} = {full}\n" for short, full in sorted(linked_stage.prologue_ops.items()) if f"\n{short} = " not in body
+    )
+    body = body.replace("import torch\n\n", f"import torch\n\n{extra}", 1)
+    return f"{header}{body}\n\n{linked_stage.prologue_source}\n\n\n{step}\n"

@@ -1,0 +1,62 @@
+"""The keywords shared by ``compile`` and ``estimate``, checked at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cost_model.errors import ConfigError, UnsupportedError
+from cost_model.plan import Parallelism, Plan, Precision
+from cost_model.units import parse_bytes
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Options:
+    """See design section 9 for each field."""
+
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    optimizer: OptimizerFactory | None = None
+    parallelism: Parallelism = Parallelism()
+    memory_cap_bytes: int | None = None
+    plan: Plan | None = None
+
+    @staticmethod
+    def of(
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+        optimizer: OptimizerFactory | None,
+        parallelism: Parallelism | None,
+        memory_cap: str | int | None,
+        precision: Precision | None,
+        plan: Plan | None,
+    ) -> Options:
+        """Checked options; ConfigError or UnsupportedError with a next move."""
+        for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+            if value is not None and not callable(value):
+                raise ConfigError(f"{name} must be callable or None, not {type(value).__name__}")
+        if parallelism is not None and not isinstance(parallelism, Parallelism):
+            raise ConfigError(f"parallelism must be an autopar.Parallelism, not {type(parallelism).__name__}")
+        if plan is not None and not isinstance(plan, Plan):
+            raise ConfigError(f"plan must be an autopar.Plan (see Plan.load), not {type(plan).__name__}")
+        _check_supported(parallelism or Parallelism(), precision)
+        cap = None if memory_cap is None else parse_bytes(memory_cap)
+        return Options(loss_fn, optimizer, parallelism or Parallelism(), cap, plan)
+
+
+def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
+    """What this version does not do yet is refused by name."""
+    refused = [
+        (pins.zero not in (None, 0), f"zero={pins.zero}", "zero=0 (states are sharded by tp and pp)"),
+        (pins.recompute not in (None, "none"), f"recompute={pins.recompute!r}", "recompute='none' or a smaller microbatch_size"),
+        (pins.schedule not in (None, "gpipe", "1f1b"), f"schedule={pins.schedule!r}", "'1f1b' or 'gpipe'"),
+        (pins.virtual_stages not in (None, 1), f"virtual_stages={pins.virtual_stages}", "virtual_stages=1"),
+        (pins.sequence_parallel is not None, f"sequence_parallel={pins.sequence_parallel}", "sequence_parallel=None: the planner decides"),
+        (precision not in (None, Precision()), f"{precision}", "precision=None and model.to(dtype) before compiling"),
+    ]
+    for wrong, what, instead in refused:
+        if wrong:
+            raise UnsupportedError(f"{what} is not supported yet; use {instead}")

@@ -1,0 +1,94 @@
+"""Payload: what one rank receives, plain data only: its source, its shards, its place in every group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from autopar.link import Linked
+from autopar.runtime.comm import shard_of
+from autopar.runtime.optim import OptimizerSpec
+from cost_model.errors import ConfigError
+from cost_model.placement import Placement, Shard
+from cost_model.prices import axis_groups
+
+
+def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
+    """Every parameter, buffer and traced constant by the name the graph uses; ConfigError on the meta device."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: tensor.detach() for name, tensor in named.items()}
+    meta = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
+    if meta:
+        raise ConfigError(
+            f"parameter {meta[0]!r} is on the meta device and has no values to train; "
+            "build the model with weights, or use autopar.estimate, which needs none"
+        )
+    return {**tensors, **linked.traced.constants}
+
+
+def rank_payload(
+    linked: Linked, rank: int, tensors: Mapping[str, Tensor], optimizer: OptimizerSpec | None, device: str
+) -> dict[str, Any]:
+    """The tree that ``RankExecutor`` is built from."""
+    stage, dp, tp = linked.coordinates[rank]
+    plan, part = linked.plan, linked.stages[stage]
+    code = part.code
+    held = {i.target: (i, code.placements[i.node]) for i in code.inputs if i.kind in ("parameter", "buffer", "constant")}
+    held.update({i.target: (i, code.placements.get(i.node, Shard(0))) for i in part.prologue_inputs if i.kind in ("buffer", "constant")})
+    batch = {i.target: i for i in (*code.inputs, *part.prologue_inputs) if i.kind == "batch"}
+    sliced = [i.target for i in code.inputs if i.kind in ("batch", "step") and i.batched]
+    neighbours = {name: _neighbour(linked, stage + step, dp, tp) for name, step in (("previous", -1), ("next", 1))}
+    return {
+        "source": linked.source(rank),
+        "device": device,
+        "stage": stage,
+        "dp_index": dp,
+        "params": {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"},
+        "buffers": {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"},
+        "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
+        "groups": groups(linked),
+        "optimizer": None if optimizer is None else optimizer.to_tree(),
+        "batch": tuple(batch),
+        "sliced": tuple(sliced),
+        "microbatches": plan.microbatches,
+        "microbatch_size": plan.microbatch_size,
+        "is_last": stage == plan.pp - 1,
+        "reports_loss": stage == plan.pp - 1 and tp == 0,
+        "received": _meta(code.received),
+        "sent": _meta(code.sent),
+        **neighbours,
+    }
+
+
+def _meta(meta: Any) -> tuple[tuple[int, ...], str] | None:
+    return None if meta is None else (meta.shape, meta.dtype)
+
+
+def _local(tensor: Tensor, placement: Placement, index: int, size: int) -> Tensor:
+    if size == 1 or not isinstance(placement, Shard):
+        return tensor.contiguous()
+    return shard_of(tensor, index, size, placement.dim, placement.outer).contiguous()
+
+
+def _neighbour(linked: Linked, stage: int, dp: int, tp: int) -> int:
+    return linked.program.devices.get((stage, dp, tp), -1)
+
+
+def groups(linked: Linked) -> dict[str, list[list[int]]]:
+    """Every process group by axis name, the same for all ranks and in the same order."""
+    program = linked.program
+    axes = ["tp"] * (program.tp > 1) + ["dp"] * (program.dp > 1)
+    axes += ["dp_tp"] * (program.dp > 1 and program.tp > 1)
+    made: dict[str, list[list[int]]] = {}
+    for axis in axes:
+        made[axis] = [list(g) for s in range(program.pp) for g in axis_groups(program, axis, s)]
+    tied = sorted({s.tied: stage.stage for stage in program.stages for s in stage.parameters if s.tied}.items())
+    for name, stage in tied:
+        made[f"tied:{name}"] = [list(g) for g in axis_groups(program, f"tied:{name}", stage)]
+    if program.pp > 1:
+        everyone = list(range(program.num_devices))
+        made["forward"], made["backward"] = [everyone], [list(everyone)]
+    return made
+

@@ -1,0 +1,209 @@
+"""Proven lower bounds of a configuration, and the memory prices that would raise them.
+
+For any price of a byte, the least priced cost of a range less the price of its capacity bounds every
+plan that fits (Lagrangian duality). Bounds of ranges add up along tilings, with whole segments and
+agreeing labels; the slowest stage enters as itself (share 0), as the mean (share 1) or between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.planner.chain import IntArray
+from autopar.planner.columns import SAVED, STATE, STEP, TIME, RangeTable
+from autopar.planner.factor_graph import FloatArray
+from autopar.planner.paths import Arcs, Sweep, bottleneck, levels_of, sweep
+from autopar.planner.segment import Price
+
+Weights = tuple[float, float]
+TIME_ONLY: Weights = (1.0, 0.0)
+STEP_ONLY: Weights = (0.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class StageSpace:
+    """The edges one stage may take: their numbers, and the bytes left on each for state and saved values."""
+
+    stage: int
+    held: int
+    edges: IntArray
+    capacity_bytes: FloatArray
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> StageSpace:
+        return StageSpace(self.stage, self.held, self.edges[kept], self.capacity_bytes[kept])
+
+    def least_bytes_price(self) -> Price:
+        return Price(0.0, 0.0, 1.0, float(self.held))
+
+    def price(self, weights: Weights, byte_price: float) -> Price:
+        return Price(*weights, byte_price, byte_price * self.held)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """sum of stages + (microbatches - 1) x slowest + largest step, over pp stages."""
+
+    pp: int
+    microbatches: int
+
+    @property
+    def balanced(self) -> Weights:
+        """Weights of a stage when all stages are as slow as each other; exact for pp = 1."""
+        return (1 + (self.microbatches - 1) / self.pp, 1 / self.pp)
+
+    @property
+    def along(self) -> Weights:
+        """Weights of a stage that is not the slowest."""
+        return (1.0, 1 / self.pp)
+
+    @property
+    def alone(self) -> Weights:
+        """Weights of a stage that is both the slowest and the largest step."""
+        return (float(self.microbatches), 1.0)
+
+    @property
+    def priced(self) -> tuple[Weights, ...]:
+        """Weights that are combined with prices of memory."""
+        return (self.balanced,) if self.pp == 1 else (self.balanced, TIME_ONLY)
+
+    @property
+    def free(self) -> tuple[Weights, ...]:
+        """Weights used where memory costs nothing."""
+        more = () if self.pp == 1 else (TIME_ONLY, STEP_ONLY, self.along, self.alone)
+        return tuple(dict.fromkeys((self.balanced, *more)))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return (1.0,) if self.pp == 1 else (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """bound_s: no plan is faster. path: the edge of each stage that attains it; edge_s: [stage] the bound of
+    tilings through each edge of its space. Without any tiling bound_s is the incumbent's and path empty."""
+
+    bound_s: float
+    path: tuple[int, ...]
+    edge_s: tuple[FloatArray, ...]
+
+
+def dual(table: RangeTable, space: StageSpace, weights: Weights) -> FloatArray:
+    """[edge of the space] the largest proven lower bound of the weighted seconds; minus infinity if none is priced."""
+    edges, best = table.edges, np.full(len(space.edges), -np.inf)
+    index = (edges.cls[space.edges], edges.entry[space.edges], edges.exit[space.edges])
+    for k, price in enumerate(table.prices):
+        if (price.time_weight, price.step_weight) != weights:
+            continue
+        if price.state_price and price.saved_price != price.state_price * space.held:
+            continue
+        spare = price.state_price * space.capacity_bytes if price.state_price else 0.0
+        best = np.maximum(best, table.cost[index[0], k, index[1], index[2]] - spare)
+    return best
+
+
+def bound(table: RangeTable, spaces: tuple[StageSpace, ...], objective: Objective, incumbent_s: float) -> Bound:
+    """The proven bound, never above the incumbent; infinite if nothing fits and there is no incumbent."""
+    nodes = (len(table.chain) + 1) * table.edges.width
+    starts, ends = terminals(table)
+    lows = [_lows(table, space, objective) for space in spaces]
+    arcs = [_arcs(table, space, low, 1.0) for space, low in zip(spaces, lows, strict=True)]
+    floor_s, _ = bottleneck([Arcs(a.source, a.target, a.slow_s, a.slow_s) for a in arcs], starts, ends, nodes)
+    if not np.isfinite(floor_s):
+        return Bound(incumbent_s, (), tuple(np.full(len(space.edges), np.inf) for space in spaces))
+    ceiling_s = max(floor_s, incumbent_s * (1 + 1e-9) / objective.microbatches)
+    levels = levels_of(arcs, floor_s, ceiling_s if np.isfinite(ceiling_s) else np.inf)
+    sweeps = []
+    for share in objective.shares:
+        shared = [_arcs(table, space, low, share) for space, low in zip(spaces, lows, strict=True)]
+        sweeps.append(sweep(shared, levels, starts, ends, nodes))
+    return _tightest(spaces, objective, sweeps, incumbent_s)
+
+
+def terminals(table: RangeTable) -> tuple[IntArray, IntArray]:
+    """Nodes at which a tiling may start and end."""
+    chain, width = table.chain, table.edges.width
+    end = len(chain) * width
+    return np.arange(len(chain.boundary_labels(0))), end + np.arange(len(chain.boundary_labels(len(chain))))
+
+
+def steeper(table: RangeTable, space: StageSpace, edge: int, weights: Weights) -> Price | None:
+    """The memory price at which the plans known for an edge say its bound would be best; None where memory
+    is slack or the edge has left the space.
+
+    Each known plan is a line over the price; the best price is where the lowest of them peaks (Kelley's cuts).
+    """
+    edges = table.edges
+    totals = table.totals[edges.cls[edge], :, edges.entry[edge], edges.exit[edge]]
+    cost = weights[0] * totals[:, TIME] + weights[1] * totals[:, STEP]
+    row = np.flatnonzero(space.edges == edge)
+    if len(row) == 0:
+        return None
+    spare = space.capacity_bytes[row[0]]
+    over = totals[:, STATE] + space.held * totals[:, SAVED] - spare
+    big, small = over > 0, over <= 0
+    if not big.any() or not small.any():
+        return None
+    gain = cost[small][None, :] - cost[big][:, None]
+    byte_price = gain / (over[big][:, None] - over[small][None, :])
+    level = np.where(byte_price > 0, cost[big][:, None] + byte_price * over[big][:, None], np.inf)
+    at = np.unravel_index(level.argmin(), level.shape)
+    return space.price(weights, float(byte_price[at])) if np.isfinite(level[at]) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Lows:
+    """[edge] proven lower bounds: of time per microbatch, and of the seconds weighted in two ways."""
+
+    time_s: FloatArray
+    along_s: FloatArray
+    balanced_s: FloatArray
+
+
+def _lows(table: RangeTable, space: StageSpace, objective: Objective) -> _Lows:
+    balanced = dual(table, space, objective.balanced)
+    if objective.pp == 1:
+        return _Lows(np.zeros_like(balanced), balanced, balanced)
+    time, step = dual(table, space, TIME_ONLY), dual(table, space, STEP_ONLY)
+    along = dual(table, space, objective.along)
+    return _Lows(
+        np.maximum(time, 0.0),
+        np.maximum(along, _weighted(objective.along, time, step)),
+        np.maximum(balanced, _weighted(objective.balanced, time, step)),
+    )
+
+
+def _weighted(weights: Weights, time: FloatArray, step: FloatArray) -> FloatArray:
+    return weights[0] * time + weights[1] * step
+
+
+def _arcs(table: RangeTable, space: StageSpace, lows: _Lows, share: float) -> Arcs:
+    edges = table.edges
+    cost = (1 - share) * lows.along_s + share * lows.balanced_s + edges.cut_s[space.edges]
+    return Arcs(edges.source[space.edges], edges.target[space.edges], cost, lows.time_s)
+
+
+def _tightest(spaces: tuple[StageSpace, ...], objective: Objective, sweeps: list[Sweep], incumbent_s: float) -> Bound:
+    """Per level the best share counts, then the least level: the slowest stage is at some level."""
+    rows = []
+    for share, found in zip(objective.shares, sweeps, strict=True):
+        rows.append(found.total_s() + (1 - share) * (objective.microbatches - 1) * found.levels.lower_s)
+    values = np.stack(rows)
+    level = int(values.max(axis=0).argmin())
+    best = sweeps[int(values[:, level].argmax())]
+    path = tuple(int(space.edges[arc]) for space, arc in zip(spaces, best.path(level), strict=True))
+    edge_s = tuple(_through(objective, sweeps, stage) for stage in range(len(spaces)))
+    return Bound(min(float(values[:, level].max()), incumbent_s), path, edge_s)
+
+
+def _through(objective: Objective, sweeps: list[Sweep], stage: int) -> FloatArray:
+    best = None
+    for share, found in zip(objective.shares, sweeps, strict=True):
+        slowest = np.maximum(found.levels.lower_s[:, None], found.arcs[stage].slow_s[None, :])
+        values = found.through_s(stage) + (1 - share) * (objective.microbatches - 1) * slowest
+        best = values if best is None else np.maximum(best, values)
+    assert best is not None
+    least: FloatArray = best.min(axis=0)
+    return least

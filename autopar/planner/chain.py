@@ -1,0 +1,103 @@
+"""A row of segments that a pipeline cuts into stages, and which ranges of the row are alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.planner.factor_graph import FactorGraph
+
+IntArray = npt.NDArray[np.int64]
+
+
+def in_flight(schedule: str, stage: int, pp: int, microbatches: int) -> int:
+    """Microbatches whose saved activations a stage holds at once.
+
+    gpipe keeps all of them; 1f1b stage i of p keeps p - i (Narayanan et al., PipeDream-Flush).
+    """
+    return microbatches if schedule == "gpipe" else min(microbatches, pp - stage)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Segments in a row on one (dp, tp) mesh at one microbatch size.
+
+    kinds: the distinct segments; sequence: the kind of each segment.
+    cut_s(i, label): seconds per microbatch, forward and backward, of a cut before segment i (i >= 1)
+    where the boundary has that label; never negative, infinite forbids the cut.
+    reserve_bytes(first, last): bytes of a stage of segments [first, last) beside state and saved.
+    in_flight(schedule, stage, pp, microbatches): microbatches a stage holds at once.
+    Invariant: neighbours agree on the labels of their common boundary.
+    """
+
+    kinds: tuple[FactorGraph, ...]
+    sequence: tuple[int, ...]
+    cut_s: Callable[[int, str], float]
+    reserve_bytes: Callable[[int, int], int]
+    in_flight: Callable[[str, int, int, int], int] = in_flight
+
+    def __post_init__(self) -> None:
+        assert self.sequence and all(0 <= kind < len(self.kinds) for kind in self.sequence)
+        for left, right in zip(self.sequence, self.sequence[1:], strict=False):
+            assert self.kinds[left].exit_labels == self.kinds[right].entry_labels, (left, right)
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def boundary_labels(self, position: int) -> tuple[str, ...]:
+        """Labels of the boundary before segment ``position``; ``len(chain)`` is the end."""
+        if position == len(self):
+            return self.kinds[self.sequence[-1]].exit_labels
+        return self.kinds[self.sequence[position]].entry_labels
+
+    def shared_domains(self) -> dict[str, tuple[str, ...]]:
+        """Variable -> labels that all segments with it know, in order of first appearance."""
+        known: dict[str, tuple[str, ...]] = {}
+        for kind in dict.fromkeys(self.sequence):
+            graph = self.kinds[kind]
+            for v in graph.shared:
+                labels = known.get(v, graph.domains[v])
+                known[v] = tuple(label for label in labels if label in graph.domains[v])
+        return known
+
+    def fixed(self, labels: Mapping[str, str]) -> Chain:
+        """The same chain where shared variables keep the given labels."""
+        return replace(self, kinds=tuple(graph.fixed(labels) for graph in self.kinds))
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """Ranges with the same kinds in the same order are one class.
+
+    class_of: [first, last] -> class, -1 where first >= last; lengths: for each range length from 1 up,
+    (classes, class of the range less its last segment, kind of the last segment), aligned.
+    """
+
+    class_of: IntArray
+    lengths: tuple[tuple[IntArray, IntArray, IntArray], ...]
+
+    @property
+    def classes(self) -> int:
+        return int(self.class_of.max()) + 1
+
+
+@functools.lru_cache(maxsize=64)
+def fold(sequence: tuple[int, ...]) -> Folding:
+    """Classes of all ranges of a sequence of kinds, numbered by length and first appearance."""
+    count = len(sequence)
+    class_of = np.full((count, count + 1), -1, dtype=np.int64)
+    lengths, total = [], 0
+    for length in range(1, count + 1):
+        known: dict[tuple[int, int], int] = {}
+        for first in range(count - length + 1):
+            last = first + length
+            key = (int(class_of[first, last - 1]), sequence[last - 1])
+            class_of[first, last] = known.setdefault(key, total + len(known))
+        rows = np.array([(number, parent, kind) for (parent, kind), number in known.items()], dtype=np.int64)
+        lengths.append((rows[:, 0], rows[:, 1], rows[:, 2]))
+        total += len(known)
+    return Folding(class_of, tuple(lengths))

@@ -1,0 +1,208 @@
+"""Every range of the chain, priced: totals per pair of boundary labels, and the columns made of them.
+
+A range is a min-plus product of segment tables; equal ranges are computed once (``chain.fold``), so a
+run of n equal segments is the n-th min-plus power. A column is a range with the plan that some price
+found for it, or a head with one price's plan and a tail with another's: under a memory cap equal
+segments should not all change plan at the same price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.planner.chain import Chain, IntArray, fold
+from autopar.planner.factor_graph import FloatArray
+from autopar.planner.segment import Price, Segment
+
+TIME, STEP, STATE, SAVED = range(4)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Segments [first, last) as planned at price number ``price`` for one pair of label indices."""
+
+    first: int
+    last: int
+    entry: int
+    exit: int
+    price: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """One way to run segments [first, last) as a stage.
+
+    entry, exit: label indices at its two boundaries. time_s, cut_s: per microbatch, the latter of the
+    cut before it; step_s: per step; saved_bytes: per microbatch in flight.
+    """
+
+    first: int
+    last: int
+    entry: int
+    exit: int
+    time_s: float
+    step_s: float
+    state_bytes: float
+    saved_bytes: float
+    cut_s: float
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """All (range, entry label, exit label), as aligned arrays; cls is the range's class."""
+
+    first: IntArray
+    last: IntArray
+    entry: IntArray
+    exit: IntArray
+    cls: IntArray
+    cut_s: FloatArray
+    reserve_bytes: FloatArray
+    width: int
+
+    @property
+    def source(self) -> IntArray:
+        return self.first * self.width + self.entry
+
+    @property
+    def target(self) -> IntArray:
+        return self.last * self.width + self.exit
+
+
+def edges_of(chain: Chain) -> Edges:
+    """The edges of a chain, sorted by first, last, entry, exit."""
+    count = len(chain)
+    sizes = [len(chain.boundary_labels(position)) for position in range(count + 1)]
+    width = max(sizes)
+    cuts = np.full((count, width), np.inf)
+    for position in range(count):
+        for label, text in enumerate(chain.boundary_labels(position)):
+            cuts[position, label] = chain.cut_s(position, text) if position else 0.0
+    assert (cuts >= 0).all()
+    ranges = [(i, j) for i in range(count) for j in range(i + 1, count + 1)]
+    pairs = {(i, j): np.indices((sizes[i], sizes[j])).reshape(2, -1) for i, j in ranges}
+    repeats = [pairs[r].shape[1] for r in ranges]
+    first, last = (np.repeat([r[side] for r in ranges], repeats) for side in (0, 1))
+    entry, exit = (np.concatenate([pairs[r][side] for r in ranges]) for side in (0, 1))
+    reserve = np.repeat([float(chain.reserve_bytes(i, j)) for i, j in ranges], repeats)
+    cls = fold(chain.sequence).class_of[first, last]
+    return Edges(first, last, entry, exit, cls, cuts[first, entry], reserve, width)
+
+
+class RangeTable:
+    """Costs and totals of every class of ranges, one layer per price; layers are added as prices come.
+
+    cost: [class, price, entry, exit]; totals: the same with a last axis of four; middle: the best
+    label before the range's last segment. Labels are padded to the widest boundary with infinity.
+    """
+
+    def __init__(self, chain: Chain, segments: Sequence[Segment]) -> None:
+        self.chain, self.segments = chain, tuple(segments)
+        self.edges = edges_of(chain)
+        self.folding = fold(chain.sequence)
+        self.prices: list[Price] = []
+        shape = (self.folding.classes, 0, self.edges.width, self.edges.width)
+        self.cost, self.totals = np.zeros(shape), np.zeros((*shape, 4))
+        self.middle = np.zeros(shape, dtype=np.int64)
+
+    def add(self, prices: Sequence[Price]) -> int:
+        """Price every range at those prices that are new; returns how many were."""
+        fresh = [price for price in dict.fromkeys(prices) if price not in self.prices]
+        if not fresh:
+            return 0
+        cost, totals, middle = self._layers(fresh)
+        self.prices.extend(fresh)
+        self.cost = np.concatenate([self.cost, cost], axis=1)
+        self.totals = np.concatenate([self.totals, totals], axis=1)
+        self.middle = np.concatenate([self.middle, middle], axis=1)
+        return len(fresh)
+
+    def edge_cost(self) -> FloatArray:
+        """[edge, price]"""
+        edges = self.edges
+        return self.cost[edges.cls, :, edges.entry, edges.exit]
+
+    def edge_totals(self) -> FloatArray:
+        """[edge, price, 4]"""
+        edges = self.edges
+        return self.totals[edges.cls, :, edges.entry, edges.exit]
+
+    def part(self, edge: int, price: int) -> Part:
+        edges = self.edges
+        return Part(int(edges.first[edge]), int(edges.last[edge]), int(edges.entry[edge]), int(edges.exit[edge]), price)
+
+    def column(self, edge: int, price: int) -> Column:
+        """The plan that one price found for an edge."""
+        part = self.part(edge, price)
+        totals = self.totals[self.edges.cls[edge], price, part.entry, part.exit]
+        return self._column(edge, totals, (part,))
+
+    def mixtures(self, edge: int, prices: IntArray) -> FloatArray:
+        """Totals [cut, head price, tail price, label at the cut, 4] of all heads and tails of an edge."""
+        whole = self.part(edge, 0)
+        cuts = np.arange(whole.first + 1, whole.last)
+        head = self.totals[self.folding.class_of[whole.first, cuts]][:, prices, whole.entry, :]
+        tail = self.totals[self.folding.class_of[cuts, whole.last]][:, prices][:, :, :, whole.exit]
+        both: FloatArray = head[:, :, None] + tail[:, None, :]
+        return both
+
+    def mixed_column(self, edge: int, prices: IntArray, index: tuple[int, int, int, int], totals: FloatArray) -> Column:
+        """The column of one entry of ``mixtures``."""
+        cut, a, b, label = index
+        whole = self.part(edge, 0)
+        middle = whole.first + 1 + cut
+        head = Part(whole.first, middle, whole.entry, label, int(prices[a]))
+        tail = Part(middle, whole.last, label, whole.exit, int(prices[b]))
+        return self._column(edge, totals, (head, tail))
+
+    def assignments(self, column: Column) -> tuple[dict[str, str], ...]:
+        """The assignment of each segment of a column, in order."""
+        return tuple(labels for part in column.parts for labels in self._part_assignments(part))
+
+    def _column(self, edge: int, totals: FloatArray, parts: tuple[Part, ...]) -> Column:
+        time_s, step_s, state, saved = (float(x) for x in totals)
+        whole, cut_s = self.part(edge, 0), float(self.edges.cut_s[edge])
+        return Column(whole.first, whole.last, whole.entry, whole.exit, time_s, step_s, state, saved, cut_s, parts)
+
+    def _part_assignments(self, part: Part) -> list[dict[str, str]]:
+        found, exit = [], part.exit
+        for position in range(part.last - 1, part.first - 1, -1):
+            cls = self.folding.class_of[part.first, position + 1]
+            entry = int(self.middle[cls, part.price, part.entry, exit]) if position > part.first else part.entry
+            segment = self.segments[self.chain.sequence[position]]
+            found.append(segment.assignment(self.prices[part.price], entry, exit))
+            exit = entry
+        return found[::-1]
+
+    def _layers(self, prices: Sequence[Price]) -> tuple[FloatArray, FloatArray, IntArray]:
+        """cost, totals and middle of all classes for some prices, shorter ranges first."""
+        one_cost, one_totals = self._padded(prices)
+        shape = (self.folding.classes, *one_cost.shape[1:])
+        cost, totals = np.full(shape, np.inf), np.full((*shape, 4), np.inf)
+        middle = np.zeros(shape, dtype=np.int64)
+        for length, (classes, parents, kinds) in enumerate(self.folding.lengths):
+            if length == 0:
+                cost[classes], totals[classes] = one_cost[kinds], one_totals[kinds]
+                continue
+            sums = cost[parents][:, :, :, :, None] + one_cost[kinds][:, :, None, :, :]
+            best = sums.argmin(axis=3)
+            row, layer, entry, exit = np.indices(best.shape, sparse=True)
+            cost[classes] = sums[row, layer, entry, best, exit]
+            middle[classes] = best
+            totals[classes] = totals[parents[row], layer, entry, best] + one_totals[kinds[row], layer, best, exit]
+        return cost, totals, middle
+
+    def _padded(self, prices: Sequence[Price]) -> tuple[FloatArray, FloatArray]:
+        width = self.edges.width
+        cost = np.full((len(self.segments), len(prices), width, width), np.inf)
+        totals = np.full((*cost.shape, 4), np.inf)
+        for kind, segment in enumerate(self.segments):
+            for layer, table in enumerate(segment.solve(prices)):
+                entries, exits = table.cost.shape
+                cost[kind, layer, :entries, :exits] = table.cost
+                totals[kind, layer, :entries, :exits] = table.totals
+        return cost, totals

@@ -1,0 +1,359 @@
+"""One configuration solved: memory prices are refined until bound and columns meet, then the ILP chooses.
+
+Every plan a price finds is a column wherever it fits; the plans of two prices also mix within a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from autopar.planner.bounds import Bound, Objective, StageSpace, Weights, bound, steeper, terminals
+from autopar.planner.chain import Chain, IntArray
+from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
+from autopar.planner.factor_graph import FloatArray
+from autopar.planner.ilp import Choice, StageIlp, objective_s
+from autopar.planner.paths import Arcs, bottleneck, levels_of, sweep
+from autopar.planner.segment import Price, Segment
+
+ROUNDS = 10
+TOLERANCE = 1e-4
+MIXED_EDGES = 96
+MIXED_PRICES = 6
+TRIED_LEVELS = 4
+MAX_ILP_COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Mesh degrees, schedule and microbatching. microbatches: per data-parallel replica."""
+
+    dp: int
+    tp: int
+    pp: int
+    schedule: str
+    microbatch_size: int
+    microbatches: int
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Nothing fits: the plan that needs least, its largest stage, and the cap that would do."""
+
+    needed_bytes: int
+    stage: int
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """bound_s is proven for the configuration; without a choice it is over the cutoff, or nothing fits."""
+
+    bound_s: float
+    choice: Choice | None = None
+    shortage: Shortage | None = None
+    ilp: StageIlp | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Pool:
+    """Columns of one stage as aligned arrays; ``price`` is -1 - i where the column is ``mixed[i]``."""
+
+    edge: IntArray
+    price: IntArray
+    time_s: FloatArray
+    step_s: FloatArray
+    mixed: tuple[Column, ...] = ()
+
+    def column(self, table: RangeTable, index: int) -> Column:
+        price = int(self.price[index])
+        return table.column(int(self.edge[index]), price) if price >= 0 else self.mixed[-1 - price]
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """proven: of these spaces, edge for edge; pools: the columns of each stage; best: a tiling by them."""
+
+    spaces: tuple[StageSpace, ...]
+    proven: Bound
+    pools: tuple[_Pool, ...]
+    best: tuple[Column, ...]
+
+
+@dataclass(eq=False)
+class ConfigurationSolver:
+    """Solves one configuration of a chain whose shared variables are fixed; keeps its tables for a second solve.
+
+    cap_bytes: per device, infinite if memory does not matter. extra_bytes: what the rewritten program was
+    found to need beyond columns, per stage.
+    """
+
+    chain: Chain
+    segments: Sequence[Segment]
+    configuration: Configuration
+    cap_bytes: float
+    extra_bytes: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        c = self.configuration
+        self.objective = Objective(c.pp, c.microbatches)
+        self.extra_bytes = self.extra_bytes or [0.0] * c.pp
+        self.table = RangeTable(self.chain, self.segments)
+        self.held = [self.chain.in_flight(c.schedule, s, c.pp, c.microbatches) for s in range(c.pp)]
+
+    def quick_bound_s(self) -> float:
+        """Balanced stages, memory without limit, the cheapest cuts; infinite if no assignment is allowed."""
+        table, edges = self.table, self.table.edges
+        table.add([Price(*self.objective.balanced)])
+        whole = (edges.first == 0) & (edges.last == len(self.chain))
+        cuts = edges.cut_s[edges.first > 0]
+        cheapest = (self.configuration.pp - 1) * float(cuts.min()) if self.configuration.pp > 1 else 0.0
+        return float(table.edge_cost()[whole, 0].min()) + cheapest
+
+    def solve(self, cutoff_s: float) -> Outcome:
+        """The best choice, or only a bound once that is over the cutoff, or what memory is short."""
+        self._first_prices()
+        found = self._refined(cutoff_s)
+        if not np.isfinite(found.proven.bound_s):
+            return Outcome(np.inf, shortage=self._shortage())
+        if not found.pools:
+            return Outcome(found.proven.bound_s)
+        assert found.best, "a tiling that fits has columns that fit"
+        pools, best = found.pools, found.best
+        if self._gap(best, found.proven) > TOLERANCE and np.isfinite(self.cap_bytes):
+            pools = self._mixed(found)
+            best = self._incumbent(pools, best)
+        return self._chosen(pools, best, found.proven)
+
+    def _first_prices(self) -> None:
+        prices = [Price(*weights) for weights in self.objective.free]
+        if np.isfinite(self.cap_bytes):
+            prices += [Price(0.0, 0.0, 1.0, float(held)) for held in dict.fromkeys(self.held)]
+        self.table.add(prices)
+
+    def _stage_edges(self, stage: int) -> IntArray:
+        """Edges with room for the other stages before and after, that some assignment allows."""
+        edges, pp, count = self.table.edges, self.configuration.pp, len(self.chain)
+        begins = edges.first == 0 if stage == 0 else edges.first >= stage
+        ends = edges.last == count if stage == pp - 1 else edges.last <= count - (pp - 1 - stage)
+        possible = np.isfinite(self.table.cost[edges.cls, 0, edges.entry, edges.exit]) & np.isfinite(edges.cut_s)
+        return np.flatnonzero(begins & ends & possible)
+
+    def _space(self, stage: int) -> StageSpace:
+        edges, table = self._stage_edges(stage), self.table
+        capacity = self.cap_bytes - table.edges.reserve_bytes[edges] - self.extra_bytes[stage]
+        space = StageSpace(stage, self.held[stage], edges, capacity)
+        if not np.isfinite(self.cap_bytes):
+            return space
+        return space.only(self._least_bytes(space) <= capacity)
+
+    def _least_bytes(self, space: StageSpace) -> FloatArray:
+        """[edge of the space] the fewest bytes of state and saved values of any assignment."""
+        edges, layer = self.table.edges, self.table.prices.index(space.least_bytes_price())
+        e = space.edges
+        totals = self.table.totals[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
+        least: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
+        return least
+
+    def _refined(self, cutoff_s: float) -> _Found:
+        """Add memory prices where the bound or the best columns hurt, until they meet or no price helps."""
+        found = self._look(tuple(self._space(stage) for stage in range(self.configuration.pp)), (), 0.0, cutoff_s)
+        for _ in range(ROUNDS - 1):
+            if not found.pools or self._gap(found.best, found.proven) <= TOLERANCE:
+                break
+            if not self.table.add(self._steeper(found)):
+                break
+            found = self._look(self._narrowed(found), found.best, found.proven.bound_s, cutoff_s)
+        return found
+
+    def _look(
+        self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], known_s: float, cutoff_s: float
+    ) -> _Found:
+        """Bound and best columns with today's prices; no pools if nothing fits or the bound is over the cutoff."""
+        proven = bound(self.table, spaces, self.objective, self._value(best))
+        proven = replace(proven, bound_s=max(proven.bound_s, known_s))
+        if not np.isfinite(proven.bound_s) or proven.bound_s > cutoff_s:
+            return _Found(spaces, proven, (), best)
+        pools = tuple(self._pool(space) for space in spaces)
+        return _Found(spaces, proven, pools, self._incumbent(pools, best))
+
+    def _narrowed(self, found: _Found) -> tuple[StageSpace, ...]:
+        """Without the edges through which no tiling can beat the best columns; those columns' own stay."""
+        limit = self._value(found.best) * (1 + 1e-9)
+        return tuple(
+            space.only(edge_s <= limit) for space, edge_s in zip(found.spaces, found.proven.edge_s, strict=True)
+        )
+
+    def _steeper(self, found: _Found) -> list[Price]:
+        """New memory prices for the edges of the bound's tiling and of the best columns."""
+        prices = []
+        for space, edge, column in zip(found.spaces, found.proven.path, found.best, strict=True):
+            for weights in self.objective.priced:
+                for at in dict.fromkeys((edge, self._edge_of(column))):
+                    prices.append(steeper(self.table, space, at, weights))
+        return [price for price in prices if price is not None and not self._known(price)]
+
+    def _known(self, price: Price) -> bool:
+        known = np.array([row.vector() for row in self.table.prices])
+        return bool((np.abs(known - price.vector()) <= 1e-9 * np.abs(known)).all(axis=1).any())
+
+    def _edge_of(self, column: Column) -> int:
+        edges = self.table.edges
+        found = (edges.first == column.first) & (edges.last == column.last)
+        return int(np.flatnonzero(found & (edges.entry == column.entry) & (edges.exit == column.exit))[0])
+
+    def _weightings(self) -> tuple[Weights, ...]:
+        return tuple(weights for weights in self.objective.free if weights[0] > 0)
+
+    def _pool(self, space: StageSpace) -> _Pool:
+        """On each edge, the fitting plans that are best for some weighting of time and step."""
+        edges, e = self.table.edges, space.edges
+        totals = self.table.totals[edges.cls[e], :, edges.entry[e], edges.exit[e]]
+        over = totals[:, :, STATE] + space.held * totals[:, :, SAVED] > space.capacity_bytes[:, None]
+        picked: set[tuple[int, int]] = set()
+        for weights in self._weightings():
+            cost = weights[0] * totals[:, :, TIME] + weights[1] * totals[:, :, STEP]
+            picked.update(enumerate(np.where(over, np.inf, cost).argmin(axis=1).tolist()))
+        rows, prices = np.array(sorted(picked), dtype=np.int64).reshape(-1, 2).T
+        fits = ~over[rows, prices]
+        rows, prices = rows[fits], prices[fits]
+        return _Pool(e[rows], prices, totals[rows, prices, TIME], totals[rows, prices, STEP])
+
+    def _arcs(self, pool: _Pool) -> Arcs:
+        edges = self.table.edges
+        cost = pool.time_s + edges.cut_s[pool.edge] + pool.step_s / self.configuration.pp
+        return Arcs(edges.source[pool.edge], edges.target[pool.edge], cost, pool.time_s)
+
+    def _value(self, columns: tuple[Column, ...]) -> float:
+        return objective_s(columns, self.configuration.microbatches) if columns else np.inf
+
+    def _gap(self, best: tuple[Column, ...], proven: Bound) -> float:
+        value = self._value(best)
+        return (value - proven.bound_s) / value if np.isfinite(value) and value > 0 else float(value > 0)
+
+    def _incumbent(self, pools: Sequence[_Pool], best: tuple[Column, ...]) -> tuple[Column, ...]:
+        """The best of some shortest tilings by these columns, if better than ``best``."""
+        arcs = [self._arcs(pool) for pool in pools]
+        starts, ends, nodes = self._ends()
+        slow = [Arcs(a.source, a.target, a.slow_s, a.slow_s) for a in arcs]
+        floor_s, _ = bottleneck(slow, starts, ends, nodes)
+        if not floor_s <= self._value(best):
+            return best
+        microbatches = self.configuration.microbatches
+        found = sweep(
+            arcs, levels_of(arcs, floor_s, self._value(best) * (1 + 1e-9) / microbatches), starts, ends, nodes
+        )
+        values = found.total_s() + (microbatches - 1) * found.levels.lower_s
+        for level in np.argsort(values, kind="stable")[:TRIED_LEVELS]:
+            if np.isfinite(values[level]):
+                path = found.path(int(level))
+                columns = tuple(pool.column(self.table, arc) for pool, arc in zip(pools, path, strict=True))
+                best = columns if self._value(columns) < self._value(best) else best
+        return best
+
+    def _ends(self) -> tuple[IntArray, IntArray, int]:
+        starts, ends = terminals(self.table)
+        return starts, ends, (len(self.chain) + 1) * self.table.edges.width
+
+    def _mixed(self, found: _Found) -> tuple[_Pool, ...]:
+        """The pools and heads and tails at two prices, on the most promising edges of all stages."""
+        every = np.sort(np.concatenate(found.proven.edge_s))
+        limit = min(self._value(found.best), float(every[MIXED_EDGES]) if len(every) > MIXED_EDGES else np.inf)
+        return tuple(
+            self._extended(space, pool, np.flatnonzero(edge_s < limit))
+            for space, pool, edge_s in zip(found.spaces, found.pools, found.proven.edge_s, strict=True)
+        )
+
+    def _extended(self, space: StageSpace, pool: _Pool, rows: IntArray) -> _Pool:
+        """The pool and the best mixed columns of some edges of the space."""
+        columns: list[Column] = []
+        edges: list[int] = []
+        for row in rows.tolist():
+            found = self._mixed_columns(space, row)
+            columns += found
+            edges += [int(space.edges[row])] * len(found)
+        return _Pool(
+            np.concatenate([pool.edge, np.array(edges, dtype=np.int64)]),
+            np.concatenate([pool.price, -1 - np.arange(len(columns))]),
+            np.concatenate([pool.time_s, [c.time_s for c in columns]]),
+            np.concatenate([pool.step_s, [c.step_s for c in columns]]),
+            tuple(columns),
+        )
+
+    def _mixed_columns(self, space: StageSpace, row: int) -> list[Column]:
+        edge, room = int(space.edges[row]), float(space.capacity_bytes[row])
+        if self.table.edges.last[edge] - self.table.edges.first[edge] < 2:
+            return []
+        prices = self._near_prices(space, edge, room)
+        totals = self.table.mixtures(edge, prices)
+        over = totals[..., STATE] + space.held * totals[..., SAVED] > room
+        found: dict[tuple[int, ...], Column] = {}
+        for weights in self.objective.priced:
+            cost = np.where(over, np.inf, weights[0] * totals[..., TIME] + weights[1] * totals[..., STEP])
+            cut, head, tail, label = (int(i) for i in np.unravel_index(cost.argmin(), cost.shape))
+            if np.isfinite(cost[cut, head, tail, label]):
+                at = (cut, head, tail, label)
+                found[at] = self.table.mixed_column(edge, prices, at, totals[at])
+        return list(found.values())
+
+    def _near_prices(self, space: StageSpace, edge: int, room: float) -> IntArray:
+        """Prices whose plans for the edge lie nearest the price of memory that bounds it best."""
+        edges, weights = self.table.edges, self.objective.balanced
+        totals = self.table.totals[edges.cls[edge], :, edges.entry[edge], edges.exit[edge]]
+        need = totals[:, STATE] + space.held * totals[:, SAVED]
+        cost = weights[0] * totals[:, TIME] + weights[1] * totals[:, STEP]
+        offered = np.array([price.state_price for price in self.table.prices if price.time_weight == weights[0]])
+        duals = (cost[None, :] + offered[:, None] * (need - room)[None, :]).min(axis=1)
+        order = np.argsort(cost + offered[duals.argmax()] * need, kind="stable")
+        _, first = np.unique(need[order], return_index=True)
+        near: IntArray = order[np.sort(first)[:MIXED_PRICES]]
+        return near
+
+    def _chosen(self, pools: Sequence[_Pool], best: tuple[Column, ...], proven: Bound) -> Outcome:
+        """Let the ILP choose among the columns that could beat the incumbent, and the incumbent's own."""
+        offers = [
+            list(dict.fromkeys((column, *others)))
+            for column, others in zip(best, self._hopeful(pools, self._value(best)), strict=True)
+        ]
+        ilp = StageIlp(offers, self.configuration.microbatches)
+        choice = ilp.solve()
+        value = self._value(best)
+        if choice.objective_s >= value * (1 - 1e-12):
+            choice = replace(choice, columns=best, objective_s=value, bound_s=min(choice.bound_s, value))
+        return Outcome(min(proven.bound_s, choice.objective_s), choice, None, ilp)
+
+    def _hopeful(self, pools: Sequence[_Pool], value: float) -> list[list[Column]]:
+        arcs = [self._arcs(pool) for pool in pools]
+        starts, ends, nodes = self._ends()
+        microbatches = self.configuration.microbatches
+        found = sweep(arcs, levels_of(arcs, 0.0, value / microbatches), starts, ends, nodes)
+        kept = []
+        for stage, (pool, a) in enumerate(zip(pools, arcs, strict=True)):
+            slowest = np.maximum(found.levels.lower_s[:, None], a.slow_s[None, :])
+            through = (found.through_s(stage) + (microbatches - 1) * slowest).min(axis=0)
+            order = np.argsort(through, kind="stable")[:MAX_ILP_COLUMNS]
+            kept.append([pool.column(self.table, int(i)) for i in order if through[i] < value * (1 - 1e-12)])
+        return kept
+
+    def _shortage(self) -> Shortage | None:
+        """The tiling whose largest stage is smallest; None if no tiling is possible at any cap."""
+        if not np.isfinite(self.cap_bytes):
+            return None
+        table, arcs, spaces = self.table, [], []
+        for stage in range(self.configuration.pp):
+            edges = self._stage_edges(stage)
+            space = StageSpace(stage, self.held[stage], edges, np.full(len(edges), np.inf))
+            need = self._least_bytes(space) + table.edges.reserve_bytes[edges] + self.extra_bytes[stage]
+            arcs.append(Arcs(table.edges.source[edges], table.edges.target[edges], need, need))
+            spaces.append(space)
+        needed, path = bottleneck(arcs, *self._ends())
+        if not path:
+            return None
+        binding = int(np.argmax([a.cost_s[arc] for a, arc in zip(arcs, path, strict=True)]))
+        layers = [table.prices.index(space.least_bytes_price()) for space in spaces]
+        columns = tuple(
+            table.column(int(space.edges[arc]), layer) for space, arc, layer in zip(spaces, path, layers, strict=True)
+        )
+        return Shortage(int(np.ceil(needed)), binding, columns)

@@ -1,0 +1,171 @@
+"""The exact choice: one column per stage, as an integer program solved by HiGHS or, failing that, CBC.
+
+Variables: x[s, c] = 1 if stage s is column c; slowest = time of the slowest stage; step = the largest
+per-step cost. Times are divided by a unit near the slowest stage, since solvers' tolerances are absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pulp
+
+from autopar.planner.columns import Column
+from cost_model.errors import SolverError
+
+Offers = Sequence[Sequence[Column]]
+TIME_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """columns: one per stage; bound_s: proven over the same columns; optimal: whether they meet.
+
+    solver: the one that answered; notes: fallbacks and timeouts, to be said to the user.
+    """
+
+    columns: tuple[Column, ...]
+    objective_s: float
+    bound_s: float
+    optimal: bool
+    solver: str
+    notes: tuple[str, ...]
+
+
+def objective_s(columns: Sequence[Column], microbatches: int) -> float:
+    """sum of stages and cuts + (microbatches - 1) x slowest stage + largest per-step cost."""
+    along = sum(c.time_s + c.cut_s for c in columns)
+    return along + (microbatches - 1) * max(c.time_s for c in columns) + max(c.step_s for c in columns)
+
+
+class StageIlp:
+    """The integer program over columns offered to each stage.
+
+    Invariant: only columns that begin the chain are offered to the first stage, only columns that end
+    it to the last, and none is over its stage's memory cap.
+    """
+
+    def __init__(self, offers: Offers, microbatches: int) -> None:
+        assert offers and all(offers), "a stage without columns"
+        self.offers = tuple(tuple(columns) for columns in offers)
+        self.microbatches = microbatches
+        self.unit_s = _unit_s(self.offers)
+        self.problem = pulp.LpProblem("autopar_stages", pulp.LpMinimize)
+        self.picks = [
+            [pulp.LpVariable(f"x_{s}_{c}", cat=pulp.LpBinary) for c in range(len(columns))]
+            for s, columns in enumerate(self.offers)
+        ]
+        self.slowest = pulp.LpVariable("slowest", lowBound=0)
+        self.step = pulp.LpVariable("step", lowBound=0)
+        self.problem += self._objective(), "step_time"
+        for s in range(len(self.offers)):
+            self._one_column(s)
+            self._slowest_stage(s)
+            self._largest_step(s)
+        for s in range(len(self.offers) - 1):
+            self._meet_at_cut(s)
+
+    def write_lp(self, path: str | Path) -> None:
+        """Write the program in LP format."""
+        self.problem.writeLP(str(path))
+
+    def solve(self, time_limit_s: float = TIME_LIMIT_S) -> Choice:
+        """Solve with the first solver that works.
+
+        Raises SolverError, naming what was tried, if none gives a solution.
+        """
+        failures: list[tuple[str, str]] = []
+        for name, make in SOLVERS:
+            reason = _attempt(self.problem, make(time_limit_s))
+            if reason is None:
+                return self._choice(name, failures)
+            failures.append((name, reason))
+        raise SolverError(tuple(failures))
+
+    def _objective(self) -> pulp.LpAffineExpression:
+        """sum_s sum_c (time[c] + cut[c]) x[s, c] + (microbatches - 1) slowest + step"""
+        terms = [
+            (pick, (c.time_s + c.cut_s) / self.unit_s)
+            for picks, columns in zip(self.picks, self.offers, strict=True)
+            for pick, c in zip(picks, columns, strict=True)
+        ]
+        return pulp.LpAffineExpression([*terms, (self.slowest, self.microbatches - 1), (self.step, 1)])
+
+    def _one_column(self, s: int) -> None:
+        """sum_c x[s, c] = 1"""
+        self.problem += pulp.lpSum(self.picks[s]) == 1, f"one_column_{s}"
+
+    def _slowest_stage(self, s: int) -> None:
+        """sum_c time[c] x[s, c] <= slowest"""
+        terms = [(x, c.time_s / self.unit_s) for x, c in zip(self.picks[s], self.offers[s], strict=True)]
+        self.problem += pulp.LpAffineExpression([*terms, (self.slowest, -1)]) <= 0, f"slowest_stage_{s}"
+
+    def _largest_step(self, s: int) -> None:
+        """sum_c step[c] x[s, c] <= step"""
+        terms = [(x, c.step_s / self.unit_s) for x, c in zip(self.picks[s], self.offers[s], strict=True)]
+        self.problem += pulp.LpAffineExpression([*terms, (self.step, -1)]) <= 0, f"largest_step_{s}"
+
+    def _meet_at_cut(self, s: int) -> None:
+        """for each (position, label): sum of x[s, c] that end there = sum of x[s + 1, c] that begin there"""
+        meeting: dict[tuple[int, int], list[tuple[pulp.LpVariable, int]]] = {}
+        for x, c in zip(self.picks[s], self.offers[s], strict=True):
+            meeting.setdefault((c.last, c.exit), []).append((x, 1))
+        for x, c in zip(self.picks[s + 1], self.offers[s + 1], strict=True):
+            meeting.setdefault((c.first, c.entry), []).append((x, -1))
+        for (position, label), terms in sorted(meeting.items(), key=lambda item: item[0]):
+            self.problem += pulp.LpAffineExpression(terms) == 0, f"meet_{s}_{position}_{label}"
+
+    def _choice(self, solver: str, failures: Sequence[tuple[str, str]]) -> Choice:
+        columns = tuple(
+            next(c for x, c in zip(picks, offered, strict=True) if round(x.value() or 0.0) == 1)
+            for picks, offered in zip(self.picks, self.offers, strict=True)
+        )
+        found_s = objective_s(columns, self.microbatches)
+        optimal = self.problem.sol_status == pulp.LpSolutionOptimal
+        notes = [f"ILP solver {name} did not work ({reason}); {solver} was used" for name, reason in failures]
+        bound_s = found_s if optimal else min(found_s, relaxed_s(self.offers, self.microbatches))
+        if not optimal:
+            notes.append(f"{solver} stopped at its time limit, {_percent(found_s, bound_s)} above the bound it left")
+        return Choice(columns, found_s, bound_s, optimal, solver, tuple(notes))
+
+
+def relaxed_s(offers: Offers, microbatches: int) -> float:
+    """A lower bound that needs no solver: each stage takes its best column, whatever its neighbours do."""
+    along = sum(min(c.time_s + c.cut_s for c in columns) for columns in offers)
+    slowest = max(min(c.time_s for c in columns) for columns in offers)
+    return along + (microbatches - 1) * slowest + max(min(c.step_s for c in columns) for columns in offers)
+
+
+def _unit_s(offers: Offers) -> float:
+    slowest = max(min(c.time_s for c in columns) for columns in offers)
+    return slowest if slowest > 0 else 1.0
+
+
+def _percent(found_s: float, bound_s: float) -> str:
+    return f"{(found_s / bound_s - 1) * 100:.2f} %" if bound_s > 0 else "unboundedly"
+
+
+def _attempt(problem: pulp.LpProblem, solver: pulp.LpSolver) -> str | None:
+    """None if the solver left an integer solution, else why not."""
+    if not solver.available():
+        return "not installed"
+    try:
+        problem.solve(solver)
+    except pulp.PulpError as error:
+        return str(error)
+    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        return f"no solution ({pulp.LpSolution[problem.sol_status]})"
+    return None
+
+
+def _highs(time_limit_s: float) -> pulp.LpSolver:
+    return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=time_limit_s)
+
+
+def _cbc(time_limit_s: float) -> pulp.LpSolver:
+    return pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, threads=1, timeLimit=time_limit_s)
+
+
+SOLVERS: tuple[tuple[str, Callable[[float], pulp.LpSolver]], ...] = (("HiGHS", _highs), ("CBC", _cbc))

@@ -1,0 +1,136 @@
+"""Prices of choices before rewriting: ops under a strategy, changes of placement, parameters once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.optimizer_price import OptimizerPrice
+from cost_model.cluster import Cluster
+from cost_model.factors import Strategy
+from cost_model.ops import OpCall, entry_of, price_of
+from cost_model.placement import Placement, Varying, local_shape
+from cost_model.program import OpCost
+from cost_model.redistribution import can_convert, conversion_steps, step_collectives
+from cost_model.tensor import TensorMeta
+
+
+def local_meta(meta: TensorMeta, placement: Placement, size: int) -> TensorMeta:
+    return TensorMeta(local_shape(meta.shape, placement, size), meta.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class MeshPrices:
+    """Seconds and bytes on a (dp, tp) mesh of a cluster whose ranks are laid out tp innermost.
+
+    optimizer: the whole model's price, from which rates per byte are taken; parameter_bytes: what it was taken on.
+    """
+
+    cluster: Cluster
+    dp: int
+    tp: int
+    optimizer: OptimizerPrice
+    parameter_bytes: int
+
+    @cached_property
+    def tp_group(self) -> tuple[int, ...]:
+        return tuple(range(self.tp))
+
+    @cached_property
+    def op_s(self) -> Callable[[OpCost], float]:
+        """Seconds of an op on the slowest device; distinct ops are asked for once."""
+        devices = tuple({id(d): d for d in self.cluster.devices}.values())
+        known: dict[OpCost, float] = {}
+
+        def seconds(cost: OpCost) -> float:
+            if cost not in known:
+                known[cost] = max(device.op_time_s(cost) for device in devices)
+            return known[cost]
+
+        return seconds
+
+    @cached_property
+    def view_s(self) -> float:
+        """A call that computes nothing still costs its line on a CPU."""
+        return max((d.op_overhead_s for d in self.cluster.devices if d.kind == "cpu"), default=0.0)
+
+    def op_time_s(self, call: OpCall, strategy: Strategy) -> float:
+        """Forward and backward of one call under a strategy, its own collectives included."""
+        local = OpCall(
+            call.op,
+            tuple(local_meta(m, p, self.tp) for m, p in zip(call.inputs, strategy.inputs, strict=True)),
+            tuple(local_meta(m, p, self.tp) for m, p in zip(call.outputs, strategy.outputs, strict=True)),
+            call.args,
+        )
+        cost, entry = price_of(local), entry_of(call.op)
+        forward = self.view_s if cost is None else self.op_s(cost)
+        backward = sum(self.op_s(c) for c in entry.backward_price(local)) if entry is not None else 2 * forward
+        if cost is None:
+            backward = max(backward, self.view_s)
+        return forward + backward + (self._inside_s(local) if strategy.inside else 0.0)
+
+    def _inside_s(self, local: OpCall) -> float:
+        """Cross entropy over sharded classes reduces the rows' maxima, then sums and targets together."""
+        rows = local.inputs[0].shape[0] * 4
+        return self.collective_s("all_reduce", rows) + self.collective_s("all_reduce", 2 * rows)
+
+    def collective_s(self, kind: str, nbytes: int) -> float:
+        return self.cluster.collective_time_s(kind, nbytes, self.tp_group) if self.tp > 1 else 0.0
+
+    def conversion_s(self, meta: TensorMeta, source: Placement, target: Placement) -> float:
+        """Forward and backward seconds of a change of placement; infinite where there is none."""
+        if not can_convert(source, target):
+            return float("inf")
+        return sum(self._step_s(meta, a, b) for a, b in conversion_steps(source, target))
+
+    def _step_s(self, meta: TensorMeta, source: Placement, target: Placement) -> float:
+        step = step_collectives(source, target)
+        assert step is not None
+        seconds = 0.0
+        for kind in (step.forward, step.backward):
+            if kind == "slice":
+                seconds += self.op_s(OpCost("copy", 0.0, 2.0 * meta.nbytes / self.tp, meta.dtype))
+            elif kind:
+                seconds += self.collective_s(kind, meta.nbytes)
+                if kind != "all_reduce":
+                    seconds += self.op_s(OpCost("copy", 0.0, 2.0 * meta.nbytes, meta.dtype))
+        return seconds
+
+    def parameter_step_s(self, meta: TensorMeta, placement: Placement) -> float:
+        """Gradient reduction and optimizer once per step, at the rates of the whole model's buffers."""
+        nbytes = local_meta(meta, placement, self.tp).nbytes
+        group = self._reduce_group(isinstance(placement, Varying))
+        reduce_rate = 0.0
+        if len(group) > 1:
+            reduce_rate = (
+                self.cluster.collective_time_s("all_reduce", self.parameter_bytes, group) / self.parameter_bytes
+            )
+        return nbytes * (reduce_rate + self._optimizer_rate)
+
+    @cached_property
+    def _optimizer_rate(self) -> float:
+        return sum(map(self.op_s, self.optimizer.costs)) / max(self.parameter_bytes, 1)
+
+    def _reduce_group(self, varying: bool) -> tuple[int, ...]:
+        if varying:
+            return tuple(range(self.dp * self.tp))
+        return tuple(range(0, self.dp * self.tp, self.tp))
+
+    def parameter_time_s(self, meta: TensorMeta, placement: Placement) -> float:
+        """Adding its gradient to the buffer, once per microbatch."""
+        nbytes = local_meta(meta, placement, self.tp).nbytes
+        return self.op_s(OpCost("elementwise", 0.0, 3.0 * nbytes, meta.dtype))
+
+    def parameter_state_bytes(self, meta: TensorMeta, placement: Placement, trainable: bool) -> float:
+        """Weight, gradient and optimizer state."""
+        copies = 2.0 + self.optimizer.state_bytes / max(self.parameter_bytes, 1) if trainable else 1.0
+        return local_meta(meta, placement, self.tp).nbytes * copies
+
+    def transfer_s(self, meta: TensorMeta, placement: Placement) -> float:
+        """An activation to the next stage and its gradient back."""
+        stride = self.dp * self.tp
+        if stride >= self.cluster.num_devices:
+            return 0.0
+        nbytes = local_meta(meta, placement, self.tp).nbytes
+        return self.cluster.transfer_time_s(nbytes, 0, stride) + self.cluster.transfer_time_s(nbytes, stride, 0)

@@ -1,0 +1,355 @@
+"""The outer search: meshes, microbatch sizes and labels of shared variables, best bound first.
+
+A unit is one configuration with one label for each shared variable. Units wait in a queue under their
+proven bound; a solved one waits under its objective. The first solved unit to come out, once the caller
+has confirmed that its rewritten program fits, is the answer: nothing left in the queue can beat it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from autopar.planner.chain import Chain, in_flight
+from autopar.planner.columns import Column
+from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
+from autopar.planner.factor_graph import Factor, FactorGraph
+from autopar.planner.segment import Segment
+from cost_model.errors import ParallelismError, UnsupportedError
+
+__all__ = [
+    "Chain", "Configuration", "Factor", "FactorGraph", "Infeasible", "Pins", "Progress", "Solution",
+    "Space", "StageSolution", "in_flight", "search",
+]  # fmt: skip
+SCHEDULES = ("1f1b", "gpipe")
+MAX_CONFIRMATIONS = 8
+
+
+class Space(Protocol):
+    """What the caller knows: the chain on a mesh at a microbatch size, or None where that is impossible."""
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None: ...
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Choices already made; None leaves one to the search.
+
+    Both schedules have the same objective and 1f1b never holds more, so it alone is searched unless
+    gpipe is pinned; with pp = 1 a plan is called 1f1b by convention.
+    """
+
+    dp: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+    microbatch_size: int | None = None
+    schedule: str | None = None
+
+
+@dataclass(frozen=True)
+class StageSolution:
+    """Segments [first, last) with the labels at both ends and the assignment of each segment, in order."""
+
+    first: int
+    last: int
+    entry: str
+    exit: str
+    assignments: tuple[Mapping[str, str], ...] = field(hash=False)
+    time_s: float
+    cut_s: float
+    step_s: float
+    state_bytes: float
+    saved_bytes: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """objective_s: seconds of a step; bound_s: no plan of any configuration is faster.
+
+    gap: (objective_s - bound_s) / bound_s, 0 where proven optimal. notes: fallbacks, timeouts, interruption.
+    """
+
+    configuration: Configuration
+    stages: tuple[StageSolution, ...]
+    objective_s: float
+    bound_s: float
+    gap: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """No plan fits. needed_bytes: the smallest cap that would do; stage: that binds in the plan that needs least."""
+
+    needed_bytes: int
+    stage: int
+    configuration: Configuration
+    stages: tuple[StageSolution, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """units: how many there are, solved of them so far; best_s: best objective, None before any.
+
+    bound_s: the least that what still waits may give; configuration: the one just solved.
+    """
+
+    units: int
+    solved: int
+    best_s: float | None
+    bound_s: float
+    configuration: Configuration
+
+
+Confirm = Callable[[Solution], Sequence[int]]
+
+
+def search(
+    space: Space,
+    num_devices: int,
+    batch: int,
+    *,
+    cap_bytes: int | None = None,
+    pins: Pins | None = None,
+    confirm: Confirm | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    lp_path: str | Path | None = None,
+) -> Solution | Infeasible:
+    """The fastest plan for a global batch on all devices, under a memory cap per device (None: no cap).
+
+    confirm(solution) gives the exact peak bytes of each stage after rewriting; a stage over the cap is
+    tightened by the difference and solved again. lp_path: where to write the ILP of the answer.
+    Ctrl-C returns the best plan so far with its gap, if there is one. Equal input gives an equal answer;
+    ties go to fewer stages, then less tensor parallelism, then larger microbatches, then first labels.
+    Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver.
+    """
+    run = _Search(space, num_devices, batch, cap_bytes, pins or Pins(), confirm, progress)
+    try:
+        answer = run.answer()
+    except KeyboardInterrupt:
+        answer = run.interrupted()
+    if lp_path is not None and isinstance(answer, Solution):
+        run.write_lp(answer, lp_path)
+    return answer
+
+
+def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configuration]:
+    """All configurations that pins, devices and batch allow, in the order that breaks ties."""
+    if pins.schedule not in (None, *SCHEDULES):
+        raise UnsupportedError(f"schedule {pins.schedule!r} cannot be planned yet; pin one of {', '.join(SCHEDULES)}")
+    for pp in _divisors(num_devices, pins.pp):
+        for tp in _divisors(num_devices // pp, pins.tp):
+            dp = num_devices // pp // tp
+            if pins.dp not in (None, dp) or batch % dp:
+                continue
+            for size in reversed(_divisors(batch // dp, pins.microbatch_size)):
+                yield Configuration(dp, tp, pp, pins.schedule or "1f1b", size, batch // dp // size)
+
+
+def _divisors(number: int, pinned: int | None) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0 and pinned in (None, d)]
+
+
+@dataclass(eq=False)
+class _Unit:
+    """order: breaks ties; bound_s: proven; outcome: once solved; confirmations: how often it was too large."""
+
+    order: tuple[int, ...]
+    solver: ConfigurationSolver
+    bound_s: float
+    outcome: Outcome | None = None
+    solution: Solution | None = None
+    confirmed: bool = False
+    confirmations: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class _Search:
+    def __init__(
+        self,
+        space: Space,
+        num_devices: int,
+        batch: int,
+        cap_bytes: int | None,
+        pins: Pins,
+        confirm: Confirm | None,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.space, self.num_devices, self.batch, self.pins = space, num_devices, batch, pins
+        self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
+        self.confirm, self.progress = confirm, progress
+        self.segments: dict[FactorGraph, Segment] = {}
+        self.units: list[_Unit] = []
+        self.queue: list[tuple[float, tuple[int, ...], _Unit]] = []
+        self.solved = 0
+        self.shortages: list[tuple[int, tuple[int, ...], Infeasible]] = []
+
+    def answer(self) -> Solution | Infeasible:
+        self._gather()
+        while self.queue:
+            unit = heapq.heappop(self.queue)[2]
+            if unit.solution is None:
+                self._solve(unit)
+            elif self._fits(unit):
+                return self._final(unit, ())
+        return self._infeasible()
+
+    def interrupted(self) -> Solution:
+        """The best confirmed plan, else the best plan, else the interruption itself."""
+        found = [unit for unit in self.units if unit.solution is not None]
+        if not found:
+            raise KeyboardInterrupt
+        best = min(found, key=lambda unit: (not unit.confirmed, self._key(unit), unit.order))
+        note = f"interrupted after {self.solved} of {len(self.units)} configurations; the best plan so far is given"
+        unsure = self.confirm is not None and not best.confirmed
+        return self._final(best, (note, "its exact peak memory was not confirmed") if unsure else (note,))
+
+    def write_lp(self, answer: Solution, path: str | Path) -> None:
+        for unit in self.units:
+            if unit.solution is not None and unit.solution.stages is answer.stages:
+                assert unit.outcome is not None and unit.outcome.ilp is not None
+                unit.outcome.ilp.write_lp(path)
+
+    def _gather(self) -> None:
+        """Put every possible unit in the queue under its quick bound."""
+        chains: dict[tuple[int, int, int], Chain | None] = {}
+        reasons: list[str] = []
+        for c in configurations(self.num_devices, self.batch, self.pins):
+            mesh = (c.dp, c.tp, c.microbatch_size)
+            if mesh not in chains:
+                chains[mesh] = self.space.chain(*mesh)
+            chain = chains[mesh]
+            if chain is None:
+                reasons.append(f"dp={c.dp} tp={c.tp} microbatch_size={c.microbatch_size} cannot shard the model")
+            elif c.pp > len(chain):
+                reasons.append(f"pp={c.pp} is more than the {len(chain)} segments the model can be cut into")
+            else:
+                self._add_units(c, chain)
+        if not self.queue:
+            raise ParallelismError(self._why(reasons))
+
+    def _why(self, reasons: Sequence[str]) -> str:
+        pinned = ", ".join(f"{k}={v}" for k, v in vars(self.pins).items() if v is not None) or "nothing pinned"
+        detail = reasons[0] if reasons else "the degrees do not divide the devices and the batch"
+        return (
+            f"no configuration is possible on {self.num_devices} device(s) with a batch of {self.batch} and "
+            f"{pinned}: {detail}. Next: pin fewer degrees, or change the batch"
+        )
+
+    def _add_units(self, c: Configuration, chain: Chain) -> None:
+        domains = chain.shared_domains()
+        for number, labels in enumerate(itertools.product(*domains.values())):
+            fixed = chain.fixed(dict(zip(domains, labels, strict=True)))
+            segments = [self.segments.setdefault(g, Segment(g)) for g in fixed.kinds]
+            solver = ConfigurationSolver(fixed, segments, c, self.cap_bytes)
+            unit = _Unit((c.pp, c.tp, -c.microbatch_size, number), solver, solver.quick_bound_s())
+            if math.isfinite(unit.bound_s):
+                self.units.append(unit)
+                self._push(unit)
+
+    def _key(self, unit: _Unit) -> float:
+        """Twelve digits: sums that differ in the last bits are ties."""
+        return float(f"{unit.bound_s if unit.solution is None else unit.solution.objective_s:.12g}")
+
+    def _push(self, unit: _Unit) -> None:
+        heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
+
+    def _best_s(self) -> float:
+        return min((unit.solution.objective_s for unit in self.units if unit.solution is not None), default=math.inf)
+
+    def _solve(self, unit: _Unit) -> None:
+        outcome = unit.solver.solve(self._best_s() * (1 + 1e-12))
+        unit.bound_s = max(unit.bound_s, outcome.bound_s)
+        unit.outcome = outcome
+        if outcome.choice is not None:
+            unit.solution = self._solution(unit, outcome)
+        elif outcome.shortage is not None:
+            short = outcome.shortage
+            self._short(unit, short.needed_bytes, short.stage, _stages(unit.solver, short.columns))
+        if math.isfinite(unit.bound_s):
+            self._push(unit)
+        self._report(unit)
+
+    def _report(self, unit: _Unit) -> None:
+        self.solved += 1
+        if self.progress is None:
+            return
+        best_s = self._best_s()
+        bound_s = min((key for key, _, _ in self.queue), default=best_s)
+        known = best_s if math.isfinite(best_s) else None
+        self.progress(Progress(len(self.units), self.solved, known, bound_s, unit.solver.configuration))
+
+    def _solution(self, unit: _Unit, outcome: Outcome) -> Solution:
+        assert outcome.choice is not None
+        choice = outcome.choice
+        stages = _stages(unit.solver, choice.columns)
+        gap = _gap(choice.objective_s, unit.bound_s)
+        return Solution(
+            unit.solver.configuration, stages, choice.objective_s, unit.bound_s, gap, (*choice.notes, *unit.notes)
+        )
+
+    def _fits(self, unit: _Unit) -> bool:
+        """Ask for exact peaks; over the cap, tighten those stages and put the unit back."""
+        assert unit.solution is not None
+        unit.confirmed = True
+        if self.confirm is None or not math.isfinite(self.cap_bytes):
+            return True
+        peaks = list(self.confirm(unit.solution))
+        if max(peaks) <= self.cap_bytes:
+            return True
+        stages, unit.solution, unit.confirmed = unit.solution.stages, None, False
+        unit.confirmations += 1
+        for stage, peak in enumerate(peaks):
+            unit.solver.extra_bytes[stage] += max(0.0, peak - self.cap_bytes)
+        if unit.confirmations < MAX_CONFIRMATIONS:
+            times = "once" if unit.confirmations == 1 else f"{unit.confirmations} times"
+            unit.notes = (f"the rewritten program needed more than the cap; its stages were tightened {times}",)
+            self._push(unit)
+        else:
+            self._short(unit, int(max(peaks)), peaks.index(max(peaks)), stages)
+        return False
+
+    def _short(self, unit: _Unit, needed_bytes: int, stage: int, stages: tuple[StageSolution, ...]) -> None:
+        found = Infeasible(needed_bytes, stage, unit.solver.configuration, stages)
+        self.shortages.append((needed_bytes, unit.order, found))
+
+    def _final(self, unit: _Unit, notes: tuple[str, ...]) -> Solution:
+        assert unit.solution is not None
+        found = unit.solution
+        bound_s = min(found.objective_s, *(other.bound_s for other in self.units))
+        gap = _gap(found.objective_s, bound_s)
+        return Solution(found.configuration, found.stages, found.objective_s, bound_s, gap, (*found.notes, *notes))
+
+    def _infeasible(self) -> Infeasible:
+        if not self.shortages:
+            raise ParallelismError(self._why(["every way to cut the model is forbidden"]))
+        return min(self.shortages, key=lambda row: row[:2])[2]
+
+
+def _gap(objective_s: float, bound_s: float) -> float:
+    if objective_s <= bound_s:
+        return 0.0
+    return (objective_s - bound_s) / bound_s if bound_s > 0 else math.inf
+
+
+def _stages(solver: ConfigurationSolver, columns: Sequence[Column]) -> tuple[StageSolution, ...]:
+    return tuple(
+        StageSolution(
+            c.first,
+            c.last,
+            solver.chain.boundary_labels(c.first)[c.entry],
+            solver.chain.boundary_labels(c.last)[c.exit],
+            solver.table.assignments(c),
+            c.time_s,
+            c.cut_s,
+            c.step_s,
+            c.state_bytes,
+            c.saved_bytes,
+        )
+        for c in columns
+    )

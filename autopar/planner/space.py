@@ -1,0 +1,313 @@
+"""Space: the traced model as chains of factor graphs, one chain for each mesh and microbatch size.
+
+Variables of a segment's graph are what a plan file holds: ``op:<node>`` (a strategy), ``input:<node>`` (a placement
+of a parameter or of the activation that comes in) and ``form:<node>`` (the second form in which a value with
+several users is shared).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from autopar.optimizer_price import OptimizerPrice
+from autopar.planner.chain import Chain
+from autopar.planner.factor_graph import Factor, FactorGraph
+from autopar.planner.prices import MeshPrices, local_meta
+from autopar.planner.strategies import OpSpace, PlannedOp, op_space
+from cost_model.cluster import Cluster
+from cost_model.errors import UnsupportedError
+from cost_model.ops import entry_of
+from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
+from cost_model.strategies import strategy_text
+from cost_model.tensor import TensorMeta
+from passes.batch import BatchAnalysis
+from passes.dependence import active_nodes
+from passes.graph import ModelGraph
+from passes.segment import Segment, segment
+from passes.shard import form_key, input_key, op_key
+from passes.specialise import BatchMismatchError, specialise
+from passes.trace import Traced
+
+EXIT = "exit"
+
+
+@dataclass(frozen=True, eq=False)
+class LocalModel:
+    """The model at one microbatch size."""
+
+    model: ModelGraph
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """Parameters that more than one segment uses."""
+        seen: set[str] = set()
+        twice: set[str] = set()
+        for part in self.segments:
+            twice |= seen & set(part.parameters)
+            seen |= set(part.parameters)
+        return frozenset(twice)
+
+    @cached_property
+    def ambient(self) -> frozenset[str]:
+        active = active_nodes(self.model)
+        placed = {i.node for i in self.model.inputs if i.kind == "parameter"}
+        return frozenset(n.name for n in self.model.graph.nodes if n.name not in active and n.name not in placed)
+
+    @cached_property
+    def trainable(self) -> frozenset[str]:
+        return frozenset(i.node for i in self.model.inputs if i.trainable)
+
+
+class ModelSpace:
+    """What the search asks: a chain for each (dp, tp, microbatch size); None where the batch cannot be split so.
+
+    sharded: False keeps every parameter whole (an optimizer that is not elementwise).
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        analysis: BatchAnalysis,
+        cluster: Cluster,
+        optimizer: OptimizerPrice,
+        parameter_bytes: int,
+        *,
+        sharded: bool,
+    ) -> None:
+        self.traced, self.analysis, self.cluster = traced, analysis, cluster
+        self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
+        self._models: dict[int, LocalModel | None] = {}
+        self._chains: dict[tuple[int, int, int], Chain | None] = {}
+
+    def local_model(self, microbatch_size: int) -> LocalModel | None:
+        """Specialised and segmented once per size; None where the model does not allow the size."""
+        if microbatch_size not in self._models:
+            self._models[microbatch_size] = self._specialised(microbatch_size)
+        return self._models[microbatch_size]
+
+    def _specialised(self, microbatch_size: int) -> LocalModel | None:
+        whole = self.traced.global_graph.batch
+        if self.analysis.reason is not None and microbatch_size != whole:
+            return None
+        try:
+            model = specialise(self.traced, microbatch_size)
+        except (UnsupportedError, BatchMismatchError):
+            return None
+        return LocalModel(model, segment(model))
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
+        key = (dp, tp, microbatch_size)
+        if key not in self._chains:
+            local = self.local_model(microbatch_size)
+            self._chains[key] = None if local is None else self._chain(local, dp, tp)
+        return self._chains[key]
+
+    def _chain(self, local: LocalModel, dp: int, tp: int) -> Chain:
+        prices = MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes)
+        kinds: dict[str, int] = {}
+        graphs: list[FactorGraph] = []
+        for index, part in enumerate(local.segments):
+            if part.kind not in kinds:
+                kinds[part.kind] = len(graphs)
+                last = index == len(local.segments) - 1
+                graphs.append(_SegmentGraph(local, part, prices, tp, self.sharded, last).build())
+        inputs = self._input_bytes()
+
+        def cut_s(position: int, label: str) -> float:
+            exit_name = local.segments[position - 1].exit
+            return prices.transfer_s(local.model.tensor(exit_name), parse_placement(label))
+
+        sequence = tuple(kinds[part.kind] for part in local.segments)
+        return Chain(tuple(graphs), sequence, cut_s, lambda first, last: inputs)
+
+    def _input_bytes(self) -> int:
+        """Smallest batch input: every stage may need none but one of them; the rest is found exactly later."""
+        whole = self.traced.global_graph
+        sizes = [whole.tensor(i.node).nbytes for i in whole.inputs if i.kind == "batch"]
+        return min(sizes, default=0) if len(sizes) == 1 else 0
+
+
+def boundary_placements(meta: TensorMeta, tp: int) -> tuple[Placement, ...]:
+    """How an activation may lie between segments: whole, a sum, or split along one dim."""
+    if tp == 1:
+        return (REPLICATE,)
+    return (REPLICATE, PARTIAL, *(Shard(d) for d, e in enumerate(meta.shape) if e % tp == 0 and e > 1))
+
+
+class _SegmentGraph:
+    """Builds the factor graph of one kind of segment."""
+
+    def __init__(
+        self, local: LocalModel, part: Segment, prices: MeshPrices, tp: int, sharded: bool, last: bool
+    ) -> None:
+        self.local, self.part, self.prices, self.tp = local, part, prices, tp
+        self.sharded, self.last = sharded, last
+        self.space: OpSpace = op_space(local.model, part.nodes, local.ambient, tp)
+        self.ops = {op.node: op for op in self.space.ops}
+        self.domains: dict[str, tuple[str, ...]] = {}
+        self.factors: list[Factor] = []
+        self.labels: dict[str, tuple[Placement, ...]] = {}
+        self.users = self._users()
+
+    def _users(self) -> dict[str, list[tuple[PlannedOp, int]]]:
+        """tensor -> (op, operand index), each op once."""
+        users: dict[str, list[tuple[PlannedOp, int]]] = {}
+        for op in self.space.ops:
+            for index, operand in enumerate(op.operands):
+                if operand not in self.local.ambient and all(u[0] is not op for u in users.get(operand, [])):
+                    users.setdefault(operand, []).append((op, index))
+        return users
+
+    def build(self) -> FactorGraph:
+        for op in self.space.ops:
+            self._op(op)
+        for name in self.part.parameters:
+            self._parameter(name)
+        if self.part.entry is not None:
+            self._placed(self.part.entry, boundary_placements(self._meta(self.part.entry), self.tp))
+        for tensor, users in self.users.items():
+            self._redistributions(tensor, users)
+        exit_variable = self._exit()
+        entry = None if self.part.entry is None else input_key(self.part.entry)
+        shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.shared)
+        return FactorGraph(self.domains, tuple(self.factors), entry, exit_variable, shared)
+
+    def _meta(self, tensor: str) -> TensorMeta:
+        return self.local.model.tensor(tensor)
+
+    def _op(self, op: PlannedOp) -> None:
+        times = np.array([self.prices.op_time_s(op.call, s) for s in op.strategies])
+        saved = np.array([self._saved_outputs(op, k) for k in range(len(op.strategies))], dtype=float)
+        self.domains[op_key(op.node)] = tuple(strategy_text(s) for s in op.strategies)
+        self.factors.append(Factor((op_key(op.node),), time_s=times, saved_bytes=saved))
+
+    def _saves(self, op: PlannedOp) -> tuple[str, ...]:
+        entry = entry_of(op.call.op)
+        if entry is None:
+            return tuple(f"in{i}" for i in range(len(op.operands)))
+        return entry.saves(op.call)
+
+    def _saved_outputs(self, op: PlannedOp, index: int) -> int:
+        strategy = op.strategies[index]
+        kept = [int(name[3:]) for name in self._saves(op) if name.startswith("out")]
+        return sum(local_meta(op.call.outputs[k], strategy.outputs[k], self.tp).nbytes for k in kept)
+
+    def _parameter(self, name: str) -> None:
+        meta = self._meta(name)
+        shards = self.space.shards.get(name, ()) if self.sharded else ()
+        places: tuple[Placement, ...] = (REPLICATE, VARYING, *shards) if self.tp > 1 else (REPLICATE,)
+        if name in self.local.shared and self.tp > 1:
+            plain = tuple(Shard(d) for d, e in enumerate(meta.shape) if e % self.tp == 0 and e > 1)
+            places = (REPLICATE, VARYING, *(plain if self.sharded else ()))
+        trainable = name in self.local.trainable
+        self._placed(name, places)
+        first_use = name not in self.local.shared or self._is_first_holder(name)
+        weight = 1.0 if first_use else 0.0
+        state = [weight * self.prices.parameter_state_bytes(meta, p, trainable) for p in places]
+        step = [weight * self.prices.parameter_step_s(meta, p) if trainable else 0.0 for p in places]
+        time = [self.prices.parameter_time_s(meta, p) if trainable else 0.0 for p in places]
+        variable = (input_key(name),)
+        self.factors.append(Factor(variable, time_s=np.array(time), step_s=np.array(step), state_bytes=np.array(state)))
+
+    def _is_first_holder(self, name: str) -> bool:
+        """A shared parameter's state is counted in the first segment that holds it; copies are found exactly later."""
+        first = next(s for s in self.local.segments if name in s.parameters)
+        return first is self.part
+
+    def _placed(self, name: str, places: tuple[Placement, ...]) -> None:
+        self.labels[name] = places
+        self.domains[input_key(name)] = tuple(map(str, places))
+
+    def _source(self, tensor: str) -> tuple[str, tuple[Placement, ...]]:
+        """(variable, placement under each of its labels) of where a tensor comes from."""
+        if tensor in self.labels:
+            return input_key(tensor), self.labels[tensor]
+        op_name, index = self.space.values[tensor]
+        return op_key(op_name), tuple(s.outputs[index] for s in self.ops[op_name].strategies)
+
+    def _redistributions(self, tensor: str, users: list[tuple[PlannedOp, int]]) -> None:
+        variable, places = self._source(tensor)
+        kept = self._kept_by_source(tensor)
+        if len(users) > 1 and self.tp > 1:
+            forms = self._forms(tensor, places)
+            self.domains[form_key(tensor)] = tuple(map(str, forms))
+            self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=False, kept=kept)
+            variable, places = form_key(tensor), forms
+        saved_by_form = False
+        for op, index in users:
+            wanted = tuple(s.inputs[index] for s in op.strategies)
+            saves = f"in{index}" in self._saves(op) and tensor not in self.part.parameters
+            again = saves and saved_by_form
+            self._pair(tensor, (variable, places), (op_key(op.node), wanted), saves=saves, kept=kept or again)
+            saved_by_form = saved_by_form or saves
+
+    def _kept_by_source(self, tensor: str) -> bool:
+        """Whether the op that makes a tensor already saves it."""
+        if tensor not in self.space.values:
+            return False
+        op_name, index = self.space.values[tensor]
+        return f"out{index}" in self._saves(self.ops[op_name])
+
+    def _forms(self, tensor: str, places: tuple[Placement, ...]) -> tuple[Placement, ...]:
+        known = dict.fromkeys([*places, REPLICATE, VARYING, PARTIAL, *self.space.shards.get(tensor, ())])
+        return tuple(known)
+
+    def _pair(
+        self,
+        tensor: str,
+        source: tuple[str, tuple[Placement, ...]],
+        target: tuple[str, tuple[Placement, ...]],
+        *,
+        saves: bool,
+        kept: bool,
+    ) -> None:
+        """Conversion costs between two variables, and the bytes that the target's op saves."""
+        meta = self._meta(tensor)
+        (source_variable, given), (target_variable, wanted) = source, target
+        known: dict[tuple[Placement, Placement], float] = {}
+        times = np.zeros((len(given), len(wanted)))
+        saved = np.zeros((len(given), len(wanted)))
+        for i, a in enumerate(given):
+            for j, b in enumerate(wanted):
+                if (a, b) not in known:
+                    known[(a, b)] = self.prices.conversion_s(meta, a, b)
+                times[i, j] = known[(a, b)]
+                if saves and not (kept and a == b):
+                    saved[i, j] = local_meta(meta, b, self.tp).nbytes
+        self.factors.append(Factor((source_variable, target_variable), time_s=times, saved_bytes=saved))
+
+    def _exit(self) -> str | None:
+        """Tie the last op's strategy to the boundary's label; the loss must end up whole."""
+        variable, places = self._source(self.part.exit)
+        if self.last:
+            self._pair(self.part.exit, (variable, places), self._whole_loss(), saves=False, kept=True)
+            return None
+        ends = boundary_placements(self._meta(self.part.exit), self.tp)
+        self.domains[EXIT] = tuple(map(str, ends))
+        allowed = np.array([[0.0 if a == b else np.inf for b in ends] for a in places])
+        self.factors.append(Factor((variable, EXIT), time_s=allowed))
+        return EXIT
+
+    def _whole_loss(self) -> tuple[str, tuple[Placement, ...]]:
+        self.domains["loss"] = (str(REPLICATE),)
+        return "loss", (REPLICATE,)
+
+
+def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]:
+    """Variables of the segment that was solved -> those of an equal segment."""
+    names: Mapping[str, str] = {
+        **dict(zip(representative.nodes, instance.nodes, strict=True)),
+        **dict(zip(representative.parameters, instance.parameters, strict=True)),
+        **({representative.entry: instance.entry} if representative.entry and instance.entry else {}),
+    }
+
+    def rename(variable: str) -> str:
+        prefix, _, name = variable.partition(":")
+        return f"{prefix}:{names.get(name, name)}"
+
+    return rename

@@ -1,0 +1,277 @@
+"""Planning: model, cluster and batch in; plan, program and estimate out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from autopar.link import Linked, link
+from autopar.optimizer_price import OptimizerPrice, price_optimizer
+from autopar.options import Options
+from autopar.planner.search import Infeasible, Pins, Progress, Solution, search
+from autopar.planner.space import LocalModel, ModelSpace, renaming
+from autopar.progress import planning_progress
+from autopar.runtime.optim import OptimizerSpec, capture, is_elementwise
+from cost_model.cluster import Cluster
+from cost_model.errors import BatchError, InfeasiblePlanError, ParallelismError, PlanMismatchError
+from cost_model.estimate import Estimate
+from cost_model.memory import allocator_rounding, stage_peak
+from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.simulate import estimate_program
+from cost_model.tensor import TensorMeta
+from passes.batch import BatchAnalysis, analyse_batch
+from passes.constant import check_constant
+from passes.fingerprint import fingerprint
+from passes.graph import ModelGraph, torch_dtype
+from passes.specialise import specialise
+from passes.trace import Traced, trace
+
+_PREFIXES = ("op:", "input:", "form:")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan and how it was found; what rank 0 tells the others."""
+
+    plan: Plan
+    search_s: float
+    gap: float
+    notes: tuple[str, ...]
+
+
+Agree = Callable[[Callable[[], Decision]], Decision]
+"""Runs the search where it has to run and gives its decision to every rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Everything known before the first step."""
+
+    plan: Plan
+    estimate: Estimate
+    linked: Linked
+    optimizer: OptimizerSpec | None
+
+
+def plan_model(
+    model: nn.Module, cluster: Cluster, inputs: Any, options: Options, agree: Agree = lambda decide: decide()
+) -> Planned:
+    """Trace, search (unless a plan is given), rewrite, verify and price."""
+    start = time.perf_counter()
+    job = Job.of(model, cluster, inputs, options)
+    decision = agree(lambda: job.decide(start))
+    linked = job.linked(decision.plan)
+    notes = (*job.notes, *decision.notes)
+    estimate = estimate_program(linked.program, cluster, decision.plan, notes, decision.search_s, decision.gap)
+    return Planned(decision.plan, estimate, linked, job.optimizer)
+
+
+@dataclass(eq=False)
+class Job:
+    """One model to plan: traced, analysed, its optimizer captured."""
+
+    cluster: Cluster
+    options: Options
+    traced: Traced
+    analysis: BatchAnalysis
+    optimizer: OptimizerSpec | None
+    parameters: Mapping[str, TensorMeta]
+    notes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        self._linked: dict[Plan, Linked] = {}
+
+    @staticmethod
+    def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
+        traced = trace(model, inputs, options.loss_fn)
+        analysis, notes = _analysed(traced, model)
+        whole = traced.global_graph
+        parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}
+        shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in parameters.items()}
+        optimizer = capture(options.optimizer, shapes)
+        return Job(cluster, options, traced, analysis, optimizer, parameters, (*traced.notes, *notes, *_unpriced(whole)))
+
+    @property
+    def batch(self) -> int:
+        return self.traced.global_graph.batch
+
+    @property
+    def cap_bytes(self) -> int:
+        cap = self.options.memory_cap_bytes
+        return self.cluster.memory_cap_bytes if cap is None else cap
+
+    def decide(self, start: float) -> Decision:
+        """The given plan, checked, or the search's."""
+        if self.options.plan is not None:
+            self._check(self.options.plan)
+            return Decision(self.options.plan, time.perf_counter() - start, 0.0, ("the plan was given, not searched",))
+        check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
+        solution = self._search()
+        return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
+
+    def linked(self, plan: Plan) -> Linked:
+        """The program of a plan, rewritten once."""
+        if plan not in self._linked:
+            self._linked[plan] = link(self.traced, self.analysis, plan, self.optimizer)
+        return self._linked[plan]
+
+    def _space(self) -> ModelSpace:
+        price = OptimizerPrice((), 0, 0)
+        if self.optimizer is not None and self.parameters:
+            price = price_optimizer(self.optimizer, self.parameters)
+        total = sum(m.nbytes for m in self.parameters.values())
+        factory = self.options.optimizer
+        sharded = factory is None or is_elementwise(factory)
+        if not sharded:
+            self.notes = (*self.notes, "the optimizer is not elementwise: parameters are not split along tp")
+        return ModelSpace(self.traced, self.analysis, self.cluster, price, max(total, 1), sharded=sharded)
+
+    def _search(self) -> Solution:
+        space = self._space()
+        pins = self.options.parallelism
+        self.space = space
+        with planning_progress() as report:
+            found = search(
+                space,
+                self.cluster.num_devices,
+                self.batch,
+                cap_bytes=self.cap_bytes,
+                pins=Pins(pins.dp, pins.tp, pins.pp, pins.microbatch_size, pins.schedule),
+                confirm=self._peaks,
+                progress=report,
+            )
+        if isinstance(found, Infeasible):
+            raise self._infeasible(found)
+        return found
+
+    def _peaks(self, solution: Solution) -> Sequence[int]:
+        """Exact peak bytes of each stage of the rewritten program."""
+        return [memory.total_bytes for memory in self._stage_memory(self.plan(solution))]
+
+    def _stage_memory(self, plan: Plan) -> list[Any]:
+        return [peak.memory for peak in self._stage_peaks(plan)]
+
+    def _stage_peaks(self, plan: Plan) -> list[Any]:
+        rounding = allocator_rounding(self.cluster.devices[0].kind)
+        program = self.linked(plan).program
+        return [stage_peak(s, program.pp, program.microbatches, program.schedule, rounding) for s in program.stages]
+
+    def plan(self, solution: Solution | Infeasible) -> Plan:
+        """The search's answer as a plan file holds it."""
+        c = solution.configuration
+        local = self.space.local_model(c.microbatch_size)
+        assert local is not None
+        pinned = self.options.parallelism.placement
+        return Plan(
+            model=fingerprint(self.traced.global_graph),
+            cluster=self.cluster.fingerprint(),
+            batch=self.batch,
+            dp=c.dp,
+            tp=c.tp,
+            pp=c.pp,
+            schedule=c.schedule,
+            microbatch_size=c.microbatch_size,
+            microbatches=c.microbatches,
+            memory_cap_bytes=self.cap_bytes,
+            placement=pinned or tuple(range(self.cluster.num_devices)),
+            stages=tuple(_stage_plan(local, stage, c.tp) for stage in solution.stages),
+            segment_labels=tuple(s.label for s in local.segments),
+        )
+
+    def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:
+        plan = self.plan(found)
+        peaks = self._stage_peaks(plan)
+        totals = [p.memory.total_bytes for p in peaks]
+        needed = max(totals)
+        stage = totals.index(needed)
+        c = found.configuration
+        advice = (
+            f"raise memory_cap to {-(-needed // 2**20)} MiB (dp={c.dp} tp={c.tp} pp={c.pp} "
+            f"microbatch_size={c.microbatch_size}), use more devices, or a smaller batch or model"
+        )
+        return InfeasiblePlanError(
+            cap_bytes=self.cap_bytes, needed_bytes=needed, stage=stage, tensors=peaks[stage].largest(), advice=advice
+        )
+
+    def _check(self, plan: Plan) -> None:
+        """A given plan must be for this model, cluster and batch."""
+        for field, expected, found in (
+            ("batch", self.batch, plan.batch),
+            ("model", fingerprint(self.traced.global_graph), plan.model),
+            ("cluster", self.cluster.fingerprint(), plan.cluster),
+        ):
+            if expected != found:
+                raise PlanMismatchError(field, expected, found)
+
+
+def _analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
+    """How the batch splits, with what was assumed about ambient values checked."""
+    analysis = analyse_batch(traced.global_graph)
+    notes: tuple[str, ...] = ()
+    if analysis.constant and traced.other is not None:
+        values = {**dict(model.named_buffers()), **traced.constants}
+        small = traced.other if traced.other.batch < traced.global_graph.batch else specialise(traced, 2)
+        analysis, notes = check_constant(small, analysis, values)
+    if analysis.reason is not None:
+        notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
+    return analysis, notes
+
+
+def _unpriced(model: ModelGraph) -> tuple[str, ...]:
+    """Ops without an entry in the op table: replicated, priced by bytes, and named."""
+    from cost_model.ops import entry_of
+    from passes.graph import is_getitem
+
+    names = dict.fromkeys(str(n.target) for n in model.nodes() if not is_getitem(n) and entry_of(str(n.target)) is None)
+    return tuple(f"{name} has no rule: replicated and priced by the bytes it moves" for name in names)
+
+
+def check_pins(pins: Parallelism, num_devices: int, batch: int, analysis: BatchAnalysis) -> None:
+    """Pins that cannot go together are refused before any search."""
+    degrees = {"dp": pins.dp, "tp": pins.tp, "pp": pins.pp}
+    given = {k: v for k, v in degrees.items() if v is not None}
+    product = 1
+    for value in given.values():
+        product *= value
+    text = " x ".join(f"{k}={v}" for k, v in given.items())
+    if (len(given) == 3 and product != num_devices) or num_devices % product:
+        raise ParallelismError(
+            f"{text} is {product} but the cluster has {num_devices} device(s): the degrees must multiply to that; "
+            "leave one of them None to let the planner fill it in"
+        )
+    if pins.placement is not None and sorted(pins.placement) != list(range(num_devices)):
+        raise ParallelismError(f"placement must name each of the devices 0..{num_devices - 1} once")
+    _check_microbatches(pins, batch, analysis)
+
+
+def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) -> None:
+    dp, size = pins.dp or 1, pins.microbatch_size or 1
+    if batch % (dp * size):
+        fits = [d for d in range(1, batch // dp + 1) if batch % (dp * d) == 0]
+        hint = f"microbatch_size can be {', '.join(map(str, fits[-6:]))}" if fits else f"dp must divide {batch}"
+        raise BatchError(f"a batch of {batch} does not divide into dp={dp} x microbatches of {size}; {hint}")
+    if analysis.reason is not None and (dp > 1 or size not in (1, batch) and pins.microbatch_size is not None):
+        raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
+
+
+def _stage_plan(local: LocalModel, stage: Any, tp: int) -> StagePlan:
+    """Choices of a stage by the names of the very nodes they are for; on one shard nothing has to be said."""
+    choices: dict[str, str] = {}
+    representatives = {}
+    for part in local.segments:
+        representatives.setdefault(part.kind, part)
+    for offset, assignment in enumerate(stage.assignments if tp > 1 else ()):
+        part = local.segments[stage.first + offset]
+        rename = renaming(representatives[part.kind], part)
+        for variable, label in assignment.items():
+            is_inner_entry = offset > 0 and part.entry is not None and rename(variable) == f"input:{part.entry}"
+            if variable.startswith(_PREFIXES) and not is_inner_entry:
+                choices[rename(variable)] = label
+    return StagePlan(stage.first, stage.last, choices)
+
+
+

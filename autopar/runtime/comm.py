@@ -1,0 +1,117 @@
+"""Collectives as generated programs call them: one object per rank, over torch.distributed process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_gather_into: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_into: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Comm:
+    """axes: name -> ranks of this rank's group (global ranks, in axis order); groups: name -> process group.
+
+    Shards follow ``cost_model.placement.Shard(dim, outer)``: dim = outer x n x inner, n over the axis.
+    With ``stage_buffers`` every collective runs on a persistent copy, so that allocator events on the
+    backend's threads do not blur a memory measurement.
+    """
+
+    def __init__(self, rank: int, axes: Mapping[str, Sequence[int]], groups: Mapping[str, dist.ProcessGroup]) -> None:
+        self._rank, self._axes, self._groups = rank, axes, groups
+        self.stage_buffers = False
+        self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    def index(self, axis: str) -> int:
+        """This rank's place on an axis."""
+        return list(self._axes[axis]).index(self._rank)
+
+    def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor:
+        """A new tensor with the reduction of ``x`` over the axis."""
+        return self.all_reduce_(x.clone(memory_format=torch.contiguous_format), axis, op)
+
+    def all_reduce_(self, x: Tensor, axis: str, op: str) -> Tensor:
+        """``x``, overwritten by its reduction over the axis."""
+        target = self._staged(x, 0)
+        dist.all_reduce(target, op=_OPS[op], group=self._groups[axis])
+        return x if target is x else x.copy_(target)
+
+    def all_gather(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+        """All shards joined along ``dim``."""
+        source = self._staged(x.contiguous(), 0)
+        parts = self._fresh((size, *x.shape), x)
+        _gather_into(parts.view(-1), source.view(-1), group=self._groups[axis])
+        return _join(parts, dim, outer, copy=self.stage_buffers)
+
+    def reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+        """This rank's shard of the sum of ``x`` over the axis."""
+        parts = self._staged(_parts(x, size, dim, outer), 0)
+        out = self._fresh(parts.shape[1:], x)
+        _scatter_into(out.view(-1), parts.view(-1), group=self._groups[axis])
+        return out.clone() if self.stage_buffers else out
+
+    def all_to_all(self, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
+        """``split_dim`` is split over the axis, ``concat_dim`` made whole."""
+        parts = self._staged(_parts(x, size, split_dim, 1), 0)
+        received = self._fresh(parts.shape, x)
+        dist.all_to_all_single(received, parts, group=self._groups[axis])
+        return _join(received, concat_dim, 1, copy=self.stage_buffers)
+
+    def take_shard(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+        """This rank's shard of a value that all ranks hold, as a tensor of its own."""
+        return shard_of(x, self.index(axis), size, dim, outer).contiguous().clone()
+
+    def shard_ids(self, ids: Tensor, axis: str, size: int, extent: int) -> Tensor:
+        """Row numbers within this rank's ``extent`` rows; -1 for rows of other ranks."""
+        local = ids - self.index(axis) * extent
+        return local.masked_fill_((local < 0) | (local >= extent), -1)
+
+    def buffer_bytes(self) -> int:
+        """Bytes of the persistent buffers."""
+        return sum(b.numel() * b.element_size() for b in self._buffers.values())
+
+    def drop_buffers(self) -> None:
+        self._buffers.clear()
+
+    def _staged(self, x: Tensor, slot: int) -> Tensor:
+        return x if not self.stage_buffers else self._buffer(x.shape, x, slot).copy_(x)
+
+    def _fresh(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return like.new_empty(tuple(shape)) if not self.stage_buffers else self._buffer(shape, like, 1)
+
+    def _buffer(self, shape: Sequence[int], like: Tensor, slot: int) -> Tensor:
+        """A persistent buffer of at least this size, one per dtype and slot."""
+        count = int(torch.Size(shape).numel())
+        held = self._buffers.get((like.dtype, slot))
+        if held is None or held.numel() < count:
+            held = self._buffers[(like.dtype, slot)] = torch.empty(count, dtype=like.dtype, device=like.device)
+        return held[:count].view(tuple(shape))
+
+
+def shard_of(x: Tensor, index: int, size: int, dim: int, outer: int) -> Tensor:
+    """Shard ``index`` of ``size`` along ``dim`` seen as outer x n x inner; shape [..., extent / size, ...]."""
+    extent = x.shape[dim]
+    parts = x.unflatten(dim, (outer, size, extent // outer // size)).select(dim + 1, index)
+    return parts.flatten(dim, dim + 1)
+
+
+def _parts(x: Tensor, size: int, dim: int, outer: int) -> Tensor:
+    """[size, ...shard shape], contiguous: every rank's shard in a row."""
+    inner = x.shape[dim] // outer // size
+    return x.unflatten(dim, (outer, size, inner)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
+
+
+def _join(parts: Tensor, dim: int, outer: int, *, copy: bool) -> Tensor:
+    """Inverse of ``_parts``."""
+    inner = parts.shape[dim + 1] // outer
+    whole = parts.unflatten(dim + 1, (outer, inner)).movedim(0, dim + 1).flatten(dim, dim + 2)
+    return whole.clone() if copy and whole.data_ptr() == parts.data_ptr() else whole
+
+
+def join_shards(shards: Sequence[Tensor], dim: int, outer: int) -> Tensor:
+    """The whole tensor from the shards of all ranks of an axis."""
+    return _join(torch.stack(list(shards)), dim, outer, copy=False)

@@ -1,0 +1,266 @@
+"""RankExecutor: one rank's program, its shards and its part in a step.
+
+Receives plain data only (source text, tensors, numbers), so it runs the same in a worker process and under torchrun.
+"""
+
+from __future__ import annotations
+
+import linecache
+import time
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.runtime import kernels
+from autopar.runtime.comm import Comm
+from autopar.runtime.measure import measure
+from autopar.runtime.optim import OptimizerSpec, build
+from cost_model.errors import BatchError
+
+Tree = Any
+
+
+class RankExecutor:
+    """One rank. ``payload`` is built by ``autopar.payload``; methods take and return plain trees."""
+
+    def __init__(self, rank: int, world_size: int, payload: Tree) -> None:
+        self.rank, self.world_size, self.spec = rank, world_size, payload
+        self.device = torch.device(payload["device"])
+        self.stage, self.dp_index = payload["stage"], payload["dp_index"]
+        self.module = _load(payload["source"])
+        self.params: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
+        self.buffers: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
+        self.groups = _groups(payload["groups"], rank)
+        axes = {name: ranks for name, (ranks, _) in self.groups.items()}
+        self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
+        self.flat, self.grads = _gradient_buffers(payload["gradients"], self.params)
+        self.constants = self.module.setup(self.buffers, self.comm, self.device)
+        self.optimizer = self._optimizer()
+        self.events: list[tuple[str, float, float]] | None = None
+        self._reset()
+
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        if self.spec["optimizer"] is None:
+            return None
+        for name, grad in self.grads.items():
+            self.params[name].grad = grad
+        return build(OptimizerSpec.from_tree(self.spec["optimizer"]), {n: self.params[n] for n in self.grads})
+
+    def _reset(self) -> None:
+        self.batch: dict[str, Tensor] = {}
+        self.step_values: dict[str, Tensor] = {}
+        self.saved: dict[int, list[Tensor]] = {}
+        self.received: dict[int, Tensor] = {}
+        self.outgoing: dict[int, Tensor] = {}
+        self.grad_received: dict[int, Tensor] = {}
+        self.grad_outgoing: dict[int, Tensor] = {}
+        self.sending: dict[str, tuple[Any, Tensor]] = {}
+        self.loss: Tensor | None = None
+
+    # --- the step, as the generated program calls it
+
+    def step(self, batch: Tree) -> float:
+        """One training step on the global batch; returns the global mean loss."""
+        with torch.no_grad():
+            self._begin(batch)
+            self.module.step(self)
+            return self._finish()
+
+    def _begin(self, batch: Mapping[str, Tensor]) -> None:
+        self._reset()
+        self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
+        self.step_values = self.module.prologue(self.batch, self.buffers, kernels, self.device)
+        if self.spec["microbatches"] > 1:
+            for buffer in self.flat.values():
+                buffer.zero_()
+
+    def _finish(self) -> float:
+        loss = torch.zeros((), dtype=torch.float64)
+        if self.loss is not None and self.spec["reports_loss"]:
+            loss.copy_(self.loss)
+        if self.world_size > 1:
+            loss = loss.to(self.device)
+            dist.all_reduce(loss)
+        value = float(loss)
+        self._reset()
+        return value
+
+    def forward(self, microbatch: int) -> None:
+        """Run ``forward`` on one microbatch and keep what its backward reads."""
+        inbox = [self.received.pop(microbatch)] if microbatch in self.received else []
+        result = self._timed(
+            "forward",
+            microbatch,
+            lambda: self.module.forward(
+                self.params, self.buffers, self.constants, *self._slices(microbatch), inbox, self.comm, kernels, self.device
+            ),
+        )
+        output, self.saved[microbatch] = result
+        if self.spec["is_last"]:
+            self.loss = output.double() if self.loss is None else self.loss.add_(output)
+        else:
+            self.outgoing[microbatch] = output
+
+    def backward(self, microbatch: int) -> None:
+        """Run ``backward`` on one microbatch; its gradients are in the buffers afterwards."""
+        saved = self.saved.pop(microbatch)
+        if not self.spec["is_last"]:
+            saved.append(self.grad_received.pop(microbatch))
+        accumulate = _store if self.spec["microbatches"] == 1 else _add
+        gradient = self._timed(
+            "backward",
+            microbatch,
+            lambda: self.module.backward(
+                self.params, self.buffers, self.constants, *self._slices(microbatch),
+                saved, self.grads, accumulate, self.comm, kernels, self.device,
+            ),
+        )  # fmt: skip
+        if self.spec["received"] is not None:
+            self.grad_outgoing[microbatch] = gradient
+
+    def receive_forward(self, microbatch: int) -> None:
+        """Wait for the activation of a microbatch from the stage before."""
+        self.received[microbatch] = self._receive("received", self.spec["previous"], "forward")
+
+    def receive_backward(self, microbatch: int) -> None:
+        """Wait for the gradient of a microbatch from the stage after."""
+        self.grad_received[microbatch] = self._receive("sent", self.spec["next"], "backward")
+
+    def send_forward(self, microbatch: int) -> None:
+        """Start sending an activation to the stage after."""
+        self._send(self.outgoing.pop(microbatch), self.spec["next"], "forward")
+
+    def send_backward(self, microbatch: int) -> None:
+        """Start sending a gradient to the stage before."""
+        self._send(self.grad_outgoing.pop(microbatch), self.spec["previous"], "backward")
+
+    def wait_sends(self) -> None:
+        """Wait until everything sent has left."""
+        for direction in list(self.sending):
+            self._wait(direction)
+
+    def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int) -> None:
+        """Sum elements [start, stop) of a flat gradient buffer over an axis."""
+        part = self.flat[buffer][start:stop]
+        self._timed("reduce", 0, lambda: self.comm.all_reduce_(part, axis, "sum"))
+
+    def update_parameters(self) -> None:
+        """One optimizer step on this rank's shards."""
+        if self.optimizer is not None:
+            self._timed("optimizer", 0, self.optimizer.step)
+
+    def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
+        size = self.spec["microbatch_size"]
+        start = (self.dp_index * self.spec["microbatches"] + microbatch) * size
+        cut = self.spec["sliced"]
+        batch = {n: v.narrow(0, start, size) if n in cut else v for n, v in self.batch.items()}
+        step = {n: v.narrow(0, start, size) if n in cut else v for n, v in self.step_values.items()}
+        return batch, step
+
+    def _receive(self, meta: str, source: int, direction: str) -> Tensor:
+        shape, dtype = self.spec[meta]
+        buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+        group = self.groups[direction][1]
+        self._timed(f"receive_{direction}", 0, lambda: dist.recv(buffer, src=source, group=group))
+        return buffer
+
+    def _send(self, tensor: Tensor, target: int, direction: str) -> None:
+        self._wait(direction)
+        contiguous = tensor.contiguous()
+        work = dist.isend(contiguous, dst=target, group=self.groups[direction][1])
+        self.sending[direction] = (work, contiguous)
+
+    def _wait(self, direction: str) -> None:
+        if direction in self.sending:
+            work, _ = self.sending.pop(direction)
+            self._timed(f"send_{direction}", 0, work.wait)
+
+    def _timed(self, name: str, microbatch: int, run: Callable[[], Any]) -> Any:
+        """Run, and while measuring note when."""
+        if self.events is None:
+            return run()
+        self._synchronise()
+        start = time.perf_counter()
+        result = run()
+        self._synchronise()
+        self.events.append((name, start, time.perf_counter()))
+        return result
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- state
+
+    def state(self, _: Tree = None) -> Tree:
+        """Local shards of parameters and buffers by the model's names."""
+        return {"params": {k: v.cpu() for k, v in self.params.items()}, "stage": self.stage}
+
+    def measure(self, request: Tree) -> Tree:
+        """Time and memory of this rank, for ``compare``."""
+        return measure(self, request)
+
+
+def _store(buffer: Tensor, gradient: Tensor) -> None:
+    buffer.copy_(gradient)
+
+
+def _add(buffer: Tensor, gradient: Tensor) -> None:
+    buffer.add_(gradient)
+
+
+def _load(source: str) -> SimpleNamespace:
+    """The generated module; its code shows in tracebacks."""
+    filename = "<autopar program>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)
+    return SimpleNamespace(**{k: v for k, v in namespace.items() if not k.startswith("__")})
+
+
+def _groups(described: Mapping[str, list[list[int]]], rank: int) -> dict[str, tuple[list[int], Any]]:
+    """name -> (ranks, process group) of this rank; every rank makes every group, in the same order."""
+    mine: dict[str, tuple[list[int], Any]] = {}
+    for name, members in described.items():
+        for ranks in members:
+            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            if rank in ranks:
+                mine[name] = (ranks, group)
+    return mine
+
+
+def _gradient_buffers(
+    layout: tuple[tuple[str, tuple[str, ...]], ...], params: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One flat buffer per dtype, in the given order of parameters, and each parameter's view into it."""
+    flat: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = {}
+    for dtype, names in layout:
+        total = sum(params[n].numel() for n in names)
+        first = params[names[0]]
+        flat[dtype] = torch.zeros(total, dtype=first.dtype, device=first.device)
+        offset = 0
+        for name in names:
+            count = params[name].numel()
+            views[name] = flat[dtype][offset : offset + count].view(params[name].shape)
+            offset += count
+    return flat, views
+
+
+def check_batch(batch: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Raise BatchError where a batch is not what was planned for."""
+    missing, extra = sorted(expected.keys() - batch.keys()), sorted(batch.keys() - expected.keys())
+    if missing or extra:
+        raise BatchError(f"the batch lacks {missing} and has unplanned {extra}; pass what the plan was made for")
+    for name, (shape, dtype) in expected.items():
+        found = tuple(batch[name].shape), str(batch[name].dtype).removeprefix("torch.")
+        if found != (shape, dtype):
+            raise BatchError(
+                f"batch input {name!r} is {found[1]}{list(found[0])} but the plan is for {dtype}{list(shape)}; "
+                "compile again with this batch as inputs"
+            )

@@ -1,0 +1,363 @@
+"""Optimizers as data: what a user's factory made, by class path, names and plain values, made again on each rank."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import numbers
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import CodeType, FrameType
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+
+from cost_model.errors import ConfigError, UnsupportedError
+
+Factory: TypeAlias = Callable[[Any], Optimizer]
+"""Called once, with the list of trainable parameters in model order."""
+Plain: TypeAlias = Any
+"""None, bool, int, float, str, torch.dtype, real tensor, or a list, tuple or dict of plain values."""
+
+_PASS_A_CLASS = "pass a torch.optim class with its options bound, e.g. functools.partial(torch.optim.AdamW, lr=3e-4)"
+_PARAMETERS = "params"
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """One entry of ``optimizer.param_groups``: every option it had, and its parameters by the model's names."""
+
+    names: tuple[str, ...]
+    options: Mapping[str, Plain] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """All that a rank needs to make the optimizer again.
+
+    path: importable in a fresh process, "torch.optim.adamw.AdamW"; arguments: the constructor's, after the
+    parameters, as they were passed or defaulted. Invariant: no parameter is in two groups.
+    """
+
+    path: str
+    arguments: Mapping[str, Plain] = field(hash=False)
+    groups: tuple[ParameterGroup, ...]
+
+    def __post_init__(self) -> None:
+        names = [name for group in self.groups for name in group.names]
+        assert len(names) == len(set(names)), names
+
+    def to_tree(self) -> dict[str, Any]:
+        """None, bool, int, float, str, tensors, and lists and dicts of them."""
+        groups = [{"names": list(g.names), "options": _packed(dict(g.options))} for g in self.groups]
+        return {"path": self.path, "arguments": _packed(dict(self.arguments)), "groups": groups}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> OptimizerSpec:
+        """Inverse of ``to_tree``."""
+        groups = tuple(ParameterGroup(tuple(g["names"]), _unpacked(g["options"])) for g in tree["groups"])
+        return cls(tree["path"], _unpacked(tree["arguments"]), groups)
+
+
+# --- From a factory to a spec ---------------------------------------------------------------------------------------
+
+
+def capture(
+    factory: Factory | None, named_shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]
+) -> OptimizerSpec | None:
+    """Call the factory once on stand-ins for the parameters, in the mapping's order, and read what it made.
+
+    None stays None: no optimizer, gradients only. Parameters the factory leaves out stay as they are. Attributes set
+    on the optimizer after its construction are not seen. Errors: ConfigError, UnsupportedError.
+    """
+    if factory is None:
+        return None
+    if not callable(factory):
+        raise ConfigError(f"optimizer is a {type(factory).__name__}, not a function of parameters; {_PASS_A_CLASS}")
+    probes = _probes(named_shapes)
+    optimizer, arguments = _made(factory, list(probes.values()))
+    _check_supported(optimizer)
+    path = _importable_path(type(optimizer))
+    names = {id(probe): name for name, probe in probes.items()}
+    groups = tuple(_group(group, names) for group in optimizer.param_groups)
+    _check_once(groups)
+    spec = OptimizerSpec(path, _plain_options(arguments, f"{path}'s argument"), groups)
+    build(spec, probes)
+    return spec
+
+
+def _probes(named_shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, nn.Parameter]:
+    """Parameters without memory that say they are on the CPU."""
+    with FakeTensorMode():
+        return {
+            name: nn.Parameter(torch.empty(tuple(shape), dtype=dtype), requires_grad=dtype.is_floating_point)
+            for name, (shape, dtype) in named_shapes.items()
+        }
+
+
+def _made(factory: Factory, parameters: list[nn.Parameter]) -> tuple[Optimizer, dict[str, Any]]:
+    """What the factory returns, and the arguments its constructor was called with."""
+    try:
+        with _ConstructorWatch() as watch:
+            optimizer = factory(parameters)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the optimizer factory failed on a list of {len(parameters)} parameters: {error}; "
+            f"it is called once with the list of all trainable parameters: {_PASS_A_CLASS}"
+        ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"the optimizer factory returned a {type(optimizer).__name__}, not a torch.optim.Optimizer; {_PASS_A_CLASS}"
+        )
+    return optimizer, watch.arguments_of(optimizer)
+
+
+class _ConstructorWatch:
+    """While on, sees with what arguments optimizers are constructed, as bound and before the constructor runs.
+
+    A profile function of this thread: options a class keeps out of its groups can be had nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[int, tuple[CodeType, dict[str, Any]]] = {}
+
+    def __enter__(self) -> _ConstructorWatch:
+        self._previous = sys.getprofile()
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.setprofile(self._previous)
+
+    def _see(self, frame: FrameType, event: str, _: object) -> None:
+        if event != "call" or frame.f_code.co_name != "__init__" or not frame.f_code.co_argcount:
+            return
+        values = dict(frame.f_locals)
+        made = values.get(frame.f_code.co_varnames[0])
+        if isinstance(made, Optimizer):
+            self._calls.setdefault(id(made), (frame.f_code, values))
+
+    def arguments_of(self, optimizer: Optimizer) -> dict[str, Any]:
+        """By name, without the parameters; those that went into ``**kwargs`` under their own names."""
+        if id(optimizer) not in self._calls:
+            raise ConfigError(
+                f"the {type(optimizer).__name__} was made before the optimizer factory was called; {_PASS_A_CLASS}"
+            )
+        code, values = self._calls[id(optimizer)]
+        named = code.co_argcount + code.co_kwonlyargcount
+        gathered = list(code.co_varnames[named:])
+        unnamed = values[gathered.pop(0)] if code.co_flags & inspect.CO_VARARGS else ()
+        others = values[gathered.pop(0)] if code.co_flags & inspect.CO_VARKEYWORDS else {}
+        takes_parameters_only = code.co_argcount == 1 and len(unnamed) == 1
+        if (unnamed or code.co_argcount < 2) and not takes_parameters_only:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__}.__init__ was given arguments without names, which a rank cannot repeat; "
+                "give it the parameters first and pass its options by name"
+            )
+        first_option = 1 if takes_parameters_only else 2
+        return {**{name: values[name] for name in code.co_varnames[first_option:named]}, **others}
+
+
+def _check_supported(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise UnsupportedError("SparseAdam needs sparse gradients, and gradients here are dense; use torch.optim.Adam")
+    needed = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed):
+        raise UnsupportedError(
+            f"{name}.step needs a closure that runs the model again, which a distributed step cannot give it; "
+            "use an optimizer whose step() takes no arguments, such as torch.optim.AdamW"
+        )
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise UnsupportedError(
+            f"the {name} has step hooks, and code cannot be sent to a rank; "
+            "override step() in a subclass defined in a module instead"
+        )
+
+
+def _importable_path(kind: type[Optimizer]) -> str:
+    """Module and qualified name, by which another process finds the very same class."""
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ == "__main__" or "<" in kind.__qualname__ or not _is_found(kind, path):
+        raise ConfigError(
+            f"optimizer class {path} cannot be imported by another process; "
+            "define it in a module (a .py file on PYTHONPATH, at top level) and import it from there"
+        )
+    return path
+
+
+def _is_found(kind: type[Optimizer], path: str) -> bool:
+    try:
+        return importlib.util.find_spec(kind.__module__) is not None and pkgutil.resolve_name(path) is kind
+    except (ImportError, AttributeError, ValueError):
+        return False
+
+
+def _group(group: Mapping[str, Any], names: Mapping[int, str]) -> ParameterGroup:
+    unknown = [parameter for parameter in group[_PARAMETERS] if id(parameter) not in names]
+    if unknown:
+        raise ConfigError(
+            f"the optimizer factory added a parameter of shape {tuple(unknown[0].shape)} that it was not given; "
+            "use only the parameters in its argument, and make any other a parameter of the model"
+        )
+    options = {name: value for name, value in group.items() if name != _PARAMETERS}
+    return ParameterGroup(tuple(names[id(p)] for p in group[_PARAMETERS]), _plain_options(options, "group option"))
+
+
+def _check_once(groups: Iterable[ParameterGroup]) -> None:
+    names = [name for group in groups for name in group.names]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ConfigError(f"the optimizer factory uses parameter {twice[0]!r} twice; put it in one group, once")
+
+
+# --- Plain values ---------------------------------------------------------------------------------------------------
+
+
+def _plain_options(options: Mapping[str, Any], what: str) -> dict[str, Plain]:
+    return {name: _plain(value, f"{what} {name!r}") for name, value in options.items()}
+
+
+def _plain(value: Any, where: str) -> Plain:
+    """A copy made of plain values; ConfigError names the first that is not."""
+    if value is None or isinstance(value, bool | torch.dtype):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if type(value) in (torch.Tensor, nn.Parameter) and not value.is_meta:
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {_plain(key, f"a key of {where}"): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    raise ConfigError(
+        f"{where} of the optimizer is a {type(value).__module__}.{type(value).__qualname__}, which cannot be sent to "
+        "a rank; use numbers, strings, tensors and lists of them, or fix it in a subclass defined in a module"
+    )
+
+
+def _packed(value: Plain) -> Any:
+    """Without the types a tree lacks: a dict of one key says what stood there."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": [[_packed(key), _packed(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_packed(item) for item in value]}
+    return [_packed(item) for item in value] if isinstance(value, list) else value
+
+
+def _unpacked(value: Any) -> Plain:
+    if isinstance(value, list | tuple):
+        return [_unpacked(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "dtype":
+        return getattr(torch, inner)
+    if kind == "tuple":
+        return tuple(_unpacked(item) for item in inner)
+    return {_unpacked(key): _unpacked(item) for key, item in inner}
+
+
+# --- From a spec to an optimizer ------------------------------------------------------------------------------------
+
+
+def build(spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor]) -> Optimizer | None:
+    """The optimizer of those of its parameters that are here, in the spec's order; None where none is.
+
+    Groups without a parameter here are left out. Errors: ConfigError, UnsupportedError.
+    """
+    here = [replace(group, names=tuple(n for n in group.names if n in parameters)) for group in spec.groups]
+    groups = [group for group in here if group.names]
+    if not groups:
+        return None
+    held = [{**_copied(g.options), _PARAMETERS: [parameters[n] for n in g.names]} for g in groups]
+    try:
+        made = optimizer_class(spec.path)(held, **_copied(spec.arguments))
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{spec.path} cannot be made again from its groups and arguments: {error}; "
+            "give it a constructor that takes parameter groups first and its options by name"
+        ) from error
+    if len(made.param_groups) != len(groups):
+        raise UnsupportedError(
+            f"{spec.path} turns {len(groups)} parameter groups into {len(made.param_groups)}; "
+            "let its constructor keep the groups it is given, and split them in the factory"
+        )
+    for group, wanted in zip(made.param_groups, groups, strict=True):
+        group.update(_copied(wanted.options))
+    return made
+
+
+def optimizer_class(path: str) -> Any:
+    """The class at an import path. Errors: ConfigError."""
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"this process cannot import the optimizer class {path}: {error}; "
+            "put the folder of its module on PYTHONPATH, or install it"
+        ) from error
+
+
+def _copied(options: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Each optimizer has its own tensors."""
+    return copy.deepcopy(dict(options))
+
+
+# --- Whether shards may be updated apart ----------------------------------------------------------------------------
+
+_LOOP = {"foreach": False, "fused": False, "capturable": False}
+"""Options that choose an implementation of the same update; this one runs on any device and dtype."""
+_STEPS = 3
+_LR = 0.1
+_TOLERANCE = 1e-10  # of the largest value: rounding in float64; updates that see the whole differ in the first digits
+_PROBE, _PROBE_SHAPE = "probe", (6, 4)
+
+
+def is_elementwise(optimizer: Factory | OptimizerSpec) -> bool:
+    """Whether updating the shards of a parameter one by one is updating the parameter, found by doing both.
+
+    Every group's options are tried on a float64 matrix split along either dim, over three steps, at a learning rate
+    large enough to tell. Errors: those of ``capture``.
+    """
+    if isinstance(optimizer, OptimizerSpec):
+        return all(_is_elementwise(optimizer, group) for group in optimizer.groups)
+    spec = capture(optimizer, {_PROBE: (_PROBE_SHAPE, torch.float64)})
+    return spec is None or is_elementwise(spec)
+
+
+def _is_elementwise(spec: OptimizerSpec, group: ParameterGroup) -> bool:
+    alone = replace(spec, groups=(replace(group, names=(_PROBE,)),))
+    drawn = torch.randn(1 + _STEPS, *_PROBE_SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn *= torch.linspace(1, 9, drawn[0].numel(), dtype=torch.float64).view(_PROBE_SHAPE)
+    whole = _updated(alone, drawn)
+    halved = [torch.cat([_updated(alone, half) for half in drawn.chunk(2, 1 + dim)], dim) for dim in (0, 1)]
+    return all(torch.allclose(whole, other, rtol=0, atol=_TOLERANCE * float(whole.abs().max())) for other in halved)
+
+
+def _updated(spec: OptimizerSpec, drawn: torch.Tensor) -> torch.Tensor:
+    """``drawn[0]`` after one step with each of the other gradients."""
+    parameter = nn.Parameter(drawn[0].clone())
+    optimizer = build(spec, {_PROBE: parameter})
+    assert optimizer is not None
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in _LOOP.items() if name in group})
+        if isinstance(lr := group.get("lr"), float | int | torch.Tensor):
+            group["lr"] = torch.full_like(lr, _LR) if isinstance(lr, torch.Tensor) else _LR
+    for gradient in drawn[1:]:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()

@@ -1,0 +1,326 @@
+"""A cluster: its devices, the levels of its network, and what messages and collectives cost on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cost_model.collectives import FLAT, Link, Tier, collective_s, slowest
+from cost_model.device import Device, device_from_table
+from cost_model.errors import ConfigError, UnknownNameError
+from cost_model.hardware_file import Table, parse_table, read_path, read_shipped, shipped_names
+
+BACKENDS = ("nccl", "gloo", "mpi")
+TRANSFER = "transfer"
+_MATRIX_ROW = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one collective (or of a transfer) between ``ranks`` ranks at growing message sizes, as measured."""
+
+    kind: str
+    ranks: int
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        assert self.points and all(a[0] < b[0] for a, b in zip(self.points, self.points[1:], strict=False))
+
+    def seconds(self, nbytes: float) -> float:
+        """Straight lines between points; the first one's time below it, the last one's rate above it."""
+        sizes, times = zip(*self.points, strict=True)
+        if nbytes > sizes[-1]:
+            return float(times[-1] * nbytes / sizes[-1])
+        return float(np.interp(nbytes, sizes, times))
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the network: it joins blocks of ``group_size`` consecutive devices.
+
+    link: what one device gets while all devices of the block talk. start_s: paid once by each collective and each
+    transfer. measured: curves that replace both for the group sizes they were taken at.
+    """
+
+    name: str
+    group_size: int
+    start_s: float
+    link: Link
+    measured: tuple[Measured, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.group_size >= 1
+
+    def curve(self, kind: str, ranks: int) -> Measured | None:
+        return next((m for m in self.measured if (m.kind, m.ranks) == (kind, ranks)), None)
+
+
+@dataclass(frozen=True)
+class PairMatrix:
+    """Latency (seconds) and bandwidth (bytes per second) from each device to each other; diagonals are not read."""
+
+    latency_s: tuple[_MATRIX_ROW, ...]
+    bandwidth_bytes_per_s: tuple[_MATRIX_ROW, ...]
+
+    def link(self, source: int, target: int) -> Link:
+        return Link(self.latency_s[source][target], self.bandwidth_bytes_per_s[source][target])
+
+    def rings(self, devices: tuple[int, ...]) -> tuple[Link, ...]:
+        """The slowest link of each ring that is tried: as given, and the fastest neighbour first."""
+        return self._along(devices), self._along(self._nearest_ring(devices))
+
+    def _along(self, ring: Sequence[int]) -> Link:
+        return slowest(tuple(self.link(a, b) for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)))
+
+    def _nearest_ring(self, devices: tuple[int, ...]) -> tuple[int, ...]:
+        ring, left = [devices[0]], list(devices[1:])
+        while left:
+            here = ring[-1]
+            nearest = max(left, key=lambda other: (self.bandwidth_bytes_per_s[here][other], -other))
+            ring.append(nearest)
+            left.remove(nearest)
+        return tuple(ring)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices by index, and a network: ``levels`` from innermost to outermost, or a ``matrix`` of pairs.
+
+    Each level's group size is a multiple of the one inside it, and the outermost joins all devices; levels are
+    empty where a matrix is given or where there is one device only. backend: of torch.distributed.
+    """
+
+    name: str
+    devices: tuple[Device, ...]
+    levels: tuple[Level, ...]
+    backend: str
+    matrix: PairMatrix | None = None
+
+    def __post_init__(self) -> None:
+        assert self.devices and self.backend in BACKENDS
+        assert self.matrix is not None or self.num_devices == 1 or self.levels[-1].group_size >= self.num_devices
+        sizes = [level.group_size for level in self.levels]
+        assert all(outer % inner == 0 for inner, outer in zip(sizes, sizes[1:], strict=False)), sizes
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, num_devices: int | None = None) -> Self:
+        """A shipped cluster by name or a TOML file by path, with so many devices (default: the file's number).
+
+        More devices than a node holds make several nodes. Errors: UnknownNameError, ClusterFileError, ConfigError.
+        """
+        is_path = isinstance(name_or_path, Path) or name_or_path.endswith(".toml") or os.sep in name_or_path
+        table = read_path(name_or_path) if is_path else read_shipped("clusters", "cluster", str(name_or_path))
+        return cls.from_table(table, num_devices)
+
+    @classmethod
+    def from_toml(cls, text: str, path: str, num_devices: int | None = None) -> Self:
+        """A cluster from the text of a file; ``path`` is for messages. Errors: ClusterFileError, ConfigError."""
+        return cls.from_table(parse_table(text, path), num_devices)
+
+    @classmethod
+    def from_table(cls, table: Table, num_devices: int | None = None) -> Self:
+        table.only(("schema", "name", "source", "device", "num_devices", "backend", "levels"))
+        table.text("source")
+        count = table.count("num_devices") if num_devices is None else _checked_count(num_devices)
+        backend = table.text("backend")
+        if backend not in BACKENDS:
+            table.fail("backend", f"must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        levels = _levels(table, count)
+        return cls(table.text("name"), (_device_of(table),) * count, levels, backend)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        *,
+        device: str | Device | Sequence[str | Device],
+        latency_s: ArrayLike,
+        bandwidth_bytes_per_s: ArrayLike,
+        name: str = "matrix",
+        backend: str | None = None,
+    ) -> Self:
+        """A cluster from two square arrays [source][target]; one device for all, or one for each row.
+
+        Errors: ConfigError for arrays that are not square, alike, finite, or positive off the diagonal.
+        """
+        latency = _square(latency_s, "latency_s", lowest=0.0)
+        bandwidth = _square(bandwidth_bytes_per_s, "bandwidth_bytes_per_s", lowest=None)
+        if len(latency) != len(bandwidth):
+            raise ConfigError(
+                f"latency_s is {len(latency)} x {len(latency)} but bandwidth_bytes_per_s is "
+                f"{len(bandwidth)} x {len(bandwidth)}; give both for the same devices"
+            )
+        devices = _devices_for(device, len(latency))
+        chosen = backend or ("nccl" if devices[0].kind == "cuda" else "gloo")
+        if chosen not in BACKENDS:
+            raise UnknownNameError("backend", chosen, BACKENDS)
+        return cls(name, devices, (), chosen, PairMatrix(latency, bandwidth))
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.devices)
+
+    @property
+    def memory_cap_bytes(self) -> int:
+        """What a plan may use on every device unless told otherwise: the least memory less reserve."""
+        return min(device.usable_bytes for device in self.devices)
+
+    def collective_time_s(self, kind: str, nbytes: float, devices: tuple[int, ...]) -> float:
+        """Seconds of a collective between these devices; nbytes of the full (gathered or reduced) tensor.
+
+        all_to_all: nbytes on each device. Errors: UnknownNameError, ConfigError for a device that is not there.
+        """
+        if kind not in FLAT:
+            raise UnknownNameError("collective", kind, FLAT)
+        self._check(devices)
+        if len(devices) < 2:
+            return 0.0
+        if self.matrix is not None:
+            rings = self.matrix.rings(devices)
+            return min(collective_s(kind, nbytes, (Tier(len(devices), link),)) for link in rings)
+        level = self._level_of(devices)
+        curve = level.curve(kind, len(devices))
+        return curve.seconds(nbytes) if curve else level.start_s + collective_s(kind, nbytes, self._tiers(devices))
+
+    def transfer_time_s(self, nbytes: float, source: int, target: int) -> float:
+        """Seconds of one message from device to device; 0 where both are one. Errors: ConfigError."""
+        self._check((source, target))
+        if source == target:
+            return 0.0
+        if self.matrix is not None:
+            return self.matrix.link(source, target).seconds(nbytes)
+        level = self._level_of((source, target))
+        curve = level.curve(TRANSFER, 2)
+        return curve.seconds(nbytes) if curve else level.start_s + level.link.seconds(nbytes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every figure that prices depend on; names of files and sources do not count."""
+        kinds = {device: index for index, device in enumerate(dict.fromkeys(self.devices))}
+        content = {
+            "devices": [_figures(device) for device in kinds],
+            "which": [kinds[device] for device in self.devices],
+            "levels": [dataclasses.asdict(level) for level in self.levels],
+            "matrix": None if self.matrix is None else dataclasses.asdict(self.matrix),
+            "backend": self.backend,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _check(self, devices: Iterable[int]) -> None:
+        for device in devices:
+            if not 0 <= device < self.num_devices:
+                raise ConfigError(f"device {device} of cluster {self.name}, which has 0 to {self.num_devices - 1}")
+
+    def _level_of(self, devices: tuple[int, ...]) -> Level:
+        """The innermost level that joins them."""
+        return next(x for x in self.levels if len({device // x.group_size for device in devices}) == 1)
+
+    def _tiers(self, devices: tuple[int, ...]) -> tuple[Tier, ...]:
+        """How many meet at each level; where blocks differ, the fullest counts (priced as the regular group)."""
+        tiers: list[Tier] = []
+        parts = list(devices)
+        for level in self.levels:
+            blocks = Counter(part // level.group_size for part in parts)
+            tiers.append(Tier(max(blocks.values()), level.link))
+            parts = [block * level.group_size for block in blocks]
+        return tuple(tiers)
+
+
+def cluster_names() -> tuple[str, ...]:
+    """Names of the shipped clusters, sorted."""
+    return shipped_names("clusters")
+
+
+def _figures(device: Device) -> dict[str, Any]:
+    content = dataclasses.asdict(device)
+    return {name: value for name, value in content.items() if name not in ("name", "sources", "reported_as")}
+
+
+def _checked_count(num_devices: object) -> int:
+    if isinstance(num_devices, bool) or not isinstance(num_devices, int) or num_devices < 1:
+        raise ConfigError(f"num_devices must be a whole number above zero, not {num_devices!r}")
+    return num_devices
+
+
+def _device_of(table: Table) -> Device:
+    """The device that a file names or holds as a table of its own."""
+    if isinstance(table.value("device"), dict):
+        return device_from_table(table.table("device"))
+    name = table.text("device")
+    try:
+        return Device.load(name)
+    except UnknownNameError as error:
+        table.fail("device", f"unknown device {name!r}", error.nearest)
+
+
+def _levels(table: Table, num_devices: int) -> tuple[Level, ...]:
+    """The levels that so many devices need; an outermost one without a group size joins any number."""
+    if num_devices == 1 and not table.has("levels"):
+        return ()
+    parts = table.tables("levels")
+    levels: list[Level] = []
+    for part in parts:
+        inner = levels[-1].group_size if levels else 1
+        unbounded = -(-num_devices // inner) * inner if part is parts[-1] else None
+        levels.append(_level(part, inner, unbounded))
+    if not levels or levels[-1].group_size < num_devices:
+        table.fail("levels", f"they join fewer than {num_devices} devices; leave the last group_size out to join any")
+    inside = [1, *(level.group_size for level in levels)]
+    return tuple(level for level, size in zip(levels, inside, strict=False) if size < num_devices)
+
+
+def _level(part: Table, inner: int, unbounded: int | None) -> Level:
+    """One level around blocks of ``inner`` devices; unbounded: its group size where the file gives none."""
+    part.only(("name", "group_size", "start", "latency", "bandwidth", "efficiency", "measured", "source"))
+    part.text("source")
+    efficiency = part.number("efficiency")
+    if not 0 < efficiency <= 1:
+        part.fail("efficiency", f"must be above 0 and at most 1, not {efficiency!r}")
+    group_size = part.count("group_size") if unbounded is None or part.has("group_size") else unbounded
+    if group_size % inner:
+        part.fail("group_size", f"must be a multiple of the level inside it, {inner}, not {group_size}")
+    link = Link(part.seconds("latency"), part.bandwidth("bandwidth") * efficiency)
+    curves = _measured(part) if part.has("measured") else ()
+    return Level(part.text("name"), group_size, part.seconds("start"), link, curves)
+
+
+def _measured(part: Table) -> tuple[Measured, ...]:
+    curves = []
+    for item in part.tables("measured"):
+        item.only(("kind", "ranks", "points"))
+        if item.text("kind") not in (*FLAT, TRANSFER):
+            item.fail("kind", f"must be one of {', '.join((*FLAT, TRANSFER))}, not {item.text('kind')!r}")
+        curves.append(Measured(item.text("kind"), item.count("ranks"), item.points("points")))
+    return tuple(curves)
+
+
+def _square(values: ArrayLike, name: str, *, lowest: float | None) -> tuple[_MATRIX_ROW, ...]:
+    """A square array of finite numbers at least ``lowest`` off the diagonal (None: above zero)."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} is not an array of numbers: {error}") from error
+    if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
+        raise ConfigError(f"{name} must be square, [devices, devices], not {list(array.shape)}")
+    off = ~np.eye(len(array), dtype=bool)
+    bad = off & ~(np.isfinite(array) & ((array > 0) if lowest is None else (array >= lowest)))
+    if bad.any():
+        i, j = (int(x) for x in np.argwhere(bad)[0])
+        need = "above zero" if lowest is None else f"at least {lowest:g}"
+        raise ConfigError(f"{name}[{i}, {j}] is {array[i, j]}; it must be finite and {need}")
+    return tuple(tuple(float(x) for x in row) for row in array)
+
+
+def _devices_for(device: str | Device | Sequence[str | Device], count: int) -> tuple[Device, ...]:
+    given = (device,) * count if isinstance(device, str | Device) else tuple(device)
+    if len(given) != count:
+        raise ConfigError(f"{len(given)} devices for a matrix of {count}; give one device, or {count}")
+    return tuple(item if isinstance(item, Device) else Device.load(item) for item in given)

@@ -1,0 +1,287 @@
+"""One device: what its file says of it, and the seconds an op takes there.
+
+Ops come in kinds, and a device has one row for each kind. Kinds in ``GEMM_KINDS`` are priced by their arithmetic
+(`GemmRow`), the others by the bytes they move (`StreamRow`). Bytes count every input read once and every output
+written once; a multiply-add counts as two operations.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from cost_model.errors import UnknownNameError, UnsupportedError
+from cost_model.hardware_file import Table, read_shipped, shipped_names
+from cost_model.program import OpCost
+from cost_model.tensor import DTYPE_BYTES, FLOATING
+
+GEMM_KINDS = ("matmul", "attention", "attention_backward")
+STREAM_KINDS = (
+    "elementwise",
+    "transcendental",
+    "softmax",
+    "softmax_backward",
+    "norm",
+    "norm_backward",
+    "reduction",
+    "gather",
+    "scatter",
+    "copy",
+    "random",
+    "loss",
+    "loss_backward",
+    "optimizer",
+    "other",
+)
+KINDS = GEMM_KINDS + STREAM_KINDS
+DEVICE_KINDS = ("cuda", "cpu")
+# Products of size batch x T x S x D inside attention: q k' and p v forward; p, dv, dp, dq, dk backward.
+_ATTENTION_PRODUCTS = {"attention": 2, "attention_backward": 5}
+
+
+@dataclass(frozen=True)
+class GemmRow:
+    """Time of a product: flops / (peak x efficiency) x (1 + half_m/m + half_n/n + half_k/k + half_outputs/(b m n)).
+
+    Each ``half_x`` is the size of x at which its part alone doubles the time. The four parts stand for loading the
+    second operand, loading the first, writing the output, and for units that idle in the last wave of output tiles
+    (on average half a wave). ``per_matrix_s`` is spent once per matrix of a batch, ``overhead_s`` once per call.
+    ``mask_block``: attention only; keys that a causal kernel takes at once, so that it computes up to half a block
+    per query more than the mask keeps.
+    """
+
+    efficiency: float
+    half_m: float
+    half_n: float
+    half_k: float
+    half_outputs: float
+    per_matrix_s: float
+    overhead_s: float
+    mask_block: float = 0.0
+
+    def seconds(self, cost: OpCost, peak_flops: float, bandwidth_bytes_per_s: float) -> float:
+        """Seconds of one call, never less than its bytes take."""
+        compute_s = self.computed_flops(cost) * self.shape_factor(cost.gemm) / (peak_flops * self.efficiency)
+        batch = cost.gemm[0] if cost.gemm else 1
+        busy_s = compute_s + batch * self.per_matrix_s
+        return max(busy_s, cost.nbytes / bandwidth_bytes_per_s) + self.overhead_s
+
+    def shape_factor(self, gemm: tuple[int, int, int, int] | None) -> float:
+        """How much longer than at the full rate; 1 where the shape is not known."""
+        if gemm is None:
+            return 1.0
+        b, m, n, k = (max(1, size) for size in gemm)
+        return 1.0 + self.half_m / m + self.half_n / n + self.half_k / k + self.half_outputs / (b * m * n)
+
+    def computed_flops(self, cost: OpCost) -> float:
+        """Operations the kernel does; a causal mask is skipped by whole blocks only.
+
+        With s keys and blocks of B, the kept share f of the scores becomes f + B / 2s, at most all of them.
+        """
+        if cost.kind not in _ATTENTION_PRODUCTS or cost.gemm is None:
+            return cost.flops
+        batch, queries, keys, depth = cost.gemm
+        full = 2.0 * _ATTENTION_PRODUCTS[cost.kind] * batch * queries * keys * depth
+        if not 0 < cost.flops < full:
+            return cost.flops
+        return full * min(1.0, cost.flops / full + self.mask_block / (2 * keys))
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """Time of an op that moves bytes: overhead + nbytes / rate(nbytes).
+
+    points: (nbytes of the op, bytes per second), sizes growing; between them the rate is interpolated in the
+    logarithms of both, outside them it is that of the nearest.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    overhead_s: float
+
+    def __post_init__(self) -> None:
+        assert self.points and all(a[0] < b[0] for a, b in zip(self.points, self.points[1:], strict=False))
+
+    def seconds(self, nbytes: float) -> float:
+        return self.overhead_s + nbytes / interpolate(self.points, nbytes)
+
+
+Row = GemmRow | StreamRow
+
+
+def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
+    """The curve through positive points at x, straight in log-log, constant outside."""
+    right = bisect.bisect_left(points, (x, 0.0))
+    if right == 0:
+        return points[0][1]
+    if right == len(points):
+        return points[-1][1]
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    share = math.log(x / x0) / math.log(x1 / x0)
+    return y0 * math.exp(share * math.log(y1 / y0))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as its file describes it; everything in SI units.
+
+    kind: "cuda" or "cpu". memory_bytes: what a program may be given; reserve_bytes: what the runtime around it
+    takes (context, communication library, interpreter). peak_flops: by dtype; a dtype that is missing is one the
+    device cannot compute in. op_overhead_s: the least time between the starts of two small ops.
+    rows: one per kind of ``KINDS``. ops: rows of single ops that were measured, by name in the op table; they come
+    before that of their kind. reported_as: names under which torch.cuda reports it. sources: by table.
+    """
+
+    name: str
+    kind: str
+    memory_bytes: int
+    reserve_bytes: int
+    memory_bandwidth_bytes_per_s: float
+    peak_flops: Mapping[str, float] = field(hash=False)
+    op_overhead_s: float
+    rows: Mapping[str, Row] = field(hash=False)
+    ops: Mapping[str, StreamRow] = field(default_factory=dict, hash=False)
+    reported_as: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert self.kind in DEVICE_KINDS and set(self.rows) == set(KINDS)
+        assert 0 <= self.reserve_bytes < self.memory_bytes
+
+    @classmethod
+    def load(cls, name: str) -> Device:
+        """The shipped device of this name. Errors: UnknownNameError, ClusterFileError."""
+        return device_from_table(read_shipped("devices", "device", name))
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.memory_bytes - self.reserve_bytes
+
+    def op_time_s(self, cost: OpCost) -> float:
+        """Seconds of one call of this cost. Errors: UnknownNameError (kind), UnsupportedError (dtype)."""
+        row = self.rows.get(cost.kind)
+        if row is None:
+            raise UnknownNameError("op kind", cost.kind, self.rows)
+        row = self.ops.get(cost.op, row) if cost.op else row
+        if isinstance(row, StreamRow):
+            return row.seconds(cost.nbytes)
+        return row.seconds(cost, self.peak(cost.dtype), self.memory_bandwidth_bytes_per_s)
+
+    def peak(self, dtype: str) -> float:
+        """Operations per second in this dtype. Errors: UnsupportedError where the device has none."""
+        if dtype not in self.peak_flops:
+            have = ", ".join(sorted(self.peak_flops))
+            raise UnsupportedError(
+                f"device {self.name} has no {dtype} arithmetic; it has {have}. "
+                "Next: choose one of these as the compute precision, or add its rate to the device file"
+            )
+        return self.peak_flops[dtype]
+
+    def with_memory(self, memory_bytes: int) -> Device:
+        """The same device with this much memory."""
+        return replace(self, memory_bytes=memory_bytes)
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of the shipped devices, sorted."""
+    return shipped_names("devices")
+
+
+def attention_cost(
+    batch: int, queries: int, keys: int, depth: int, *, causal: bool, backward: bool, nbytes: float, dtype: str
+) -> OpCost:
+    """Cost of fused attention over ``batch`` (samples x heads); flops count only the scores a causal mask keeps."""
+    kind = "attention_backward" if backward else "attention"
+    kept = sum(min(keys, row + 1) for row in range(queries)) if causal else queries * keys
+    flops = 2.0 * _ATTENTION_PRODUCTS[kind] * batch * kept * depth
+    return OpCost(kind, flops, nbytes, dtype, (batch, queries, keys, depth))
+
+
+def device_from_table(table: Table) -> Device:
+    """A device from its TOML table. Errors: ClusterFileError for unknown, missing and impossible figures."""
+    table.only(("schema", "name", "kind", "reported_as", "source", "memory", "peak", "overhead", "cost", "op"))
+    kind = table.text("kind")
+    if kind not in DEVICE_KINDS:
+        table.fail("kind", f"must be one of {', '.join(DEVICE_KINDS)}, not {kind!r}")
+    sources = {"device": table.text("source")}
+    memory = _sourced(table, "memory", ("capacity", "reserve", "bandwidth"), sources)
+    overhead = _sourced(table, "overhead", ("op",), sources)
+    peak = _sourced(table, "peak", DTYPE_BYTES, sources)
+    bandwidth, op_overhead_s = memory.bandwidth("bandwidth"), overhead.seconds("op")
+    if memory.nbytes("reserve") >= memory.nbytes("capacity"):
+        memory.fail("reserve", "must be below the capacity")
+    return Device(
+        name=table.text("name"),
+        kind=kind,
+        memory_bytes=memory.nbytes("capacity"),
+        reserve_bytes=memory.nbytes("reserve"),
+        memory_bandwidth_bytes_per_s=bandwidth,
+        peak_flops=_peaks(peak),
+        op_overhead_s=op_overhead_s,
+        rows=_rows(table.table("cost"), bandwidth, op_overhead_s, sources),
+        ops=_ops(table.table("op"), bandwidth, op_overhead_s, sources) if table.has("op") else {},
+        reported_as=table.texts("reported_as") if table.has("reported_as") else (),
+        sources=sources,
+    )
+
+
+def _sourced(table: Table, name: str, known: Mapping[str, int] | tuple[str, ...], sources: dict[str, str]) -> Table:
+    """A sub-table that holds these keys and must say where its figures come from."""
+    part = table.table(name)
+    part.only((*known, "source"))
+    sources[part.key.removeprefix("device.")] = part.text("source")
+    return part
+
+
+def _peaks(table: Table) -> dict[str, float]:
+    peaks = {dtype: table.rate(dtype) for dtype in table.raw if dtype in FLOATING}
+    if not peaks:
+        table.fail("float32", "missing; give the rate of at least one floating dtype")
+    return peaks
+
+
+def _rows(table: Table, bandwidth: float, op_overhead_s: float, sources: dict[str, str]) -> dict[str, Row]:
+    table.only(KINDS)
+    rows: dict[str, Row] = {}
+    for kind in GEMM_KINDS:
+        rows[kind] = _gemm_row(table, kind, op_overhead_s, sources)
+    for kind in STREAM_KINDS:
+        rows[kind] = _stream_row(table, kind, bandwidth, op_overhead_s, sources)
+    return rows
+
+
+def _ops(table: Table, bandwidth: float, op_overhead_s: float, sources: dict[str, str]) -> dict[str, StreamRow]:
+    return {name: _stream_row(table, name, bandwidth, op_overhead_s, sources) for name in table.raw}
+
+
+def _gemm_row(table: Table, kind: str, op_overhead_s: float, sources: dict[str, str]) -> GemmRow:
+    figures = ("efficiency", "half_m", "half_n", "half_k", "half_outputs")
+    masked = ("mask_block",) if kind in _ATTENTION_PRODUCTS else ()
+    row = _sourced(table, kind, (*figures, *masked, "per_matrix", "overhead"), sources)
+    return GemmRow(
+        efficiency=_fraction(row),
+        half_m=row.number("half_m"),
+        half_n=row.number("half_n"),
+        half_k=row.number("half_k"),
+        half_outputs=row.number("half_outputs"),
+        per_matrix_s=row.seconds("per_matrix") if row.has("per_matrix") else 0.0,
+        overhead_s=row.seconds("overhead") if row.has("overhead") else op_overhead_s,
+        mask_block=row.number("mask_block") if masked else 0.0,
+    )
+
+
+def _stream_row(table: Table, kind: str, bandwidth: float, op_overhead_s: float, sources: dict[str, str]) -> StreamRow:
+    """A measured curve, or a share of the memory bandwidth at every size."""
+    row = _sourced(table, kind, ("efficiency", "curve", "overhead"), sources)
+    if row.has("efficiency") and row.has("curve"):
+        row.fail("curve", "give either efficiency or curve, not both")
+    points = row.points("curve") if row.has("curve") else ((1.0, bandwidth * _fraction(row)),)
+    return StreamRow(points, row.seconds("overhead") if row.has("overhead") else op_overhead_s)
+
+
+def _fraction(row: Table) -> float:
+    value = row.number("efficiency")
+    if not 0 < value <= 1:
+        row.fail("efficiency", f"must be above 0 and at most 1, not {value!r}")
+    return value

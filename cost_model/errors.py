@@ -1,0 +1,141 @@
+"""Every error autopar raises on purpose: a type with data and a next move."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AutoparError(Exception):
+    """Base of all errors raised on purpose; the message ends with what to do next."""
+
+
+class ConfigError(AutoparError, ValueError):
+    """A value the user wrote is wrong: a key, a unit, a name, a pin."""
+
+
+class ClusterFileError(ConfigError):
+    """A cluster or device file is wrong.
+
+    Attributes: path (file), key (dotted name), line (1-based, None if unknown), nearest (suggestion or None).
+    """
+
+    def __init__(
+        self, message: str, *, path: str, key: str, line: int | None = None, nearest: str | None = None
+    ) -> None:
+        self.path, self.key, self.line, self.nearest = path, key, line, nearest
+        where = path if line is None else f"{path}:{line}"
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
+        super().__init__(f"{where}: {key}: {message}{hint}")
+
+
+class UnknownNameError(ConfigError):
+    """No entry of this name (device, cluster, op, pass ...). Attributes: kind, name, nearest."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        self.kind, self.name, self.nearest = kind, name, (close[0] if close else None)
+        hint = f"did you mean {self.nearest!r}?" if self.nearest else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class WorldSizeError(ConfigError):
+    """The number of running ranks is not the cluster's. Attributes: world_size, num_devices."""
+
+    def __init__(self, world_size: int, num_devices: int) -> None:
+        self.world_size, self.num_devices = world_size, num_devices
+        super().__init__(
+            f"{world_size} rank(s) are running but the cluster has {num_devices} device(s); "
+            f"launch with --nproc-per-node so that the total is {num_devices}, or describe a cluster of {world_size}"
+        )
+
+
+class ParallelismError(ConfigError):
+    """Pinned degrees contradict each other, the cluster or the model."""
+
+
+class UnsupportedError(AutoparError):
+    """Asked for something this version cannot do; the message names what can be done instead."""
+
+
+class TraceError(AutoparError):
+    """torch.export could not trace the model. Attributes: source ("file:line: code" of the user's line, or None)."""
+
+    def __init__(self, message: str, source: str | None) -> None:
+        self.source = source
+        where = f"\n  at {source}" if source else ""
+        super().__init__(
+            f"the model cannot be traced by torch.export: {message}{where}\n"
+            "  next: make that line independent of tensor values (torch.where, torch.cond), "
+            "or check with torch.export.export(model, args, strict=False)"
+        )
+
+
+class RuleError(AutoparError):
+    """An op cannot be sharded in the way a plan asks. Attributes: op."""
+
+    def __init__(self, op: str, message: str) -> None:
+        self.op = op
+        super().__init__(f"{op}: {message}")
+
+
+class BatchError(AutoparError, ValueError):
+    """A batch does not fit the plan: shape, dtype, keys or divisibility."""
+
+
+class InfeasiblePlanError(AutoparError):
+    """No plan fits under the cap.
+
+    Attributes: cap_bytes, needed_bytes (the smallest cap that would do), stage (that binds),
+    tensors (largest first, (name, bytes)).
+    """
+
+    def __init__(
+        self, *, cap_bytes: int, needed_bytes: int, stage: int, tensors: tuple[tuple[str, int], ...], advice: str
+    ) -> None:
+        self.cap_bytes, self.needed_bytes, self.stage, self.tensors = cap_bytes, needed_bytes, stage, tensors
+        listed = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in tensors)
+        super().__init__(
+            f"no plan fits under {cap_bytes / 2**20:,.1f} MiB per device; the smallest cap that would do is "
+            f"{needed_bytes / 2**20:,.1f} MiB (stage {stage} binds: {listed}). Next: {advice}"
+        )
+
+
+class PlanMismatchError(AutoparError):
+    """A plan was made for another model, cluster, batch or version. Attributes: field, expected, found."""
+
+    def __init__(self, field: str, expected: object, found: object) -> None:
+        self.field, self.expected, self.found = field, expected, found
+        super().__init__(f"the plan's {field} is {found!r} but here it is {expected!r}; plan again for this {field}")
+
+
+class SolverError(AutoparError):
+    """No solver could be run. Attributes: tried ((solver, reason), ...)."""
+
+    def __init__(self, tried: tuple[tuple[str, str], ...]) -> None:
+        self.tried = tried
+        super().__init__(
+            "no ILP solver works: " + "; ".join(f"{n}: {why}" for n, why in tried) + ". Next: pip install highspy"
+        )
+
+
+class VerificationError(AutoparError):
+    """A pass broke an invariant: a bug of autopar, never of the user. Attributes: check."""
+
+    def __init__(self, check: str, message: str) -> None:
+        self.check = check
+        super().__init__(f"internal check {check!r} failed: {message}. Next: please report this with the model's code")
+
+
+class WorkerError(AutoparError):
+    """A rank died or raised. Attributes: rank, worker_traceback, exit_code (None while it still ran)."""
+
+    def __init__(self, rank: int, message: str, *, worker_traceback: str = "", exit_code: int | None = None) -> None:
+        self.rank, self.worker_traceback, self.exit_code = rank, worker_traceback, exit_code
+        tail = f"\n--- rank {rank} ---\n{worker_traceback.rstrip()}" if worker_traceback else ""
+        super().__init__(f"rank {rank} {message}{tail}")
+
+
+class ClosedError(AutoparError):
+    """The executable was closed, or its workers are gone after an earlier error; compile again."""

@@ -1,0 +1,175 @@
+"""Which storages are alive when: inside one block, and at the ends of a stage's blocks.
+
+A storage is alive from the instruction that first produces it to the instruction that frees it. What
+a block's caller owns (parameters, the batch, the flat gradient buffer) is no part of these figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from cost_model.errors import VerificationError
+from cost_model.program import Block, StageProgram, Value
+from cost_model.tensor import TensorMeta
+
+Rounding = Callable[[int], int]
+
+
+def exact(nbytes: int) -> int:
+    """No rounding."""
+    return nbytes
+
+
+@dataclass(frozen=True)
+class BlockPeak:
+    """The moment of a block at which most is alive.
+
+    instruction: its index, -1 for the entry; live: storage -> bytes as asked for, what the caller
+    keeps excluded; workspace_bytes: of that instruction; peak_bytes: all of it, rounded.
+    """
+
+    instruction: int
+    live: Mapping[str, int]
+    workspace_bytes: int
+    peak_bytes: int
+
+
+def block_peak(
+    block: Block,
+    live_in: Mapping[str, int] | None = None,
+    round_bytes: Rounding = exact,
+    held: Collection[str] = (),
+) -> BlockPeak:
+    """Walk a block and return its peak; equal peaks give the first.
+
+    live_in: storages the block owns on entry (storage -> bytes); its other inputs are the caller's and not counted.
+    held: storages that stay although the block frees them (a send still reads them).
+    Raises VerificationError with check "liveness" if a storage is freed that is not alive.
+    """
+    entry = dict(live_in or {})
+    total = sum(map(round_bytes, entry.values()))
+    peak, at = total, -1
+    for index, (born, workspace, dead) in enumerate(_lifetimes(block, entry, held)):
+        total += sum(map(round_bytes, born.values()))
+        alive = total + round_bytes(workspace)
+        if alive > peak:
+            peak, at = alive, index
+        total -= sum(map(round_bytes, dead.values()))
+    workspace = block.instructions[at].workspace_bytes if at >= 0 else 0
+    return BlockPeak(at, _live_at(block, entry, held, at), workspace, peak)
+
+
+_Sizes = dict[str, int]
+
+
+def _lifetimes(block: Block, entry: _Sizes, held: Collection[str]) -> Iterator[tuple[_Sizes, int, _Sizes]]:
+    """Per instruction: storages it brings to life, its workspace bytes, storages that die after it."""
+    live = dict(entry)
+    callers = {value.storage for value in block.inputs} - live.keys()
+    for instruction in block.instructions:
+        born = {
+            value.storage: value.storage_bytes
+            for value in instruction.outputs
+            if value.storage not in live and value.storage not in callers
+        }
+        live.update(born)
+        dead: _Sizes = {}
+        for storage in instruction.frees:
+            if storage in callers or storage in held:
+                continue
+            if storage not in live:
+                raise VerificationError("liveness", f"{block.name}: {instruction.op} frees {storage!r}, not alive")
+            dead[storage] = live.pop(storage)
+        yield born, instruction.workspace_bytes, dead
+
+
+def _live_at(block: Block, entry: _Sizes, held: Collection[str], at: int) -> _Sizes:
+    """Storages alive inside instruction ``at``, before it frees any."""
+    live = dict(entry)
+    for index, (born, _, dead) in enumerate(_lifetimes(block, entry, held)):
+        if index > at:
+            break
+        live.update(born)
+        if index < at:
+            for storage in dead:
+                del live[storage]
+    return live
+
+
+@dataclass(frozen=True)
+class StageStorages:
+    """Storages (name -> bytes) that enter and leave a stage's blocks; those kept all step are left out.
+
+    carried: kept by one microbatch from its forward to its backward; *_in: what each block owns besides on entry;
+    *_out: what it sends; sent_is_saved: whether the activation sent is also carried.
+    """
+
+    carried: Mapping[str, int]
+    activation_in: Mapping[str, int]
+    activation_out: Mapping[str, int]
+    gradient_in: Mapping[str, int]
+    gradient_out: Mapping[str, int]
+    sent_is_saved: bool
+
+    @staticmethod
+    def of(stage: StageProgram) -> StageStorages:
+        static = {value.storage for value in stage.persistent} | {shard.name for shard in stage.parameters}
+        sent = _sent(stage, static)
+        sent_is_saved = sent is not None and sent.storage in stage.saved
+        carried = _carried(stage, static, None if sent is None or sent_is_saved else sent.storage)
+        own = _freed(stage.forward) | carried.keys()
+        activation_in = {v.storage: v.storage_bytes for v in stage.forward.inputs if v.storage in own - static}
+        own = _freed(stage.backward) - carried.keys()
+        gradient_in = {v.storage: v.storage_bytes for v in stage.backward.inputs if v.storage in own - static}
+        return StageStorages(
+            carried=carried,
+            activation_in=activation_in or _received("received activation", stage.received),
+            activation_out={sent.storage: sent.storage_bytes} if sent is not None else {},
+            gradient_in=gradient_in or _received("received gradient", stage.sent),
+            gradient_out={v.storage: v.storage_bytes for v in _outputs(stage.backward) if v.storage not in static},
+            sent_is_saved=sent_is_saved,
+        )
+
+
+def _freed(block: Block) -> set[str]:
+    return {storage for instruction in block.instructions for storage in instruction.frees}
+
+
+def _values(block: Block) -> Iterator[Value]:
+    yield from block.inputs
+    for instruction in block.instructions:
+        yield from instruction.outputs
+
+
+def _outputs(block: Block) -> list[Value]:
+    return [value for value in _values(block) if value.name in block.outputs]
+
+
+def _received(name: str, meta: TensorMeta | None) -> dict[str, int]:
+    """A buffer that the block does not free itself: alive while it runs."""
+    return {} if meta is None else {name: meta.nbytes}
+
+
+def _sent(stage: StageProgram, static: Collection[str]) -> Value | None:
+    """The forward output that crosses the cut: of the right meta, and not saved if there is such a one."""
+    if stage.sent is None:
+        return None
+    fits = [v for v in _outputs(stage.forward) if v.meta == stage.sent and v.storage not in static]
+    if not fits:
+        raise VerificationError("sent", f"stage {stage.stage}: no output of {stage.forward.name} is {stage.sent}")
+    return min(fits, key=lambda value: value.storage in stage.saved)
+
+
+def _carried(stage: StageProgram, static: Collection[str], sent: str | None) -> dict[str, int]:
+    """Storages one microbatch keeps between its blocks: the saved ones and outputs such as the loss.
+
+    An input counts only if the backward frees it; other inputs are kept by the caller all step.
+    """
+    sizes = {value.storage: value.storage_bytes for value in _values(stage.forward)}
+    unknown = sorted(set(stage.saved) - sizes.keys())
+    if unknown:
+        raise VerificationError("saved", f"stage {stage.stage}: {stage.forward.name} does not make {unknown}")
+    callers = {value.storage for value in stage.forward.inputs} - _freed(stage.backward)
+    kept = {*stage.saved, *(value.storage for value in _outputs(stage.forward))} - callers - {*static, sent}
+    return {storage: size for storage, size in sizes.items() if storage in kept}

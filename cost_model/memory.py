@@ -1,0 +1,289 @@
+"""Peak memory of a stage over its whole step, and what an allocator makes of each request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from cost_model.errors import UnknownNameError
+from cost_model.estimate import MemoryBreakdown
+from cost_model.liveness import BlockPeak, Rounding, StageStorages, block_peak
+from cost_model.program import Block, Collective, StageProgram
+from cost_model.schedule import (
+    Backward,
+    Forward,
+    RecvBackward,
+    RecvForward,
+    SendBackward,
+    SendForward,
+    Step,
+    stage_schedule,
+)
+from cost_model.tensor import TensorMeta
+
+CPU_ALIGNMENT = 64  # c10/core/alignment.h: gAlignment
+CUDA_BLOCK = 512  # c10/cuda/CUDACachingAllocator: kMinBlockSize
+CUDA_SMALL = 2**20  # the same: kSmallSize, the largest block of the small pool
+CUDA_LARGE = 2 * 2**20  # the same: kRoundLarge
+IN_PLACE_COLLECTIVES = ("all_reduce", "broadcast")
+
+
+def allocator_rounding(kind: str) -> Rounding:
+    """Bytes an allocator of this device kind takes for a request; raises UnknownNameError.
+
+    cpu: multiples of 64 bytes. cuda: multiples of 512 bytes up to 1 MiB, of 2 MiB above.
+    """
+    roundings = {"cpu": _round_cpu, "cuda": _round_cuda}
+    if kind not in roundings:
+        raise UnknownNameError("device kind", kind, roundings)
+    return roundings[kind]
+
+
+def _round_cpu(nbytes: int) -> int:
+    return _round_up(nbytes, CPU_ALIGNMENT)
+
+
+def _round_cuda(nbytes: int) -> int:
+    return _round_up(nbytes, CUDA_BLOCK if nbytes <= CUDA_SMALL else CUDA_LARGE)
+
+
+def _round_up(nbytes: int, multiple: int) -> int:
+    return -(-nbytes // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class StagePeak:
+    """The moment of a stage's step at which most is alive.
+
+    moment: the schedule step, "reduction" or "optimizer"; microbatches: how many hold saved activations then.
+    live: storage -> bytes of what the running block has besides; empty where none runs.
+    """
+
+    memory: MemoryBreakdown
+    moment: str
+    microbatches: int
+    live: Mapping[str, int]
+
+    def largest(self, count: int = 5) -> tuple[tuple[str, int], ...]:
+        """What holds the memory, largest first: the static parts, saved activations, single transient tensors."""
+        memory = self.memory
+        parts = [
+            ("parameters", memory.parameters),
+            ("gradients", memory.gradients),
+            ("optimizer state", memory.optimizer_state),
+            ("batch inputs", memory.inputs),
+            (f"saved activations of {self.microbatches} microbatch(es)", memory.saved),
+            *self.live.items(),
+        ]
+        parts = [part for part in parts if part[1] > 0]
+        return tuple(sorted(parts, key=lambda part: (-part[1], part[0]))[:count])
+
+
+def stage_memory(
+    stage: StageProgram, pp: int, microbatches: int, schedule: str, round_bytes: Rounding
+) -> MemoryBreakdown:
+    """Memory of each device of a stage at the peak of its step; the parts sum to that peak."""
+    return stage_peak(stage, pp, microbatches, schedule, round_bytes).memory
+
+
+def stage_peak(stage: StageProgram, pp: int, microbatches: int, schedule: str, round_bytes: Rounding) -> StagePeak:
+    """Walk a stage's schedule, then its reduction and its optimizer, and return the peak; equal peaks give the first.
+
+    A send's buffer is alive until the next send in its direction is posted, or until the schedule ends.
+    """
+    walk = _StageWalk(_StageBlocks.of(stage, round_bytes))
+    for step in stage_schedule(schedule, stage.stage, pp, microbatches):
+        walk.run(step)
+    walk.finish(stage, round_bytes)
+    return walk.peak(static_memory(stage, round_bytes))
+
+
+def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown:
+    """What a stage holds during the whole step: parameters, one flat gradient buffer per dtype, state, inputs."""
+    trainable = [shard.meta for shard in stage.parameters if shard.trainable]
+    parameters = [shard.meta.nbytes for shard in stage.parameters]
+    gradients = _bytes_by_dtype(trainable)
+    inputs = list({value.storage: value.storage_bytes for value in stage.persistent}.values())
+    state = stage.step.optimizer_state_bytes
+    pads = sum(round_bytes(size) - size for size in (*parameters, *gradients, *inputs))
+    return MemoryBreakdown(
+        parameters=sum(parameters),
+        gradients=sum(gradients),
+        optimizer_state=state,
+        inputs=sum(inputs),
+        saved=0,
+        transient=0,
+        rounding=pads + _state_rounding(state, [meta.nbytes for meta in trainable], round_bytes),
+    )
+
+
+def _bytes_by_dtype(metas: list[TensorMeta]) -> list[int]:
+    return [sum(meta.nbytes for meta in metas if meta.dtype == dtype) for dtype in {meta.dtype: None for meta in metas}]
+
+
+def _state_rounding(state: int, trainable: list[int], round_bytes: Rounding) -> int:
+    """Rounding of optimizer state laid out as whole copies of each trainable parameter and one small tensor each.
+
+    AdamW: two moments and a step count. Only the total is known, so the small tensors share what is left equally.
+    """
+    if not trainable or not sum(trainable):
+        return round_bytes(state) - state
+    copies, rest = divmod(state, sum(trainable))
+    pads = copies * sum(round_bytes(size) - size for size in trainable)
+    if rest:
+        pads += len(trainable) * round_bytes(-(-rest // len(trainable))) - rest
+    return pads
+
+
+@dataclass(frozen=True)
+class _Amount:
+    """Bytes alive beside the static ones: as asked for in two parts, and all of them rounded."""
+
+    saved: int = 0
+    transient: int = 0
+    rounded: int = 0
+    live: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def buffer(sizes: Mapping[str, int], round_bytes: Rounding) -> _Amount:
+        return _Amount(0, sum(sizes.values()), sum(map(round_bytes, sizes.values())))
+
+    @staticmethod
+    def block(peak: BlockPeak, carried: Collection[str]) -> _Amount:
+        saved = sum(size for storage, size in peak.live.items() if storage in carried)
+        live = {storage: size for storage, size in peak.live.items() if storage not in carried}
+        if peak.workspace_bytes:
+            live[f"workspace of instruction {peak.instruction}"] = peak.workspace_bytes
+        return _Amount(saved, sum(live.values()), peak.peak_bytes, live)
+
+
+@dataclass(frozen=True)
+class _StageBlocks:
+    """What each step of a stage holds, computed once.
+
+    carried: what one microbatch keeps from its forward to its backward; forward, backward: the blocks' own
+    peaks; backward_while_sending: with the activation sent still held by its send; *_in: buffers received;
+    *_out: buffers sent that nothing else holds (activation_out is empty where the activation is also saved).
+    """
+
+    carried: _Amount
+    forward: _Amount
+    backward: _Amount
+    backward_while_sending: _Amount
+    activation_in: _Amount
+    gradient_in: _Amount
+    activation_out: _Amount
+    shared_out: _Amount
+    gradient_out: _Amount
+
+    @staticmethod
+    def of(stage: StageProgram, round_bytes: Rounding) -> _StageBlocks:
+        ends = StageStorages.of(stage)
+
+        def buffer(sizes: Mapping[str, int]) -> _Amount:
+            return _Amount.buffer(sizes, round_bytes)
+
+        def peak(block: Block, live_in: Mapping[str, int], held: Collection[str] = ()) -> _Amount:
+            return _Amount.block(block_peak(block, live_in, round_bytes, held), ends.carried)
+
+        backward_in = {**ends.carried, **ends.gradient_in}
+        alone = {} if ends.sent_is_saved else ends.activation_out
+        shared = ends.activation_out if ends.sent_is_saved else {}
+        backward = peak(stage.backward, backward_in)
+        return _StageBlocks(
+            carried=buffer(ends.carried),
+            forward=peak(stage.forward, ends.activation_in),
+            backward=backward,
+            backward_while_sending=peak(stage.backward, backward_in, shared) if shared else backward,
+            activation_in=buffer(ends.activation_in if stage.received else {}),
+            gradient_in=buffer(ends.gradient_in if stage.sent else {}),
+            activation_out=buffer(alone),
+            shared_out=buffer(shared),
+            gradient_out=buffer(ends.gradient_out),
+        )
+
+
+class _StageWalk:
+    """Walks the steps of a stage and remembers the moment at which most is alive."""
+
+    def __init__(self, blocks: _StageBlocks) -> None:
+        self.blocks = blocks
+        self.microbatches = 0
+        self.buffers = self.buffers_rounded = 0
+        self.sending_forward: int | None = None
+        self.sending_backward = self.outlived = False
+        self.best = -1
+        self.best_moment: tuple[Step | str, int, int, _Amount] = ("", 0, 0, _Amount())
+
+    def run(self, step: Step) -> None:
+        blocks = self.blocks
+        match step:
+            case RecvForward():
+                self._receive(step, blocks.activation_in)
+            case RecvBackward():
+                self._receive(step, blocks.gradient_in)
+            case Forward():
+                self._hold(blocks.activation_in, -1)
+                self._see(step, self.microbatches, blocks.forward)
+                self.microbatches += 1
+                self._hold(blocks.activation_out)
+            case SendForward():
+                self._send_forward(step.microbatch)
+            case Backward():
+                self._backward(step)
+            case SendBackward():
+                self._hold(blocks.gradient_out, -1 if self.sending_backward else 0)
+                self.sending_backward = True
+
+    def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
+        """After the last step: sends are waited for, gradients reduced, parameters updated."""
+        self.buffers = self.buffers_rounded = 0
+        buffer = max(map(_collective_buffer_bytes, stage.step.collectives), default=0)
+        self._see("reduction", 0, _Amount.buffer({"collective": buffer}, round_bytes))
+        workspace = {"workspace": stage.step.optimizer_workspace_bytes}
+        self._see("optimizer", 0, _Amount.buffer(workspace, round_bytes))
+
+    def peak(self, static: MemoryBreakdown) -> StagePeak:
+        moment, others, buffers, own = self.best_moment
+        saved = others * self.blocks.carried.transient + own.saved
+        transient = buffers + own.transient
+        rounding = static.rounding + self.best - saved - transient
+        memory = replace(static, saved=saved, transient=transient, rounding=rounding)
+        return StagePeak(memory, str(moment), others + bool(own.saved), own.live)
+
+    def _see(self, moment: Step | str, others: int, own: _Amount) -> None:
+        """Compare a moment with the best so far: ``others`` microbatches carried, buffers, and what runs."""
+        total = others * self.blocks.carried.rounded + self.buffers_rounded + own.rounded
+        if total > self.best:
+            self.best, self.best_moment = total, (moment, others, self.buffers, own)
+
+    def _hold(self, buffer: _Amount, count: int = 1) -> None:
+        self.buffers += count * buffer.transient
+        self.buffers_rounded += count * buffer.rounded
+
+    def _receive(self, step: Step, buffer: _Amount) -> None:
+        self._hold(buffer)
+        self._see(step, self.microbatches, _Amount())
+
+    def _send_forward(self, microbatch: int) -> None:
+        if self.sending_forward is not None:
+            self._hold(self.blocks.activation_out, -1)
+        if self.outlived:
+            self._hold(self.blocks.shared_out, -1)
+        self.sending_forward, self.outlived = microbatch, False
+
+    def _backward(self, step: Backward) -> None:
+        """A send of this very microbatch that is not waited for yet holds the activation beyond its backward."""
+        blocks, outlived = self.blocks, self.sending_forward == step.microbatch
+        self._hold(blocks.gradient_in, -1)
+        self.microbatches -= 1
+        self._see(step, self.microbatches, blocks.backward_while_sending if outlived else blocks.backward)
+        self._hold(blocks.gradient_out)
+        if outlived:
+            self._hold(blocks.shared_out)
+            self.outlived = True
+
+
+def _collective_buffer_bytes(collective: Collective) -> int:
+    """Bytes a step's collective needs beside the flat gradient buffer: none in place, else the larger side."""
+    return 0 if collective.kind in IN_PLACE_COLLECTIVES else collective.nbytes

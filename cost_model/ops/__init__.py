@@ -1,0 +1,38 @@
+"""The op table: one entry per op holds its factor map and its price.
+
+To add an op, add one ``register(Op(...))`` to the file of its family; entries have no defaults, and a test
+fails when one is incomplete or when an op's factor map does not hold under execution.
+"""
+
+from cost_model.ops import (
+    attention,
+    collectives,
+    elementwise,
+    factories,
+    gather,
+    loss,
+    matmul,
+    norm,
+    reduce,
+    views,
+)
+from cost_model.ops.table import OPS, Op, OpCall, Ref, entry_of, price_of
+
+__all__ = [
+    "OPS",
+    "Op",
+    "OpCall",
+    "Ref",
+    "attention",
+    "collectives",
+    "elementwise",
+    "entry_of",
+    "factories",
+    "gather",
+    "loss",
+    "matmul",
+    "norm",
+    "price_of",
+    "reduce",
+    "views",
+]

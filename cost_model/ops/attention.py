@@ -1,0 +1,118 @@
+"""Attention: batch and heads parallel; query, key and feature dims whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.table import Op, OpCall, bytes_moved, register, register_priced, saving, sweep
+from cost_model.program import OpCost
+from cost_model.tensor import TensorMeta
+
+BACKWARD_OVER_FORWARD = 2.5
+"""Five gemms (scores again, and the gradients of scores, values, queries, keys) against two."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The op's extents. batches: product of all dims before t, heads included; t queries, s keys, d and e features."""
+
+    batches: int
+    t: int
+    s: int
+    d: int
+    e: int
+
+    @property
+    def flops(self) -> float:
+        """Two gemms, t x s x d and t x e x s, for each batch and head."""
+        return 2.0 * self.batches * self.t * self.s * (self.d + self.e)
+
+
+def _shape(query: TensorMeta, key: TensorMeta, value: TensorMeta) -> _Shape:
+    *batches, t, d = query.shape
+    return _Shape(math.prod(batches), t, key.shape[-2], d, value.shape[-1])
+
+
+def _cost(call: OpCall, kind: str, flops: float, nbytes: float) -> OpCost:
+    """A causal kernel skips half of the scores."""
+    causal = 0.5 if call.args.get("is_causal") else 1.0
+    return OpCost(kind, causal * flops, nbytes, call.inputs[0].dtype)
+
+
+def _price(call: OpCall) -> OpCost:
+    return _cost(call, "attention", _shape(*call.inputs[:3]).flops, float(bytes_moved(call)))
+
+
+def _planned_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """Reads q, k, v, out, its gradient and the mask; writes three gradients."""
+    query, key, value, *mask = call.inputs
+    moved = [query, key, value] * 2 + [call.outputs[0]] * 2 + mask
+    flops = BACKWARD_OVER_FORWARD * _shape(query, key, value).flops
+    return (_cost(call, "attention_backward", flops, sweep("attention_backward", *moved).nbytes),)
+
+
+def _traced_backward(call: OpCall) -> OpCost:
+    """The outputs are the gradients of query, key and value, in this order and of their shapes."""
+    flops = BACKWARD_OVER_FORWARD * _shape(*call.outputs[:3]).flops
+    return _cost(call, "attention_backward", flops, float(bytes_moved(call)))
+
+
+def _leading(rank: int) -> list[str]:
+    """Names of the dims before (t, d): b and h for the usual four."""
+    return ["b", "h"] if rank == 4 else [f"b{i}" for i in range(rank - 2)]
+
+
+def _grouped(heads: int, kv_heads: int) -> bool:
+    return kv_heads not in (1, heads)
+
+
+def _mask_term(mask: TensorMeta, leading: list[str]) -> str:
+    """A mask broadcasts, aligned from the right, against (leading, t, s)."""
+    return " ".join([*leading, "t", "s"][len(leading) + 2 - len(mask.shape) :])
+
+
+def attention_factors(call: OpCall) -> FactorMap:
+    """Grouped queries have heads (g r), r of them to each of g heads of keys and values."""
+    query, key, _, *mask = call.inputs
+    leading = _leading(len(query.shape))
+    of_keys, sizes = list(leading), {}
+    if leading and _grouped(query.shape[-3], key.shape[-3]):
+        leading[-1], of_keys[-1] = "(g r)", "g"
+        sizes = {"g": key.shape[-3], "r": query.shape[-3] // key.shape[-3]}
+    queries, keys = " ".join(leading), " ".join(of_keys)
+    operands = [f"{queries} t d", f"{keys} s d", f"{keys} s e", *(_mask_term(m, leading) for m in mask)]
+    outs = [f"{queries} t e", f"{queries} t"][: len(call.outputs)]
+    notation = f"{', '.join(operands)} -> {', '.join(outs)}"
+    return parse_map(notation, call.inputs, call.outputs, whole="t s d e", sizes=sizes)
+
+
+def _sdpa_factors(call: OpCall) -> FactorMap | None:
+    """Active dropout draws one mask for the whole tensor and is not sharded here."""
+    return None if call.args.get("dropout_p") else attention_factors(call)
+
+
+register(
+    Op(
+        name="aten.scaled_dot_product_attention.default",
+        factors=_sdpa_factors,
+        price=_price,
+        backward_price=_planned_backward,
+        saves=saving("in0", "in1", "in2", "in3", "out0"),
+    )
+)
+register(
+    Op(
+        name="autopar.attention.default",
+        factors=attention_factors,
+        price=_price,
+        backward_price=_planned_backward,
+        saves=saving("in0", "in1", "in2", "in3", "out0", "out1"),
+    )
+)
+register_priced("aten._scaled_dot_product_flash_attention_for_cpu.default", _price)
+register_priced(
+    """autopar.attention_backward.default aten._scaled_dot_product_flash_attention_for_cpu_backward.default""",
+    _traced_backward,
+)

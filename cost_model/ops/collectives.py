@@ -1,0 +1,45 @@
+"""Our collectives as traced programs hold them, and the local copies around them.
+
+They stand in local programs only, so they are never planned. What travels is priced by the instruction's
+``Collective``; the price here is the rearrangement in memory beside it.
+"""
+
+from __future__ import annotations
+
+from cost_model.ops.table import OpCall, pass_of, register_priced, sweep, unpriced
+from cost_model.program import OpCost
+
+
+def _is_contiguous(call: OpCall, dim: str) -> bool:
+    """Shards along dim 0 lie one behind the other, as the wire wants them."""
+    return call.args.get(dim) == 0 and call.args.get("outer", 1) == 1
+
+
+def _gather_price(call: OpCall) -> OpCost | None:
+    """What arrives, rank after rank, is interleaved into the result."""
+    return None if _is_contiguous(call, "dim") else sweep("copy", *call.outputs, *call.outputs)
+
+
+def _scatter_price(call: OpCall) -> OpCost | None:
+    """The operand is first laid out rank after rank."""
+    return None if _is_contiguous(call, "dim") else sweep("copy", *call.inputs, *call.inputs)
+
+
+def _shard_price(call: OpCall) -> OpCost:
+    """Reads and writes its share only."""
+    return sweep("copy", *call.outputs, *call.outputs)
+
+
+def _exchange_price(call: OpCall) -> OpCost | None:
+    """One side is packed, the other unpacked, unless its dim is the first."""
+    packed = [] if _is_contiguous(call, "split_dim") else [*call.inputs] * 2
+    unpacked = [] if _is_contiguous(call, "concat_dim") else [*call.outputs] * 2
+    return sweep("copy", *packed, *unpacked) if packed or unpacked else None
+
+
+register_priced("autopar.all_reduce.default autopar.forward_end.default", unpriced)
+register_priced("autopar.all_gather.default", _gather_price)
+register_priced("autopar.reduce_scatter.default", _scatter_price)
+register_priced("autopar.take_shard.default", _shard_price)
+register_priced("autopar.all_to_all.default", _exchange_price)
+register_priced("autopar.shard_ids.default", pass_of("elementwise"))

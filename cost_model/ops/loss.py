@@ -1,0 +1,90 @@
+"""Losses: sums over samples, so that shards and microbatches add up."""
+
+from __future__ import annotations
+
+from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.norm import SOFTMAX_FLOPS
+from cost_model.ops.table import (
+    Op,
+    OpCall,
+    backward_only,
+    no_backward,
+    register,
+    register_priced,
+    saves_nothing,
+    saving,
+    sweep,
+)
+from cost_model.program import OpCost
+
+
+def _cross_entropy_factors(call: OpCall) -> FactorMap:
+    """Samples are summed; classes may be split inside (all_reduces of a number a row), unless labels are smoothed."""
+    smoothed = bool(call.args.get("label_smoothing"))
+    return parse_map(
+        "n v, n -> ", call.inputs, call.outputs, inside="" if smoothed else "v", whole="v" if smoothed else ""
+    )
+
+
+def _cross_entropy_price(call: OpCall) -> OpCost:
+    """log_softmax of the logits, which is kept for the backward, then one element a row."""
+    logits, labels = call.inputs[:2]
+    return sweep("loss", logits, logits, labels, *call.outputs, flops=SOFTMAX_FLOPS * logits.numel)
+
+
+def _cross_entropy_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """nll_loss_backward writes one element a row into zeros; the softmax's backward reads that and its result."""
+    logits, labels = call.inputs[:2]
+    return (
+        sweep("loss_backward", logits, labels),
+        sweep("softmax_backward", logits, logits, logits, flops=4 * logits.numel),
+    )
+
+
+def _count_factors(call: OpCall) -> FactorMap:
+    return parse_map("n -> ", call.inputs, call.outputs)
+
+
+def _nll_price(call: OpCall) -> OpCost:
+    """Reads the labels and one element a row."""
+    source, rows = call.inputs[:2]
+    picked = rows.numel * source.nbytes / max(source.numel, 1)
+    outputs = sum(m.nbytes for m in call.outputs)
+    return OpCost("loss", float(rows.numel), rows.nbytes + picked + outputs, source.dtype)
+
+
+def _nll_backward_price(call: OpCall) -> OpCost:
+    """Writes zeros of the size of the log-probabilities, then one element a row."""
+    gradient, _, labels = call.inputs[:3]
+    return sweep("loss_backward", *call.outputs, labels, gradient, flops=labels.numel)
+
+
+register(
+    Op(
+        name="autopar.cross_entropy_sum.default",
+        factors=_cross_entropy_factors,
+        price=_cross_entropy_price,
+        backward_price=_cross_entropy_backward,
+        saves=saving("in0", "in1"),
+    )
+)
+register(
+    Op(
+        name="autopar.count_labels.default",
+        factors=_count_factors,
+        price=lambda call: sweep("reduction", *call.inputs, *call.outputs),
+        backward_price=no_backward,
+        saves=saves_nothing,
+    )
+)
+register(
+    Op(
+        name="aten.cross_entropy_loss.default",
+        factors=backward_only,
+        price=_cross_entropy_price,
+        backward_price=_cross_entropy_backward,
+        saves=saving("in0", "in1"),
+    )
+)
+register_priced("aten.nll_loss_forward.default", _nll_price)
+register_priced("aten.nll_loss_backward.default", _nll_backward_price)

@@ -1,0 +1,113 @@
+"""Normalisations and softmax: the normalised dims are whole, all others parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.elementwise import gradient_passes
+from cost_model.ops.table import Op, OpCall, dims_of, pass_of, register, register_priced, saving, sweep
+from cost_model.program import OpCost
+from cost_model.tensor import TensorMeta
+
+NORM_FLOPS = 8.0
+"""Per element: mean and variance 4, subtract, scale, weight, bias."""
+SOFTMAX_FLOPS = 12.0
+"""Per element: maximum, subtract, exponential (8), sum, divide."""
+
+
+def _normalised_rank(call: OpCall) -> int:
+    shape = call.args["normalized_shape"]
+    assert isinstance(shape, list | tuple)
+    return len(shape)
+
+
+def _norm_factors(call: OpCall) -> FactorMap:
+    """Weight and bias, where given, have the normalised dims; statistics have size 1 there."""
+    names = " ".join(f"c{i}" for i in range(_normalised_rank(call)))
+    operands = ", ".join([f"... {names}", *[names] * (len(call.inputs) - 1)])
+    outs = ", ".join([f"... {names}"] * len(call.outputs))
+    return parse_map(f"{operands} -> {outs}", call.inputs, call.outputs, whole=names)
+
+
+def _statistics(call: OpCall, count: int) -> list[TensorMeta]:
+    """``count`` float32-or-wider values a row, which the composite op keeps for its backward."""
+    rows = call.inputs[0].shape[: len(call.inputs[0].shape) - _normalised_rank(call)]
+    dtype = "float64" if call.inputs[0].dtype == "float64" else "float32"
+    return [TensorMeta(rows, dtype)] * count
+
+
+def _norm_price(count: int) -> Callable[[OpCall], OpCost]:
+    """count: statistics a row beyond those among the outputs."""
+
+    def price(call: OpCall) -> OpCost:
+        work = NORM_FLOPS * call.outputs[0].numel
+        return sweep("norm", *call.outputs, *call.inputs, *_statistics(call, count), flops=work)
+
+    return price
+
+
+def _norm_backward(count: int) -> Callable[[OpCall], tuple[OpCost, ...]]:
+    """Reads gradient, input, statistics and weight; writes the gradients of input, weight and bias."""
+
+    def backward(call: OpCall) -> tuple[OpCost, ...]:
+        source, *affine = call.inputs
+        moved = [source, source, source, *_statistics(call, count), *affine, *affine]
+        return (sweep("norm_backward", *moved, flops=2 * NORM_FLOPS * source.numel),)
+
+    return backward
+
+
+def _rms_price(call: OpCall) -> OpCost:
+    """Traced as a square, a mean and one or two products, since torch.export keeps it whole but autograd does not."""
+    source, *weight = call.inputs
+    passes = [source] * (7 if weight else 5)
+    return sweep("elementwise", *passes, *weight, flops=len(passes) * source.numel)
+
+
+def _rms_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """Autograd of those: products and sums for weight and scale, then five passes through the mean of squares."""
+    source, *weight = call.inputs
+    product = (*gradient_passes(source, "ooo oo"), sweep("reduction", source, flops=source.numel))
+    return *product * (1 + len(weight)), *gradient_passes(source, "oo oo oo ooo ooo")
+
+
+def softmax_factors(call: OpCall) -> FactorMap:
+    """The dim that is normalised is whole."""
+    rank = len(call.inputs[0].shape)
+    (dim,) = dims_of(call, "dim", rank) or (0,)
+    names = [f"a{i}" for i in range(rank)]
+    notation = f"{' '.join(names)} -> {' '.join(names)}"
+    return parse_map(notation, call.inputs, call.outputs, whole=names[dim] if names else "")
+
+
+def _softmax_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """Reads gradient and result, writes the input's gradient."""
+    (out,) = call.outputs
+    return (sweep("softmax_backward", out, out, *call.inputs, flops=4 * out.numel),)
+
+
+def _register_norm(name: str, statistics: int, hidden: int, *saved: str) -> None:
+    """statistics: values kept a row; hidden: those of them that are not outputs of this op."""
+    register(Op(name, _norm_factors, _norm_price(hidden), _norm_backward(statistics), saving(*saved)))
+
+
+_register_norm("aten.layer_norm.default", 2, 2, "in0", "in1")
+_register_norm("aten.native_layer_norm.default", 2, 0, "in0", "in1", "out1", "out2")
+register(Op("aten.rms_norm.default", _norm_factors, _rms_price, _rms_backward, saving("in0", "in1")))
+_register_norm("aten._fused_rms_norm.default", 1, 0, "in0", "in1", "out1")
+for _name in (
+    "aten.softmax.int",
+    "aten._softmax.default",
+    "aten.log_softmax.int",
+    "aten._log_softmax.default",
+):
+    register(Op(_name, softmax_factors, pass_of("softmax", SOFTMAX_FLOPS), _softmax_backward, saving("out0")))
+
+register_priced(
+    "aten.native_layer_norm_backward.default aten._fused_rms_norm_backward.default",
+    pass_of("norm_backward", 2 * NORM_FLOPS),
+)
+register_priced(
+    "aten._softmax_backward_data.default aten._log_softmax_backward_data.default", pass_of("softmax_backward", 4.0)
+)

@@ -1,0 +1,199 @@
+"""Seconds of a program's parts on a cluster: ops, blocks, collectives by mesh axis, transfers between stages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cost_model.errors import UnknownNameError, VerificationError
+from cost_model.program import Block, Collective, Instruction, OpCost, Program
+
+TIED = "tied:"
+VIEW = "view"
+
+
+class PricedDevice(Protocol):
+    """What pricing asks of a device: seconds of an op, its fixed overhead included."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def op_overhead_s(self) -> float: ...
+
+    def op_time_s(self, cost: OpCost, /) -> float: ...
+
+
+class PricedCluster(Protocol):
+    """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``."""
+
+    @property
+    def devices(self) -> Sequence[PricedDevice]: ...
+
+    def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
+
+    def transfer_time_s(self, nbytes: int, source: int, target: int, /) -> float: ...
+
+
+@dataclass(frozen=True)
+class BlockPrice:
+    """Seconds of one run of a block: its ops, its collectives (which block), and both by kind."""
+
+    compute_s: float
+    communication_s: float
+    kinds_s: Mapping[str, float] = field(hash=False)
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.communication_s
+
+
+@dataclass(frozen=True)
+class StagePrice:
+    """Seconds of a stage's parts on its slowest rank.
+
+    to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next stage;
+    step_collectives_s: each collective of ``StepWork`` in order; optimizer_s: the whole update.
+    """
+
+    forward: BlockPrice
+    backward: BlockPrice
+    to_next_s: float
+    from_next_s: float
+    step_collectives_s: tuple[float, ...]
+    optimizer_s: float
+    optimizer_kinds_s: Mapping[str, float] = field(hash=False)
+
+
+def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...]:
+    """Stages whose ranks take part in a collective that ``stage`` issues on an axis.
+
+    "tied:<name>": the stages with a parameter whose ``tied`` is that name; "world": all.
+    """
+    if axis == "world":
+        return tuple(range(program.pp))
+    if not axis.startswith(TIED):
+        return (stage,)
+    name = axis.removeprefix(TIED)
+    tied = tuple(s.stage for s in program.stages if any(shard.tied == name for shard in s.parameters))
+    if stage not in tied:
+        raise VerificationError("tied", f"stage {stage} reduces over {axis!r} but holds no parameter tied so")
+    return tied
+
+
+def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Device groups that run a stage's collective on an axis at the same time; raises UnknownNameError."""
+    device = program.devices
+    dps, tps = range(program.dp), range(program.tp)
+    if axis == "tp":
+        return tuple(tuple(device[stage, dp, tp] for tp in tps) for dp in dps)
+    if axis == "dp":
+        return tuple(tuple(device[stage, dp, tp] for dp in dps) for tp in tps)
+    if axis == "dp_tp":
+        return (tuple(device[stage, dp, tp] for dp in dps for tp in tps),)
+    stages = collective_stages(program, axis, stage)
+    if axis == "world":
+        return (tuple(device[s, dp, tp] for s in stages for dp in dps for tp in tps),)
+    if axis.startswith(TIED):
+        return tuple(tuple(device[s, dp, tp] for s in stages) for dp in dps for tp in tps)
+    raise UnknownNameError("axis", axis, ("tp", "dp", "dp_tp", "world", f"{TIED}<name>"))
+
+
+def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, ...]:
+    """Price every stage; each distinct op, collective and transfer is asked for once."""
+    pricer = _Pricer(program, cluster)
+    return tuple(pricer.stage(stage) for stage in range(program.pp))
+
+
+class _Pricer:
+    """Prices with a memory; a rank's op takes as long as on the slowest device of its stage."""
+
+    def __init__(self, program: Program, cluster: PricedCluster) -> None:
+        self.program, self.cluster = program, cluster
+        self.op_prices: dict[tuple[int, ...], dict[OpCost, float]] = {}
+        self.collective_prices: dict[tuple[int, Collective], float] = {}
+
+    def stage(self, stage: int) -> StagePrice:
+        own, op_s = self.program.stages[stage], self._op_price(stage)
+        optimizer: defaultdict[str, float] = defaultdict(float)
+        for cost in own.step.optimizer_costs:
+            optimizer[cost.kind] += op_s(cost)
+        return StagePrice(
+            forward=self._block(stage, own.forward),
+            backward=self._block(stage, own.backward),
+            to_next_s=self._transfer_s(stage, stage + 1),
+            from_next_s=self._transfer_s(stage + 1, stage),
+            step_collectives_s=tuple(self._collective_s(stage, c) for c in own.step.collectives),
+            optimizer_s=sum(optimizer.values()),
+            optimizer_kinds_s=dict(optimizer),
+        )
+
+    def _devices(self, stage: int) -> tuple[PricedDevice, ...]:
+        """The distinct devices of a stage."""
+        cells = ((stage, dp, tp) for dp in range(self.program.dp) for tp in range(self.program.tp))
+        devices = (self.cluster.devices[self.program.devices[cell]] for cell in cells)
+        return tuple({id(device): device for device in devices}.values())
+
+    def _block(self, stage: int, block: Block) -> BlockPrice:
+        op_s = self._op_price(stage)
+        view_s = max((device.op_overhead_s for device in self._devices(stage) if device.kind == "cpu"), default=0.0)
+        kinds: defaultdict[str, float] = defaultdict(float)
+        compute = communication = 0.0
+        for instruction in block.instructions:
+            if instruction.collective is not None:
+                seconds = self._blocking_s(stage, block, instruction.collective)
+                communication += seconds
+                kinds[instruction.collective.kind] += seconds
+            if instruction.cost is not None or instruction.collective is None:
+                seconds = view_s if instruction.cost is None else op_s(instruction.cost)
+                compute += seconds
+                kinds[_kind(instruction)] += seconds
+        return BlockPrice(compute, communication, dict(kinds))
+
+    def _op_price(self, stage: int) -> Callable[[OpCost], float]:
+        """Price of an op on a stage's devices, asked for once for all stages on the same devices."""
+        devices = self._devices(stage)
+        known = self.op_prices.setdefault(tuple(map(id, devices)), {})
+
+        def price_s(cost: OpCost) -> float:
+            seconds = known.get(cost)
+            if seconds is None:
+                seconds = known[cost] = max(device.op_time_s(cost) for device in devices)
+            return seconds
+
+        return price_s
+
+    def _blocking_s(self, stage: int, block: Block, collective: Collective) -> float:
+        """A collective inside a block; one that spans stages would have no common moment there."""
+        if collective_stages(self.program, collective.axis, stage) != (stage,):
+            raise VerificationError("block_collectives", f"{block.name}: {collective} spans stages")
+        return self._collective_s(stage, collective)
+
+    def _collective_s(self, stage: int, collective: Collective) -> float:
+        """Seconds of the slowest of the groups that run it at the same time; nothing within a group of one."""
+        key = (stage, collective)
+        if key not in self.collective_prices:
+            groups = axis_groups(self.program, collective.axis, stage)
+            self.collective_prices[key] = max(
+                self.cluster.collective_time_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0
+                for group in groups
+            )
+        return self.collective_prices[key]
+
+    def _transfer_s(self, source: int, target: int) -> float:
+        """Seconds of what crosses the cut between two neighbours, on the slowest pair of ranks; 0 past the last."""
+        program, device = self.program, self.program.devices
+        if max(source, target) == program.pp:
+            return 0.0
+        meta = program.stages[min(source, target)].sent
+        if meta is None:
+            raise VerificationError("sent", f"stage {min(source, target)} of {program.pp} sends nothing to the next")
+        cells = [(dp, tp) for dp in range(program.dp) for tp in range(program.tp)]
+        pairs = {(device[source, dp, tp], device[target, dp, tp]) for dp, tp in cells}
+        return max(self.cluster.transfer_time_s(meta.nbytes, a, b) for a, b in sorted(pairs))
+
+
+def _kind(instruction: Instruction) -> str:
+    return VIEW if instruction.cost is None else instruction.cost.kind

@@ -1,0 +1,158 @@
+"""The program as prices see it: blocks of instructions over named values.
+
+``passes`` builds these nouns from the very fx graphs that code generation prints, so the simulator
+and the liveness analysis look at what will run, without knowing torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cost_model.tensor import TensorMeta
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Work of one op on one device: what a device file turns into seconds.
+
+    kind: the row of a device file's efficiency table ("matmul", "attention", "elementwise", ...).
+    flops: floating-point operations; nbytes: bytes read and written at least once.
+    gemm: (batch, m, n, k) where the op is a matrix multiplication.
+    op: its name in the op table, where known; a measured device has rows of their own for some ops.
+    """
+
+    kind: str
+    flops: float
+    nbytes: float
+    dtype: str
+    gemm: tuple[int, int, int, int] | None = None
+    op: str | None = None
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective as issued by one rank.
+
+    kind: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast.
+    axis: mesh axis whose ranks take part ("tp", "dp", "dp_tp", "tied:<name>", "world").
+    nbytes: bytes of the full (gathered or reduced) tensor, as torch's op sees its larger side.
+    """
+
+    kind: str
+    axis: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of a block. Values with one ``storage`` share its bytes; ``storage_bytes`` is that storage's size."""
+
+    name: str
+    meta: TensorMeta
+    storage: str
+    storage_bytes: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of generated code.
+
+    op: name in the op table or of a collective; inputs: value names; cost: None for views and pure collectives;
+    workspace_bytes: transient bytes inside the op beyond its outputs;
+    frees: storages whose last reference is dropped right after this line; segment: index in the chain.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[Value, ...]
+    cost: OpCost | None
+    collective: Collective | None
+    workspace_bytes: int
+    frees: tuple[str, ...]
+    segment: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A straight-line function. Inputs are owned by the caller unless named in some ``frees``."""
+
+    name: str
+    inputs: tuple[Value, ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[str, ...]
+
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(i.collective for i in self.instructions if i.collective is not None)
+
+
+@dataclass(frozen=True)
+class ParameterShard:
+    """One parameter or buffer on one rank of a stage.
+
+    reduce_axis: axis over which its gradient is summed once per step (None: already complete).
+    tied: name of the cross-stage group whose copies share one gradient (None mostly).
+    """
+
+    name: str
+    meta: TensorMeta
+    placement: str
+    trainable: bool
+    reduce_axis: str | None
+    tied: str | None
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Work done once per step on each rank of a stage: gradient reduction, then the optimizer."""
+
+    collectives: tuple[Collective, ...]
+    optimizer_costs: tuple[OpCost, ...]
+    optimizer_state_bytes: int
+    optimizer_workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """All that one stage runs. Every rank of the stage runs the same program on its own shards.
+
+    forward: reads microbatch inputs and the activation received; its outputs are the saved values
+    and the activation sent (or the loss). backward: reads saved values and the gradient received;
+    outputs the gradient sent. Parameter gradients are accumulated in place into a flat buffer.
+    saved: storages alive from a microbatch's forward to its backward.
+    sent / received: the activation that crosses the cut after / before this stage (None at the ends);
+    the gradient that comes back has the same meta.
+    persistent: values kept for the whole step beside parameters (batch inputs, step constants).
+    """
+
+    stage: int
+    segments: tuple[int, ...]
+    forward: Block
+    backward: Block
+    saved: tuple[str, ...]
+    sent: TensorMeta | None
+    received: TensorMeta | None
+    parameters: tuple[ParameterShard, ...]
+    persistent: tuple[Value, ...]
+    step: StepWork
+
+
+@dataclass(frozen=True)
+class Program:
+    """The whole distributed program: one StageProgram per stage, all ranks by symmetry.
+
+    dp, tp, pp: mesh degrees; microbatches: per data-parallel replica; schedule: "gpipe" or "1f1b".
+    devices[(stage, dp, tp)] = device index in the cluster.
+    """
+
+    dp: int
+    tp: int
+    pp: int
+    microbatches: int
+    schedule: str
+    stages: tuple[StageProgram, ...]
+    devices: Mapping[tuple[int, int, int], int] = field(hash=False)
+
+    @property
+    def num_devices(self) -> int:
+        return self.dp * self.tp * self.pp

@@ -1,0 +1,328 @@
+"""Simulate one step of a program: each stage's streams, event by event.
+
+By symmetry one rank stands for all ranks of a stage. A transfer begins when both ends have posted it
+(gloo and NCCL both move data only then), occupies no compute of the sender, and holds the receiver,
+whose receive blocks where it stands. Collectives block. Nothing overlaps that the runtime does not overlap.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cost_model.errors import VerificationError
+from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
+from cost_model.memory import allocator_rounding, stage_memory
+from cost_model.plan import Plan
+from cost_model.prices import PricedCluster, StagePrice, collective_stages, price_stages
+from cost_model.program import Collective, Program
+from cost_model.schedule import (
+    Backward,
+    Forward,
+    RecvBackward,
+    RecvForward,
+    SendBackward,
+    SendForward,
+    Step,
+    stage_schedule,
+)
+
+STREAMS = ("compute", "receive", "send_forward", "send_backward")
+
+
+class Event(NamedTuple):
+    """Something a stage did: seconds from the start of the step; microbatch -1 for work done once per step."""
+
+    stage: int
+    stream: str
+    name: str
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """One step. The breakdown is of the stage that finishes last (the first of several) and sums to step_time_s."""
+
+    step_time_s: float
+    stages: tuple[StageEstimate, ...]
+    breakdown: TimeBreakdown
+    timeline: tuple[Event, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak_bytes for stage in self.stages)
+
+
+def simulate(program: Program, cluster: PricedCluster, *, driving_s: float = 0.0) -> SimulationResult:
+    """Time and memory of one step of this very program.
+
+    driving_s: what starting a step and collecting its loss costs, counted as ``other``.
+    Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
+    """
+    assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
+    prices = price_stages(program, cluster)
+    ranks = _run_schedule(program, prices)
+    _run_step_work(program, ranks)
+    last = max(ranks, key=lambda rank: rank.now)
+    return SimulationResult(
+        step_time_s=last.now + driving_s,
+        stages=tuple(_stage_estimate(program, cluster, rank) for rank in ranks),
+        breakdown=last.breakdown(driving_s),
+        timeline=tuple(event for rank in ranks for event in rank.events),
+    )
+
+
+def estimate_program(
+    program: Program,
+    cluster: PricedCluster,
+    plan: Plan,
+    notes: Sequence[str],
+    search_s: float,
+    gap: float,
+    *,
+    driving_s: float = 0.0,
+) -> Estimate:
+    """Simulate a program and put the figures beside the plan it was made from."""
+    result = simulate(program, cluster, driving_s=driving_s)
+    return Estimate(
+        step_time_s=result.step_time_s,
+        peak_bytes=result.peak_bytes,
+        stages=result.stages,
+        breakdown=result.breakdown,
+        notes=tuple(notes),
+        plan=plan,
+        search_s=search_s,
+        gap=gap,
+    )
+
+
+def chrome_trace(result: SimulationResult) -> dict[str, object]:
+    """The timeline in the trace event format of chrome://tracing and Perfetto: a process a stage, a thread a stream."""
+    events: list[dict[str, object]] = []
+    for stage in range(len(result.stages)):
+        events.append(_metadata("process_name", stage, 0, f"stage {stage}"))
+        events += [_metadata("thread_name", stage, thread, name) for thread, name in enumerate(STREAMS)]
+    events += [
+        {
+            "ph": "X",
+            "name": event.name if event.microbatch < 0 else f"{event.name} {event.microbatch}",
+            "pid": event.stage,
+            "tid": STREAMS.index(event.stream),
+            "ts": event.start_s * 1e6,
+            "dur": (event.end_s - event.start_s) * 1e6,
+        }
+        for event in result.timeline
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _metadata(name: str, stage: int, thread: int, label: str) -> dict[str, object]:
+    return {"ph": "M", "name": name, "pid": stage, "tid": thread, "args": {"name": label}}
+
+
+class _Link:
+    """Messages one way between neighbours: when each was posted, and when each arrived."""
+
+    def __init__(self, sender: _Rank, stream: str, transfer_s: float) -> None:
+        self.sender, self.stream, self.transfer_s = sender, stream, transfer_s
+        self.posted: list[float] = []
+        self.done: list[float] = []
+
+
+class _Rank:
+    """The representative rank of one stage: its clock, where its time went, and its place in its list of steps."""
+
+    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step]) -> None:
+        self.stage, self.price, self.steps = stage, price, steps
+        self.position = 0
+        self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
+        self.reduction_s = self.optimizer_s = 0.0
+        self.events: list[Event] = []
+        self.links: dict[type[Step], _Link] = {}
+
+    def advance(self) -> bool:
+        """Run steps until one must wait for a neighbour; whether any was run."""
+        before = self.position
+        while self.position < len(self.steps) and self._run(self.steps[self.position]):
+            self.position += 1
+        return self.position > before
+
+    def finished(self) -> bool:
+        return self.position == len(self.steps)
+
+    def drain(self) -> None:
+        """Wait for the last send each way."""
+        for kind in (SendForward, SendBackward):
+            link = self.links.get(kind)
+            if link is not None and link.done:
+                self._wait(link.done[-1], link.transfer_s)
+
+    def reduce(self, collective: Collective, seconds: float, start_s: float) -> None:
+        """Take part in a collective of the step that starts when its last member is there."""
+        self.bubble_s += start_s - self.now
+        self.now = start_s + seconds
+        self.reduction_s += seconds
+        name = f"{collective.kind} {collective.axis}"
+        self.events.append(Event(self.stage, "compute", name, -1, start_s, self.now))
+
+    def optimize(self) -> None:
+        end = self.now + self.price.optimizer_s
+        self.optimizer_s = self.price.optimizer_s
+        self.events.append(Event(self.stage, "compute", "optimizer", -1, self.now, end))
+        self.now = end
+
+    def breakdown(self, driving_s: float) -> TimeBreakdown:
+        return TimeBreakdown(
+            compute_s=self.compute_s,
+            communication_s=self.communication_s,
+            bubble_s=self.bubble_s,
+            reduction_s=self.reduction_s,
+            optimizer_s=self.optimizer_s,
+            other_s=driving_s,
+        )
+
+    def _run(self, step: Step) -> bool:
+        kind = type(step)
+        if kind is Forward or kind is Backward:
+            self._compute(kind is Forward, step.microbatch)
+            return True
+        if kind is SendForward or kind is SendBackward:
+            return self._send(self.links[kind])
+        return self._receive(self.links[kind], step.microbatch)
+
+    def _compute(self, forward: bool, microbatch: int) -> None:
+        price = self.price.forward if forward else self.price.backward
+        end = self.now + price.compute_s + price.communication_s
+        self.compute_s += price.compute_s
+        self.communication_s += price.communication_s
+        name = "forward" if forward else "backward"
+        self.events.append(Event(self.stage, "compute", name, microbatch, self.now, end))
+        self.now = end
+
+    def _send(self, link: _Link) -> bool:
+        """Wait for the send before on this link, then post; the transfer itself is the receiver's event."""
+        if len(link.posted) > len(link.done):
+            return False
+        if link.done:
+            self._wait(link.done[-1], link.transfer_s)
+        link.posted.append(self.now)
+        return True
+
+    def _receive(self, link: _Link, microbatch: int) -> bool:
+        if len(link.done) == len(link.posted):
+            return False
+        posted, called = link.posted[-1], self.now
+        start = max(posted, called)
+        end = start + link.transfer_s
+        link.done.append(end)
+        self.events.append(Event(self.stage, "receive", "receive", microbatch, called, end))
+        link.sender.events.append(Event(link.sender.stage, link.stream, "send", microbatch, start, end))
+        self._wait(end, link.transfer_s)
+        return True
+
+    def _wait(self, until_s: float, transfer_s: float) -> None:
+        """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage."""
+        waited = until_s - self.now
+        if waited > 0.0:
+            exposed = min(waited, transfer_s)
+            self.communication_s += exposed
+            self.bubble_s += waited - exposed
+            self.now = until_s
+
+
+def _run_schedule(program: Program, prices: Sequence[StagePrice]) -> list[_Rank]:
+    """Run all stages' steps; a stage that has moved wakes its neighbours."""
+    ranks = [
+        _Rank(stage, price, stage_schedule(program.schedule, stage, program.pp, program.microbatches))
+        for stage, price in enumerate(prices)
+    ]
+    for before, after in zip(ranks, ranks[1:], strict=False):
+        before.links[SendForward] = after.links[RecvForward] = _Link(before, "send_forward", before.price.to_next_s)
+        after.links[SendBackward] = before.links[RecvBackward] = _Link(after, "send_backward", before.price.from_next_s)
+    awake = deque(range(program.pp))
+    while awake:
+        stage = awake.popleft()
+        if ranks[stage].advance():
+            awake.extend(near for near in (stage - 1, stage + 1) if 0 <= near < program.pp and near not in awake)
+    for rank in ranks:
+        if not rank.finished():
+            raise VerificationError("deadlock", f"stage {rank.stage} waits forever at {rank.steps[rank.position]}")
+        rank.drain()
+    return ranks
+
+
+def _run_step_work(program: Program, ranks: Sequence[_Rank]) -> None:
+    """Once per step: every stage's collectives in its own order, those between stages together, then the optimizer."""
+    left = [
+        deque(zip(stage.step.collectives, rank.price.step_collectives_s, strict=True))
+        for stage, rank in zip(program.stages, ranks, strict=True)
+    ]
+    moved = True
+    while moved:
+        moved = False
+        for stage, queue in enumerate(left):
+            while queue and _reduce_together(program, ranks, left, stage):
+                moved = True
+    stuck = {stage: queue[0][0] for stage, queue in enumerate(left) if queue}
+    if stuck:
+        raise VerificationError("step_collectives", f"stages wait for each other: {stuck}")
+    for rank in ranks:
+        rank.optimize()
+
+
+def _reduce_together(
+    program: Program, ranks: Sequence[_Rank], left: list[deque[tuple[Collective, float]]], stage: int
+) -> bool:
+    """Run a stage's next collective if all stages that take part have come to it."""
+    collective = left[stage][0][0]
+    members = collective_stages(program, collective.axis, stage)
+    if any(not left[member] or left[member][0][0] != collective for member in members):
+        return False
+    start = max(ranks[member].now for member in members)
+    for member in members:
+        _, seconds = left[member].popleft()
+        ranks[member].reduce(collective, seconds, start)
+    return True
+
+
+def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> StageEstimate:
+    return StageEstimate(
+        stage=rank.stage,
+        forward_s=rank.price.forward.total_s,
+        backward_s=rank.price.backward.total_s,
+        reduce_s=rank.reduction_s,
+        optimizer_s=rank.optimizer_s,
+        memory=_memory(program, cluster, rank.stage),
+        op_kinds_s=_kinds(program, rank),
+    )
+
+
+def _memory(program: Program, cluster: PricedCluster, stage: int) -> MemoryBreakdown:
+    """Memory under the allocator of the stage's devices; the larger where they are of several kinds."""
+    cells = ((stage, dp, tp) for dp in range(program.dp) for tp in range(program.tp))
+    kinds = sorted({cluster.devices[program.devices[cell]].kind for cell in cells})
+    own, count, schedule = program.stages[stage], program.microbatches, program.schedule
+    memories = [stage_memory(own, program.pp, count, schedule, allocator_rounding(kind)) for kind in kinds]
+    return max(memories, key=lambda memory: memory.total_bytes)
+
+
+def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
+    """Seconds per step by op kind; "receive" holds the transfers that block this stage."""
+    kinds: defaultdict[str, float] = defaultdict(float)
+    for block in (rank.price.forward, rank.price.backward):
+        for kind, seconds in block.kinds_s.items():
+            kinds[kind] += seconds * program.microbatches
+    for collective, seconds in zip(
+        program.stages[rank.stage].step.collectives, rank.price.step_collectives_s, strict=True
+    ):
+        kinds[collective.kind] += seconds
+    for kind, seconds in rank.price.optimizer_kinds_s.items():
+        kinds[kind] += seconds
+    for step, link in rank.links.items():
+        if step in (RecvForward, RecvBackward):
+            kinds["receive"] += link.transfer_s * program.microbatches
+    return dict(kinds)

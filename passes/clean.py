@@ -1,0 +1,288 @@
+"""Clean: one vocabulary for the ops that matter, nothing that computes nothing.
+
+No-op casts, copies of what is contiguous and disabled dropout go; attention, cross entropy and means are
+stated in the forms whose rules are simple: a mean becomes a sum and a product with 1/count, where the count is the
+global batch's, so that shards and microbatches simply add up.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from cost_model.errors import UnsupportedError
+from cost_model.tensor import TensorMeta
+from passes import vocabulary  # noqa: F401  (registers torch.ops.autopar)
+from passes.calls import schema_arguments
+from passes.graph import GraphInput, Meta, ModelGraph, meta_of
+from passes.rewriter import GraphBuilder
+
+aten = torch.ops.aten
+_DROPPED = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+}
+
+
+class _Clean:
+    """State of one run: the graph being built and where each old node went."""
+
+    def __init__(self) -> None:
+        self.built = GraphBuilder()
+        self.mapped: dict[fx.Node, Any] = {}
+
+    def operand(self, value: Any) -> Any:
+        return fx.map_arg(value, lambda n: self.mapped[n])
+
+    def run(self, graph: fx.Graph, owner: fx.GraphModule) -> Any:
+        """Copy every call of ``graph``; returns what its output node returns."""
+        for node in graph.nodes:
+            if node.op == "output":
+                return self.operand(node.args[0])
+            if node.op == "get_attr":
+                self.mapped[node] = getattr(owner, str(node.target))
+            elif node.op == "call_function":
+                self.mapped[node] = self._call(node)
+        raise AssertionError("a graph without output")
+
+    def _call(self, node: fx.Node) -> Any:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._region(node)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self._plain(node)
+        if node.target in _DROPPED:
+            return None
+        rewrite = _REWRITES.get(node.target)
+        if rewrite is not None:
+            result = rewrite(self, node, {k: self.operand(v) for k, v in schema_arguments(node).items()})
+            if result is not NotImplemented:
+                return result
+        return self._plain(node)
+
+    def _plain(self, node: fx.Node) -> Any:
+        if getattr(node.target, "__name__", "") == "getitem" and not isinstance(self.mapped[node.args[0]], fx.Node):  # type: ignore[index]
+            return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
+        meta = meta_of(node.meta.get("val"))
+        assert meta is not None, f"{node.target} returns no tensor"
+        made = self.built.copy(node, self.mapped, meta)
+        if "device" in made.kwargs:
+            made.kwargs = {**made.kwargs, "device": torch.device("cpu")}
+        if "pin_memory" in made.kwargs:
+            made.kwargs = {k: v for k, v in made.kwargs.items() if k != "pin_memory"}
+        return made
+
+    def _region(self, node: fx.Node) -> Any:
+        """Inline a no_grad or a disabled autocast region; values leaving no_grad are detached."""
+        name = node.target.name()  # type: ignore[union-attr]
+        operands = [self.operand(a) for a in node.args]
+        if name == "wrap_with_set_grad_enabled":
+            enabled, module, inputs = operands[0], operands[1], operands[2:]
+            outputs = self._inline(module, inputs)
+            return outputs if enabled else fx.map_arg(tuple(outputs), self._detached)
+        if name == "wrap_with_autocast" and operands[2] is False:
+            return self._inline(operands[4], operands[5:])
+        raise UnsupportedError(f"the model uses {name}, which autopar cannot shard yet; remove it from forward")
+
+    def _inline(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.mapped.update(zip(placeholders, inputs, strict=True))
+        return self.run(module.graph, module)
+
+    def _detached(self, node: fx.Node) -> fx.Node:
+        return self.call(aten.detach.default, (node,), self.built.metas[node.name])
+
+    def call(self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any) -> Any:
+        return self.built.call(target, args, meta, like=like, **kwargs)
+
+    def tensor(self, node: fx.Node) -> TensorMeta:
+        return self.built.tensor(node)
+
+
+Rewrite = Callable[[_Clean, fx.Node, dict[str, Any]], Any]
+_REWRITES: dict[Any, Rewrite] = {}
+
+
+def _rewrites(*targets: Any) -> Callable[[Rewrite], Rewrite]:
+    def register(function: Rewrite) -> Rewrite:
+        _REWRITES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+@_rewrites(aten.detach_.default, aten.lift_fresh_copy.default, aten.alias.default)
+def _identity(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    return next(iter(a.values()))
+
+
+@_rewrites(aten.contiguous.default)
+def _contiguous(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    value = node.args[0].meta.get("val")  # type: ignore[union-attr]
+    return a["self"] if value is not None and value.is_contiguous() else NotImplemented
+
+
+@_rewrites(
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default
+)
+def _cast(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Only the dtype counts: devices belong to the runtime."""
+    meta = meta_of(node.meta["val"])
+    assert isinstance(meta, TensorMeta)
+    source = a["self"]
+    if run.tensor(source).dtype == meta.dtype:
+        return source
+    return run.call(aten.to.dtype, (source, getattr(torch, meta.dtype)), meta, like=node)
+
+
+@_rewrites(aten.dropout.default)
+def _dropout(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    if not a["train"] or a["p"] == 0:
+        return a["input"]
+    raise UnsupportedError(
+        f"dropout with p={a['p']} is not supported yet: build the model with dropout 0 or call model.eval()"
+    )
+
+
+@_rewrites(aten.slice.Tensor)
+def _slice(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    extent = run.tensor(a["self"]).shape[a["dim"]]
+    whole = (a["start"] or 0) == 0 and (a["end"] is None or a["end"] >= extent) and a["step"] == 1
+    return a["self"] if whole else NotImplemented
+
+
+@_rewrites(aten.view.default, aten._unsafe_view.default)
+def _view(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    """view -> reshape with its shape spelled out: local strides may not allow the view."""
+    meta, source = meta_of(node.meta["val"]), a["self"]
+    assert isinstance(meta, TensorMeta)
+    if source.target is aten.reshape.default:
+        source = source.args[0]
+    if run.tensor(source).shape == meta.shape:
+        return source
+    return run.call(aten.reshape.default, (source, list(meta.shape)), meta, like=node)
+
+
+@_rewrites(aten.reshape.default)
+def _reshape(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _view(run, node, a)
+
+
+@_rewrites(aten.scaled_dot_product_attention.default)
+def _attention(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Fused attention as our op; key and value heads repeated for grouped queries."""
+    query, key, value = a["query"], a["key"], a["value"]
+    meta = run.tensor(query)
+    if a["dropout_p"]:
+        raise UnsupportedError(f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()")
+    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1]:
+        return NotImplemented
+    if a["enable_gqa"]:
+        repeat = meta.shape[1] // run.tensor(key).shape[1]
+        key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
+    batch, heads, length, _ = meta.shape
+    outputs: Meta = (meta, TensorMeta((batch, heads, length), "float32" if meta.dtype != "float64" else "float64"))
+    mask = _additive(run, node, a["attn_mask"], meta.dtype)
+    args = (query, key, value, mask, a["is_causal"], a["scale"])
+    made = run.call(torch.ops.autopar.attention.default, args, outputs, like=node)
+    return run.call(operator.getitem, (made, 0), meta, like=node)
+
+
+def _additive(run: _Clean, node: fx.Node, mask: fx.Node | None, dtype: str) -> fx.Node | None:
+    """A boolean mask as what kernels take: 0 where attention is allowed, -inf elsewhere."""
+    if mask is None or run.tensor(mask).dtype != "bool":
+        return mask
+    shape = run.tensor(mask).shape
+    made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
+    if dtype != "float32":
+        made = run.call(aten.to.dtype, (made, getattr(torch, dtype)), TensorMeta(shape, dtype), like=node)
+    assert isinstance(made, fx.Node)
+    return made
+
+
+def _repeat_heads(run: _Clean, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:
+    meta = run.tensor(x)
+    batch, heads, length, width = meta.shape
+    for target, arg, shape in (
+        (aten.unsqueeze.default, 2, (batch, heads, 1, length, width)),
+        (aten.expand.default, [batch, heads, repeat, length, width], (batch, heads, repeat, length, width)),
+        (aten.reshape.default, [batch, heads * repeat, length, width], (batch, heads * repeat, length, width)),
+    ):
+        x = run.call(target, (x, arg), TensorMeta(shape, meta.dtype), like=node)
+    return x
+
+
+@_rewrites(aten.cross_entropy_loss.default)
+def _cross_entropy(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    """mean -> sum / count of labels that are not ignored; both add up over shards and microbatches."""
+    logits, labels = a["self"], a["target"]
+    plain = a["weight"] is None and a["reduction"] in (1, 2) and not run.tensor(labels).is_floating
+    if not plain or len(run.tensor(logits).shape) != 2:
+        return NotImplemented
+    scalar = TensorMeta((), run.tensor(logits).dtype)
+    args = (logits, labels, a["ignore_index"], a["label_smoothing"])
+    total = run.call(torch.ops.autopar.cross_entropy_sum.default, args, scalar, like=node)
+    if a["reduction"] == 2:
+        return total
+    count = run.call(
+        torch.ops.autopar.count_labels.default, (labels, a["ignore_index"]), TensorMeta((), "float32"), like=node
+    )
+    if scalar.dtype != "float32":
+        count = run.call(aten.to.dtype, (count, getattr(torch, scalar.dtype)), scalar, like=node)
+    return run.call(aten.div.Tensor, (total, count), scalar, like=node)
+
+
+@_rewrites(aten.mean.default, aten.mean.dim)
+def _mean(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    source, meta = a["self"], meta_of(node.meta["val"])
+    assert isinstance(meta, TensorMeta)
+    if a.get("dtype") is not None:
+        return NotImplemented
+    count = run.tensor(source).numel // max(meta.numel, 1)
+    dims = a.get("dim")
+    args = (source, dims, a["keepdim"]) if dims else (source,)
+    total = run.call(aten.sum.dim_IntList if dims else aten.sum.default, args, meta, like=node)
+    return run.call(aten.mul.Tensor, (total, 1.0 / count), meta, like=node)
+
+
+@_rewrites(aten.mse_loss.default)
+def _mse(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    if run.tensor(a["self"]).shape != run.tensor(a["target"]).shape:
+        return NotImplemented
+    meta, scalar = run.tensor(a["self"]), meta_of(node.meta["val"])
+    difference = run.call(aten.sub.Tensor, (a["self"], a["target"]), meta, like=node)
+    square = run.call(aten.pow.Tensor_Scalar, (difference, 2), meta, like=node)
+    if a["reduction"] == 0:
+        return square
+    assert isinstance(scalar, TensorMeta)
+    total = run.call(aten.sum.default, (square,), scalar, like=node)
+    return total if a["reduction"] == 2 else run.call(aten.mul.Tensor, (total, 1.0 / math.prod(meta.shape)), scalar)
+
+
+
+
+def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: int) -> ModelGraph:
+    """The exported graph in autopar's vocabulary, dead code removed, its one output the loss."""
+    run = _Clean()
+    inputs = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        entry, meta = described.get(node.name), meta_of(value)
+        if entry is None or not isinstance(value, torch.Tensor) or meta is None:
+            run.mapped[node] = value if not isinstance(value, torch.Tensor) else None
+            continue
+        made = run.built.placeholder(node.name, meta)
+        run.mapped[node] = made
+        inputs.append(GraphInput(made.name, entry.kind, entry.target, entry.trainable, entry.batched))
+    loss = run.run(module.graph, module)[0]
+    graph = run.built.graph
+    graph.output((loss,))
+    graph.eliminate_dead_code()
+    return ModelGraph(graph, run.built.metas, tuple(inputs), (loss.name,), batch)

@@ -1,0 +1,118 @@
+"""Code generation: the program of one rank as Python that a person can read and a worker executes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.lower import Function, Line
+
+_RUNTIME_CALLS = {
+    "autopar.all_reduce.default": "comm.all_reduce",
+    "autopar.all_gather.default": "comm.all_gather",
+    "autopar.reduce_scatter.default": "comm.reduce_scatter",
+    "autopar.take_shard.default": "comm.take_shard",
+    "autopar.all_to_all.default": "comm.all_to_all",
+    "autopar.shard_ids.default": "comm.shard_ids",
+    "autopar.attention.default": "kernels.attention",
+    "autopar.attention_backward.default": "kernels.attention_backward",
+    "autopar.count_labels.default": "kernels.count_labels",
+}
+_INDENT = "    "
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a function's inputs come from: variable -> Python expression, and the variables taken from ``saved``."""
+
+    expressions: Mapping[str, str]
+    saved: tuple[str, ...]
+
+
+class _Names:
+    """Short module-level names of the overloads used: ``mm``, ``add_Tensor``."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, str] = {}
+
+    def of(self, node: fx.Node) -> str:
+        target = str(node.target)
+        if target in _RUNTIME_CALLS:
+            return _RUNTIME_CALLS[target]
+        namespace, name, overload = target.split(".")
+        short = name if overload == "default" else f"{name}_{overload}"
+        short = short.removeprefix("_") if namespace == "aten" else f"{namespace}_{short}"
+        self.used[f"op_{short}"] = f"torch.ops.{namespace}.{name}.{overload}"
+        return f"op_{short}"
+
+
+def render_function(function: Function, signature: str, sources: Sources, names: _Names, header: str) -> str:
+    """One ``def``: fetch inputs, run the lines with their deletions, return."""
+    body = [f'"""{header}"""']
+    body += [f"{name} = {expression}" for name, expression in sources.expressions.items()]
+    if sources.saved:
+        body += [f"({', '.join(sources.saved)},) = saved", "saved.clear()"]
+    label = ""
+    for line in function.lines:
+        if line.label and line.label != label:
+            label = line.label
+            body.append(f"# {label}")
+        body.append(_line(line, names))
+    return f"def {function.name}({signature}):\n" + "\n".join(_INDENT + text for text in body)
+
+
+def _line(line: Line, names: _Names) -> str:
+    node = line.node
+    deletes = f"; del {', '.join(line.deletes)}" if line.deletes else ""
+    if str(node.target) == "autopar.accumulate.default":
+        gradient, parameter = node.args
+        return f'accumulate(grads["{parameter}"], {gradient}){deletes}'
+    callee = names.of(node)
+    if line.in_place:
+        callee += "_"
+    arguments = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    if len(line.outputs) > 1:
+        result = f"{', '.join(line.outputs)} = "
+    elif line.outputs:
+        meta_is_tuple = isinstance(node.meta.get("val"), tuple | list)
+        result = f"({line.outputs[0]},) = " if meta_is_tuple else f"{line.outputs[0]} = "
+    else:
+        result = ""
+    return f"{result}{callee}({', '.join(arguments)}){deletes}"
+
+
+def _text(value: Any) -> str:
+    """A literal argument as Python source."""
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_text(v) for v in value)
+        return f"[{inner}]"
+    if isinstance(value, torch.device):
+        return "device"
+    if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value) if value == value and abs(value) != float("inf") else f'float("{value}")'
+    return repr(value)
+
+
+def new_names() -> _Names:
+    return _Names()
+
+
+def render_module(header: Iterable[str], names: _Names, functions: Iterable[str]) -> str:
+    """The module: docstring, op names, functions."""
+    lines = ['"""' + "\n".join(header).strip() + '\n"""', "", "import torch", ""]
+    lines += [f"{short} = {full}" for short, full in sorted(names.used.items())]
+    return "\n".join(lines) + "\n\n\n" + "\n\n\n".join(functions) + "\n"
+
+
+def returns(values: tuple[str, ...], saved: tuple[str, ...] | None) -> str:
+    """The last line of a function."""
+    out = ", ".join(values) if values else "None"
+    return f"{_INDENT}return {out}" if saved is None else f"{_INDENT}return {out}, [{', '.join(saved)}]"

@@ -1,0 +1,41 @@
+"""What depends on what: parameter-dependent values are placed by the planner, all others are ambient."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from passes.graph import ModelGraph
+
+
+def active_nodes(model: ModelGraph) -> frozenset[str]:
+    """Calls that depend on a parameter; the rest (masks, position ids, shifted labels) are ambient."""
+    active = {i.node for i in model.inputs if i.kind in ("parameter", "activation")}
+    calls: set[str] = set()
+    for node in model.nodes():
+        if any(operand.name in active for operand in node.all_input_nodes):
+            active.add(node.name)
+            calls.add(node.name)
+    return frozenset(calls)
+
+
+def differentiable_nodes(model: ModelGraph) -> frozenset[str]:
+    """Values through which a gradient reaches a trainable parameter, or the activation received."""
+    carrying = {i.node for i in model.inputs if i.trainable or i.kind == "activation"}
+    for node in model.nodes():
+        if "detach" in str(node.target):
+            continue
+        if any(operand.name in carrying for operand in node.all_input_nodes):
+            carrying.add(node.name)
+    return frozenset(carrying)
+
+
+def ancestors(targets: list[fx.Node]) -> list[fx.Node]:
+    """Every node the targets need, themselves included, in execution order."""
+    needed: set[fx.Node] = set()
+    stack = list(targets)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return [n for n in targets[0].graph.nodes if n in needed] if targets else []

@@ -1,0 +1,82 @@
+"""The nouns of the forward graph: an fx graph of ATen calls whose one output is the scalar loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from cost_model.errors import VerificationError
+from cost_model.tensor import TensorMeta
+
+Meta = TensorMeta | tuple[TensorMeta | None, ...]
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """A placeholder.
+
+    kind: "parameter", "buffer", "constant", "batch" (a tensor of the user's batch), "step" (computed once per step
+    from the global batch) or "activation" (received from the stage before).
+    target: the model's own name for parameters and buffers; the leaf's path for batch inputs.
+    batched: dim 0 is the batch.
+    """
+
+    node: str
+    kind: str
+    target: str
+    trainable: bool
+    batched: bool
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Invariants: every call_function node has a meta; the output node has exactly the ``outputs`` given.
+
+    batch: samples this graph's shapes stand for; outputs: node names.
+    """
+
+    graph: fx.Graph
+    metas: Mapping[str, Meta] = field(hash=False)
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+    batch: int
+
+    def __post_init__(self) -> None:
+        names = [n.name for n in self.graph.nodes if n.op == "placeholder"]
+        if names != [i.node for i in self.inputs]:
+            raise VerificationError("inputs", f"placeholders {names} but inputs {[i.node for i in self.inputs]}")
+
+    def nodes(self) -> list[fx.Node]:
+        """Calls in execution order."""
+        return [n for n in self.graph.nodes if n.op == "call_function"]
+
+    def tensor(self, name: str) -> TensorMeta:
+        meta = self.metas[name]
+        assert isinstance(meta, TensorMeta), name
+        return meta
+
+    def with_inputs(self, inputs: Iterable[GraphInput]) -> ModelGraph:
+        return replace(self, inputs=tuple(inputs))
+
+
+def meta_of(value: Any) -> Meta | None:
+    """TensorMeta of a (fake) tensor, a tuple of them for tuple outputs, None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return TensorMeta(tuple(int(s) for s in value.shape), str(value.dtype).removeprefix("torch."))
+    if isinstance(value, tuple | list):
+        return tuple(m if isinstance(m := meta_of(v), TensorMeta) else None for v in value)
+    return None
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"

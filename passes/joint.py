@@ -1,0 +1,134 @@
+"""Joint: trace a stage's local graph with its backward, so that every op and collective is explicit.
+
+Runs the graph under fake tensors with autograd on and records all ATen calls; nothing is computed. The stage's
+incoming gradient is an input, gradients of trainable parameters and of the activation received are outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cost_model.errors import VerificationError
+from cost_model.tensor import TensorMeta
+from passes.dependence import differentiable_nodes
+from passes.graph import ModelGraph, is_getitem, torch_dtype
+from passes.vocabulary import DIFFERENTIABLE, forward_end
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """The recorded graph and what its placeholders and outputs are, all node names.
+
+    Placeholders: ``inputs`` (in the stage graph's order), then the incoming gradient unless the stage is last.
+    output: activation sent or loss; mark: the node that ends forward; gradients: input name -> gradient node
+    (None where the loss does not depend on it).
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    grad_in: str | None
+    output: str
+    mark: str
+    gradients: dict[str, str | None]
+
+
+class Runner(fx.Interpreter):
+    """Runs our opaque ops through their differentiable forms and checks local shapes on the way."""
+
+    def __init__(self, model: ModelGraph) -> None:
+        super().__init__(fx.GraphModule(torch.nn.Module(), model.graph))
+        self.model = model
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        expected = self.model.metas.get(n.name)
+        if isinstance(expected, TensorMeta) and not is_getitem(n):
+            found = tuple(result.shape)
+            if found != expected.shape:
+                raise VerificationError("local shapes", f"{n.target} gives {found}, its rule says {expected.shape}")
+        return result
+
+
+def trace_joint(model: ModelGraph, *, last: bool) -> JointGraph:
+    """Joint forward and backward of one stage; ``last``: the output is the loss and its gradient is one."""
+    wanted = _differentiated(model)
+    runner = Runner(model)
+
+    def joint(*tensors: torch.Tensor) -> tuple[Any, ...]:
+        inputs = tensors if last else tensors[:-1]
+        output = runner.run(*inputs)[0]
+        mark = forward_end(output)
+        seed = torch.ones_like(output) if last else tensors[-1]
+        leaves = [inputs[i] for i in wanted]
+        grads = torch.autograd.grad(output, leaves, seed, allow_unused=True) if leaves and output.requires_grad else ()
+        return (output, mark, *(grads or [None] * len(leaves)))
+
+    with FakeTensorMode() as mode, _keep_source():
+        example = [_fake(model, i, i in wanted) for i in range(len(model.inputs))]
+        if not last:
+            example.append(_gradient_like(model))
+        with mode:
+            module = make_fx(joint)(*example)
+    return _describe(module, model, wanted, last)
+
+
+@contextmanager
+def _keep_source() -> Iterator[None]:
+    with fx_traceback.preserve_node_meta():
+        yield
+
+
+def _differentiated(model: ModelGraph) -> list[int]:
+    reached = differentiable_nodes(model)
+    assert model.outputs[0] in reached or not any(i.trainable for i in model.inputs)
+    return [i for i, item in enumerate(model.inputs) if item.trainable or item.kind == "activation"]
+
+
+def _fake(model: ModelGraph, index: int, requires_grad: bool) -> torch.Tensor:
+    meta = model.tensor(model.inputs[index].node)
+    return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype)).requires_grad_(requires_grad)
+
+
+def _gradient_like(model: ModelGraph) -> torch.Tensor:
+    meta = model.tensor(model.outputs[0])
+    return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+
+
+def _describe(module: fx.GraphModule, model: ModelGraph, wanted: list[int], last: bool) -> JointGraph:
+    nodes = list(module.graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    outputs = nodes[-1].args[0]
+    names = tuple(i.node for i in model.inputs)
+    _rename(nodes, dict(zip(placeholders, names, strict=False)))
+    return JointGraph(
+        graph=module.graph,
+        inputs=names,
+        grad_in=None if last else placeholders[-1].name,
+        output=outputs[0].name,
+        mark=outputs[1].name,
+        gradients={names[i]: (g.name if g is not None else None) for i, g in zip(wanted, outputs[2:], strict=True)},
+    )
+
+
+def _rename(nodes: list[fx.Node], names: dict[fx.Node, str]) -> None:
+    """Give placeholders the stage graph's names; calls that hold one of these make way."""
+    taken = {n.name for n in nodes} | set(names.values())
+    for node in nodes:
+        if node not in names and node.name in names.values():
+            fresh = next(f"{node.name}_{k}" for k in range(1, len(taken) + 1) if f"{node.name}_{k}" not in taken)
+            taken.add(fresh)
+            node.name = fresh
+    for node, name in names.items():
+        node.name = node.target = name

@@ -1,0 +1,92 @@
+"""Localise: the few arguments that name sizes, and the few ops whose shards need an algorithm of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from cost_model.errors import RuleError
+from cost_model.factors import Strategy
+from cost_model.placement import Shard
+from cost_model.tensor import TensorMeta
+from passes import vocabulary
+from passes.graph import Meta
+
+aten = torch.ops.aten
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def localise(
+    node: fx.Node, strategy: Strategy, out: Meta, operands: Mapping[fx.Node, fx.Node], axis: str, size: int
+) -> Call:
+    """Target, args and kwargs of ``node`` on local operands, with ``out`` its local meta."""
+    args = fx.map_arg(node.args, lambda n: operands[n])
+    kwargs = fx.map_arg(dict(node.kwargs), lambda n: operands[n])
+    special = _ALGORITHMS.get(node.target)
+    if special is not None:
+        call = special(strategy, args, axis, size)
+        if call is not None:
+            return call
+    sizes = _SIZES.get(node.target)
+    if sizes is not None:
+        args = sizes(args, out)
+    return node.target, args, kwargs
+
+
+def _shape(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:
+    assert isinstance(out, TensorMeta)
+    return (args[0], list(out.shape), *args[2:])
+
+
+def _chunk(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:
+    """split(x, size, dim): the local chunk."""
+    assert not isinstance(out, TensorMeta) and out[0] is not None
+    dim = args[2] if len(args) > 2 else 0
+    return (args[0], out[0].shape[dim], dim)
+
+
+def _chunks(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:
+    """split_with_sizes(x, sizes, dim): the local chunks."""
+    assert not isinstance(out, TensorMeta)
+    dim = args[2] if len(args) > 2 else 0
+    return (args[0], [m.shape[dim] for m in out if m is not None], dim)
+
+
+def _unflatten(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:
+    """unflatten(x, dim, sizes): the local sizes."""
+    assert isinstance(out, TensorMeta)
+    dim = args[1] % (len(out.shape) - len(args[2]) + 1)
+    return (args[0], args[1], list(out.shape[dim : dim + len(args[2])]))
+
+
+def _embedding(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+    if not (isinstance(strategy.inputs[0], Shard) and strategy.inputs[0].dim == 0):
+        return None
+    if strategy.inputs[0].outer != 1:
+        raise RuleError("aten.embedding", "a table can only be split in consecutive rows")
+    padding_idx = args[2] if len(args) > 2 else -1
+    return vocabulary.vocabulary_embedding, (args[0], args[1], padding_idx, axis, size), {}
+
+
+def _cross_entropy(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+    if not strategy.inside:
+        return None
+    if len(args) > 3 and args[3] != 0.0:
+        raise RuleError("autopar.cross_entropy_sum", "label smoothing needs whole rows of logits")
+    return vocabulary.vocabulary_cross_entropy, (args[0], args[1], args[2], axis, size), {}
+
+
+_SIZES: dict[Any, Callable[[tuple[Any, ...], Meta], tuple[Any, ...]]] = {
+    aten.reshape.default: _shape,
+    aten.expand.default: _shape,
+    aten.split.Tensor: _chunk,
+    aten.split_with_sizes.default: _chunks,
+    aten.unflatten.int: _unflatten,
+}
+_ALGORITHMS: dict[Any, Callable[[Strategy, tuple[Any, ...], str, int], Call | None]] = {
+    aten.embedding.default: _embedding,
+    torch.ops.autopar.cross_entropy_sum.default: _cross_entropy,
+}

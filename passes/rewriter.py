@@ -1,0 +1,46 @@
+"""Building fx graphs with metas: what every pass that makes nodes shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from cost_model.tensor import TensorMeta
+from passes.graph import Meta
+
+
+class GraphBuilder:
+    """A new graph and the metas of its nodes, grown in execution order."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.metas: dict[str, Meta] = {}
+
+    def placeholder(self, name: str, meta: Meta) -> fx.Node:
+        node = self.graph.placeholder(name)
+        self.metas[node.name] = meta
+        return node
+
+    def call(self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any) -> Any:
+        """Append a call; ``like`` lends its source annotations."""
+        node = self.graph.call_function(target, args, kwargs)
+        self.metas[node.name] = meta
+        if like is not None:
+            node.meta.update({k: v for k, v in like.meta.items() if k in SOURCE_KEYS})
+        return node
+
+    def copy(self, node: fx.Node, mapped: dict[fx.Node, Any], meta: Meta) -> fx.Node:
+        """Append a copy of ``node`` with operands replaced through ``mapped``, keeping its name where it is free."""
+        made = self.graph.node_copy(node, lambda n: mapped[n])
+        made.meta = {k: v for k, v in node.meta.items() if k in SOURCE_KEYS}
+        self.metas[made.name] = meta
+        return made
+
+    def tensor(self, node: fx.Node) -> TensorMeta:
+        meta = self.metas[node.name]
+        assert isinstance(meta, TensorMeta), node
+        return meta
+
+
+SOURCE_KEYS = ("nn_module_stack", "stack_trace", "segment")

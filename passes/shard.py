@@ -1,0 +1,170 @@
+"""Shard: one stage's graph becomes the program of one rank of a mesh axis.
+
+Every parameter-dependent call runs the strategy the plan names; where a value lies otherwise than a call wants
+it, a conversion is inserted, once per form and shared by all its users. Ambient values stay whole and are
+sliced at use. Shapes become local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from cost_model.errors import VerificationError
+from cost_model.factors import Strategy
+from cost_model.placement import REPLICATE, Placement, Shard, local_shape, parse_placement
+from cost_model.strategies import parse_strategy, replicated
+from cost_model.tensor import TensorMeta
+from passes.calls import tensor_args
+from passes.dependence import active_nodes
+from passes.graph import GraphInput, Meta, ModelGraph, is_getitem
+from passes.localise import localise
+from passes.redistribute import ambient_shard, redistribute
+from passes.rewriter import GraphBuilder
+
+
+@dataclass(frozen=True)
+class ShardedStage:
+    """graph: local shapes; placements: of each input by node name; exit: of the output."""
+
+    graph: ModelGraph
+    placements: Mapping[str, Placement] = field(hash=False)
+    exit: Placement
+
+
+def input_key(node: str) -> str:
+    return f"input:{node}"
+
+
+def op_key(node: str) -> str:
+    return f"op:{node}"
+
+
+def form_key(node: str) -> str:
+    return f"form:{node}"
+
+
+def shard(model: ModelGraph, choices: Mapping[str, str], axis: str, size: int, *, last: bool) -> ShardedStage:
+    """Apply ``choices`` on ``axis``; calls without a choice are replicated. ``last``: the output is the loss."""
+    return _Shard(model, choices, axis, size).run(last)
+
+
+class _Shard:
+    def __init__(self, model: ModelGraph, choices: Mapping[str, str], axis: str, size: int) -> None:
+        self.model, self.choices, self.axis, self.size = model, choices, axis, size
+        self.active = active_nodes(model)
+        self.placed_inputs = {i.node for i in model.inputs if i.kind in ("parameter", "activation")}
+        self.built = GraphBuilder()
+        self.mapped: dict[fx.Node, fx.Node] = {}
+        self.places: dict[fx.Node, Placement] = {}
+        self.outputs_of: dict[fx.Node, tuple[Placement, ...]] = {}
+        self.forms: dict[tuple[fx.Node, Placement], fx.Node] = {}
+
+    def run(self, last: bool) -> ShardedStage:
+        for node in self.model.graph.nodes:
+            if node.op == "placeholder":
+                self._input(node)
+            elif node.op == "call_function":
+                self._call(node)
+                if "segment" in node.meta:
+                    self.mapped[node].meta.setdefault("segment", node.meta["segment"])
+        exit_node = next(n for n in self.model.graph.nodes if n.name == self.model.outputs[0])
+        target = REPLICATE if last else self.places[exit_node]
+        out = self._form(exit_node, target, exit_node)
+        self.built.graph.output((out,))
+        self.built.graph.eliminate_dead_code()
+        inputs = self.model.inputs
+        graph = ModelGraph(self.built.graph, self.built.metas, inputs, (out.name,), self.model.batch)
+        places = {n.name: self.places[n] for n in self.model.graph.nodes if n.op == "placeholder"}
+        return ShardedStage(graph, places, target)
+
+    def _input(self, node: fx.Node) -> None:
+        place = parse_placement(self.choices.get(input_key(node.name), "R"))
+        self.places[node] = place
+        self.mapped[node] = self.built.placeholder(node.name, self._local(self.model.tensor(node.name), place))
+
+    def _local(self, meta: TensorMeta, place: Placement) -> TensorMeta:
+        return TensorMeta(local_shape(meta.shape, place, self.size), meta.dtype)
+
+    def _call(self, node: fx.Node) -> None:
+        if is_getitem(node):
+            self._item(node)
+        elif node.name not in self.active:
+            self.places[node] = REPLICATE
+            self.outputs_of[node] = (REPLICATE,) * 8
+            self.mapped[node] = self.built.copy(node, self.mapped, self.model.metas[node.name])
+        else:
+            self._active(node)
+
+    def _item(self, node: fx.Node) -> None:
+        source, index = node.args
+        assert isinstance(source, fx.Node) and isinstance(index, int)
+        self.places[node] = self.outputs_of[source][index]
+        local = self.built.metas[self.mapped[source].name]
+        assert not isinstance(local, TensorMeta) and local[index] is not None
+        self.mapped[node] = self.built.copy(node, self.mapped, local[index])  # type: ignore[arg-type]
+
+    def _active(self, node: fx.Node) -> None:
+        operands = tensor_args(node)
+        strategy = self._strategy(node, len(operands))
+        if len(strategy.inputs) != len(operands):
+            raise VerificationError("shard", f"{node} has {len(operands)} tensor operands, its strategy {strategy}")
+        wanted = dict(zip(operands, strategy.inputs, strict=True))
+        converted = {o: self._operand(o, place, node) for o, place in wanted.items()}
+        local_out = self._output_meta(node, strategy)
+        target, args, kwargs = localise(node, strategy, local_out, converted, self.axis, self.size)
+        made = self.built.call(target, args, local_out, like=node, **kwargs)
+        self.mapped[node] = made
+        self.outputs_of[node] = strategy.outputs
+        self.places[node] = strategy.outputs[0]
+
+    def _strategy(self, node: fx.Node, num_inputs: int) -> Strategy:
+        text = self.choices.get(op_key(node.name))
+        if text is not None:
+            return parse_strategy(text)
+        meta = self.model.metas[node.name]
+        return replicated(num_inputs, 1 if isinstance(meta, TensorMeta) else len(meta))
+
+    def _output_meta(self, node: fx.Node, strategy: Strategy) -> Meta:
+        meta = self.model.metas[node.name]
+        if isinstance(meta, TensorMeta):
+            return self._local(meta, strategy.outputs[0])
+        return tuple(None if m is None else self._local(m, p) for m, p in zip(meta, strategy.outputs, strict=True))
+
+    def _operand(self, operand: fx.Node, wanted: Placement, user: fx.Node) -> fx.Node:
+        if operand.name not in self.active and operand.name not in self.placed_inputs:
+            return self._ambient(operand, wanted, user)
+        form = self.choices.get(form_key(operand.name))
+        return self._form(operand, wanted, user, parse_placement(form) if form else None)
+
+    def _ambient(self, operand: fx.Node, wanted: Placement, user: fx.Node) -> fx.Node:
+        if not isinstance(wanted, Shard) and str(wanted) != "P":
+            return self.mapped[operand]
+        key = (operand, wanted)
+        if key not in self.forms:
+            self.forms[key] = ambient_shard(
+                self.built, self.mapped[operand], wanted, self.axis, self.size, like=user
+            )
+        return self.forms[key]
+
+    def _form(self, operand: fx.Node, wanted: Placement, user: fx.Node, via: Placement | None = None) -> fx.Node:
+        """``operand`` in placement ``wanted``, through its shared second form if the plan names one."""
+        source = self.places[operand]
+        if wanted == source:
+            return self.mapped[operand]
+        if (operand, wanted) not in self.forms:
+            start = self.mapped[operand]
+            if via is not None and via not in (source, wanted):
+                start, source = self._form(operand, via, user), via
+            self.forms[(operand, wanted)] = redistribute(
+                self.built, start, source, wanted, self.axis, self.size, like=user
+            )
+        return self.forms[(operand, wanted)]
+
+
+def parameter_inputs(stage: ShardedStage) -> tuple[tuple[GraphInput, Placement], ...]:
+    """Parameters of the stage with their placements, in input order."""
+    return tuple((i, stage.placements[i.node]) for i in stage.graph.inputs if i.kind == "parameter")
+

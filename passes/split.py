@@ -1,0 +1,240 @@
+"""Split: a joint graph becomes setup (once), forward and backward (per microbatch) with a chosen set of saved values.
+
+Saved are the bases the backward reads; views of them are redone there. What depends on nothing but buffers and
+constants (masks, position ids) moves to setup and is computed once. Uses of a forward value for its shape alone
+keep nothing alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes import vocabulary
+from passes.graph import is_getitem
+from passes.joint import JointGraph
+
+aten = torch.ops.aten
+_SHAPE_ONLY = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
+
+
+@dataclass(frozen=True)
+class SplitGraphs:
+    """Graphs share node names. ``saved``: forward values the backward takes, in forward order;
+    ``constants``: setup values either reads. ``backward`` adds parameter gradients to their buffers as they are
+    finished and returns the gradient of the activation received, if there is one.
+    """
+
+    setup: fx.Graph
+    forward: fx.Graph
+    backward: fx.Graph
+    inputs: tuple[str, ...]
+    grad_in: str | None
+    output: str
+    saved: tuple[str, ...]
+    constants: tuple[str, ...]
+
+
+def split(joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str]) -> SplitGraphs:
+    """``invariant``: inputs that never change (buffers, constants); ``parameters``: input node -> the model's name."""
+    return _Split(joint, invariant, parameters).run()
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """Identity of the storage behind a node's fake value; None for tuples and non-tensors."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's value shares storage with one of its operands (a tuple: its first part does)."""
+    if node.op != "call_function":
+        return False
+    if is_getitem(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return is_view(source)
+    value = node.meta.get("val")
+    first = value[0] if isinstance(value, tuple | list) and value else value
+    if not isinstance(first, torch.Tensor):
+        return False
+    mine = first.untyped_storage()._cdata
+    return any(storage_of(o) == mine for o in node.all_input_nodes)
+
+
+class _Split:
+    def __init__(self, joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str]) -> None:
+        self.joint, self.parameters = joint, parameters
+        _drop_detach(joint)
+        nodes = list(joint.graph.nodes)
+        self.by_name = {n.name: n for n in nodes}
+        mark = self.by_name[joint.mark]
+        at = nodes.index(mark)
+        self.inputs = {n for n in nodes if n.op == "placeholder"}
+        calls = [n for n in nodes if n.op == "call_function" and n is not mark]
+        self.setup_nodes = _invariant_calls(calls, {n for n in self.inputs if n.name in invariant})
+        position = {n: i for i, n in enumerate(nodes)}
+        self.forward_nodes = [n for n in calls if position[n] < at and n not in self.setup_nodes]
+        self.backward_nodes = [n for n in calls if position[n] > at and n not in self.setup_nodes]
+        self.forward_set = set(self.forward_nodes)
+        self.constants: dict[str, None] = {}
+        self.saved: dict[str, None] = {}
+
+    def run(self) -> SplitGraphs:
+        backward = self._backward([v for v in self.joint.gradients.values() if v is not None])
+        forward = self._forward()
+        order = [n.name for n in self.forward_nodes if n.name in self.saved]
+        return SplitGraphs(
+            setup=self._setup(),
+            forward=forward,
+            backward=backward,
+            inputs=self.joint.inputs,
+            grad_in=self.joint.grad_in,
+            output=self.joint.output,
+            saved=tuple(order),
+            constants=tuple(self.constants),
+        )
+
+    def _backward(self, results: list[str]) -> fx.Graph:
+        """Backward nodes that lead to a gradient; operands from forward become saved values or redone views."""
+        needed = _reaching([self.by_name[name] for name in results], set(self.backward_nodes))
+        graph, mapped = fx.Graph(), {}
+        for node in self.backward_nodes:
+            if node not in needed:
+                continue
+            if node.target in _SHAPE_ONLY:
+                mapped[node] = _filled(graph, node, _SHAPE_ONLY[node.target])
+                continue
+            for operand in node.all_input_nodes:
+                self._bring(operand, graph, mapped)
+            mapped[node] = _copy(graph, node, mapped)
+        outside = [self.by_name[name] for name in results if self.by_name[name] not in mapped]
+        for node in outside:
+            self._bring(node, graph, mapped)
+        received = [v for k, v in self.joint.gradients.items() if v is not None and k not in self.parameters]
+        graph.output(tuple(mapped[self.by_name[name]] for name in received))
+        for parameter, name in self.joint.gradients.items():
+            if name is not None and parameter in self.parameters:
+                _accumulate(graph, mapped[self.by_name[name]], self.parameters[parameter])
+        return _inputs_first(graph)
+
+    def _bring(self, node: fx.Node, graph: fx.Graph, mapped: dict[fx.Node, Any]) -> None:
+        """Make a value available in backward: an input, a constant, a redone view, or a saved value."""
+        if node in mapped:
+            return
+        if node in self.forward_set and is_view(node):
+            for operand in node.all_input_nodes:
+                self._bring(operand, graph, mapped)
+            mapped[node] = _copy(graph, node, mapped)
+            return
+        if node in self.setup_nodes:
+            self.constants[node.name] = None
+        elif node in self.forward_set:
+            assert isinstance(node.meta.get("val"), torch.Tensor), f"{node} is saved whole"
+            self.saved[node.name] = None
+        mapped[node] = _placeholder(graph, node)
+
+    def _forward(self) -> fx.Graph:
+        results = [self.by_name[name] for name in (self.joint.output, *self.saved)]
+        needed = _reaching(results, self.forward_set)
+        graph, mapped = fx.Graph(), {}
+        for node in [*(n for n in self.forward_nodes if n in needed)]:
+            for operand in node.all_input_nodes:
+                if operand not in mapped:
+                    if operand in self.setup_nodes:
+                        self.constants[operand.name] = None
+                    mapped[operand] = _placeholder(graph, operand)
+            mapped[node] = _copy(graph, node, mapped)
+        order = [n.name for n in self.forward_nodes if n.name in self.saved]
+        graph.output((mapped[self.by_name[self.joint.output]], *(mapped[self.by_name[n]] for n in order)))
+        return _inputs_first(graph)
+
+    def _setup(self) -> fx.Graph:
+        results = [self.by_name[name] for name in self.constants]
+        needed = _reaching(results, self.setup_nodes)
+        graph, mapped = fx.Graph(), {}
+        for node in self.joint.graph.nodes:
+            if node in needed:
+                for operand in node.all_input_nodes:
+                    if operand not in mapped:
+                        mapped[operand] = _placeholder(graph, operand)
+                mapped[node] = _copy(graph, node, mapped)
+        graph.output(tuple(mapped[r] for r in results))
+        return _inputs_first(graph)
+
+
+def _drop_detach(joint: JointGraph) -> None:
+    for node in list(joint.graph.nodes):
+        if node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            joint.graph.erase_node(node)
+
+
+def _invariant_calls(calls: list[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
+    """Calls whose operands are all invariant; random ones are not."""
+    invariant: set[fx.Node] = set()
+    for node in calls:
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if not random and all(o in invariant or o in known for o in node.all_input_nodes):
+            invariant.add(node)
+    return invariant
+
+
+def _reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+    """Nodes of ``within`` that the results need."""
+    needed: set[fx.Node] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node in within and node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return needed
+
+
+def _copy(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
+    made = graph.node_copy(node, lambda n: mapped[n])
+    made.meta = dict(node.meta)
+    made.name = node.name
+    return made
+
+
+def _placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    made = graph.placeholder(node.name)
+    made.name = node.name
+    made.meta = dict(node.meta)
+    return made
+
+
+def _filled(graph: fx.Graph, node: fx.Node, value: int) -> fx.Node:
+    """ones_like(x) -> full(shape of x): nothing of x but its shape is needed."""
+    like = node.meta["val"]
+    kwargs = {"dtype": like.dtype, "device": torch.device("cpu")}
+    made = graph.call_function(aten.full.default, (list(like.shape), value), kwargs)
+    made.meta = dict(node.meta)
+    return made
+
+
+def _accumulate(graph: fx.Graph, gradient: fx.Node, parameter: str) -> None:
+    """Right after a gradient is complete, so that it dies at once."""
+    calls = [n for n in graph.nodes if n.op == "call_function"]
+    if gradient.op == "placeholder" and calls:
+        context = graph.inserting_before(calls[0])
+    else:
+        context = graph.inserting_after(gradient)
+    with context:
+        graph.call_function(vocabulary.accumulate, (gradient, parameter))
+
+
+def _inputs_first(graph: fx.Graph) -> fx.Graph:
+    """Placeholders moved to the front, as fx wants them."""
+    calls = [n for n in graph.nodes if n.op != "placeholder"]
+    if calls:
+        for node in [n for n in graph.nodes if n.op == "placeholder"]:
+            calls[0].prepend(node)
+    graph.lint()
+    return graph

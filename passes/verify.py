@@ -1,0 +1,108 @@
+"""Verify: the code that was printed does what was priced, and stages fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cost_model.errors import VerificationError
+from cost_model.program import Block, Collective
+from cost_model.tensor import TensorMeta
+from passes import vocabulary
+from passes.graph import torch_dtype
+from passes.stage import StageCode
+
+
+class RecordingComm:
+    """Stands in for the runtime's communicator under fake tensors and writes down what is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[Collective] = []
+
+    def _note(self, kind: str, axis: str, x: Tensor, out: Tensor) -> Tensor:
+        self.calls.append(Collective(kind, axis, max(t.numel() * t.element_size() for t in (x, out))))
+        return out
+
+    def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor:
+        return self._note("all_reduce", axis, x, vocabulary.all_reduce(x, axis, op))
+
+    def all_reduce_(self, x: Tensor, axis: str, op: str) -> Tensor:
+        return self._note("all_reduce", axis, x, x)
+
+    def all_gather(self, x: Tensor, axis: str, *place: int) -> Tensor:
+        return self._note("all_gather", axis, x, vocabulary.all_gather(x, axis, *place))
+
+    def reduce_scatter(self, x: Tensor, axis: str, *place: int) -> Tensor:
+        return self._note("reduce_scatter", axis, x, vocabulary.reduce_scatter(x, axis, *place))
+
+    def all_to_all(self, x: Tensor, axis: str, *place: int) -> Tensor:
+        return self._note("all_to_all", axis, x, vocabulary.all_to_all(x, axis, *place))
+
+    def take_shard(self, x: Tensor, axis: str, *place: int) -> Tensor:
+        out: Tensor = vocabulary.take_shard(x, axis, *place)
+        return out
+
+    def shard_ids(self, ids: Tensor, axis: str, *place: int) -> Tensor:
+        out: Tensor = vocabulary.shard_ids(ids, axis, *place)
+        return out
+
+
+def verify_emitted(code: StageCode) -> None:
+    """Run the printed source on fake tensors: its collectives must be those of the priced blocks, in order, with
+    equal bytes and axes, and what it sends must have the announced shape."""
+    namespace: dict[str, Any] = {}
+    exec(compile(code.source, "<autopar program>", "exec"), namespace)
+    forward_calls, backward_calls, output = _run(code, namespace)
+    _compare("forward", code.forward, forward_calls)
+    _compare("backward", code.backward, backward_calls)
+    if code.sent is not None and tuple(output.shape) != code.sent.shape:
+        raise VerificationError("sent shape", f"the code sends {tuple(output.shape)}, the estimate {code.sent.shape}")
+
+
+def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], list[Collective], Tensor]:
+    def fake(meta: TensorMeta) -> Tensor:
+        return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+
+    with FakeTensorMode(), torch.no_grad():
+        by_kind: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "batch": {}, "step": {}}
+        for item in code.inputs:
+            if item.kind != "activation":
+                kind = "buffer" if item.kind == "constant" else item.kind
+                by_kind[kind][item.target] = fake(code.metas[item.node])
+        received = [fake(code.received)] if code.received is not None else []
+        kernels, device = torch.ops.autopar, torch.device("cpu")
+        constants = namespace["setup"](by_kind["buffer"], RecordingComm(), device)
+        common = (by_kind["parameter"], by_kind["buffer"], constants, by_kind["batch"], by_kind["step"])
+        forward_comm, backward_comm = RecordingComm(), RecordingComm()
+        output, saved = namespace["forward"](*common, received, forward_comm, kernels, device)
+        if code.sent is not None:
+            saved.append(fake(code.sent))
+        grads = {i.target: by_kind["parameter"][i.target] for i in code.inputs if i.kind == "parameter"}
+        namespace["backward"](*common, saved, grads, _check_gradient, backward_comm, kernels, device)
+    return forward_comm.calls, backward_comm.calls, output
+
+
+def _check_gradient(buffer: Tensor, gradient: Tensor) -> None:
+    if buffer.shape != gradient.shape:
+        raise VerificationError("gradient shape", f"{tuple(gradient.shape)} for a parameter {tuple(buffer.shape)}")
+
+
+def _compare(name: str, block: Block, emitted: list[Collective]) -> None:
+    priced = list(block.collectives())
+    if emitted != priced:
+        at = next((i for i, (a, b) in enumerate(zip(emitted, priced, strict=False)) if a != b), min(len(emitted), len(priced)))
+        raise VerificationError(
+            "priced = run",
+            f"collective {at} of {name}: emitted {emitted[at : at + 1]}, priced {priced[at : at + 1]}",
+        )
+
+
+def verify_cuts(codes: Sequence[StageCode]) -> None:
+    """What a stage sends is what the next receives."""
+    for index, (before, after) in enumerate(zip(codes, codes[1:], strict=False)):
+        if before.sent != after.received:
+            raise VerificationError("cut", f"stage {index} sends {before.sent}, stage {index + 1} takes {after.received}")

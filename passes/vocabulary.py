@@ -1,0 +1,337 @@
+"""Our ops as they stand in traced graphs: collectives, attention, losses.
+
+Opaque library ops (namespace ``autopar``) have shapes but no kernels: tracing sees them as single calls, and
+code generation prints each as a call of the runtime. On top of them, autograd functions pair every forward
+collective with its dual, following the placements of ``cost_model.placement``:
+
+copy <-> all_reduce, all_gather <-> reduce_scatter, take_shard <-> all_gather, all_to_all <-> all_to_all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+_LIBRARY = torch.library.Library("autopar", "DEF")
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _define(schema: str) -> Any:
+    """Register an opaque op and return a decorator for its shape function."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+
+    def register(shape_function: Any) -> Any:
+        torch.library.register_fake(f"autopar::{name}", shape_function, lib=_LIBRARY)
+        return getattr(torch.ops.autopar, name).default
+
+    return register
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _resized(x: Tensor, dim: int, extent: int) -> Tensor:
+    return x.new_empty([extent if d == dim else s for d, s in enumerate(x.shape)])
+
+
+@_define("all_reduce(Tensor x, str axis, str op) -> Tensor")
+def all_reduce(x: Tensor, axis: str, op: str) -> Tensor:
+    return _like(x)
+
+
+@_define("all_gather(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
+def all_gather(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    return _resized(x, dim, x.shape[dim] * size)
+
+
+@_define("reduce_scatter(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
+def reduce_scatter(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    return _resized(x, dim, x.shape[dim] // size)
+
+
+@_define("take_shard(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
+def take_shard(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    return _resized(x, dim, x.shape[dim] // size)
+
+
+@_define("all_to_all(Tensor x, str axis, int size, int split_dim, int concat_dim) -> Tensor")
+def all_to_all(x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
+    split = _resized(x, split_dim, x.shape[split_dim] // size)
+    return _resized(split, concat_dim, x.shape[concat_dim] * size)
+
+
+@_define("shard_ids(Tensor ids, str axis, int size, int extent) -> Tensor")
+def shard_ids(ids: Tensor, axis: str, size: int, extent: int) -> Tensor:
+    """ids less the first index of this rank's shard of ``extent`` rows; -1 where another rank holds the row."""
+    return _like(ids)
+
+
+@_define("forward_end(Tensor x) -> Tensor")
+def forward_end(x: Tensor) -> Tensor:
+    """Marks where forward ends in a joint graph; removed by ``split``."""
+    return x.new_empty([0])
+
+
+@_define("accumulate(Tensor grad, str parameter) -> ()")
+def accumulate(grad: Tensor, parameter: str) -> None:
+    """Adds a finished gradient to the parameter's buffer."""
+
+
+@_define("cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing) -> Tensor")
+def _cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+    return logits.new_empty([])
+
+
+@_define("count_labels(Tensor labels, int ignore_index) -> Tensor")
+def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    return labels.new_empty([], dtype=torch.float32)
+
+
+@_define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor)")
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    out, logsumexp = _CPU_ATTENTION(q, k, v, 0.0, is_causal, scale=scale)
+    return out, logsumexp
+
+
+@_define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor? mask, "
+    "bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _CPU_ATTENTION_BACKWARD(grad, q, k, v, out, logsumexp, 0.0, is_causal, scale=scale)
+    return dq, dk, dv
+
+
+class _Copy(Function):
+    """Replicate -> Varying."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_reduce(grads[0], ctx.axis, "sum"), None
+
+
+class _AllReduce(Function):
+    """Partial -> Replicate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str) -> Tensor:
+        return all_reduce(x, axis, "sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+class _Gather(Function):
+    """Shard -> Replicate (backward takes the shard) or Shard -> Varying (backward reduces and scatters)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int, varying: bool) -> Tensor:
+        ctx.place = (axis, size, dim, outer)
+        ctx.varying = varying
+        return all_gather(x, axis, size, dim, outer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        dual = reduce_scatter if ctx.varying else take_shard
+        return dual(grads[0], *ctx.place), None, None, None, None, None
+
+
+class _ReduceScatter(Function):
+    """Partial -> Shard."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+        ctx.place = (axis, size, dim, outer)
+        return reduce_scatter(x, axis, size, dim, outer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_gather(grads[0], *ctx.place), None, None, None, None
+
+
+class _TakeShard(Function):
+    """Replicate -> Shard."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+        ctx.place = (axis, size, dim, outer)
+        return take_shard(x, axis, size, dim, outer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_gather(grads[0], *ctx.place), None, None, None, None
+
+
+class _AllToAll(Function):
+    """Shard(concat_dim) -> Shard(split_dim): the dim that was split is made whole, another is split."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
+        ctx.place = (axis, size, concat_dim, split_dim)
+        return all_to_all(x, axis, size, split_dim, concat_dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return all_to_all(grads[0], *ctx.place), None, None, None, None
+
+
+class _Portion(Function):
+    """Replicate -> Partial: each rank holds 1/size of the value; the gradient is the whole one on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        return x / size
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    ) -> Any:
+        out, logsumexp = torch.ops.autopar.attention.default(q, k, v, mask, is_causal, scale)
+        ctx.save_for_backward(q, k, v, out, logsumexp, mask)
+        ctx.flags = (is_causal, scale)
+        ctx.mark_non_differentiable(logsumexp)
+        return out, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, out, logsumexp, mask = ctx.saved_tensors
+        dq, dk, dv = torch.ops.autopar.attention_backward.default(
+            grads[0], q, k, v, out, logsumexp, mask, *ctx.flags
+        )
+        return dq, dk, dv, None, None, None
+
+
+class _VocabularyCrossEntropy(Function):
+    """Sum of cross entropies of logits sharded along the classes: two all_reduces of [n], the logits stay sharded."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Tensor:
+        rows = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        largest = all_reduce(rows.amax(1), axis, "max")
+        shifted = rows - largest.unsqueeze(1)
+        ids = shard_ids(labels, axis, size, logits.shape[1])
+        here = (ids >= 0).logical_and(labels != ignore_index)
+        picked = shifted.gather(1, ids.clamp(min=0).unsqueeze(1)).squeeze(1)
+        exponentials = shifted.exp()
+        partial = torch.stack([exponentials.sum(1), torch.where(here, picked, 0.0)])
+        total, target = all_reduce(partial, axis, "sum").unbind(0)
+        ctx.save_for_backward(exponentials, total, ids, here, labels)
+        ctx.ignore_index, ctx.dtype = ignore_index, logits.dtype
+        return torch.where(labels != ignore_index, total.log() - target, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        exponentials, total, ids, here, labels = ctx.saved_tensors
+        weight = torch.where(labels != ctx.ignore_index, grads[0], 0.0)
+        grad = exponentials * (weight / total).unsqueeze(1)
+        subtract = torch.where(here, weight, 0.0).neg().unsqueeze(1)
+        grad = grad.scatter_add(1, ids.clamp(min=0).unsqueeze(1), subtract)
+        return grad.to(ctx.dtype), None, None, None, None
+
+
+def copy(x: Tensor, axis: str) -> Tensor:
+    """Replicate -> Varying: nothing forward, all_reduce backward."""
+    return _Copy.apply(x, axis)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def reduce(x: Tensor, axis: str) -> Tensor:
+    """Partial -> Replicate: all_reduce forward, nothing backward."""
+    return _AllReduce.apply(x, axis)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def gather(x: Tensor, axis: str, size: int, dim: int, outer: int, varying: bool) -> Tensor:
+    """Shard -> Replicate or, with ``varying``, Shard -> Varying."""
+    return _Gather.apply(x, axis, size, dim, outer, varying)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def scatter_sum(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    """Partial -> Shard."""
+    return _ReduceScatter.apply(x, axis, size, dim, outer)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def shard(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    """Replicate -> Shard."""
+    return _TakeShard.apply(x, axis, size, dim, outer)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def exchange(x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
+    """Shard(concat_dim) -> Shard(split_dim), both plain."""
+    return _AllToAll.apply(x, axis, size, split_dim, concat_dim)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def portion(x: Tensor, size: int) -> Tensor:
+    """Replicate -> Partial."""
+    return _Portion.apply(x, size)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def share(x: Tensor, size: int) -> Tensor:
+    """Varying -> Partial: the plain product with 1/size, whose gradient is partial again."""
+    return x * (1.0 / size)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Fused attention over [batch, heads, length, width]; the kernel is chosen by the device it runs on."""
+    return _Attention.apply(q, k, v, mask, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+    """Sum over rows of the cross entropy of logits [n, classes] against labels [n]."""
+    return torch.nn.functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
+
+
+def vocabulary_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Tensor:
+    """``cross_entropy_sum`` of logits sharded along the classes; equal on every rank of the axis."""
+    return _VocabularyCrossEntropy.apply(logits, labels, ignore_index, axis, size)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def vocabulary_embedding(weight: Tensor, ids: Tensor, padding_idx: int, axis: str, size: int) -> Tensor:
+    """Lookup in a table sharded along its rows; rows of other ranks give zero, so the result is Partial.
+
+    padding_idx: global row that gets no gradient, -1 for none.
+    """
+    local = shard_ids(ids, axis, size, weight.shape[0])
+    rows = torch.nn.functional.embedding(local.clamp(min=0), weight)
+    if padding_idx >= 0:
+        rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
+    return rows * (local >= 0).unsqueeze(-1).to(rows.dtype)
+
+
+DIFFERENTIABLE = {
+    torch.ops.autopar.attention.default: attention,
+    torch.ops.autopar.cross_entropy_sum.default: cross_entropy_sum,
+}
+"""Opaque ops of forward graphs -> the functions with a gradient that stand for them when the joint graph is traced."""

@@ -1,0 +1,137 @@
+"""A call of an op on tensors, and the same call as the op table sees it; tests of the op table share this."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from cost_model.ops import OpCall, Ref
+from cost_model.tensor import TensorMeta
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+
+
+# --- References for our own ops -------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    scores = q @ k.transpose(-1, -2) * (scale or 1.0 / math.sqrt(q.shape[-1]))
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).tril() == 0, -torch.inf)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v, scores.logsumexp(-1).detach()
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+    )
+
+
+def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    return (labels != ignore_index).sum()
+
+
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "autopar.attention.default": attention,
+    "autopar.cross_entropy_sum.default": cross_entropy_sum,
+    "autopar.count_labels.default": count_labels,
+}
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    if name in REFERENCES:
+        return REFERENCES[name]
+    _, op, overload = name.split(".")
+    return getattr(getattr(aten, op), overload)
+
+
+# --- From a call on tensors to an OpCall ----------------------------------------------------------------------------
+
+
+def meta_of(tensor: Tensor) -> TensorMeta:
+    return TensorMeta(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def named_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    function = function_of(name)
+    if name in REFERENCES:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+    declared = function._schema.arguments
+    defaults = {a.name: a.default_value for a in declared}
+    return defaults | {a.name: value for a, value in zip(declared, args, strict=False)} | kwargs
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def describe(name: str, arguments: dict[str, Any], outputs: Any) -> OpCall:
+    """The call as the op table sees it."""
+    tensors = tensors_in(list(arguments.values()))
+    positions = iter(range(len(tensors)))
+    refs = pytree.tree_map(lambda v: Ref(next(positions)) if isinstance(v, Tensor) else v, arguments)
+    return OpCall(name, tuple(map(meta_of, tensors)), tuple(map(meta_of, tensors_in(outputs))), refs)
+
+
+@dataclass
+class Case:
+    """A call with its tensors, and the same call as the op table sees it."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.arguments = named_arguments(self.name, self.args, self.kwargs)
+        self.tensors = tensors_in(list(self.arguments.values()))
+        self.outputs = self.run(self.tensors)
+        self.call = describe(self.name, self.arguments, self.outputs)
+
+    def run(self, tensors: Sequence[Tensor], shapes: list[tuple[int, ...]] | None = None) -> list[Tensor]:
+        """Run on other tensors; ``shapes`` of the outputs make local the arguments that name sizes."""
+        resized = RESIZED.get(self.name)
+        if shapes is not None and resized is not None:
+            return resized(self, tensors[0], shapes)
+        replacements = iter(tensors)
+        values = pytree.tree_map(lambda v: next(replacements) if isinstance(v, Tensor) else v, self.arguments)
+        if self.name in REFERENCES:
+            return tensors_in(REFERENCES[self.name](**values))
+        function = function_of(self.name)
+        positional = [values[a.name] for a in function._schema.arguments if not a.kwarg_only]
+        named = {a.name: values[a.name] for a in function._schema.arguments if a.kwarg_only}
+        return tensors_in(function(*positional, **named))
+
+
+def _reshaped(case: Case, x: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    return [x.reshape(shapes[0])]
+
+
+def _split(case: Case, x: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    dim = case.arguments["dim"]
+    return list(x.split([shape[dim] for shape in shapes], dim))
+
+
+RESIZED: dict[str, Callable[[Case, Tensor, list[tuple[int, ...]]], list[Tensor]]] = {
+    "aten.expand.default": lambda case, x, shapes: [x.expand(shapes[0])],
+    "aten.split.Tensor": _split,
+    "aten.split_with_sizes.default": _split,
+    **{
+        f"aten.{op}": _reshaped
+        for op in (
+            "view.default reshape.default _unsafe_view.default squeeze.default squeeze.dim squeeze.dims unflatten.int"
+        ).split()
+    },
+}

@@ -1,0 +1,329 @@
+"""The measured machine: fits that recover what they were made from, the kept file, and real measurements."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autopar import calibrate
+from autopar.calibrate_fit import Machine, MessageTime, OpTime, fit_gemm, fit_stream, mean_row, render_cluster
+from autopar.calibrate_probes import all_probes
+from autopar.calibrate_worker import MESSAGE_KINDS, cpu_seconds, message_ranks
+from autopar.cluster import Cluster
+from autopar.runtime.pool import WorkerPool
+from cost_model.device import GEMM_KINDS, STREAM_KINDS, GemmRow, StreamRow, attention_cost
+from cost_model.errors import ConfigError, WorkerError
+from cost_model.program import OpCost
+
+ROOT = Path(__file__).parents[1]
+
+# --- Fits -----------------------------------------------------------------------------------------------------------
+
+
+def product(b: int, m: int, n: int, k: int) -> OpCost:
+    return OpCost("matmul", 2.0 * b * m * n * k, 4.0 * b * (m * k + k * n + m * n), "float32", (b, m, n, k))
+
+
+SHAPES = [(1, 1024, n, k) for n in (64, 256, 1024) for k in (64, 256, 1024)]
+SHAPES += [(1, 256, 256, 2048), (1, 8, 8, 8), (32, 128, 128, 64), (32, 128, 64, 128), (1, 64, 512, 512)]
+
+
+def test_a_product_row_is_recovered_from_its_own_times() -> None:
+    true = GemmRow(1.0, 12.0, 5.0, 20.0, 0.0, 1e-6, 2e-6, 512.0)
+    times = [OpTime("matmul", product(*shape), true.seconds(product(*shape), 9e10, 1e15)) for shape in SHAPES]
+    rate, row = fit_gemm(times)
+    assert rate == pytest.approx(9e10, rel=1e-6)
+    for name in ("half_m", "half_n", "half_k", "per_matrix_s", "overhead_s"):
+        assert getattr(row, name) == pytest.approx(getattr(true, name), rel=1e-4)
+
+
+def test_no_unknown_of_a_fit_is_negative_however_noisy_its_times() -> None:
+    noise = np.random.default_rng(0)
+    times = [OpTime("matmul", product(*s), product(*s).flops / 1e11 * noise.uniform(0.7, 1.3) + 1e-6) for s in SHAPES]
+    rate, row = fit_gemm(times)
+    assert rate > 0 and min(row.half_m, row.half_n, row.half_k, row.per_matrix_s, row.overhead_s) >= 0
+
+
+def test_causal_and_full_attention_share_a_row() -> None:
+    true = GemmRow(1.0, 30.0, 0.0, 20.0, 0.0, 0.0, 1e-5, 512.0)
+    costs = [
+        attention_cost(32, t, t, d, causal=causal, backward=False, nbytes=1.0, dtype="float32")
+        for t in (64, 128, 1024, 2048)
+        for d in (32, 64, 128)
+        for causal in (True, False)
+    ]
+    rate, row = fit_gemm([OpTime("attention", cost, true.seconds(cost, 8e10, 1e15)) for cost in costs])
+    assert rate == pytest.approx(8e10, rel=1e-6) and row.half_k == pytest.approx(20.0, rel=1e-4)
+
+
+def stream_times(kind: str, op: str, row: StreamRow) -> list[OpTime]:
+    sizes = [10.0, *(x for x, _ in row.points)]
+    costs = [OpCost(kind, 0.0, nbytes, "float32", op=op) for nbytes in sizes]
+    return [OpTime(kind, cost, row.overhead_s if cost.nbytes == 10.0 else row.seconds(cost.nbytes)) for cost in costs]
+
+
+def test_a_stream_row_is_recovered_from_its_own_times() -> None:
+    true = StreamRow(((1e5, 3e10), (1e6, 5e10), (3e7, 1e10)), 2e-6)
+    row = fit_stream(stream_times("copy", "aten.cat.default", true))
+    assert row.overhead_s == true.overhead_s
+    assert np.allclose(row.points, true.points)
+
+
+def test_bytes_that_overhead_hides_still_take_time() -> None:
+    row = fit_stream(stream_times("copy", "aten.cat.default", StreamRow(((1e4, 1e15),), 2e-6)))
+    assert 2e-6 < row.seconds(1e4) < 2.5e-6
+
+
+def test_the_row_of_a_kind_is_the_geometric_mean_of_its_ops() -> None:
+    mean = mean_row([StreamRow(((1e6, 1e9),), 1e-6), StreamRow(((1e6, 4e9),), 4e-6)])
+    assert mean.points[0] == (1e6, pytest.approx(2e9)) and mean.overhead_s == pytest.approx(2e-6)
+
+
+def invented_text(num_ranks: int = 2) -> str:
+    """The file of a machine whose products run at 90 Gflop/s and whose other ops stream at 10 GB/s."""
+    gemm = GemmRow(1.0, 10.0, 10.0, 10.0, 0.0, 1e-6, 2e-6, 512.0)
+    times = [OpTime("matmul", product(*s), gemm.seconds(product(*s), 9e10, 1e15)) for s in SHAPES]
+    for kind, backward in (("attention", False), ("attention_backward", True)):
+        for t, d in ((64, 64), (128, 32), (256, 64), (1024, 64), (128, 128), (8, 8)):
+            cost = attention_cost(32, t, t, d, causal=False, backward=backward, nbytes=1.0, dtype="float32")
+            times.append(OpTime(kind, cost, gemm.seconds(cost, 6e10, 1e15)))
+    for kind in STREAM_KINDS:
+        times += stream_times(kind, f"aten.{kind}.default", StreamRow(((1e5, 2e10), (1e7, 1e10)), 3e-6))
+    messages = [
+        MessageTime(kind, ranks, nbytes, 1e-4 + nbytes / 1e9)
+        for kind in MESSAGE_KINDS
+        for ranks in message_ranks(num_ranks)
+        for nbytes in (1024, 2**20)
+    ]
+    machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30)
+    return render_cluster(machine, times, {"float32": 1e-3, "float64": 2e-3}, messages)
+
+
+def test_the_rendered_file_prices_as_measured() -> None:
+    cluster = Cluster.from_toml(invented_text(), "invented.toml")
+    device = cluster.devices[0]
+    assert device.op_time_s(product(1, 1024, 256, 1024)) == pytest.approx(
+        GemmRow(1.0, 10.0, 10.0, 10.0, 0.0, 1e-6, 2e-6).seconds(product(1, 1024, 256, 1024), 9e10, 1e15), rel=1e-3
+    )
+    assert device.peak("float64") == pytest.approx(device.peak("float32") / 2)
+    assert device.op_time_s(OpCost("norm", 0.0, 1e7, "float32")) == pytest.approx(1e-3 + 3e-6, rel=1e-3)
+    assert cluster.collective_time_s("all_reduce", 2**20, (0, 1)) == pytest.approx(1e-4 + 2**20 / 1e9, rel=1e-3)
+    assert cluster.memory_cap_bytes == 7 * 2**30 and cluster.backend == "gloo" and cluster.name == "local-2"
+
+
+def test_one_rank_needs_no_network() -> None:
+    cluster = Cluster.from_toml(invented_text(1), "invented.toml")
+    assert cluster.levels == () and cluster.collective_time_s("all_reduce", 2**20, (0,)) == 0.0
+
+
+# --- Probes ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_has_probes_that_the_op_table_prices_as_that_kind() -> None:
+    small = [p for p in all_probes() if " 16 KiB" in p.label or ", 8 x 8" in p.label or "8 x 8 x 8" in p.label]
+    kinds = {probe.row: probe.cost().kind for probe in small}
+    assert {row: kind for row, kind in kinds.items() if row != "other"} == {
+        row: row for row in (*GEMM_KINDS, *STREAM_KINDS) if row != "other" and row in kinds
+    }
+    assert {probe.row for probe in all_probes() if not probe.row.startswith("dtype:")} == {*GEMM_KINDS, *STREAM_KINDS}
+
+
+def test_copies_of_a_probe_share_no_memory() -> None:
+    probe = next(p for p in all_probes() if p.label.startswith("add, 16 KiB"))
+    pointers = {tensor.data_ptr() for _ in range(3) for tensor in probe.make()[1]}
+    assert len(pointers) == 6
+
+
+def test_cpu_seconds_sees_work_and_not_sleep() -> None:
+    def busy() -> None:
+        end = time.thread_time() + 2e-3
+        while time.thread_time() < end:
+            pass
+
+    assert cpu_seconds([busy], 0.01) == pytest.approx(2e-3, rel=0.2)
+    assert cpu_seconds([lambda: time.sleep(2e-3)], 0.01) < 1e-3
+
+
+# --- The kept file --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AUTOPAR_CACHE_DIR", str(tmp_path))
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of ranks that were measured; the measurement itself is replaced."""
+    asked: list[int] = []
+
+    def measure(num_ranks: int, note: str = "") -> str:
+        asked.append(num_ranks)
+        time.sleep(0.1)
+        return invented_text(num_ranks)
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    return asked
+
+
+def test_a_machine_is_measured_once(folder: Path, measured: list[int]) -> None:
+    first = Cluster.local(2)
+    assert Cluster.local(2) == first and type(first) is Cluster and measured == [2]
+    assert calibrate.cache_path(2).parent == folder and Cluster.load(calibrate.cache_path(2)) == first
+    Cluster.local(4)
+    Cluster.local(2, refresh=True)
+    assert measured == [2, 4, 2]
+
+
+def test_callers_at_once_measure_once(folder: Path, measured: list[int]) -> None:
+    threads = [threading.Thread(target=Cluster.local, args=(2,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert measured == [2]
+
+
+def test_a_broken_file_is_said_and_replaced(
+    folder: Path, measured: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate.cache_path(2).write_text('schema = 1\nname = "half')
+    assert Cluster.local(2).num_devices == 2 and measured == [2]
+    assert "measuring again" in capsys.readouterr().err
+
+
+def test_a_failed_measurement_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(num_ranks: int, note: str = "") -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "measure", fail)
+    with pytest.raises(KeyboardInterrupt):
+        Cluster.local(2)
+    assert [path.suffix for path in folder.iterdir()] == [".lock"]
+
+
+def test_other_launched_ranks_wait_for_the_first(
+    folder: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    writer = threading.Timer(0.3, lambda: calibrate._write(calibrate.cache_path(2), invented_text()))
+    writer.start()
+    assert Cluster.local(2).num_devices == 2 and measured == []
+    writer.join()
+    monkeypatch.setattr(calibrate, "_RANK_WAIT_S", 0.3)
+    with pytest.raises(WorkerError, match=r"rank 0 has not written .* in 0 s"):
+        Cluster.local(4)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", True])
+def test_counts_that_are_refused(count: object) -> None:
+    with pytest.raises(ConfigError, match="whole number"):
+        Cluster.local(count)  # type: ignore[arg-type]
+
+
+def cuda_machine(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
+    class Properties:
+        total_memory = 33 * 10**9
+
+    replacements: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "device_count": lambda: count,
+        "get_device_name": lambda index: name,
+        "get_device_properties": lambda index: Properties,
+    }
+    for function, replacement in replacements.items():
+        monkeypatch.setattr(torch.cuda, function, replacement)
+
+
+def test_cuda_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_machine(monkeypatch, "Tesla V100-SXM3-32GB", 16)
+    cluster = Cluster.local(12)
+    assert (cluster.num_devices, cluster.backend, cluster.name) == (12, "nccl", "local-12")
+    assert cluster.devices[0].name == "v100-sxm2-32gb" and cluster.devices[0].memory_bytes == 33 * 10**9
+    cuda_machine(monkeypatch, "GeForce 256", 2)
+    with pytest.raises(ConfigError, match=r"no device file for GeForce 256; known: .*Next: describe"):
+        Cluster.local(2)
+
+
+# --- Real measurements ----------------------------------------------------------------------------------------------
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_OP_PASSES", 1)
+    monkeypatch.setattr(calibrate, "_OP_BUDGET_S", 0.0)
+    monkeypatch.setattr(calibrate, "_MESSAGE_PASSES", 1)
+    monkeypatch.setattr(calibrate, "MESSAGE_BYTES", (2**10, 2**16, 2**20))
+
+
+def test_a_hurried_measurement_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    cluster = Cluster.local(2)
+    device = cluster.devices[0]
+    left, right = torch.rand(1024, 256), torch.rand(256, 1024)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    here_s = cpu_seconds([lambda: torch.ops.aten.mm.default(left, right)], 0.1)
+    torch.set_num_threads(threads)
+    assert device.op_time_s(product(1, 1024, 1024, 256)) == pytest.approx(here_s, rel=0.5)
+    assert device.op_time_s(OpCost("elementwise", 0.0, 3 * 2**20, "float32")) < here_s
+    assert 1e-6 < cluster.collective_time_s("all_reduce", 2**20, (0, 1)) < 1.0
+    assert 0 < cluster.memory_cap_bytes < calibrate.usable_memory_bytes() / 2
+    assert len(list(folder.glob("local-2-*.toml"))) == 1
+
+
+def processes_with(variable: str, value: str) -> list[int]:
+    """Processes whose environment holds this."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if f"{variable}={value}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def test_an_interrupted_measurement_leaves_no_process_and_no_file(folder: Path) -> None:
+    code = "from autopar.cluster import Cluster; Cluster.local(2)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "measuring this machine with 2 rank(s)" in process.stderr.readline()
+    while len(processes_with("AUTOPAR_CACHE_DIR", str(folder))) < 3:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) != 0
+    process.stderr.close()
+    deadline = time.monotonic() + 5
+    while processes_with("AUTOPAR_CACHE_DIR", str(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_with("AUTOPAR_CACHE_DIR", str(folder)) == []
+    assert list(folder.glob("*.toml")) == []
+
+
+@pytest.mark.slow
+def test_a_block_costs_what_its_ops_were_measured_at(folder: Path) -> None:
+    """Forward and backward of a transformer block, two ranks at once, against the sum of its ops' prices."""
+    device = Cluster.local(2).devices[0]
+    environment = {**calibrate.RANK_ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+    with WorkerPool(2, target="calibrate_targets:BlockRank", env=environment) as pool:
+        pool.call("__init__", None)
+        costs = [OpCost(**cost) for cost in pool.call("costs", None)[0]]
+        measured_s = max(pool.call("seconds", {"runs": 40}))
+    assert sum(map(device.op_time_s, costs)) == pytest.approx(measured_s, rel=0.15)

@@ -1,0 +1,372 @@
+"""Prices: every entry answers, nothing that runs is free, matmul flops agree with torch's own count."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cost_model.ops import OPS, OpCall, price_of
+from cost_model.ops.table import KINDS, backward_only, bytes_moved
+from cost_model.program import OpCost
+from cost_model.tensor import DTYPE_BYTES, TensorMeta
+
+sys.path.append(str(Path(__file__).parent))
+from op_calls import Case, describe, function_of, named_arguments
+from op_draws import CALLS, drawn_arguments
+
+Tensor = torch.Tensor
+PRICED_ONLY = sorted(name for name, op in OPS.items() if op.factors is backward_only)
+X, Y, IDS = torch.rand(4, 6), torch.rand(4, 6), torch.tensor([[0, 2, 1], [3, 1, 0]])
+ON_META = X.to("meta")  # for kernels that no CPU has
+LABELS, STATISTICS = torch.tensor([0, 5, 2, 1]), torch.rand(4, 1)
+HEADS, LSE = torch.rand(2, 3, 5, 4), torch.rand(2, 3, 5)
+
+
+def assert_cost(cost: OpCost) -> None:
+    assert cost.kind in KINDS and cost.dtype in DTYPE_BYTES
+    assert cost.nbytes > 0 and cost.flops >= 0 and math.isfinite(cost.nbytes + cost.flops)
+    assert cost.gemm is None or cost.flops == 2 * math.prod(cost.gemm)
+
+
+# --- Entries that are planned ---------------------------------------------------------------------------------------
+
+
+def _aliases(case: Case) -> bool:
+    storages = {t.untyped_storage().data_ptr() for t in case.tensors}
+    return all(o.untyped_storage().data_ptr() in storages for o in case.outputs)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_planned_entries_answer_and_only_views_are_free(name: str) -> None:
+    @settings(
+        max_examples=6,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        case = Case(name, *drawn_arguments(name, data))
+        if any(0 in meta.shape for meta in case.call.outputs):
+            return
+        entry, cost = OPS[name], price_of(case.call)
+        if cost is None:
+            assert _aliases(case)
+        else:
+            assert_cost(cost)
+        for planned in entry.backward_price(case.call):
+            assert_cost(planned)
+        tensors = {f"in{i}" for i in range(len(case.tensors))} | {f"out{i}" for i in range(len(case.outputs))}
+        assert set(entry.saves(case.call)) <= tensors
+        if not case.call.outputs[0].is_floating:
+            assert entry.saves(case.call) == () and entry.backward_price(case.call) == ()
+
+    holds()
+
+
+# --- Entries met in traced backward graphs and optimizers -----------------------------------------------------------
+
+HAND_MADE: dict[str, tuple[Any, ...]] = {
+    "_fused_rms_norm_backward.default": (ON_META, ON_META, [6], STATISTICS.to("meta"), ON_META[0], [True, True]),
+    "_log_softmax_backward_data.default": (X, X, 1, torch.float32),
+    "_scaled_dot_product_flash_attention_for_cpu.default": (HEADS, HEADS, HEADS),
+    "_scaled_dot_product_flash_attention_for_cpu_backward.default": (*[HEADS] * 5, LSE, 0.0, False),
+    "_softmax_backward_data.default": (X, X, 1, torch.float32),
+    "addmm_.default": (X, X, torch.rand(6, 6)),
+    "clamp_.default": (X, 0.1, 0.9),
+    "as_strided.default": (X, [2, 2], [2, 1]),
+    "as_strided_copy.default": (X, [2, 2], [2, 1]),
+    "baddbmm.default": (torch.rand(2, 3, 3), torch.rand(2, 3, 4), torch.rand(2, 4, 3)),
+    "baddbmm_.default": (torch.rand(2, 3, 3), torch.rand(2, 3, 4), torch.rand(2, 4, 3)),
+    "cross_entropy_loss.default": (X, LABELS),
+    "bitwise_and_.Tensor": (IDS, IDS),
+    "flip.default": (X, [1]),
+    "embedding_dense_backward.default": (torch.rand(2, 3, 6), IDS, 4, -1, False),
+    "empty.memory_format": ([4, 6],),
+    "new_empty.default": (X, [4, 6]),
+    "gather.default": (X, 1, torch.zeros(4, 1, dtype=torch.int64)),
+    "index_add.default": (X, 0, LABELS[:2] % 4, Y[:2]),
+    "index_add_.default": (X, 0, LABELS[:2] % 4, Y[:2]),
+    "index_put.default": (X, [LABELS % 4], Y),
+    "index_put_.default": (X, [LABELS % 4], Y),
+    "index_select.default": (X, 0, LABELS % 4),
+    "masked_fill_.Scalar": (X, X > 0.5, 1.0),
+    "masked_fill_.Tensor": (X, X > 0.5, torch.tensor(1.0)),
+    "native_layer_norm_backward.default": (
+        X, X, [6], STATISTICS, STATISTICS, torch.rand(6), torch.rand(6), [True, True, True],
+    ),
+    "nll_loss_backward.default": (torch.tensor(1.0), X, LABELS, None, 2, -100, torch.tensor(4.0)),
+    "nll_loss_forward.default": (X, LABELS, None, 2, -100),
+    **{f"scatter{end}.value": (X, 1, torch.zeros(4, 1, dtype=torch.int64), 1.0) for end in ("", "_")},
+    **{f"scatter{end}.src": (X, 1, torch.zeros(4, 1, dtype=torch.int64), Y) for end in ("", "_")},
+    **{f"scatter_add{end}.default": (X, 1, torch.zeros(4, 1, dtype=torch.int64), Y) for end in ("", "_")},
+    "select_backward.default": (X, [4, 3, 6], 1, 0),
+    "select_scatter.default": (X, Y[0], 0, 1),
+    "slice_backward.default": (X, [4, 9], 1, 0, 6, 1),
+    "slice_scatter.default": (X, Y[:2], 0, 0, 2),
+    "_local_scalar_dense.default": (torch.tensor(1.0),),
+    "_foreach_pow.ScalarAndTensor": (2.0, [X]),
+    **{f"_foreach_{op}{end}.Tensor": ([X, Y], torch.tensor(2.0)) for op in ("add", "mul", "div") for end in ("", "_")},
+    **{f"_foreach_addcdiv{end}.Tensor": (*[[X, Y]] * 3, torch.tensor([1.0, 2.0])) for end in ("", "_")},
+    **{f"_fused_{op}_.default": (*[[X, Y]] * 4, [], [torch.tensor(1.0)] * 2) for op in ("adam", "adamw")},
+    "_fused_sgd_.default": (*[[X, Y]] * 3,),
+}  # fmt: skip
+FILLERS: dict[str, Callable[[], Any]] = {
+    "Tensor": lambda: torch.rand(4, 6),
+    "List[Tensor]": lambda: [torch.rand(4, 6), torch.rand(3)],
+    "number": lambda: 2.0,
+    "float": lambda: 0.5,
+    "bool": lambda: False,
+    "List[number]": lambda: [2.0, 3.0],
+}
+
+
+def filled_call(name: str) -> OpCall:
+    """A real call with arguments by hand, or else made up from the schema."""
+    function = function_of(name)
+    required = [a for a in function._schema.arguments if not a.has_default_value()]
+    positional = HAND_MADE.get(name.removeprefix("aten."))
+    if positional is None:
+        positional = tuple(FILLERS[str(a.type)]() for a in required if not a.kwarg_only)
+    kwargs = {a.name: FILLERS[str(a.type)]() for a in required if a.kwarg_only}
+    args = torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, positional)
+    arguments = named_arguments(name, args, kwargs)
+    return describe(name, arguments, function(*args, **kwargs))
+
+
+FREE = {
+    "aten.as_strided.default",
+    "aten.detach_.default",
+    "aten.empty.memory_format",
+    "aten.empty_like.default",
+    "aten.lift_fresh.default",
+    "aten.new_empty.default",
+    "autopar.all_reduce.default",
+    "autopar.forward_end.default",
+}
+LOCAL = {
+    "x": TensorMeta((4, 6), "float32"),
+    "gathered": TensorMeta((4, 12), "float32"),
+    "ids": TensorMeta((4,), "int64"),
+    "heads": TensorMeta((2, 3, 5, 4), "float32"),
+    "lse": TensorMeta((2, 3, 5), "float32"),
+}
+OURS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "all_reduce": ("x", "x", {"op": "sum"}),
+    "all_gather": ("x", "gathered", {"size": 2, "dim": 1, "outer": 1}),
+    "reduce_scatter": ("gathered", "x", {"size": 2, "dim": 1, "outer": 1}),
+    "take_shard": ("gathered", "x", {"size": 2, "dim": 1, "outer": 1}),
+    "all_to_all": ("x", "x", {"size": 2, "split_dim": 0, "concat_dim": 1}),
+    "shard_ids": ("ids", "ids", {"size": 2, "extent": 8}),
+    "forward_end": ("x", "x", {}),
+    "attention_backward": ("heads heads heads heads heads lse", "heads heads heads", {"is_causal": False}),
+}
+
+
+def our_call(name: str) -> OpCall:
+    inputs, outputs, args = OURS[name.split(".")[1]]
+    return OpCall(name, tuple(LOCAL[i] for i in inputs.split()), tuple(LOCAL[o] for o in outputs.split()), args)
+
+
+@pytest.mark.parametrize("name", PRICED_ONLY)
+def test_priced_only_entries_answer(name: str) -> None:
+    call = our_call(name) if name.startswith("autopar.") else filled_call(name)
+    cost, entry = price_of(call), OPS[name]
+    assert entry.factors(call) is None
+    if cost is None:
+        assert name in FREE
+    else:
+        assert_cost(cost)
+
+
+# --- What the numbers mean ------------------------------------------------------------------------------------------
+
+
+def case_of(name: str, *args: Any, **kwargs: Any) -> Case:
+    return Case(name, args, kwargs)
+
+
+def test_unknown_op_is_priced_by_its_bytes() -> None:
+    meta = TensorMeta((4, 6), "bfloat16")
+    call = OpCall("aten.no_such_op.default", (meta, meta), (meta,), {})
+    cost = price_of(call)
+    assert cost == OpCost("other", 0.0, 3 * 4 * 6 * 2.0, "bfloat16") and cost.nbytes == bytes_moved(call)
+
+
+def test_bytes_are_those_touched() -> None:
+    """Broadcast operands count their own size, lookups the rows they read, factories what they write."""
+    x = torch.rand(8, 16, 32)
+    cases = {
+        8 * 16 * 32 * 4 * 2 + 32 * 4: case_of("aten.add.Tensor", x, torch.rand(32)),
+        2 * (10 * 32 * 4) + 10 * 8: case_of("aten.embedding.default", torch.rand(1000, 32), torch.arange(10)),
+        1000 * 32 * 4: case_of("aten.zeros.default", [1000, 32]),
+        8 * 16 * 32 * 4 + 4: case_of("aten.sum.default", x),
+    }
+    assert {nbytes: price_of(case.call).nbytes for nbytes, case in cases.items()} == {n: n for n in cases}
+
+
+def test_causal_attention_is_half() -> None:
+    q = torch.rand(2, 3, 8, 4)
+    whole, causal = (case_of("autopar.attention.default", q, q, q, None, flag).call for flag in (False, True))
+    assert price_of(whole).flops == 4 * 2 * 3 * 8 * 8 * 4 == 2 * price_of(causal).flops
+    assert OPS[whole.op].backward_price(whole)[0].flops == 2.5 * price_of(whole).flops
+
+
+ROWS = torch.rand(2, 5, 12)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of("aten.linear.default", ROWS, torch.rand(7, 12), torch.rand(7)),
+        case_of("aten.addmm.default", torch.rand(7), ROWS[0], torch.rand(12, 7)),
+        case_of("aten.mm.default", ROWS[0], torch.rand(12, 7)),
+        case_of("aten.bmm.default", ROWS, torch.rand(2, 12, 7)),
+        case_of("aten.matmul.default", ROWS, torch.rand(12, 7)),
+        case_of("aten.matmul.default", torch.rand(3, 2, 5, 12), torch.rand(2, 12, 7)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_flops_are_those_torch_counts(case: Case) -> None:
+    inputs = [t.clone().requires_grad_() for t in case.tensors]
+    with FlopCounterMode(display=False) as counter:
+        case.run(inputs)[0].sum().backward()
+    costs = [price_of(case.call), *OPS[case.name].backward_price(case.call)]
+    assert sum(c.flops for c in costs if c.kind == "matmul") == counter.get_total_flops()
+
+
+def test_attention_flops_are_those_torch_counts() -> None:
+    case = case_of("aten.scaled_dot_product_attention.default", *[torch.rand(2, 3, 8, 4)] * 3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        case.run(case.tensors)
+    assert price_of(case.call).flops == counter.get_total_flops()
+
+
+# --- Planned against traced -----------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Every ATen call below autograd, as the op table sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[OpCall] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if str(func).startswith("aten."):
+            self.calls.append(describe(str(func), named_arguments(str(func), args, kwargs or {}), out))
+        return out
+
+
+def _block(*shape: int) -> Tensor:
+    return torch.rand(shape) + 0.5
+
+
+B = functools.partial(_block, 8, 64, 96)
+MASK = torch.randint(0, 2, (8, 64, 96)) == 1
+BACKWARDS: list[tuple[Any, ...]] = [
+    ("linear.default", B(), _block(48, 96), _block(48)),
+    ("addmm.default", _block(48), _block(512, 96), _block(96, 48)),
+    ("matmul.default", B(), _block(8, 96, 64)),
+    *((f"{op}.Tensor", B(), other) for op in ("add", "sub", "mul", "div") for other in (B(), _block(96), 2.0)),
+    *((f"{op}.default", B()) for op in "neg exp log sqrt rsqrt tanh gelu relu silu sigmoid erf cos sin abs".split()),
+    ("pow.Tensor_Scalar", B(), 3.0),
+    ("clamp.default", B(), 0.2, 0.9),
+    ("maximum.default", B(), B()),
+    ("where.self", MASK, B(), B()),
+    ("masked_fill.Scalar", B(), MASK, 1.0),
+    ("to.dtype", B(), torch.float64),
+    ("expand.default", _block(1, 64, 96), [8, 64, 96]),
+    ("slice.Tensor", B(), 2, 0, 32),
+    ("select.int", B(), 1, 3),
+    ("split.Tensor", B(), 32, 2),
+    ("unbind.int", B(), 0),
+    ("constant_pad_nd.default", B(), [1, 1]),
+    ("mean.dim", B(), [2]),
+    ("amax.default", B(), [2]),
+    ("cumsum.default", B(), 1),
+    ("layer_norm.default", B(), [96], _block(96), _block(96)),
+    ("rms_norm.default", B(), [96], _block(96)),
+    ("softmax.int", B(), -1),
+    ("log_softmax.int", B(), -1),
+    ("scaled_dot_product_attention.default", *[_block(2, 4, 64, 32)] * 3),
+    ("embedding.default", _block(100, 96), torch.randint(0, 100, (8, 64))),
+    ("index.Tensor", B(), [torch.randint(0, 8, (20,)), torch.randint(0, 64, (20,))]),
+    ("tril.default", B()),
+]
+
+
+@pytest.mark.parametrize("drawn", BACKWARDS, ids=lambda drawn: drawn[0])
+def test_planned_backward_is_the_traced_one(drawn: tuple[Any, ...]) -> None:
+    """Bytes of the planned backward, against those of the ops that autograd really runs."""
+    name, *args = drawn
+    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+    case = Case(f"aten.{name}", tuple(leaves), {})
+    outputs = [o for o in case.outputs if o.requires_grad]
+    upstream = [torch.ones_like(o) for o in outputs]
+    with Recorder() as recorder:
+        torch.autograd.grad(outputs, [t for t in case.tensors if t.requires_grad], upstream)
+    unpriced = [c.op for c in recorder.calls if c.op not in OPS]
+    traced = sum(cost.nbytes for call in recorder.calls if (cost := price_of(call)) is not None)
+    planned = sum(cost.nbytes for cost in OPS[case.name].backward_price(case.call))
+    assert unpriced == [] and planned == pytest.approx(traced, rel=0.2)
+
+
+class Block(torch.nn.Module):
+    """A small transformer with both kinds of attention and of position lookup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm = torch.nn.Embedding(20, 16), torch.nn.LayerNorm(16)
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.register_buffer("mask", torch.ones(8, 8).tril().bool())
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        q, k, v = (p.view(2, 8, 4, 4).transpose(1, 2) for p in self.qkv(self.norm(x)).split(16, -1))
+        fused = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = (q @ k.transpose(-1, -2) / 2.0).masked_fill(~self.mask, float("-inf"))
+        explicit = F.dropout(scores.softmax(-1), 0.0) @ v
+        x = x + self.out(F.gelu((fused + explicit).transpose(1, 2).reshape(2, 8, 16)))
+        return F.cross_entropy((x @ self.tokens.weight.T).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        functools.partial(torch.optim.AdamW, foreach=False),
+        functools.partial(torch.optim.AdamW, foreach=True),
+        functools.partial(torch.optim.AdamW, fused=True),
+        functools.partial(torch.optim.SGD, momentum=0.9),
+    ],
+)
+def test_a_training_step_holds_no_unknown_op(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    model = Block()
+    update = optimizer(model.parameters(), lr=0.1)
+    ids = torch.randint(0, 20, (2, 8))
+    with Recorder() as recorder:
+        for _ in range(2):
+            model(ids, ids).backward()
+            update.step()
+            update.zero_grad()
+    assert {call.op for call in recorder.calls} - set(OPS) == set()
+    for call in recorder.calls:
+        cost = price_of(call)
+        if cost is not None:
+            assert_cost(cost)

@@ -1,0 +1,376 @@
+"""The whole search against enumeration of every configuration, tiling and assignment."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pulp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.planner.factor_graph import COMPONENTS
+from autopar.planner.search import (
+    Chain,
+    Configuration,
+    Factor,
+    FactorGraph,
+    Infeasible,
+    Pins,
+    Progress,
+    Solution,
+    configurations,
+    in_flight,
+    search,
+)
+from cost_model.errors import ParallelismError, UnsupportedError
+
+DEVICES, BATCH, SEGMENTS = 2, 2, 3
+LABELS = ("r", "s")
+
+
+def random_kind(rng: np.random.Generator, entry: bool, exit: bool, tied: bool, step: bool) -> FactorGraph:
+    """entry, an inner variable, exit and perhaps a tied one, all pairs costed, one combination forbidden."""
+    names = [name for name, there in (("in", entry), ("inner", True), ("out", exit), ("tied", tied)) if there]
+    domains = dict.fromkeys(names, LABELS)
+    factors = []
+    for scope in itertools.combinations(names, 2):
+        time_s, step_s, state, saved = (rng.integers(1, 30, (2, 2)).astype(float) for _ in COMPONENTS)
+        factors.append(Factor(scope, time_s, step_s if step else None, state, saved))
+    forbidden = np.zeros((2, 2))
+    forbidden[tuple(rng.integers(0, 2, 2))] = np.inf
+    factors.append(Factor((names[0], "inner") if entry else ("inner", names[-1]), forbidden))
+    return FactorGraph(
+        domains, tuple(factors), "in" if entry else None, "out" if exit else None, ("tied",) if tied else ()
+    )
+
+
+@dataclass
+class RandomSpace:
+    """A chain of head, block and tail per mesh, each with its own random costs."""
+
+    seed: int
+    tied: bool = False
+    step: bool = True
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+        rng = np.random.default_rng([self.seed, dp, tp, microbatch_size])
+        shapes = ((False, True, self.tied), (True, True, False), (True, False, self.tied))
+        kinds = tuple(random_kind(rng, *shape, self.step) for shape in shapes)
+        cuts = {label: float(rng.integers(0, 5)) for label in LABELS}
+        return Chain(kinds, (0, 1, 2), lambda i, label: cuts[label] + i, lambda i, j: 3 * (j - i))
+
+
+def stage_totals(chain: Chain, tilings: Sequence[tuple[int, int]], chosen: Sequence[dict[str, str]]) -> np.ndarray:
+    """[stage, 4] totals of one assignment of every segment."""
+    totals = np.zeros((len(tilings), 4))
+    for stage, (first, last) in enumerate(tilings):
+        for position in range(first, last):
+            graph = chain.kinds[chain.sequence[position]]
+            for factor in graph.factors:
+                at = tuple(graph.domains[v].index(chosen[position][v]) for v in factor.variables)
+                totals[stage] += [0.0 if a is None else a[at] for a in factor.components()]
+    return totals
+
+
+def value(
+    chain: Chain, tiling: Sequence[tuple[int, int]], chosen: Sequence[dict[str, str]], c: Configuration
+) -> tuple[float, float]:
+    """(objective, largest stage's bytes) of one complete plan."""
+    totals = stage_totals(chain, tiling, chosen)
+    if not np.isfinite(totals).all():
+        return math.inf, math.inf
+    cuts = sum(chain.cut_s(first, chosen[first]["in"]) for first, _ in tiling if first)
+    time_s = float(totals[:, 0].sum() + cuts + (c.microbatches - 1) * totals[:, 0].max() + totals[:, 1].max())
+    need = [
+        totals[s, 2] + chain.in_flight(c.schedule, s, c.pp, c.microbatches) * totals[s, 3] + chain.reserve_bytes(*r)
+        for s, r in enumerate(tiling)
+    ]
+    return time_s, float(max(need))
+
+
+def agrees(chosen: Sequence[dict[str, str]]) -> bool:
+    tied = {labels["tied"] for labels in chosen if "tied" in labels}
+    return len(tied) <= 1 and all(a["out"] == b["in"] for a, b in itertools.pairwise(chosen))
+
+
+def every_plan(space: RandomSpace, pins: Pins) -> list[tuple[float, float]]:
+    """(objective, bytes) of every plan of every configuration that is not forbidden."""
+    found = []
+    for c in configurations(DEVICES, BATCH, pins):
+        chain = space.chain(c.dp, c.tp, c.microbatch_size)
+        single = [
+            [dict(zip(g.domains, labels, strict=True)) for labels in itertools.product(*g.domains.values())]
+            for g in (chain.kinds[k] for k in chain.sequence)
+        ]
+        plans = [chosen for chosen in itertools.product(*single) if agrees(chosen)]
+        for cuts in itertools.combinations(range(1, SEGMENTS), c.pp - 1):
+            tiling = list(itertools.pairwise((0, *cuts, SEGMENTS)))
+            found += [value(chain, tiling, chosen, c) for chosen in plans]
+    return [plan for plan in found if math.isfinite(plan[0])]
+
+
+def assert_consistent(space: RandomSpace, found: Solution, cap: float) -> None:
+    """The solution's own figures are those of its assignments, and it fits."""
+    c = found.configuration
+    chain = space.chain(c.dp, c.tp, c.microbatch_size)
+    tiling = [(stage.first, stage.last) for stage in found.stages]
+    assert len(tiling) == c.pp and tiling[0][0] == 0 and tiling[-1][1] == SEGMENTS
+    assert all(a.last == b.first and a.exit == b.entry for a, b in itertools.pairwise(found.stages))
+    chosen = [dict(labels) for stage in found.stages for labels in stage.assignments]
+    assert agrees(chosen)
+    time_s, need = value(chain, tiling, chosen, c)
+    assert time_s == pytest.approx(found.objective_s)
+    assert need <= cap
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tied=st.booleans())
+def test_without_a_cap_one_stage_is_exact(seed: int, tied: bool) -> None:
+    space = RandomSpace(seed, tied)
+    found = search(space, DEVICES, BATCH, pins=Pins(pp=1))
+    assert isinstance(found, Solution)
+    assert found.objective_s == pytest.approx(min(every_plan(space, Pins(pp=1)))[0])
+    assert found.gap == pytest.approx(0.0, abs=1e-12)
+    assert_consistent(space, found, math.inf)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tied=st.booleans())
+def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool) -> None:
+    space = RandomSpace(seed, tied, step=False)
+    found = search(space, DEVICES, BATCH)
+    assert isinstance(found, Solution)
+    assert found.objective_s == pytest.approx(min(every_plan(space, Pins()))[0])
+    assert_consistent(space, found, math.inf)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    tied=st.booleans(),
+    tightness=st.floats(0, 1.2),
+    schedule=st.sampled_from([None, "gpipe"]),
+)
+def test_under_a_cap_the_bound_and_the_gap_are_true(
+    seed: int, tied: bool, tightness: float, schedule: str | None
+) -> None:
+    space, pins = RandomSpace(seed, tied), Pins(schedule=schedule)
+    plans = every_plan(space, pins)
+    least, most = min(need for _, need in plans), min(plans)[1]
+    cap = int(least - 2 + tightness * (most - least + 4))
+    found = search(space, DEVICES, BATCH, cap_bytes=cap, pins=pins)
+    fitting = [time_s for time_s, need in plans if need <= cap]
+    if not fitting:
+        assert isinstance(found, Infeasible) and found.needed_bytes == least
+        return
+    assert isinstance(found, Solution)
+    assert_consistent(space, found, cap)
+    assert found.bound_s <= min(fitting) * (1 + 1e-9)
+    assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
+
+
+def test_the_gap_under_a_cap_is_small_where_segments_are_many() -> None:
+    """Prices alone would make all equal segments change plan at once; heads and tails share the change."""
+    for tp, part in itertools.product((1, 2), (0.1, 0.3, 0.5, 0.7, 0.9)):
+        pins = Pins(tp=tp, pp=8 // tp // 2, microbatch_size=1)
+        space = LargeSpace(segments=24, variables=8, labels=4)
+        least, free = search(space, 8, 32, cap_bytes=1, pins=pins), search(space, 8, 32, pins=pins)
+        assert isinstance(least, Infeasible) and isinstance(free, Solution)
+        most = max(
+            s.state_bytes + in_flight("1f1b", i, len(free.stages), 16) * s.saved_bytes
+            for i, s in enumerate(free.stages)
+        )
+        cap = least.needed_bytes + part * (most - least.needed_bytes)
+        found = search(space, 8, 32, cap_bytes=int(cap), pins=pins)
+        assert isinstance(found, Solution) and found.gap < 0.02, (tp, part, found)
+
+
+def test_an_infeasible_answer_names_the_stage_and_its_plan() -> None:
+    space = RandomSpace(4)
+    found = search(space, DEVICES, BATCH, cap_bytes=1, pins=Pins(pp=2))
+    assert isinstance(found, Infeasible)
+    needs = [
+        s.state_bytes
+        + in_flight("1f1b", i, 2, found.configuration.microbatches) * s.saved_bytes
+        + 3 * (s.last - s.first)
+        for i, s in enumerate(found.stages)
+    ]
+    assert found.needed_bytes == max(needs) and found.stage == needs.index(max(needs))
+    assert isinstance(search(space, DEVICES, BATCH, cap_bytes=found.needed_bytes, pins=Pins(pp=2)), Solution)
+
+
+def test_equal_input_gives_an_equal_answer() -> None:
+    one, other = (search(RandomSpace(9, tied=True), DEVICES, BATCH, cap_bytes=150) for _ in range(2))
+    assert repr(one) == repr(other)
+
+
+def test_ties_go_to_fewer_stages_then_less_tp_then_larger_microbatches() -> None:
+    class Flat:
+        def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+            times = (np.full(2, float(microbatch_size * dp)), np.zeros(2))
+            kinds = tuple(FactorGraph({"x": LABELS}, (Factor(("x",), time_s),)) for time_s in times)
+            return Chain(kinds, (0, 1), lambda i, label: 0.0, lambda i, j: 0)
+
+    found = search(Flat(), 4, 8)
+    assert isinstance(found, Solution)
+    c = found.configuration
+    assert (c.pp, c.tp, c.dp, c.microbatch_size, c.schedule) == (1, 1, 4, 2, "1f1b")
+    assert found.stages[0].assignments == ({"x": "r"}, {"x": "r"})
+
+
+def test_a_stage_over_the_cap_after_rewriting_is_tightened() -> None:
+    space, asked = RandomSpace(2), []
+    free = search(space, DEVICES, BATCH, pins=Pins(pp=2))
+    assert isinstance(free, Solution)
+
+    def confirm(solution: Solution) -> list[int]:
+        """Ten bytes more than the columns say."""
+        asked.append(solution)
+        held = [in_flight("1f1b", s, 2, solution.configuration.microbatches) for s in range(2)]
+        return [
+            int(s.state_bytes + h * s.saved_bytes) + 3 * (s.last - s.first) + 10
+            for s, h in zip(solution.stages, held, strict=True)
+        ]
+
+    cap = max(confirm(free)) - 5
+    asked.clear()
+    found = search(space, DEVICES, BATCH, cap_bytes=cap, pins=Pins(pp=2), confirm=confirm)
+    assert isinstance(found, Solution)
+    assert max(confirm(found)) <= cap < max(confirm(asked[0]))
+    assert any("tightened" in note for note in found.notes) or found.configuration != asked[0].configuration
+
+
+def test_a_program_that_never_fits_is_infeasible() -> None:
+    found = search(RandomSpace(2), DEVICES, BATCH, cap_bytes=10**6, confirm=lambda s: [10**6 + 1] * len(s.stages))
+    assert isinstance(found, Infeasible) and found.needed_bytes > 10**6
+
+
+def test_pins_are_kept() -> None:
+    for pins in (Pins(dp=2), Pins(tp=2), Pins(pp=2), Pins(microbatch_size=1), Pins(schedule="gpipe")):
+        found = search(RandomSpace(6), DEVICES, BATCH, pins=pins)
+        assert isinstance(found, Solution)
+        kept = {name: getattr(found.configuration, name) for name, pin in vars(pins).items() if pin is not None}
+        assert replace(Pins(), **kept) == pins
+
+
+@pytest.mark.parametrize(
+    "pins, message", [(Pins(dp=2, tp=2), "dp=2, tp=2"), (Pins(microbatch_size=3), "microbatch_size=3")]
+)
+def test_contradicting_pins_are_an_error(pins: Pins, message: str) -> None:
+    with pytest.raises(ParallelismError, match=message):
+        search(RandomSpace(0), DEVICES, BATCH, pins=pins)
+
+
+def test_more_stages_than_segments_is_an_error() -> None:
+    with pytest.raises(ParallelismError, match="3 segments"):
+        search(RandomSpace(0), 4, 4, pins=Pins(pp=4))
+
+
+def test_an_unknown_schedule_is_an_error() -> None:
+    with pytest.raises(UnsupportedError, match="1f1b, gpipe"):
+        search(RandomSpace(0), DEVICES, BATCH, pins=Pins(schedule="interleaved"))
+
+
+def test_an_impossible_mesh_is_left_out() -> None:
+    class Half(RandomSpace):
+        def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:  # type: ignore[override]
+            return super().chain(dp, tp, microbatch_size) if tp == 1 else None
+
+    found = search(Half(3), DEVICES, BATCH)
+    assert isinstance(found, Solution) and found.configuration.tp == 1
+    with pytest.raises(ParallelismError, match="cannot shard"):
+        search(Half(3), DEVICES, BATCH, pins=Pins(tp=2))
+
+
+def test_an_interruption_returns_the_best_so_far() -> None:
+    def stop(progress: Progress) -> None:
+        if progress.best_s is not None:
+            raise KeyboardInterrupt
+
+    found = search(RandomSpace(5), DEVICES, BATCH, cap_bytes=200, progress=stop)
+    assert isinstance(found, Solution)
+    assert "interrupted after 1 of" in found.notes[-1]
+    assert found.bound_s <= min(time_s for time_s, need in every_plan(RandomSpace(5), Pins()) if need <= 200)
+
+
+def test_an_interruption_before_any_plan_is_passed_on() -> None:
+    class Slow:
+        def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(Slow(), DEVICES, BATCH)
+
+
+def test_cbc_gives_the_same_plan_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
+    monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
+    found = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
+    assert isinstance(found, Solution) and isinstance(expected, Solution)
+    assert found.stages == expected.stages and "CBC was used" in found.notes[0]
+
+
+def test_the_program_of_the_answer_can_be_written(tmp_path: Path) -> None:
+    search(RandomSpace(8), DEVICES, BATCH, lp_path=tmp_path / "stages.lp", pins=Pins(pp=2))
+    assert "one_column_1" in (tmp_path / "stages.lp").read_text()
+
+
+@dataclass
+class LargeSpace:
+    """Equal blocks between a head and a tail, with chords, up to ``labels`` choices each."""
+
+    segments: int = 14
+    variables: int = 40
+    labels: int = 10
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+        rng = np.random.default_rng([tp, self.variables])
+        kinds = tuple(self._kind(rng, *ends, microbatch_size / tp) for ends in ((0, 1), (1, 1), (1, 0)))
+        sequence = (0, *(1,) * (self.segments - 2), 2)
+        return Chain(kinds, sequence, lambda i, label: 1e-6 * microbatch_size, lambda i, j: 10**6)
+
+    def _kind(self, rng: np.random.Generator, entry: int, exit: int, work: float) -> FactorGraph:
+        names = [f"v{i}" for i in range(self.variables)]
+        domains = {v: tuple(map(str, range(int(rng.integers(2, self.labels + 1))))) for v in names}
+        domains[names[0]] = domains[names[-1]] = LABELS
+        scopes = [(v,) for v in names] + list(itertools.pairwise(names))
+        scopes += [(names[i - 2], names[i]) for i in range(3, self.variables, 3)]
+        factors = tuple(self._factor(rng, scope, [len(domains[v]) for v in scope], work) for scope in scopes)
+        return FactorGraph(domains, factors, names[0] if entry else None, names[-1] if exit else None)
+
+    def _factor(self, rng: np.random.Generator, scope: tuple[str, ...], shape: list[int], work: float) -> Factor:
+        """The faster a choice, the more it saves."""
+        speed = rng.uniform(0, 1, shape)
+        saved = np.round(work * 1e6 * speed * rng.uniform(0.5, 1, shape))
+        return Factor(scope, work * 1e-4 * (1.5 - speed), work * 1e-6 * speed, np.full(shape, 1e5), saved)
+
+
+@pytest.mark.parametrize("cap", [None, 700_000_000, 150_000_000, 1_000])
+def test_a_search_over_eight_devices_is_quick(cap: int | None) -> None:
+    space = LargeSpace()
+    chains = {(c.dp, c.tp, c.microbatch_size) for c in configurations(8, 32, Pins())}
+    known = {mesh: space.chain(*mesh) for mesh in chains}
+
+    class Known:
+        def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+            return known[dp, tp, microbatch_size]
+
+    began = time.process_time()
+    search(Known(), 8, 32, cap_bytes=cap)
+    assert time.process_time() - began < 1.5
+
+
+def test_a_long_chain_on_many_stages_is_quick() -> None:
+    """Edges that cannot beat the best columns are dropped, and the ILP sees a bounded number of columns."""
+    space, pins = LargeSpace(segments=98, variables=8, labels=4), Pins(tp=4, pp=16, microbatch_size=1)
+    began = time.process_time()
+    found = search(space, 128, 256, pins=pins)
+    assert isinstance(found, Solution) and found.gap < 0.01
+    assert time.process_time() - began < 8

@@ -1,0 +1,116 @@
+"""Variable elimination against enumeration of all assignments."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.planner import segment as segment_module
+from autopar.planner.factor_graph import Factor, FactorGraph
+from autopar.planner.segment import Price, Segment
+from cost_model.errors import UnsupportedError
+
+PRICES = (Price(1, 0), Price(3, 1), Price(0, 0, 1, 2), Price(2, 0.5, 0.25, 0.5))
+
+
+def random_graph(rng: np.random.Generator, ends: str) -> FactorGraph:
+    """Up to five variables of up to three labels, random scopes, some combinations forbidden."""
+    variables = [f"v{i}" for i in range(int(rng.integers(2, 6)))]
+    domains = {v: tuple(f"{v}.{i}" for i in range(int(rng.integers(1, 4)))) for v in variables}
+    factors = []
+    for _ in range(int(rng.integers(1, 8))):
+        scope = tuple(rng.permutation(variables)[: int(rng.integers(0, 4))])
+        shape = tuple(len(domains[v]) for v in scope)
+        time_s = rng.integers(0, 20, shape).astype(float)
+        time_s = np.where(rng.random(shape) < 0.1, np.inf, time_s)
+        rest = [rng.integers(0, 20, shape).astype(float) if rng.random() < 0.7 else None for _ in range(3)]
+        factors.append(Factor(scope, time_s, *rest))
+    entry = {"none": None, "both": "v0", "same": "v0", "exit": None}[ends]
+    exit = {"none": None, "both": "v1", "same": "v0", "exit": "v1"}[ends]
+    return FactorGraph(domains, tuple(factors), entry, exit)
+
+
+def totals_of(graph: FactorGraph, labels: dict[str, str]) -> np.ndarray:
+    """The four totals of one assignment, added factor by factor."""
+    total = np.zeros(4)
+    for factor in graph.factors:
+        at = tuple(graph.domains[v].index(labels[v]) for v in factor.variables)
+        total += [0.0 if array is None else array[at] for array in factor.components()]
+    return total
+
+
+def brute_force(graph: FactorGraph, price: Price) -> np.ndarray:
+    """[entry, exit] least priced cost over all assignments."""
+    best = np.full((len(graph.entry_labels), len(graph.exit_labels)), np.inf)
+    for chosen in itertools.product(*graph.domains.values()):
+        labels = dict(zip(graph.domains, chosen, strict=True))
+        totals = totals_of(graph, labels)
+        if not np.isfinite(totals[0]):
+            continue
+        entry = graph.entry_labels.index(labels[graph.entry] if graph.entry else "")
+        exit = graph.exit_labels.index(labels[graph.exit] if graph.exit else "")
+        best[entry, exit] = min(best[entry, exit], np.dot(price.vector(), totals))
+    return best
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**6), ends=st.sampled_from(["none", "both", "same", "exit"]))
+def test_every_pair_equals_brute_force(seed: int, ends: str) -> None:
+    graph = random_graph(np.random.default_rng(seed), ends)
+    segment = Segment(graph)
+    for price, table in zip(PRICES, segment.solve(PRICES), strict=True):
+        np.testing.assert_allclose(table.cost, brute_force(graph, price), rtol=1e-12)
+        for entry, exit in zip(*np.nonzero(np.isfinite(table.cost)), strict=True):
+            labels = segment.assignment(price, int(entry), int(exit))
+            totals = totals_of(graph, labels)
+            np.testing.assert_allclose(table.totals[entry, exit], totals, rtol=1e-12)
+            assert np.dot(price.vector(), totals) == pytest.approx(table.cost[entry, exit], rel=1e-12)
+            assert graph.entry is None or labels[graph.entry] == graph.entry_labels[entry]
+            assert graph.exit is None or labels[graph.exit] == graph.exit_labels[exit]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_one_price_at_a_time_equals_all_at_once(seed: int) -> None:
+    graph = random_graph(np.random.default_rng(seed), "both")
+    together = Segment(graph).solve(PRICES)
+    apart = [Segment(graph).solve((price,))[0] for price in PRICES]
+    for one, other in zip(together, apart, strict=True):
+        np.testing.assert_array_equal(one.labels, other.labels)
+
+
+def test_fixing_a_shared_variable_keeps_only_its_label() -> None:
+    time_s = np.array([[5.0, 1.0], [2.0, 7.0]])
+    graph = FactorGraph({"w": ("r", "s"), "x": ("a", "b")}, (Factor(("w", "x"), time_s),), shared=("w",))
+    found = {label: Segment(graph.fixed({"w": label})) for label in ("r", "s")}
+    assert {label: float(s.solve((Price(1, 0),))[0].cost[0, 0]) for label, s in found.items()} == {"r": 1.0, "s": 2.0}
+    assert found["s"].assignment(Price(1, 0), 0, 0) == {"w": "s", "x": "a"}
+    assert graph.fixed({"other": "r"}) is graph
+
+
+def test_ties_go_to_the_first_label() -> None:
+    graph = FactorGraph({"x": ("a", "b"), "y": ("c", "d")}, (Factor(("x", "y"), np.ones((2, 2))),))
+    assert Segment(graph).assignment(Price(1, 1), 0, 0) == {"x": "a", "y": "c"}
+
+
+def test_a_variable_without_factors_takes_its_first_label() -> None:
+    graph = FactorGraph({"x": ("a", "b"), "idle": ("c", "d")}, (Factor(("x",), np.array([2.0, 1.0])),))
+    assert Segment(graph).assignment(Price(1, 0), 0, 0) == {"x": "b", "idle": "c"}
+
+
+def test_too_many_choices_at_once_is_an_error_with_a_next_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment_module, "MAX_TABLE_ENTRIES", 26)
+    domains = dict.fromkeys(("x1", "x2", "x3"), ("a", "b", "c"))
+    segment_module._elimination.cache_clear()
+    with pytest.raises(UnsupportedError, match="next: pin tp"):
+        Segment(FactorGraph(domains, (Factor(tuple(domains), np.zeros((3, 3, 3))),)))
+
+
+@pytest.mark.parametrize("bad", [np.zeros(3), np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])])
+def test_factors_are_checked(bad: np.ndarray) -> None:
+    with pytest.raises(AssertionError):
+        FactorGraph({"x": ("a", "b")}, (Factor(("x",), bad),))

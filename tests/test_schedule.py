@@ -1,0 +1,149 @@
+"""Schedules: who runs what when, and that no order can hang."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cost_model.errors import UnknownNameError, UnsupportedError, VerificationError
+from cost_model.schedule import (
+    Backward,
+    Forward,
+    Guarantee,
+    RecvBackward,
+    RecvForward,
+    SendBackward,
+    SendForward,
+    Step,
+    check_schedule,
+    in_flight,
+    stage_schedule,
+)
+
+SCHEDULES = st.sampled_from(("gpipe", "1f1b"))
+SHORT = {
+    Forward: "F",
+    Backward: "B",
+    SendForward: "sF",
+    RecvForward: "rF",
+    SendBackward: "sB",
+    RecvBackward: "rB",
+}
+
+
+def text(steps: tuple[Step, ...]) -> str:
+    return " ".join(f"{SHORT[type(step)]}{step.microbatch}" for step in steps)
+
+
+def stages(schedule: str, pp: int, microbatches: int) -> list[tuple[Step, ...]]:
+    return [stage_schedule(schedule, stage, pp, microbatches) for stage in range(pp)]
+
+
+def test_gpipe_text() -> None:
+    assert [text(steps) for steps in stages("gpipe", 2, 2)] == [
+        "F0 sF0 F1 sF1 rB0 B0 rB1 B1",
+        "rF0 F0 rF1 F1 B0 sB0 B1 sB1",
+    ]
+
+
+def test_1f1b_text() -> None:
+    assert [text(steps) for steps in stages("1f1b", 3, 4)] == [
+        "F0 sF0 F1 sF1 F2 sF2 rB0 B0 F3 sF3 rB1 B1 rB2 B2 rB3 B3",
+        "rF0 F0 sF0 rF1 F1 sF1 rB0 B0 sB0 rF2 F2 sF2 rB1 B1 sB1 rF3 F3 sF3 rB2 B2 sB2 rB3 B3 sB3",
+        "rF0 F0 B0 sB0 rF1 F1 B1 sB1 rF2 F2 B2 sB2 rF3 F3 B3 sB3",
+    ]
+
+
+def test_one_stage_sends_nothing_and_1f1b_keeps_one_microbatch() -> None:
+    assert text(stage_schedule("1f1b", 0, 1, 2)) == "F0 B0 F1 B1"
+    assert text(stage_schedule("gpipe", 0, 1, 2)) == "F0 F1 B0 B1"
+
+
+@given(SCHEDULES, st.integers(1, 6), st.integers(1, 9))
+def test_generated_schedules_are_safe(schedule: str, pp: int, microbatches: int) -> None:
+    guarantee = check_schedule(stages(schedule, pp, microbatches), microbatches)
+    if schedule == "gpipe":
+        assert guarantee is Guarantee.RENDEZVOUS
+
+
+def test_1f1b_needs_asynchronous_sends() -> None:
+    assert check_schedule(stages("1f1b", 2, 2), 2) is Guarantee.ASYNCHRONOUS
+
+
+@given(SCHEDULES, st.integers(1, 6), st.integers(1, 9))
+def test_in_flight_is_what_the_steps_hold(schedule: str, pp: int, microbatches: int) -> None:
+    for stage in range(pp):
+        alive = most = 0
+        for step in stage_schedule(schedule, stage, pp, microbatches):
+            alive += type(step) is Forward
+            most = max(most, alive)
+            alive -= type(step) is Backward
+        assert most == in_flight(schedule, stage, pp, microbatches)
+        assert most <= (microbatches if schedule == "gpipe" else pp - stage)
+
+
+def failing_check(lists: list[list[Step]], microbatches: int) -> str:
+    with pytest.raises(VerificationError) as caught:
+        check_schedule(lists, microbatches)
+    return caught.value.check
+
+
+def test_missing_receive() -> None:
+    lists = [list(steps) for steps in stages("gpipe", 2, 2)]
+    lists[1].remove(RecvForward(1))
+    assert failing_check(lists, 2) == "schedule_complete"
+
+
+def test_duplicate_send() -> None:
+    lists = [list(steps) for steps in stages("gpipe", 2, 2)]
+    lists[0].append(SendForward(1))
+    assert failing_check(lists, 2) == "schedule_complete"
+
+
+def test_microbatch_that_does_not_exist() -> None:
+    lists = [list(steps) for steps in stages("gpipe", 2, 2)]
+    assert failing_check(lists, 1) == "schedule_complete"
+
+
+def test_backward_before_its_forward() -> None:
+    assert failing_check([[Backward(0), Forward(0)]], 1) == "schedule_complete"
+
+
+def test_send_before_its_forward() -> None:
+    lists = [list(steps) for steps in stages("gpipe", 2, 1)]
+    lists[0][:2] = [SendForward(0), Forward(0)]
+    assert failing_check(lists, 1) == "schedule_complete"
+
+
+def test_receives_in_another_order_than_sends() -> None:
+    lists = [list(steps) for steps in stages("gpipe", 2, 2)]
+    lists[1][:4] = [RecvForward(1), Forward(1), RecvForward(0), Forward(0)]
+    assert failing_check(lists, 2) == "schedule_matching"
+
+
+def test_gradient_sends_in_another_order_than_receives() -> None:
+    lists = [list(steps) for steps in stages("gpipe", 2, 2)]
+    lists[0][-4:] = [RecvBackward(1), Backward(1), RecvBackward(0), Backward(0)]
+    assert failing_check(lists, 2) == "schedule_matching"
+
+
+def test_stages_that_wait_for_each_other() -> None:
+    first: list[Step] = [Forward(0), RecvBackward(0), SendForward(0), Backward(0)]
+    last: list[Step] = [RecvForward(0), Forward(0), Backward(0), SendBackward(0)]
+    assert failing_check([first, last], 1) == "schedule_deadlock"
+
+
+@pytest.mark.parametrize(("microbatches", "safe"), [(3, True), (4, False)])
+def test_one_stage_too_far_ahead(microbatches: int, safe: bool) -> None:
+    """gpipe before 1f1b: the send of microbatch 3 waits for 2, which waits for a gradient nobody takes."""
+    lists = [list(stage_schedule(name, i, 2, microbatches)) for i, name in enumerate(("gpipe", "1f1b"))]
+    if safe:
+        assert check_schedule(lists, microbatches) is Guarantee.ASYNCHRONOUS
+    else:
+        assert failing_check(lists, microbatches) == "schedule_deadlock"
+
+
+def test_names_that_are_not_built_or_not_known() -> None:
+    with pytest.raises(UnsupportedError, match="1f1b"):
+        stage_schedule("zero_bubble", 0, 2, 2)
+    with pytest.raises(UnknownNameError, match="did you mean '1f1b'"):
+        in_flight("1f1", 0, 2, 2)

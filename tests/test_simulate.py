@@ -1,0 +1,376 @@
+"""The simulator against schedules worked by hand, against longest paths, and against its own laws."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cost_model.errors import UnknownNameError, VerificationError
+from cost_model.plan import Plan, StagePlan
+from cost_model.prices import axis_groups
+from cost_model.program import (
+    Block,
+    Collective,
+    Instruction,
+    OpCost,
+    ParameterShard,
+    Program,
+    StageProgram,
+    StepWork,
+    Value,
+)
+from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, stage_schedule
+from cost_model.simulate import Event, SimulationResult, chrome_trace, estimate_program, simulate
+from cost_model.tensor import TensorMeta
+
+CUT = TensorMeta((8,), "float32")
+
+
+@dataclass(frozen=True)
+class Device:
+    """Seconds of an op are its flops times ``slowness``."""
+
+    kind: str = "cuda"
+    op_overhead_s: float = 0.25
+    slowness: float = 1.0
+
+    def op_time_s(self, cost: OpCost) -> float:
+        return cost.flops * self.slowness
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to)."""
+
+    devices: tuple[Device, ...]
+    transfer_s: float = 0.0
+    transfers_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
+
+    def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
+        return float(nbytes * sum(devices))
+
+    def transfer_time_s(self, nbytes: int, source: int, target: int) -> float:
+        assert nbytes == CUT.nbytes
+        return self.transfers_s.get((source, target), self.transfer_s)
+
+
+def op(seconds: float, kind: str = "matmul") -> Instruction:
+    return Instruction("aten.mm", (), (), OpCost(kind, seconds, 0.0, "float32"), None, 0, (), 0)
+
+
+def collective(axis: str, nbytes: int = 1) -> Collective:
+    return Collective("all_reduce", axis, nbytes)
+
+
+def issue(what: Collective | None) -> Instruction:
+    """A collective, or a view where there is none."""
+    return Instruction("aten.view", (), (), None, what, 0, (), 0)
+
+
+def stage_program(
+    stage: int,
+    pp: int,
+    forward: Sequence[Instruction],
+    backward: Sequence[Instruction],
+    step: Sequence[Collective] = (),
+    optimizer_s: float = 0.0,
+    tied: str | None = None,
+) -> StageProgram:
+    """A stage of given instructions; what crosses its cuts is one small activation."""
+    cut = Value("cut", CUT, "cut", CUT.nbytes)
+    emit = Instruction("aten.add", (), (cut,), OpCost("elementwise", 0.0, 0.0, "float32"), None, 0, (), 0)
+    shard = ParameterShard("w", TensorMeta((4,), "float32"), "R", True, None, tied)
+    return StageProgram(
+        stage=stage,
+        segments=(stage,),
+        forward=Block("forward", (), (*forward, emit), ("cut",)),
+        backward=Block("backward", (), (*backward, emit), ("cut",) if stage else ()),
+        saved=(),
+        sent=CUT if stage < pp - 1 else None,
+        received=CUT if stage else None,
+        parameters=(shard,),
+        persistent=(),
+        step=StepWork(tuple(step), (OpCost("optimizer", optimizer_s, 0.0, "float32"),), 0, 0),
+    )
+
+
+def program(stages: Sequence[StageProgram], microbatches: int, schedule: str, dp: int = 1, tp: int = 1) -> Program:
+    cells = [(s, d, t) for s in range(len(stages)) for d in range(dp) for t in range(tp)]
+    devices = {cell: index for index, cell in enumerate(cells)}
+    return Program(dp, tp, len(stages), microbatches, schedule, tuple(stages), devices)
+
+
+def pipeline(schedule: str, microbatches: int, times: Sequence[tuple[float, float]]) -> Program:
+    """Stages of one forward and one backward op each."""
+    stages = [stage_program(i, len(times), [op(f)], [op(b)]) for i, (f, b) in enumerate(times)]
+    return program(stages, microbatches, schedule)
+
+
+def run(what: Program, transfer_s: float = 0.0, device: Device = Device()) -> SimulationResult:
+    return simulate(what, Cluster((device,) * what.num_devices, transfer_s))
+
+
+def spans(result: SimulationResult, stage: int, name: str) -> list[tuple[float, float]]:
+    return [(e.start_s, e.end_s) for e in result.timeline if e.stage == stage and e.name == name]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize(("pp", "microbatches"), [(1, 4), (3, 4), (4, 2), (2, 7)])
+def test_equal_stages_without_transfers(schedule: str, pp: int, microbatches: int) -> None:
+    """(m + p - 1)(f + b), of which (p - 1)(f + b) is bubble: Huang et al., 2019, "GPipe"."""
+    result = run(pipeline(schedule, microbatches, [(1.0, 2.0)] * pp))
+    assert result.step_time_s == (microbatches + pp - 1) * 3.0
+    assert result.breakdown.bubble_s == (pp - 1) * 3.0
+    assert result.breakdown.compute_s == microbatches * 3.0
+
+
+def test_1f1b_of_three_stages_by_hand() -> None:
+    result = run(pipeline("1f1b", 4, [(1.0, 2.0)] * 3))
+    assert spans(result, 0, "forward") == [(0, 1), (1, 2), (2, 3), (9, 10)]
+    assert spans(result, 0, "backward") == [(7, 9), (10, 12), (13, 15), (16, 18)]
+    assert spans(result, 1, "forward") == [(1, 2), (2, 3), (7, 8), (10, 11)]
+    assert spans(result, 2, "backward") == [(3, 5), (6, 8), (9, 11), (12, 14)]
+
+
+def test_gpipe_with_transfers_by_hand() -> None:
+    result = run(pipeline("gpipe", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
+    assert spans(result, 1, "receive") == [(0, 1.5), (2.5, 3)]
+    assert spans(result, 1, "forward") == [(1.5, 2.5), (3, 4)]
+    assert spans(result, 1, "send") == [(6, 6.5), (8.5, 9)]
+    assert spans(result, 0, "backward") == [(6.5, 8.5), (9, 11)]
+    parts = result.breakdown
+    assert (parts.compute_s, parts.communication_s, parts.bubble_s) == (6, 1, 4)
+    assert result.step_time_s == 11
+
+
+def test_1f1b_with_transfers_by_hand() -> None:
+    result = run(pipeline("1f1b", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
+    assert spans(result, 1, "backward") == [(2.5, 4.5), (6, 8)]
+    assert spans(result, 0, "backward") == [(5, 7), (8.5, 10.5)]
+    parts = result.breakdown
+    assert (parts.compute_s, parts.communication_s, parts.bubble_s) == (6, 1, 3.5)
+    assert result.step_time_s == 10.5
+
+
+def test_a_sender_waits_for_its_send_before() -> None:
+    """Stage 1 has microbatch 1 only at 8, so stage 0 cannot post microbatch 2 at 3 and begin the next forward."""
+    result = run(pipeline("gpipe", 4, [(1.0, 0.0), (5.0, 0.0)]), transfer_s=1.0)
+    assert spans(result, 0, "send") == [(1, 2), (7, 8), (13, 14), (19, 20)]
+    assert spans(result, 0, "forward") == [(0, 1), (1, 2), (2, 3), (8, 9)]
+    assert result.step_time_s == 20 + 5 + 4
+
+
+def test_the_slowest_pair_of_ranks_sets_a_transfer() -> None:
+    stages = [stage_program(i, 2, [op(1.0)], [op(1.0)]) for i in range(2)]
+    what = program(stages, 1, "1f1b", dp=2)
+    cluster = Cluster((Device(),) * 4, transfers_s={(0, 2): 1.0, (1, 3): 3.0, (2, 0): 0.5, (3, 1): 0.25})
+    assert simulate(what, cluster).step_time_s == 4 + 3.0 + 0.5
+
+
+def test_the_slowest_device_of_a_stage_sets_its_ops() -> None:
+    what = program([stage_program(0, 1, [op(1.0)], [op(2.0)])], 1, "gpipe", dp=2)
+    assert simulate(what, Cluster((Device(), Device(slowness=3.0)))).step_time_s == 9.0
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("cpu", 1.25), ("cuda", 1.0)])
+def test_views_cost_host_time_only_where_the_host_computes(kind: str, seconds: float) -> None:
+    what = program([stage_program(0, 1, [op(1.0), issue(None)], [])], 1, "gpipe")
+    result = run(what, device=Device(kind=kind))
+    assert result.stages[0].forward_s == seconds
+    assert result.stages[0].op_kinds_s["view"] == seconds - 1.0
+
+
+def test_axis_groups() -> None:
+    stages = [stage_program(i, 2, [], [], tied="wte") for i in range(2)]
+    what = program(stages, 1, "gpipe", dp=2, tp=2)
+    assert axis_groups(what, "tp", 1) == ((4, 5), (6, 7))
+    assert axis_groups(what, "dp", 1) == ((4, 6), (5, 7))
+    assert axis_groups(what, "dp_tp", 1) == ((4, 5, 6, 7),)
+    assert axis_groups(what, "tied:wte", 1) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert axis_groups(what, "world", 0) == (tuple(range(8)),)
+    with pytest.raises(UnknownNameError, match="did you mean 'dp_tp'"):
+        axis_groups(what, "dptp", 0)
+
+
+def test_collectives_in_blocks_are_exposed_and_take_the_slowest_group() -> None:
+    """Groups (0, 1) and (2, 3) run at once: 5 seconds. A group of one costs nothing."""
+    what = program([stage_program(0, 1, [op(1.0), issue(collective("tp"))], [])], 2, "gpipe", dp=2, tp=2)
+    result = run(what)
+    assert result.stages[0].forward_s == 6.0
+    assert (result.breakdown.compute_s, result.breakdown.communication_s) == (2.0, 10.0)
+    assert result.stages[0].op_kinds_s["all_reduce"] == 10.0
+    alone = program(what.stages, 2, "gpipe", dp=2, tp=1)
+    assert run(alone).breakdown.communication_s == 0.0
+
+
+def test_step_work_comes_after_the_last_backward() -> None:
+    stage = stage_program(0, 1, [op(1.0)], [op(2.0)], [collective("dp", 4), collective("dp", 2)], optimizer_s=0.5)
+    result = run(program([stage], 2, "1f1b", dp=2))
+    assert result.stages[0].reduce_s == 6.0
+    assert (result.breakdown.reduction_s, result.breakdown.optimizer_s) == (6.0, 0.5)
+    assert result.step_time_s == 6.0 + 6.0 + 0.5
+    assert result.timeline[-2:] == (
+        Event(0, "compute", "all_reduce dp", -1, 10.0, 12.0),
+        Event(0, "compute", "optimizer", -1, 12.0, 12.5),
+    )
+
+
+def test_the_last_sends_are_waited_for_before_the_step_work() -> None:
+    """Stage 1 ends its backward at 4.5 and its gradient is on the way until 5."""
+    stages = [stage_program(i, 2, [op(1.0)], [op(2.0)], [collective("dp")]) for i in range(2)]
+    result = run(program(stages, 1, "gpipe", dp=2), transfer_s=0.5)
+    assert spans(result, 1, "all_reduce dp") == [(5, 10)]
+
+
+def test_a_tied_reduction_waits_for_both_stages() -> None:
+    """Stage 1 ends at 6 and reduces alone until 9; stage 0 ends at 9, so both meet at 9 and take 1."""
+    first = stage_program(0, 2, [op(1.0)], [op(2.0)], [collective("tied:wte")], tied="wte")
+    last = stage_program(1, 2, [op(1.0)], [op(2.0)], [collective("tied:wte")], tied="wte")
+    result = run(program([first, last], 2, "1f1b"))
+    assert spans(result, 0, "all_reduce tied:wte") == spans(result, 1, "all_reduce tied:wte") == [(9, 10)]
+    assert result.step_time_s == 10
+
+
+def test_collectives_between_stages_in_different_orders() -> None:
+    pair = [collective("tied:a"), collective("world")]
+    stages = [stage_program(i, 2, [], [], order, tied="a") for i, order in enumerate((pair, pair[::-1]))]
+    with pytest.raises(VerificationError) as caught:
+        run(program(stages, 1, "gpipe"))
+    assert caught.value.check == "step_collectives"
+
+
+def test_a_tied_reduction_without_the_parameter() -> None:
+    stages = [stage_program(0, 2, [], [], tied="a"), stage_program(1, 2, [], [], [collective("tied:a")])]
+    with pytest.raises(VerificationError) as caught:
+        run(program(stages, 1, "gpipe"))
+    assert caught.value.check == "tied"
+
+
+def test_a_collective_between_stages_inside_a_block() -> None:
+    stages = [stage_program(i, 2, [issue(collective("world"))], []) for i in range(2)]
+    with pytest.raises(VerificationError) as caught:
+        run(program(stages, 1, "gpipe"))
+    assert caught.value.check == "block_collectives"
+
+
+def test_driving_overhead_is_counted_as_other() -> None:
+    what = pipeline("1f1b", 2, [(1.0, 2.0)])
+    result = simulate(what, Cluster((Device(),)), driving_s=0.125)
+    assert (result.step_time_s, result.breakdown.other_s, result.breakdown.total_s) == (6.125, 0.125, 6.125)
+
+
+def test_chrome_trace_has_every_event_in_microseconds() -> None:
+    result = run(pipeline("1f1b", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
+    trace = chrome_trace(result)["traceEvents"]
+    assert isinstance(trace, list)
+    assert sum(event["ph"] == "X" for event in trace) == len(result.timeline)
+    last = next(event for event in trace if event["name"] == "backward 1" and event["pid"] == 0)
+    assert (last["ts"], last["dur"]) == (8.5e6, 2e6)
+    names = {event["args"]["name"] for event in trace if event["ph"] == "M" and event["pid"] == 1}
+    assert names == {"stage 1", "compute", "receive", "send_forward", "send_backward"}
+
+
+def test_estimate_program_carries_plan_and_figures() -> None:
+    what = pipeline("1f1b", 2, [(1.0, 2.0)] * 2)
+    stages = tuple(StagePlan(i, i + 1, {}) for i in range(2))
+    plan = Plan("m", "c", 2, 1, 1, 2, "1f1b", 1, 2, 100, (0, 1), stages, ("a", "b"))
+    estimate = estimate_program(what, Cluster((Device(),) * 2), plan, ["said"], 0.5, 0.01)
+    assert (estimate.step_time_s, estimate.notes, estimate.search_s, estimate.gap) == (9.0, ("said",), 0.5, 0.01)
+    assert estimate.plan is plan and len(estimate.stages) == 2
+    assert estimate.peak_bytes == max(stage.peak_bytes for stage in estimate.stages) > 0
+
+
+SECONDS = st.integers(0, 8).map(float)
+TIMES = st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=5)
+SCHEDULES = st.sampled_from(("gpipe", "1f1b"))
+
+
+def longest_path_s(schedule: str, microbatches: int, times: Sequence[tuple[float, float]], transfer_s: float) -> float:
+    """The step time as a fixed point: relax the end of every step until none moves."""
+    pp = len(times)
+    lists = [stage_schedule(schedule, stage, pp, microbatches) for stage in range(pp)]
+    ends: dict[tuple[int, object], float] = {}
+    peers = {RecvForward: (SendForward, -1), RecvBackward: (SendBackward, 1)}
+    receives = {SendForward: (RecvForward, 1), SendBackward: (RecvBackward, -1)}
+
+    def end_of(stage: int, step: Forward | Backward, before: float) -> float:
+        kind = type(step)
+        if kind in peers:
+            sender, offset = peers[kind]
+            return max(before, ends.get((stage + offset, sender(step.microbatch)), 0.0)) + transfer_s
+        if kind in receives:
+            receiver, offset = receives[kind]
+            return max(before, ends.get((stage + offset, receiver(step.microbatch - 1)), 0.0))
+        return before + times[stage][kind is Backward]
+
+    for _ in range(2 * pp * microbatches + 2 * pp + 4):
+        for stage, steps in enumerate(lists):
+            before = 0.0
+            for step in steps:
+                before = ends[stage, step] = end_of(stage, step, before)
+    return max(ends.values())
+
+
+@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS)
+def test_step_time_is_the_longest_path(
+    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float
+) -> None:
+    result = run(pipeline(schedule, microbatches, times), transfer_s)
+    assert result.step_time_s == longest_path_s(schedule, microbatches, times, transfer_s)
+
+
+@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, SECONDS)
+def test_parts_sum_and_no_stage_beats_its_own_work(
+    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float, optimizer_s: float
+) -> None:
+    """A stage's busy seconds, by kind, are what its step is made of besides waiting."""
+    pp = len(times)
+    stages = [
+        stage_program(i, pp, [op(f), issue(collective("tp"))], [op(b)], [collective("dp")], optimizer_s)
+        for i, (f, b) in enumerate(times)
+    ]
+    result = run(program(stages, microbatches, schedule, dp=2, tp=2), transfer_s)
+    assert result.breakdown.total_s == pytest.approx(result.step_time_s, rel=1e-12)
+    assert all(part >= 0 for part in dataclasses.astuple(result.breakdown))
+    for stage in result.stages:
+        assert sum(stage.op_kinds_s.values()) <= result.step_time_s
+    assert result.breakdown.communication_s + result.breakdown.bubble_s <= result.step_time_s
+
+
+@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, st.data())
+def test_a_slower_op_never_makes_a_faster_step(
+    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float, data: st.DataObject
+) -> None:
+    slower = list(times)
+    stage = data.draw(st.integers(0, len(times) - 1))
+    slower[stage] = (times[stage][0] + data.draw(SECONDS), times[stage][1] + data.draw(SECONDS))
+    before = run(pipeline(schedule, microbatches, times), transfer_s).step_time_s
+    assert run(pipeline(schedule, microbatches, slower), transfer_s).step_time_s >= before
+
+
+@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS)
+def test_a_rank_does_one_thing_at_a_time(
+    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float
+) -> None:
+    result = run(pipeline(schedule, microbatches, times), transfer_s)
+    for stage in range(len(times)):
+        own = [e for e in result.timeline if e.stage == stage and e.stream in ("compute", "receive")]
+        assert all(before.end_s <= after.start_s for before, after in zip(own, own[1:], strict=False))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_64_stages_of_512_microbatches_take_about_a_second(schedule: str) -> None:
+    block = [op(1e-4 * (i % 7), f"kind{i % 5}") for i in range(300)]
+    stages = [stage_program(i, 64, block, block * 2) for i in range(64)]
+    what = program(stages, 512, schedule)
+    assert min(_cpu_s(what) for _ in range(3)) < 2.0
+
+
+def _cpu_s(what: Program) -> float:
+    begin = time.process_time()
+    run(what, 1e-4)
+    return time.process_time() - begin
