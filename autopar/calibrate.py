@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_worker import MESSAGE_KINDS, message_ranks
-from autopar.runtime.pool import WorkerPool
+from autopar.runtime.pool import _WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import Cluster, cluster_names
 from cost_model.device import Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
@@ -35,25 +35,15 @@ from cost_model.program import OpCost
 
 CALIBRATION_VERSION = 1
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
-RANK_ENVIRONMENT: Mapping[str, str] = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-}
-"""The environment that local ranks are measured in, and must run in for the measures to hold.
-
-The last two let glibc reuse freed memory. Given back to the kernel, memory costs a page fault per 4 KiB when it is
-taken again, which makes an addition of 2 MiB tensors eleven times slower.
-"""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
-_OP_PASSES, _MESSAGE_PASSES = 3, 2
+_OP_PASSES, _MESSAGE_PASSES = 3, 3
 _OP_BUDGET_S = 0.012
 _MESSAGE_BUDGET_S = 0.008
 _OS_SHARE = 0.05  # of memory, left to the system and its file cache
 _RANK_WAIT_S = 900.0
 _POLL_S = 0.2
+_SPEED_VARIABLES = ("OMP_", "KMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC")
 Step = Callable[[str], None]
 
 
@@ -81,12 +71,18 @@ def cache_path(num_devices: int) -> Path:
         "cores": usable_cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "environment": dict(RANK_ENVIRONMENT),
+        "environment": rank_environment(),
         "probes": [probe.label for probe in all_probes()],
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("autopar")
     return Path(folder) / f"local-{num_devices}-{digest}.toml"
+
+
+def rank_environment() -> dict[str, str]:
+    """What in the environment of local ranks changes how fast they are: threads and memory allocation."""
+    environment = {**os.environ, **_WORKER_ENVIRONMENT}
+    return {name: environment[name] for name in sorted(environment) if name.startswith(_SPEED_VARIABLES)}
 
 
 def usable_cores() -> float:
@@ -190,7 +186,7 @@ def measure(num_ranks: int, note: str = "") -> str:
     steps = len(all_probes()) * _OP_PASSES + len(_messages(num_ranks)) * _MESSAGE_PASSES
     with (
         _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,
-        WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator", env=RANK_ENVIRONMENT) as pool,
+        WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator") as pool,
     ):
         pool.call("__init__", None)
         resident = max(pool.call("resident_bytes", None))

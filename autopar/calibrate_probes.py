@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from autopar.calibrate_worker import Probe
+from autopar.calibrate_worker import COLD_BYTES, Probe
 
 Tensor: TypeAlias = torch.Tensor
 Made: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -29,7 +29,7 @@ _REFERENCE = 256
 """Extent of the cube whose product tells dtypes apart."""
 _TINY = 8
 """Extent of products that take no longer than their overhead."""
-_BANK_NUMEL = 2**23
+_PAGE_NUMEL = 1024
 
 
 @functools.cache
@@ -38,14 +38,28 @@ def all_probes() -> tuple[Probe, ...]:
     return (*_products(), *_batched_products(), *_attentions(), *_dtypes(), *_streams())
 
 
+class _Bank:
+    """Random numbers in [-0.5, 0.5) that operands are cut from in turn: drawing them anew would take longest."""
+
+    def __init__(self, numel: int) -> None:
+        self._numbers = torch.rand(numel) - 0.5
+        self._next = 0
+
+    def cut(self, numel: int) -> Tensor:
+        """The next so many numbers, on a page of their own."""
+        if self._next + numel > self._numbers.numel():
+            self._next = 0
+        start, self._next = self._next, self._next + _PAGE_NUMEL * -(-numel // _PAGE_NUMEL)
+        return self._numbers[start : start + numel]
+
+
 @functools.cache
-def _bank() -> Tensor:
-    """Random numbers in [-0.5, 0.5) that all operands are copied from: drawing them anew would take longest."""
-    return torch.rand(_BANK_NUMEL) - 0.5
+def _bank() -> _Bank:
+    return _Bank(2 * COLD_BYTES // 4)
 
 
 def _random(*shape: int) -> Tensor:
-    return _bank()[: math.prod(shape)].clone().view(shape)
+    return _bank().cut(math.prod(shape)).view(shape)
 
 
 def _products() -> Iterator[Probe]:

@@ -27,18 +27,20 @@ from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
 Call: TypeAlias = Callable[[], object]
-WORKING_SET_BYTES = 16 * 2**20
-"""Operands rotate over so many bytes: in a program, what an op reads was mostly written a few ops earlier."""
+COLD_BYTES = 64 * 2**20
+"""Operands that rotate over so many bytes are found in memory, not in a cache (which ranks share)."""
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
-_MAX_COPIES = 64
+_MAX_COPIES = 256
+_HOT_SHARE = 0.4  # of the time given to a probe
+_KEPT_RESULTS = 3  # results that live on for so many calls, as they do in a program
 _BATCH_S = 1e-4  # calls are timed in batches of at least so long: reading the clock takes most of a microsecond
 _MIN_SAMPLES = 3
-_MESSAGE_ROUNDS = 5
+_MESSAGE_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One op on tensors of one shape. make: builds (op, arguments, keyword arguments) anew, sharing no memory.
+    """One op on tensors of one shape. make: builds (op, arguments, keyword arguments) on other memory each time.
 
     row: what it helps to fill in the device file, an op kind or "dtype:<name>".
     """
@@ -99,14 +101,19 @@ class Calibrator:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def measure_op(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """CPU seconds of one call of probe ``index``, all ranks at once, sampled for ``budget_s``; and its cost."""
-        index = payload["index"]
+        """CPU seconds of one call of probe ``index``, all ranks at once, sampled for ``budget_s``; and its cost.
+
+        The geometric mean of operands in cache and operands in memory: in a program, what the last ops wrote is in
+        cache, what was saved for the backward and the parameters are not.
+        """
+        index, budget_s = payload["index"], payload["budget_s"]
         probe = self._probes[index]
         cost = self._costs[index] = self._costs.get(index) or probe.cost()
         calls = [probe.call() for _ in range(_copies(cost.nbytes))]
         dist.barrier()
-        seconds = cpu_seconds(calls, payload["budget_s"])
-        return {"seconds": seconds, **dataclasses.asdict(cost)}
+        hot_s = cpu_seconds(calls[:1], _HOT_SHARE * budget_s)
+        cold_s = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s) if len(calls) > 1 else hot_s
+        return {"seconds": math.sqrt(hot_s * cold_s), **dataclasses.asdict(cost)}
 
     def measure_message(self, payload: Mapping[str, Any]) -> float:
         """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once."""
@@ -129,17 +136,18 @@ def message_ranks(world_size: int) -> tuple[int, ...]:
 
 
 def cpu_seconds(calls: list[Call], budget_s: float) -> float:
-    """Median CPU seconds of one call, turning over ``calls``; results live as long as a few ops do in a program.
+    """Median CPU seconds of one call, turning over ``calls``.
 
     CPU time of this thread rather than wall time: the same on a machine that does nothing else, and hardly
     touched by what else runs on one that does.
     """
-    kept: collections.deque[object] = collections.deque(maxlen=len(calls))
+    kept: collections.deque[object] = collections.deque(maxlen=_KEPT_RESULTS)
     turn = itertools.cycle(calls)
-    start = time.thread_time()
-    for call in itertools.islice(turn, len(calls) + 1):
+    once_s = math.inf
+    for call in itertools.islice(turn, _KEPT_RESULTS + 1):
+        start = time.thread_time()
         kept.append(call())
-    once_s = (time.thread_time() - start) / (len(calls) + 1)
+        once_s = min(once_s, time.thread_time() - start)
     repeat = math.ceil(_BATCH_S / max(once_s, 1e-7))
     samples: list[float] = []
     deadline = time.monotonic() + budget_s
@@ -152,7 +160,7 @@ def cpu_seconds(calls: list[Call], budget_s: float) -> float:
 
 
 def _copies(nbytes: float) -> int:
-    return min(_MAX_COPIES, math.ceil(WORKING_SET_BYTES / max(nbytes, 1.0)))
+    return min(_MAX_COPIES, math.ceil(COLD_BYTES / max(nbytes, 1.0)))
 
 
 def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from autopar.link import Linked
 from autopar.options import Options
 from autopar.payload import model_tensors, rank_payload
-from autopar.planning import Planned, plan_model
+from autopar.planning import Decision, Planned, plan_model
 from autopar.runtime.comm import join_shards
 from autopar.runtime.executor import RankExecutor, check_batch
 from autopar.runtime.pool import WorkerPool
 from cost_model.cluster import Cluster
-from cost_model.errors import BatchError, ClosedError, WorldSizeError
+from cost_model.errors import AutoparError, BatchError, ClosedError, WorldSizeError
 from cost_model.estimate import Estimate
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Plan
@@ -83,6 +84,25 @@ def join_launched_group(cluster: Cluster) -> None:
         dist.init_process_group(cluster.backend)
 
 
+def agree_with_rank_0(decide: Callable[[], Decision]) -> Decision:
+    """Rank 0 plans; every rank gets its decision, or fails with its error."""
+    told: list[Any] = [None]
+    failure: AutoparError | None = None
+    if dist.get_rank() == 0:
+        try:
+            found = decide()
+            told = [("ok", found.plan.to_json(), found.search_s, found.gap, found.notes)]
+        except AutoparError as error:
+            failure, told = error, [("error", type(error).__name__, str(error))]
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[0][0] == "error":
+        raise AutoparError(f"rank 0 could not plan: {told[0][1]}: {told[0][2]}")
+    _, text, search_s, gap, notes = told[0]
+    return Decision(Plan.from_json(text), search_s, gap, notes)
+
+
 class Executable:
     """A model compiled for a cluster.
 
@@ -135,7 +155,9 @@ class Executable:
         """Plan for this global batch; done by the first ``step`` if not before."""
         if under_launcher():
             self._start_ranks()
-        self._planned = plan_model(self._model, self._cluster, inputs, self._options)
+            self._planned = plan_model(self._model, self._cluster, inputs, self._options, agree_with_rank_0)
+        else:
+            self._planned = plan_model(self._model, self._cluster, inputs, self._options)
 
     def code(self, rank: int) -> str:
         """The Python program of one rank."""

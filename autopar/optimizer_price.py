@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from autopar.aten_call import AtenCall, tensors_in
 from autopar.runtime.optim import OptimizerSpec, build
-from cost_model.ops import OpCall, Ref, price_of
+from cost_model.errors import UnsupportedError
+from cost_model.ops import price_of
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
 _STEADY = 1000
 """What a fake scalar reads as: a step count far into training, where warm-up branches are behind."""
-_WRAPPING_LISTS = frozenset(f"_foreach_{op}{mark}" for op in ("add", "sub", "mul", "div") for mark in ("", "_"))
-"""List ops whose loop on the CPU turns its numbers into tensors (ATen/native/ForeachOpsKernels.cpp)."""
-
 Key: TypeAlias = tuple[int, TensorMeta]
 """Group and local shard: parameters alike in both are updated alike."""
 
@@ -49,7 +48,7 @@ def price_optimizer(
 
     device: "cpu" or "cuda", which choose different implementations where the options leave it open.
     An optimizer that updates its parameters one after the other is run on every pair of neighbours that occurs,
-    once each; any other on all of them.
+    once each; any other on all of them. Errors: ConfigError, UnsupportedError.
     """
     names = [name for group in spec.groups for name in group.names if name in parameters]
     if not names:
@@ -106,7 +105,7 @@ def _shares(run: _Observation) -> list[_Share] | None:
     places = _places(run.works)
     if sorted(places) != places or set(places) != set(range(len(run.states))):
         return None
-    last = {place: work for place, work in zip(places, run.works, strict=True)}
+    last = dict(zip(places, run.works, strict=True))
     if any(places[birth] < place for place, work in last.items() for birth in work.alive):
         return None
     costs: list[list[OpCost]] = [[] for _ in run.states]
@@ -178,12 +177,24 @@ def _observed(
         optimizer = build(_chosen(spec, device), held)
     assert optimizer is not None
     _make_fake(optimizer, fake, recorder)
-    with fake, recorder:
+    with _explained(spec, device), fake, recorder:
         optimizer.step()
         states = tuple(recorder.claim(optimizer.state[p], i) for i, p in enumerate(held.values()))
         recorder.start_recording()
         optimizer.step()
     return recorder.observation(states)
+
+
+@contextlib.contextmanager
+def _explained(spec: OptimizerSpec, device: str) -> Iterator[None]:
+    """Turns what torch raises in a step into an UnsupportedError."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedError(
+            f"{spec.path} cannot be priced: its step on {device} tensors without values fails: {error}; "
+            "check its options on that device, and let its step decide nothing by the values of parameters"
+        ) from error
 
 
 def _parameter(meta: TensorMeta, device: str) -> nn.Parameter:
@@ -216,19 +227,20 @@ def _make_fake(optimizer: Optimizer, fake: FakeTensorMode, recorder: _Recorder) 
     def faked(tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else fake.from_tensor(tensor)
 
+    for tensor in tensors_in([optimizer.defaults, *map(_options, optimizer.param_groups)]):
+        recorder.give(tensor, None)
     for parameter, state in optimizer.state.items():
         optimizer.state[parameter] = tree_map_only(Tensor, faked, state)
-        for tensor in _tensors(optimizer.state[parameter]):
-            recorder.track(tensor)
+        for tensor in tensors_in(optimizer.state[parameter]):
+            recorder.track(tensor, None, None)
     for group in optimizer.param_groups:
-        options = {name: value for name, value in group.items() if name != "params"}
-        group.update(tree_map_only(Tensor, faked, options))
-        for tensor in _tensors({name: group[name] for name in options}):
+        group.update(tree_map_only(Tensor, faked, _options(group)))
+        for tensor in tensors_in(_options(group)):
             recorder.give(tensor, None)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 @dataclass
@@ -241,22 +253,22 @@ class _Storage:
     death: weakref.ref[torch.UntypedStorage]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages from birth to death, and from ``start_recording`` on writes down every op."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._storages: dict[int, _Storage] = {}
         self._births: dict[int, int] = {}
         self._alive_bytes = self._state_bytes = self._peak_bytes = 0
         self._works: list[_Work] | None = None
 
     def give(self, tensor: Tensor | None, owner: int | None) -> None:
-        """A tensor that others pay for."""
+        """A tensor that others pay for, whether it was counted before or not."""
         assert tensor is not None
         self._count(tensor.untyped_storage(), 0, owner, None)
 
-    def track(self, tensor: Tensor, owner: int | None = None, birth: int | None = None) -> None:
+    def track(self, tensor: Tensor, owner: int | None, birth: int | None) -> None:
         """Count a tensor's storage until it dies, unless it is known already."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
@@ -264,7 +276,7 @@ class _Recorder(TorchDispatchMode):
 
     def claim(self, state: Any, owner: int) -> int:
         """Give the state of a parameter its owner; the bytes that had none."""
-        keys = {tensor.untyped_storage()._cdata for tensor in _tensors(state)}
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors_in(state)}
         mine = [self._storages[key] for key in keys & self._storages.keys() if self._storages[key].owner is None]
         for storage in mine:
             storage.owner = owner
@@ -284,29 +296,37 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            result: Any = torch.tensor(_STEADY).to(args[0].dtype).item()
+            result: Any = _steady_value(args[0].dtype)
         else:
             result = func(*args, **(kwargs or {}))
         if self._works is None:
-            for tensor in _tensors(result):
-                self.track(tensor)
+            self._track_new(tensors_in(result), (args, kwargs), None, None)
         else:
-            self._record(self._works, _Call(func, args, kwargs or {}, result))
+            self._record(self._works, AtenCall(func, args, kwargs or {}, result))
         return result
 
-    def _record(self, works: list[_Work], call: _Call) -> None:
-        outputs = _tensors(call.result)
+    def _record(self, works: list[_Work], call: AtenCall) -> None:
+        outputs = tensors_in(call.result)
         if not call.tensors and not outputs:
             return
         known = [self._storages.get(tensor.untyped_storage()._cdata) for tensor in call.tensors]
         owners = frozenset(s.owner for s in known if s is not None and s.owner is not None)
-        for tensor in outputs:
-            self.track(tensor, max(owners, default=None), len(works))
+        self._track_new(outputs, call.tensors, max(owners, default=None), len(works))
         self._peak_bytes = max(self._peak_bytes, self._alive_bytes + call.number_bytes())
         works.append(_Work(price_of(call.op_call()), owners, tuple(self._births.values()), call.is_list))
 
+    def _track_new(self, outputs: list[Tensor], inputs: Any, owner: int | None, birth: int | None) -> None:
+        """Track an op's results, save views of tensors from elsewhere."""
+        new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in self._storages]
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_in(inputs)} if new else ()
+        for tensor in new:
+            if tensor.untyped_storage()._cdata not in given:
+                self.track(tensor, owner, birth)
+
     def _count(self, storage: torch.UntypedStorage, nbytes: int, owner: int | None, birth: int | None) -> None:
         key = storage._cdata
+        if key in self._storages:
+            self._forget(key)
         death = weakref.ref(storage, lambda _: self._forget(key))
         self._storages[key] = _Storage(nbytes, owner, birth, death)
         self._alive_bytes += nbytes
@@ -318,63 +338,5 @@ class _Recorder(TorchDispatchMode):
         self._births.pop(key, None)
 
 
-# --- One call -------------------------------------------------------------------------------------------------------
-
-
-class _Call:
-    """A dispatched call, read once: its arguments by name and the tensors among them in schema order."""
-
-    def __init__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        self.func, self.result = func, result
-        self.tensors: list[Tensor] = []
-        self.is_list = False
-        self._numbers: list[Any] = []
-        self._arguments: dict[str, object] = {}
-        for position, (name, default, is_tensor) in enumerate(_signature(func)):
-            value = args[position] if position < len(args) else kwargs.get(name, default)
-            if is_tensor and isinstance(value, bool | int | float | complex):
-                self._numbers.append(value)
-            self._arguments[name] = self._referred(value)
-
-    def op_call(self) -> OpCall:
-        """As the op table sees it."""
-        inputs, outputs = ([_meta(tensor) for tensor in tensors] for tensors in (self.tensors, _tensors(self.result)))
-        return OpCall(str(self.func), tuple(inputs), tuple(outputs), self._arguments)
-
-    def number_bytes(self) -> int:
-        """Bytes of the tensor a number becomes while the op runs, and of its copy in the dtype the op works in."""
-        numbers = self._numbers or self._list_numbers()
-        return max((_number_bytes(number, tensor.dtype) for number in numbers for tensor in self.tensors), default=0)
-
-    def _list_numbers(self) -> list[Any]:
-        if self.func._opname not in _WRAPPING_LISTS:
-            return []
-        found = self._arguments.get("scalar", self._arguments.get("scalars"))
-        return [] if found is None else [found[0] if isinstance(found, list) else found]
-
-    def _referred(self, value: Any) -> object:
-        if isinstance(value, Tensor):
-            self.tensors.append(value)
-            return Ref(len(self.tensors) - 1)
-        if isinstance(value, list | tuple):
-            self.is_list = self.is_list or any(isinstance(item, Tensor) for item in value)
-            return [self._referred(item) for item in value]
-        return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-
-
-_DTYPE_OF_NUMBER = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
-
-
-@functools.cache
-def _signature(func: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Name, default and whether a tensor is asked for, of each argument in order."""
-    return tuple((a.name, a.default_value, a.type.kind() == "TensorType") for a in func._schema.arguments)
-
-
-def _number_bytes(number: bool | int | float | complex, dtype: torch.dtype) -> int:
-    own = _DTYPE_OF_NUMBER[type(number)]
-    return own.itemsize + (0 if own == dtype else dtype.itemsize)
-
-
-def _meta(tensor: Tensor) -> TensorMeta:
-    return TensorMeta(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+def _steady_value(dtype: torch.dtype) -> bool | int | float:
+    return float(_STEADY) if dtype.is_floating_point else dtype == torch.bool or _STEADY

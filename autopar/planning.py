@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -63,11 +65,7 @@ def plan_model(
     """Trace, search (unless a plan is given), rewrite, verify and price."""
     start = time.perf_counter()
     job = Job.of(model, cluster, inputs, options)
-    decision = agree(lambda: job.decide(start))
-    linked = job.linked(decision.plan)
-    notes = (*job.notes, *decision.notes)
-    estimate = estimate_program(linked.program, cluster, decision.plan, notes, decision.search_s, decision.gap)
-    return Planned(decision.plan, estimate, linked, job.optimizer)
+    return job.planned(agree(lambda: job.decide(start)))
 
 
 @dataclass(eq=False)
@@ -113,13 +111,27 @@ class Job:
         solution = self._search()
         return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
 
+    def planned(self, decision: Decision) -> Planned:
+        """The decided plan rewritten, verified and priced."""
+        plan, linked, notes = decision.plan, self.linked(decision.plan), (*self.notes, *decision.notes)
+        estimate = estimate_program(linked.program, self.cluster, plan, notes, decision.search_s, decision.gap)
+        return Planned(plan, estimate, linked, self.optimizer)
+
+    def under(self, parallelism: Parallelism, memory_cap_bytes: int | None) -> Job:
+        """The same model under other pins and another cap, searched anew; trace, prices and programs are shared."""
+        job = copy.copy(self)
+        job.options = replace(self.options, parallelism=parallelism, memory_cap_bytes=memory_cap_bytes, plan=None)
+        return job
+
     def linked(self, plan: Plan) -> Linked:
         """The program of a plan, rewritten once."""
         if plan not in self._linked:
             self._linked[plan] = link(self.traced, self.analysis, plan, self.optimizer)
         return self._linked[plan]
 
-    def _space(self) -> ModelSpace:
+    @cached_property
+    def space(self) -> ModelSpace:
+        """What the search asks; priced once."""
         price = OptimizerPrice((), 0, 0)
         if self.optimizer is not None and self.parameters:
             price = price_optimizer(self.optimizer, self.parameters)
@@ -131,12 +143,10 @@ class Job:
         return ModelSpace(self.traced, self.analysis, self.cluster, price, max(total, 1), sharded=sharded)
 
     def _search(self) -> Solution:
-        space = self._space()
         pins = self.options.parallelism
-        self.space = space
         with planning_progress() as report:
             found = search(
-                space,
+                self.space,
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,

@@ -26,6 +26,7 @@ class FactorMap:
     whole: factors that may not be split.
     inside: factors that may be split because the op's own collectives finish the reduction; the outputs
       that lack them are then Replicate, not Partial, and inputs that lack them stay Replicate.
+    ordered: factors that may only be split in consecutive runs (their indices are compared with rank offsets).
     addends: inputs added to the result of a contraction; while a contracted factor is split they are Partial.
     linear: sets of inputs which, Partial together (all other inputs Varying), give Partial outputs.
     A factor in no output is contracted (summed): splitting it gives Partial outputs.
@@ -36,6 +37,7 @@ class FactorMap:
     outputs: tuple[Dims, ...]
     whole: frozenset[str] = frozenset()
     inside: frozenset[str] = frozenset()
+    ordered: frozenset[str] = frozenset()
     addends: frozenset[int] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
 
@@ -107,6 +109,7 @@ def parse_map(
     *,
     whole: str = "",
     inside: str = "",
+    ordered: str = "",
     addends: tuple[int, ...] = (),
     linear: tuple[tuple[int, ...], ...] = (),
     sizes: Mapping[str, int] = NO_SIZES,
@@ -135,6 +138,7 @@ def parse_map(
         outputs=bound[len(inputs) :],
         whole=frozenset(whole.split()) & used,
         inside=frozenset(inside.split()) & used,
+        ordered=frozenset(ordered.split()) & used,
         addends=frozenset(addends),
         linear=tuple(frozenset(group) for group in linear),
     )
@@ -160,6 +164,8 @@ def split_factor(rule: FactorMap, factor: str, outer: int, size: int) -> Strateg
     """The strategy that splits ``factor`` (as outer x n x inner, n over ``size`` ranks); None if it is not offered."""
     extent = rule.sizes[factor]
     if not rule.splittable(factor) or extent == 0 or extent % (outer * size):
+        return None
+    if factor in rule.ordered and outer != 1:
         return None
     shards_out = [_place(dims, factor, outer, rule.sizes) for dims in rule.outputs]
     shards_in = [_place(dims, factor, outer, rule.sizes) for dims in rule.inputs]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError
 SCHEMA_VERSION = 1
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
+_NUMBERED = re.compile(r"((?:[^.]*\.)*?)(\d+)((?:\..*)?)")
 _PRECISIONS = (None, "fp32", "bf16", "fp16")
 
 
@@ -108,6 +111,17 @@ class Plan:
         assert len(self.stages) == self.pp
         assert len(self.placement) == self.dp * self.tp * self.pp
 
+    def __str__(self) -> str:
+        """The mesh, the microbatches and each stage's segments; the choices inside stages are left out."""
+        count = f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''} of {self.microbatch_size}"
+        mesh = f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
+        head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule}"
+        return "\n".join([head, *(f"stage {stage}: {folded(self.labels(stage))}" for stage in range(self.pp))])
+
+    def labels(self, stage: int) -> tuple[str, ...]:
+        """Names of the segments that a stage runs, in order."""
+        return self.segment_labels[self.stages[stage].first_segment : self.stages[stage].last_segment]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
@@ -128,3 +142,30 @@ class Plan:
     @staticmethod
     def load(path: str | Path) -> Plan:
         return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def folded(labels: Sequence[str]) -> str:
+    """Labels in order, a run that counts up written once ("token, h.0..5, norm"), and so equal neighbours ("h x 3")."""
+    runs = [list(run) for _, run in itertools.groupby(enumerate(labels), key=lambda item: _run_of(*item))]
+    return ", ".join(_run_text([label for _, label in run]) for run in runs)
+
+
+def split_number(label: str) -> tuple[str, int, str] | None:
+    """What stands before the first part of a dotted name that is a number, the number, what stands after; else None."""
+    found = _NUMBERED.fullmatch(label)
+    return None if found is None else (found[1], int(found[2]), found[3])
+
+
+def _run_of(position: int, label: str) -> tuple[str, int, str]:
+    """Equal for neighbours in one run."""
+    parts = split_number(label)
+    return (label, 0, "") if parts is None else (parts[0], parts[1] - position, parts[2])
+
+
+def _run_text(run: Sequence[str]) -> str:
+    first, last = split_number(run[0]), split_number(run[-1])
+    if len(run) == 1:
+        return run[0]
+    if first is None or last is None:
+        return f"{run[0]} x {len(run)}"
+    return f"{first[0]}{first[1]}..{last[1]}{first[2]}"

@@ -156,9 +156,17 @@ def _slice(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     return a["self"] if whole else NotImplemented
 
 
-@_rewrites(aten.view.default, aten._unsafe_view.default)
+@_rewrites(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 def _view(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    """view -> reshape with its shape spelled out: local strides may not allow the view."""
+    """view -> reshape with its shape spelled out: local strides may not allow the view, local sizes may be 1."""
     meta, source = meta_of(node.meta["val"]), a["self"]
     assert isinstance(meta, TensorMeta)
     if source.target is aten.reshape.default:

@@ -55,13 +55,6 @@ def _chunks(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:
     return (args[0], [m.shape[dim] for m in out if m is not None], dim)
 
 
-def _unflatten(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:
-    """unflatten(x, dim, sizes): the local sizes."""
-    assert isinstance(out, TensorMeta)
-    dim = args[1] % (len(out.shape) - len(args[2]) + 1)
-    return (args[0], args[1], list(out.shape[dim : dim + len(args[2])]))
-
-
 def _embedding(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
     if not (isinstance(strategy.inputs[0], Shard) and strategy.inputs[0].dim == 0):
         return None
@@ -84,7 +77,6 @@ _SIZES: dict[Any, Callable[[tuple[Any, ...], Meta], tuple[Any, ...]]] = {
     aten.expand.default: _shape,
     aten.split.Tensor: _chunk,
     aten.split_with_sizes.default: _chunks,
-    aten.unflatten.int: _unflatten,
 }
 _ALGORITHMS: dict[Any, Callable[[Strategy, tuple[Any, ...], str, int], Call | None]] = {
     aten.embedding.default: _embedding,

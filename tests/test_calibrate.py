@@ -141,8 +141,8 @@ def test_every_kind_has_probes_that_the_op_table_prices_as_that_kind() -> None:
 
 def test_copies_of_a_probe_share_no_memory() -> None:
     probe = next(p for p in all_probes() if p.label.startswith("add, 16 KiB"))
-    pointers = {tensor.data_ptr() for _ in range(3) for tensor in probe.make()[1]}
-    assert len(pointers) == 6
+    made = [tensor for _ in range(3) for tensor in probe.make()[1]]
+    assert len({tensor.data_ptr() for tensor in made}) == 6
 
 
 def test_cpu_seconds_sees_work_and_not_sleep() -> None:
@@ -185,8 +185,16 @@ def test_a_machine_is_measured_once(folder: Path, measured: list[int]) -> None:
     assert Cluster.local(2) == first and type(first) is Cluster and measured == [2]
     assert calibrate.cache_path(2).parent == folder and Cluster.load(calibrate.cache_path(2)) == first
     Cluster.local(4)
-    Cluster.local(2, refresh=True)
+    calibrate.local_cluster(2, refresh=True)
     assert measured == [2, 4, 2]
+
+
+def test_what_makes_ranks_faster_is_part_of_the_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = calibrate.cache_path(2)
+    monkeypatch.setenv("HOME_PAGE", "unrelated")
+    assert calibrate.cache_path(2) == before
+    monkeypatch.setenv("LD_PRELOAD", "another-malloc.so")
+    assert calibrate.cache_path(2) != before
 
 
 def test_callers_at_once_measure_once(folder: Path, measured: list[int]) -> None:
@@ -321,7 +329,7 @@ def test_an_interrupted_measurement_leaves_no_process_and_no_file(folder: Path) 
 def test_a_block_costs_what_its_ops_were_measured_at(folder: Path) -> None:
     """Forward and backward of a transformer block, two ranks at once, against the sum of its ops' prices."""
     device = Cluster.local(2).devices[0]
-    environment = {**calibrate.RANK_ENVIRONMENT, "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
+    environment = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent)))}
     with WorkerPool(2, target="calibrate_targets:BlockRank", env=environment) as pool:
         pool.call("__init__", None)
         costs = [OpCost(**cost) for cost in pool.call("costs", None)[0]]

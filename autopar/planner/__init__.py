@@ -2,6 +2,7 @@
 
 ``factor_graph`` states the problem of one segment, ``segment`` solves it for given prices of memory,
 ``chain`` puts segments in a row, ``columns`` prices every range of the row, ``paths`` tiles the row
-with ranges, ``ilp`` makes the exact choice among columns, ``configuration`` runs these for one mesh,
-and ``search`` looks over meshes, microbatch sizes and labels of shared variables.
+with ranges, ``bounds`` proves what no plan can beat, ``ilp`` makes the exact choice among columns,
+``configuration`` runs these for one mesh, and ``search`` looks over meshes, microbatch sizes and labels
+of shared variables.
 """

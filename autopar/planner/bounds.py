@@ -149,8 +149,11 @@ def steeper(table: RangeTable, space: StageSpace, edge: int, weights: Weights) -
     gain = cost[small][None, :] - cost[big][:, None]
     byte_price = gain / (over[big][:, None] - over[small][None, :])
     level = np.where(byte_price > 0, cost[big][:, None] + byte_price * over[big][:, None], np.inf)
-    at = np.unravel_index(level.argmin(), level.shape)
-    return space.price(weights, float(byte_price[at])) if np.isfinite(level[at]) else None
+    if not np.isfinite(level.min()):
+        return None
+    # A plan that needs just the capacity ends many pairs at one level: only their largest price supports it.
+    best = level <= level.min() * (1 + 1e-12)
+    return space.price(weights, float(byte_price[best].max()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ TOLERANCE = 1e-4
 MIXED_EDGES = 96
 MIXED_PRICES = 6
 TRIED_LEVELS = 4
-MAX_ILP_COLUMNS = 100
+WORTH = 1e-5
+MAX_ILP_COLUMNS = 400
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,10 @@ class ConfigurationSolver:
         return Outcome(min(proven.bound_s, choice.objective_s), choice, None, ilp)
 
     def _hopeful(self, pools: Sequence[_Pool], value: float) -> list[list[Column]]:
+        """Columns through which a tiling might be better by more than WORTH, the best MAX_ILP_COLUMNS in all.
+
+        What is left out cannot hide in the gap: that is taken from the proven bound.
+        """
         arcs = [self._arcs(pool) for pool in pools]
         starts, ends, nodes = self._ends()
         microbatches = self.configuration.microbatches
@@ -333,8 +338,8 @@ class ConfigurationSolver:
         for stage, (pool, a) in enumerate(zip(pools, arcs, strict=True)):
             slowest = np.maximum(found.levels.lower_s[:, None], a.slow_s[None, :])
             through = (found.through_s(stage) + (microbatches - 1) * slowest).min(axis=0)
-            order = np.argsort(through, kind="stable")[:MAX_ILP_COLUMNS]
-            kept.append([pool.column(self.table, int(i)) for i in order if through[i] < value * (1 - 1e-12)])
+            order = np.argsort(through, kind="stable")[: MAX_ILP_COLUMNS // len(pools)]
+            kept.append([pool.column(self.table, int(i)) for i in order if through[i] < value * (1 - WORTH)])
         return kept
 
     def _shortage(self) -> Shortage | None:

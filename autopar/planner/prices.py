@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,15 @@ from cost_model.tensor import TensorMeta
 
 def local_meta(meta: TensorMeta, placement: Placement, size: int) -> TensorMeta:
     return TensorMeta(local_shape(meta.shape, placement, size), meta.dtype)
+
+
+@functools.cache
+def conversion_kinds(source: Placement, target: Placement) -> tuple[str, ...] | None:
+    """Collectives and slices of a change of placement, forward and backward; None where there is no way."""
+    if not can_convert(source, target):
+        return None
+    steps = [step_collectives(a, b) for a, b in conversion_steps(source, target)]
+    return tuple(kind for step in steps if step is not None for kind in (step.forward, step.backward) if kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,26 +85,32 @@ class MeshPrices:
         rows = local.inputs[0].shape[0] * 4
         return self.collective_s("all_reduce", rows) + self.collective_s("all_reduce", 2 * rows)
 
-    def collective_s(self, kind: str, nbytes: int) -> float:
-        return self.cluster.collective_time_s(kind, nbytes, self.tp_group) if self.tp > 1 else 0.0
+    @cached_property
+    def collective_s(self) -> Callable[[str, int], float]:
+        """Seconds of a collective over the tp axis."""
 
-    def conversion_s(self, meta: TensorMeta, source: Placement, target: Placement) -> float:
-        """Forward and backward seconds of a change of placement; infinite where there is none."""
-        if not can_convert(source, target):
-            return float("inf")
-        return sum(self._step_s(meta, a, b) for a, b in conversion_steps(source, target))
+        @functools.cache
+        def seconds(kind: str, nbytes: int) -> float:
+            return self.cluster.collective_time_s(kind, nbytes, self.tp_group) if self.tp > 1 else 0.0
 
-    def _step_s(self, meta: TensorMeta, source: Placement, target: Placement) -> float:
-        step = step_collectives(source, target)
-        assert step is not None
-        seconds = 0.0
-        for kind in (step.forward, step.backward):
+        return seconds
+
+    @cached_property
+    def conversion_s(self) -> Callable[[int, str, Placement, Placement], float]:
+        """Seconds, forward and backward, of a change of placement of a tensor of so many bytes and a dtype;
+        infinite where there is none."""
+
+        @functools.cache
+        def kind_s(kind: str, nbytes: int, dtype: str) -> float:
             if kind == "slice":
-                seconds += self.op_s(OpCost("copy", 0.0, 2.0 * meta.nbytes / self.tp, meta.dtype))
-            elif kind:
-                seconds += self.collective_s(kind, meta.nbytes)
-                if kind != "all_reduce":
-                    seconds += self.op_s(OpCost("copy", 0.0, 2.0 * meta.nbytes, meta.dtype))
+                return self.op_s(OpCost("copy", 0.0, 2.0 * nbytes / self.tp, dtype))
+            packing = 0.0 if kind == "all_reduce" else self.op_s(OpCost("copy", 0.0, 2.0 * nbytes, dtype))
+            return self.collective_s(kind, nbytes) + packing
+
+        def seconds(nbytes: int, dtype: str, source: Placement, target: Placement) -> float:
+            kinds = conversion_kinds(source, target)
+            return float("inf") if kinds is None else sum(kind_s(kind, nbytes, dtype) for kind in kinds)
+
         return seconds
 
     def parameter_step_s(self, meta: TensorMeta, placement: Placement) -> float:

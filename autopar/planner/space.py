@@ -83,6 +83,8 @@ class ModelSpace:
         self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
         self._models: dict[int, LocalModel | None] = {}
         self._chains: dict[tuple[int, int, int], Chain | None] = {}
+        self._graphs: dict[tuple[int, int, str], _SegmentGraph] = {}
+        self._prices: dict[int, MeshPrices] = {}
 
     def local_model(self, microbatch_size: int) -> LocalModel | None:
         """Specialised and segmented once per size; None where the model does not allow the size."""
@@ -114,8 +116,12 @@ class ModelSpace:
         for index, part in enumerate(local.segments):
             if part.kind not in kinds:
                 kinds[part.kind] = len(graphs)
-                last = index == len(local.segments) - 1
-                graphs.append(_SegmentGraph(local, part, prices, tp, self.sharded, last).build())
+                key = (local.model.batch, tp, part.kind)
+                if key not in self._graphs:
+                    last = index == len(local.segments) - 1
+                    shared_prices = self._prices.setdefault(tp, prices)
+                    self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last)
+                graphs.append(self._graphs[key].build(prices))
         inputs = self._input_bytes()
 
         def cut_s(position: int, label: str) -> float:
@@ -140,7 +146,7 @@ def boundary_placements(meta: TensorMeta, tp: int) -> tuple[Placement, ...]:
 
 
 class _SegmentGraph:
-    """Builds the factor graph of one kind of segment."""
+    """The factor graph of one kind of segment at one microbatch size and tp; dp enters in ``build``."""
 
     def __init__(
         self, local: LocalModel, part: Segment, prices: MeshPrices, tp: int, sharded: bool, last: bool
@@ -153,6 +159,15 @@ class _SegmentGraph:
         self.factors: list[Factor] = []
         self.labels: dict[str, tuple[Placement, ...]] = {}
         self.users = self._users()
+        for op in self.space.ops:
+            self._op(op)
+        for name in part.parameters:
+            self._placed(name, self._parameter_places(name))
+        if part.entry is not None:
+            self._placed(part.entry, boundary_placements(self._meta(part.entry), tp))
+        for tensor, tensor_users in self.users.items():
+            self._redistributions(tensor, tensor_users)
+        self.exit = self._exit()
 
     def _users(self) -> dict[str, list[tuple[PlannedOp, int]]]:
         """tensor -> (op, operand index), each op once."""
@@ -163,19 +178,12 @@ class _SegmentGraph:
                     users.setdefault(operand, []).append((op, index))
         return users
 
-    def build(self) -> FactorGraph:
-        for op in self.space.ops:
-            self._op(op)
-        for name in self.part.parameters:
-            self._parameter(name)
-        if self.part.entry is not None:
-            self._placed(self.part.entry, boundary_placements(self._meta(self.part.entry), self.tp))
-        for tensor, users in self.users.items():
-            self._redistributions(tensor, users)
-        exit_variable = self._exit()
+    def build(self, prices: MeshPrices) -> FactorGraph:
+        """The graph on a mesh: ``prices`` differ from those of the ops in dp alone."""
+        steps = tuple(self._parameter(name, prices) for name in self.part.parameters)
         entry = None if self.part.entry is None else input_key(self.part.entry)
         shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.shared)
-        return FactorGraph(self.domains, tuple(self.factors), entry, exit_variable, shared)
+        return FactorGraph(self.domains, (*self.factors, *steps), entry, self.exit, shared)
 
     def _meta(self, tensor: str) -> TensorMeta:
         return self.local.model.tensor(tensor)
@@ -197,22 +205,23 @@ class _SegmentGraph:
         kept = [int(name[3:]) for name in self._saves(op) if name.startswith("out")]
         return sum(local_meta(op.call.outputs[k], strategy.outputs[k], self.tp).nbytes for k in kept)
 
-    def _parameter(self, name: str) -> None:
+    def _parameter_places(self, name: str) -> tuple[Placement, ...]:
         meta = self._meta(name)
-        shards = self.space.shards.get(name, ()) if self.sharded else ()
-        places: tuple[Placement, ...] = (REPLICATE, VARYING, *shards) if self.tp > 1 else (REPLICATE,)
-        if name in self.local.shared and self.tp > 1:
-            plain = tuple(Shard(d) for d, e in enumerate(meta.shape) if e % self.tp == 0 and e > 1)
-            places = (REPLICATE, VARYING, *(plain if self.sharded else ()))
+        if self.tp == 1:
+            return (REPLICATE,)
+        shards: tuple[Placement, ...] = self.space.shards.get(name, ())
+        if name in self.local.shared:
+            shards = tuple(Shard(d) for d, e in enumerate(meta.shape) if e % self.tp == 0 and e > 1)
+        return (REPLICATE, VARYING, *(shards if self.sharded else ()))
+
+    def _parameter(self, name: str, prices: MeshPrices) -> Factor:
+        meta, places = self._meta(name), self.labels[name]
         trainable = name in self.local.trainable
-        self._placed(name, places)
-        first_use = name not in self.local.shared or self._is_first_holder(name)
-        weight = 1.0 if first_use else 0.0
-        state = [weight * self.prices.parameter_state_bytes(meta, p, trainable) for p in places]
-        step = [weight * self.prices.parameter_step_s(meta, p) if trainable else 0.0 for p in places]
-        time = [self.prices.parameter_time_s(meta, p) if trainable else 0.0 for p in places]
-        variable = (input_key(name),)
-        self.factors.append(Factor(variable, time_s=np.array(time), step_s=np.array(step), state_bytes=np.array(state)))
+        weight = 1.0 if name not in self.local.shared or self._is_first_holder(name) else 0.0
+        state = [weight * prices.parameter_state_bytes(meta, p, trainable) for p in places]
+        step = [weight * prices.parameter_step_s(meta, p) if trainable else 0.0 for p in places]
+        time = [prices.parameter_time_s(meta, p) if trainable else 0.0 for p in places]
+        return Factor((input_key(name),), time_s=np.array(time), step_s=np.array(step), state_bytes=np.array(state))
 
     def _is_first_holder(self, name: str) -> bool:
         """A shared parameter's state is counted in the first segment that holds it; copies are found exactly later."""
@@ -269,17 +278,16 @@ class _SegmentGraph:
         """Conversion costs between two variables, and the bytes that the target's op saves."""
         meta = self._meta(tensor)
         (source_variable, given), (target_variable, wanted) = source, target
-        known: dict[tuple[Placement, Placement], float] = {}
-        times = np.zeros((len(given), len(wanted)))
-        saved = np.zeros((len(given), len(wanted)))
-        for i, a in enumerate(given):
-            for j, b in enumerate(wanted):
-                if (a, b) not in known:
-                    known[(a, b)] = self.prices.conversion_s(meta, a, b)
-                times[i, j] = known[(a, b)]
-                if saves and not (kept and a == b):
-                    saved[i, j] = local_meta(meta, b, self.tp).nbytes
-        self.factors.append(Factor((source_variable, target_variable), time_s=times, saved_bytes=saved))
+        rows, columns = list(dict.fromkeys(given)), list(dict.fromkeys(wanted))
+        conversion_s, nbytes = self.prices.conversion_s, meta.nbytes
+        pairs = np.array([[conversion_s(nbytes, meta.dtype, a, b) for b in columns] for a in rows])
+        at = np.ix_([rows.index(a) for a in given], [columns.index(b) for b in wanted])
+        saved = None
+        if saves:
+            local = np.array([nbytes / self.tp if isinstance(b, Shard) else nbytes for b in columns], dtype=float)
+            again = np.array([[kept and a == b for b in columns] for a in rows])
+            saved = np.where(again, 0.0, local[None, :])[at]
+        self.factors.append(Factor((source_variable, target_variable), time_s=pairs[at], saved_bytes=saved))
 
     def _exit(self) -> str | None:
         """Tie the last op's strategy to the boundary's label; the loss must end up whole."""

@@ -284,8 +284,9 @@ def build(spec: OptimizerSpec, parameters: Mapping[str, torch.Tensor]) -> Optimi
     if not groups:
         return None
     held = [{**_copied(g.options), _PARAMETERS: [parameters[n] for n in g.names]} for g in groups]
+    kind = optimizer_class(spec.path)
     try:
-        made = optimizer_class(spec.path)(held, **_copied(spec.arguments))
+        made: Optimizer = kind(held, **_copied(spec.arguments))
     except (TypeError, ValueError) as error:
         raise UnsupportedError(
             f"{spec.path} cannot be made again from its groups and arguments: {error}; "

@@ -23,7 +23,7 @@ def _embedding_factors(call: OpCall) -> FactorMap | None:
     if call.args.get("scale_grad_by_freq"):
         return None
     whole = "" if call.args.get("padding_idx", -1) == -1 else "v"
-    return parse_map("v c, ... -> ... c", call.inputs, call.outputs, whole=whole)
+    return parse_map("v c, ... -> ... c", call.inputs, call.outputs, whole=whole, ordered="v")
 
 
 def _embedding_price(call: OpCall) -> OpCost:
