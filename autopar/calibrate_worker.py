@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from cost_model.device import STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
@@ -32,7 +33,7 @@ COLD_BYTES = 64 * 2**20
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
 _MAX_COPIES = 256
 _HOT_SHARE = 0.4  # of the time given to a probe
-_KEPT_RESULTS = 3  # results that live on for so many calls, as they do in a program
+_WARM_UP_S = 0.01
 _BATCH_S = 1e-4  # calls are timed in batches of at least so long: reading the clock takes most of a microsecond
 _MIN_SAMPLES = 3
 _MESSAGE_ROUNDS = 3
@@ -103,17 +104,18 @@ class Calibrator:
     def measure_op(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """CPU seconds of one call of probe ``index``, all ranks at once, sampled for ``budget_s``; and its cost.
 
-        The geometric mean of operands in cache and operands in memory: in a program, what the last ops wrote is in
-        cache, what was saved for the backward and the parameters are not.
+        Operands are in memory, as parameters and saved activations are. Ops that are bound by moving them take the
+        geometric mean of that and of operands in cache, since in a program the last ops' results still are.
         """
         index, budget_s = payload["index"], payload["budget_s"]
         probe = self._probes[index]
         cost = self._costs[index] = self._costs.get(index) or probe.cost()
         calls = [probe.call() for _ in range(_copies(cost.nbytes))]
         dist.barrier()
-        hot_s = cpu_seconds(calls[:1], _HOT_SHARE * budget_s)
-        cold_s = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s) if len(calls) > 1 else hot_s
-        return {"seconds": math.sqrt(hot_s * cold_s), **dataclasses.asdict(cost)}
+        seconds = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s)
+        if probe.row in STREAM_KINDS and len(calls) > 1:
+            seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
+        return {"seconds": seconds, **dataclasses.asdict(cost)}
 
     def measure_message(self, payload: Mapping[str, Any]) -> float:
         """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once."""
@@ -136,18 +138,19 @@ def message_ranks(world_size: int) -> tuple[int, ...]:
 
 
 def cpu_seconds(calls: list[Call], budget_s: float) -> float:
-    """Median CPU seconds of one call, turning over ``calls``.
+    """Median CPU seconds of one call, turning over ``calls``; results live on for half a turn.
 
     CPU time of this thread rather than wall time: the same on a machine that does nothing else, and hardly
     touched by what else runs on one that does.
     """
-    kept: collections.deque[object] = collections.deque(maxlen=_KEPT_RESULTS)
+    kept: collections.deque[object] = collections.deque(maxlen=max(1, len(calls) // 2))
     turn = itertools.cycle(calls)
-    once_s = math.inf
-    for call in itertools.islice(turn, _KEPT_RESULTS + 1):
-        start = time.thread_time()
-        kept.append(call())
-        once_s = min(once_s, time.thread_time() - start)
+    start = time.thread_time()
+    for done in range(1, 2 + len(calls) // 2):
+        kept.append(next(turn)())
+        once_s = (time.thread_time() - start) / done
+        if once_s * done > _WARM_UP_S:
+            break
     repeat = math.ceil(_BATCH_S / max(once_s, 1e-7))
     samples: list[float] = []
     deadline = time.monotonic() + budget_s

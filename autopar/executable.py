@@ -152,12 +152,13 @@ class Executable:
         return self.planned.linked
 
     def prepare(self, inputs: Any) -> None:
-        """Plan for this global batch; done by the first ``step`` if not before."""
+        """Plan for this global batch and verify the program; done by the first ``step`` if not before."""
         if under_launcher():
             self._start_ranks()
             self._planned = plan_model(self._model, self._cluster, inputs, self._options, agree_with_rank_0)
         else:
             self._planned = plan_model(self._model, self._cluster, inputs, self._options)
+        self._linked.verify()
 
     def code(self, rank: int) -> str:
         """The Python program of one rank."""

@@ -53,16 +53,19 @@ class Linked:
         """rank -> (stage, dp replica, tp shard)."""
         return {device: place for place, device in self.program.devices.items()}
 
+    def verify(self) -> None:
+        """What is emitted is what is priced; VerificationError where it is not."""
+        for stage in self.stages:
+            verify_emitted(stage.code)
+
     def source(self, rank: int) -> str:
         """The module that a rank runs."""
         stage, dp, tp = self.coordinates[rank]
         return _rank_source(self, rank, stage, dp, tp)
 
 
-def link(
-    traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: OptimizerSpec | None, *, verify: bool = True
-) -> Linked:
-    """Rewrite every stage of a plan; raises VerificationError where what is emitted is not what is priced."""
+def link(traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: OptimizerSpec | None) -> Linked:
+    """Rewrite every stage of a plan."""
     model = specialise(traced, plan.microbatch_size)
     segments = segment(model)
     codes = tuple(
@@ -81,9 +84,6 @@ def link(
     )
     check_schedule([stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)], plan.microbatches)
     verify_cuts(codes)
-    if verify:
-        for code in codes:
-            verify_emitted(code)
     return Linked(traced, plan, stages, program)
 
 
@@ -106,7 +106,7 @@ def _tied(codes: tuple[StageCode, ...]) -> dict[str, str]:
     holders: dict[str, int] = {}
     for code in codes:
         for item in code.inputs:
-            if item.kind == "parameter" and item.trainable:
+            if item.target in code.gradients:
                 holders[item.target] = holders.get(item.target, 0) + 1
     return {name: name for name, count in holders.items() if count > 1}
 
@@ -124,10 +124,9 @@ def _gradient_layout(
     code: StageCode, shards: tuple[ParameterShard, ...]
 ) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], tuple[Reduction, ...]]:
     """Flat buffers by dtype; within each, runs of one reduction axis, in the order backward finishes gradients."""
-    finished = [i.inputs[0] for i in code.backward.instructions if "accumulate" in i.op]
-    order = {name: k for k, name in enumerate(finished)}
+    order = {name: k for k, name in enumerate(code.gradients)}
     trainable = sorted(
-        (s for s in shards if s.trainable), key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order.get(s.name, -1))
+        (s for s in shards if s.trainable), key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name])
     )
     layout: dict[str, list[str]] = {}
     offsets: dict[str, int] = {}

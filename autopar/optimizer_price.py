@@ -97,10 +97,10 @@ def _from_samples(
 def _shares(run: _Observation) -> list[_Share] | None:
     """Each parameter's part of a run, or None where the run is no loop over parameters.
 
-    In a loop ops touch one parameter each, in order; all state is some parameter's; and when a parameter is done,
-    no transient of an earlier one is alive, so that the workspace depends on neighbours only.
+    In a loop ops take no lists and work for one parameter after the other; all state is some parameter's; and when a
+    parameter is done, no transient of an earlier one is alive, so that the workspace depends on neighbours only.
     """
-    if any(work.is_list or len(work.owners) > 1 for work in run.works) or sum(run.states) != run.state_bytes:
+    if any(work.is_list for work in run.works) or sum(run.states) != run.state_bytes:
         return None
     places = _places(run.works)
     if sorted(places) != places or set(places) != set(range(len(run.states))):
@@ -117,9 +117,9 @@ def _shares(run: _Observation) -> list[_Share] | None:
 def _places(works: Sequence[_Work]) -> list[int]:
     """The parameter each op works for; one that touches none works for the next that is touched, or the last."""
     places: list[int] = []
-    place = max((max(work.owners) for work in works if work.owners), default=0)
+    place = max((work.owner for work in works if work.owner is not None), default=0)
     for work in reversed(works):
-        place = max(work.owners, default=place)
+        place = place if work.owner is None else work.owner
         places.append(place)
     return places[::-1]
 
@@ -131,12 +131,12 @@ def _places(works: Sequence[_Work]) -> list[int]:
 class _Work:
     """One op of the observed step.
 
-    owners: the parameters it touches, by position in the run; alive: for each transient storage alive after it, the
-    op that made it; is_list: it takes a list of tensors.
+    owner: the last parameter, by position in the run, that any of its tensors belongs to; alive: for each transient
+    storage alive after it, the op that made it; is_list: it takes a list of tensors.
     """
 
     cost: OpCost | None
-    owners: frozenset[int]
+    owner: int | None
     alive: tuple[int, ...]
     is_list: bool
 
@@ -310,10 +310,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not call.tensors and not outputs:
             return
         known = [self._storages.get(tensor.untyped_storage()._cdata) for tensor in call.tensors]
-        owners = frozenset(s.owner for s in known if s is not None and s.owner is not None)
-        self._track_new(outputs, call.tensors, max(owners, default=None), len(works))
+        owner = max((s.owner for s in known if s is not None and s.owner is not None), default=None)
+        self._track_new(outputs, call.tensors, owner, len(works))
         self._peak_bytes = max(self._peak_bytes, self._alive_bytes + call.number_bytes())
-        works.append(_Work(price_of(call.op_call()), owners, tuple(self._births.values()), call.is_list))
+        works.append(_Work(price_of(call.op_call()), owner, tuple(self._births.values()), call.is_list))
 
     def _track_new(self, outputs: list[Tensor], inputs: Any, owner: int | None, birth: int | None) -> None:
         """Track an op's results, save views of tensors from elsewhere."""

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from autopar.planning import Planned
@@ -61,14 +61,14 @@ def _three_digits(number: float) -> str:
     return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
 
 
-def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Table:
-    """The first ``words`` columns hold words and stand left, the others figures and stand right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> Group:
+    """A title and a table; the first ``words`` columns hold words and stand left, the rest figures and stand right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < words else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return table
+    return Group(title, table, "")
 
 
 def render(*parts: RenderableType) -> str:
@@ -152,7 +152,7 @@ def gap_text(gap: float) -> str:
     return f"its price is at most {max(gap, 1e-4):.2%} above a proven lower bound"
 
 
-def _stage_table(estimate: Estimate) -> Table:
+def _stage_table(estimate: Estimate) -> Group:
     columns = ("stage", "segments", "forward", "backward", "reduction", "optimizer", "peak")
     rows = [_stage_row(estimate.plan, stage) for stage in estimate.stages]
     return make_table("Stages (forward and backward: one microbatch)", columns, rows, words=2)
@@ -163,7 +163,7 @@ def _stage_row(plan: Plan, stage: StageEstimate) -> tuple[str, ...]:
     return (str(stage.stage), folded(plan.labels(stage.stage)), *map(seconds_text, times), bytes_text(stage.peak_bytes))
 
 
-def _time_table(breakdown: TimeBreakdown) -> Table:
+def _time_table(breakdown: TimeBreakdown) -> Group:
     rows = [(name, getattr(breakdown, field)) for name, field in _TIME_PARTS]
     rows = [(name, seconds) for name, seconds in rows if seconds > 0] + [("step", breakdown.total_s)]
     total = breakdown.total_s or 1.0
@@ -171,7 +171,7 @@ def _time_table(breakdown: TimeBreakdown) -> Table:
     return make_table("Step time on the rank that finishes last", ("part", "time", "share"), cells)
 
 
-def _memory_table(estimate: Estimate) -> Table:
+def _memory_table(estimate: Estimate) -> Group:
     columns = ("stage", "params", "grads", "optimizer", "inputs", "saved", "transient", "rounding", "peak")
     rows = []
     for stage in estimate.stages:
@@ -183,7 +183,7 @@ def _memory_table(estimate: Estimate) -> Table:
 # --- What each rank holds
 
 
-def _parameter_table(program: Program) -> Table:
+def _parameter_table(program: Program) -> Group:
     """Split parameters by name, equal blocks folded; the whole ones in one row for each way of reducing them."""
     shards = {shard.name: shard for stage in program.stages for shard in stage.parameters}
     groups: dict[tuple[object, ...], list[ParameterShard]] = {}
@@ -231,7 +231,7 @@ def placement_text(place: Placement) -> str:
 # --- What each rank sends
 
 
-def _communication_table(program: Program) -> Table:
+def _communication_table(program: Program) -> Group:
     """Rows that several stages in a row share are written once."""
     rows = [(row, stage.stage) for stage in program.stages for row in _traffic(stage)]
     rows.sort(key=lambda item: (item[0][:4], item[1]))

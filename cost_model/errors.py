@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AutoparError(Exception):
-    """Base of all errors raised on purpose; the message ends with what to do next."""
+    """Base of all errors raised on purpose; the message ends with what to do next. Pickles with its attributes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remade, (type(self), self.args, dict(self.__dict__))
+
+
+def _remade(kind: type[AutoparError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AutoparError:
+    """The same error in another process; its constructor, which takes other arguments, is not called again."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(AutoparError, ValueError):
@@ -62,14 +73,14 @@ class UnsupportedError(AutoparError):
 class TraceError(AutoparError):
     """torch.export could not trace the model. Attributes: source ("file:line: code" of the user's line, or None)."""
 
-    def __init__(self, message: str, source: str | None) -> None:
+    def __init__(self, message: str, source: str | None, advice: str | None = None) -> None:
         self.source = source
         where = f"\n  at {source}" if source else ""
-        super().__init__(
-            f"the model cannot be traced by torch.export: {message}{where}\n"
-            "  next: make that line independent of tensor values (torch.where, torch.cond), "
+        default = (
+            "make that line independent of tensor values (torch.where, torch.cond), "
             "or check with torch.export.export(model, args, strict=False)"
         )
+        super().__init__(f"the model cannot be traced by torch.export: {message}{where}\n  next: {advice or default}")
 
 
 class RuleError(AutoparError):
@@ -95,11 +106,19 @@ class InfeasiblePlanError(AutoparError):
         self, *, cap_bytes: int, needed_bytes: int, stage: int, tensors: tuple[tuple[str, int], ...], advice: str
     ) -> None:
         self.cap_bytes, self.needed_bytes, self.stage, self.tensors = cap_bytes, needed_bytes, stage, tensors
-        listed = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in tensors)
+        listed = ", ".join(f"{name} {_size(size)}" for name, size in tensors)
         super().__init__(
-            f"no plan fits under {cap_bytes / 2**20:,.1f} MiB per device; the smallest cap that would do is "
-            f"{needed_bytes / 2**20:,.1f} MiB (stage {stage} binds: {listed}). Next: {advice}"
+            f"no plan fits under {_size(cap_bytes)} per device; the smallest cap that would do is "
+            f"{_size(needed_bytes)} (stage {stage} binds: {listed}). Next: {advice}"
         )
+
+
+def _size(nbytes: int) -> str:
+    """Bytes as people and ``parse_bytes`` read them, rounded up to one decimal: a cap of that size suffices."""
+    power = min(max(0, (nbytes.bit_length() - 1) // 10), 4)
+    if power == 0:
+        return f"{nbytes} B"
+    return f"{-(-nbytes * 10 // 1024**power) / 10:.1f} {' KMGT'[power]}iB"
 
 
 class PlanMismatchError(AutoparError):

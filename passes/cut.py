@@ -10,6 +10,7 @@ from torch import fx
 from passes.batch import BatchAnalysis
 from passes.dependence import ancestors
 from passes.graph import GraphInput, ModelGraph
+from passes.pieces import AMBIENT
 from passes.rewriter import GraphBuilder
 from passes.segment import Segment
 
@@ -36,7 +37,7 @@ def cut_stage(
         if node in mapped or node.op != "call_function" or not _needed(node, chosen, mapped):
             continue
         copied = built.copy(node, mapped, model.metas[node.name])
-        copied.meta["segment"] = numbers.get(node.name, first)
+        copied.meta["segment"] = numbers.get(node.name, AMBIENT)
         _scale_shared(built, node, copied, mapped, analysis, model.batch / global_batch)
         mapped[node] = copied
     built.graph.output((mapped[by_name[exit_name]],))

@@ -21,6 +21,7 @@ from cost_model.errors import VerificationError
 from cost_model.tensor import TensorMeta
 from passes.dependence import differentiable_nodes
 from passes.graph import ModelGraph, is_getitem, torch_dtype
+from passes.storage import mark_storages
 from passes.vocabulary import DIFFERENTIABLE, forward_end
 
 
@@ -61,8 +62,25 @@ class Runner(fx.Interpreter):
         return result
 
 
+def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
+    """A graph without gradients as plain ATen calls with fake values, and the names of its outputs in it."""
+    runner = Runner(model)
+
+    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return tuple(runner.run(*inputs))
+
+    with FakeTensorMode(), _keep_source():
+        graph = make_fx(run)(*[_fake(model, i, False) for i in range(len(model.inputs))]).graph
+    mark_storages(graph)
+    nodes = list(graph.nodes)
+    names = [i.node for i in model.inputs]
+    _rename(nodes, dict(zip([n for n in nodes if n.op == "placeholder"], names, strict=True)))
+    return graph, tuple(n.name for n in nodes[-1].args[0])
+
+
 def trace_joint(model: ModelGraph, *, last: bool) -> JointGraph:
-    """Joint forward and backward of one stage; ``last``: the output is the loss and its gradient is one."""
+    """Joint forward and backward of a graph; ``last``: the output is the loss and its gradient is one."""
     wanted = _differentiated(model)
     runner = Runner(model)
 
@@ -107,6 +125,7 @@ def _gradient_like(model: ModelGraph) -> torch.Tensor:
 
 
 def _describe(module: fx.GraphModule, model: ModelGraph, wanted: list[int], last: bool) -> JointGraph:
+    mark_storages(module.graph)
     nodes = list(module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     outputs = nodes[-1].args[0]

@@ -6,7 +6,7 @@ dies, what a collective moves and what shares memory are decided here, once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from cost_model.program import Block, Collective, Instruction, OpCost, Value
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of
 from passes.graph import Meta, is_getitem, meta_of
-from passes.split import is_view, storage_of
+from passes.storage import is_view, storage_of
 
 _COLLECTIVES = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
 
@@ -56,7 +56,7 @@ class Storages:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._given = dict(names)
-        self._names: dict[int | None, str] = {}
+        self._names: dict[Hashable, str] = {}
 
     def of(self, node: fx.Node) -> str:
         return self._names.setdefault(storage_of(node), self._given.get(node.name, node.name))
@@ -158,7 +158,7 @@ class _Lower:
         deletes, frees = self._release(index, node)
         unused = ("_",) if "_" in outputs else ()
         instruction = self._instruction(node, variables, in_place, frees)
-        return Line(node, tuple(outputs), (*deletes, *unused), in_place, instruction, _label(node))
+        return Line(node, tuple(outputs), (*deletes, *unused), in_place, instruction, label_of(node))
 
     def _instruction(
         self, node: fx.Node, variables: list[fx.Node], in_place: bool, frees: tuple[str, ...]
@@ -200,8 +200,10 @@ class _Lower:
         return whole and alone and self.last[operand.name] == index and self._may_end(operand)
 
 
-def _label(node: fx.Node) -> str:
-    """The module path the op came from, for comments; empty for backward ops."""
+def label_of(node: fx.Node) -> str:
+    """The module path the op came from, for comments; empty where none is known."""
+    if "label" in node.meta:
+        return str(node.meta["label"])
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values() if path]
     return paths[-1].removeprefix("L['self'].").removeprefix("model.") if paths else ""

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-
 from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step
 from passes.codegen import Sources, new_names, render_function
-from passes.graph import ModelGraph, torch_dtype
-from passes.joint import Runner
+from passes.graph import ModelGraph
+from passes.joint import trace_values
 from passes.lower import Storages, lower
 
 PROLOGUE_SIGNATURE = "batch, buffers, kernels, device"
@@ -52,9 +47,7 @@ def render_prologue(model: ModelGraph | None) -> tuple[str, dict[str, str]]:
     """``def prologue``: step constants from the global batch; and the op names it uses."""
     if model is None:
         return f"def prologue({PROLOGUE_SIGNATURE}):\n    return {{}}", {}
-    graph = _traced(model)
-    output = next(n for n in graph.nodes if n.op == "output")
-    results = tuple(n.name for n in output.args[0])  # type: ignore[union-attr]
+    graph, results = trace_values(model)
     function = lower(graph, "prologue", frozenset(), results, Storages({}))
     names = new_names()
     kinds = {"batch": "batch", "buffer": "buffers", "constant": "buffers"}
@@ -65,19 +58,3 @@ def render_prologue(model: ModelGraph | None) -> tuple[str, dict[str, str]]:
     pairs = ", ".join(f'"{target}": {name}' for target, name in zip(model.outputs, results, strict=True))
     return f"{text}\n    return {{{pairs}}}", names.used
 
-
-def _traced(model: ModelGraph) -> fx.Graph:
-    """The graph as plain ATen calls with fake values."""
-    runner = Runner(model)
-
-    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            return tuple(runner.run(*inputs))
-
-    with FakeTensorMode():
-        metas = [model.tensor(i.node) for i in model.inputs]
-        example = [torch.empty(m.shape, dtype=torch_dtype(m.dtype)) for m in metas]
-        graph = make_fx(run)(*example).graph
-    for node, item in zip([n for n in graph.nodes if n.op == "placeholder"], model.inputs, strict=True):
-        node.name = node.target = item.node
-    return graph

@@ -21,6 +21,7 @@ from passes.calls import tensor_args
 from passes.dependence import active_nodes
 from passes.graph import GraphInput, Meta, ModelGraph, is_getitem
 from passes.localise import localise
+from passes.pieces import AMBIENT, segment_of
 from passes.redistribute import ambient_shard, redistribute
 from passes.rewriter import GraphBuilder
 
@@ -60,7 +61,7 @@ class _Shard:
         self.mapped: dict[fx.Node, fx.Node] = {}
         self.places: dict[fx.Node, Placement] = {}
         self.outputs_of: dict[fx.Node, tuple[Placement, ...]] = {}
-        self.forms: dict[tuple[fx.Node, Placement], fx.Node] = {}
+        self.forms: dict[tuple[fx.Node, Placement, int], fx.Node] = {}
 
     def run(self, last: bool) -> ShardedStage:
         for node in self.model.graph.nodes:
@@ -142,26 +143,28 @@ class _Shard:
     def _ambient(self, operand: fx.Node, wanted: Placement, user: fx.Node) -> fx.Node:
         if not isinstance(wanted, Shard) and str(wanted) != "P":
             return self.mapped[operand]
-        key = (operand, wanted)
+        key = (operand, wanted, AMBIENT)
         if key not in self.forms:
             self.forms[key] = ambient_shard(
-                self.built, self.mapped[operand], wanted, self.axis, self.size, like=user
+                self.built, self.mapped[operand], wanted, self.axis, self.size, like=operand
             )
         return self.forms[key]
 
     def _form(self, operand: fx.Node, wanted: Placement, user: fx.Node, via: Placement | None = None) -> fx.Node:
-        """``operand`` in placement ``wanted``, through its shared second form if the plan names one."""
+        """``operand`` in placement ``wanted``, through its shared second form if the plan names one.
+
+        Segments share no conversion of an input: each is traced by itself.
+        """
         source = self.places[operand]
         if wanted == source:
             return self.mapped[operand]
-        if (operand, wanted) not in self.forms:
+        key = (operand, wanted, segment_of(user) if operand.op == "placeholder" else AMBIENT)
+        if key not in self.forms:
             start = self.mapped[operand]
             if via is not None and via not in (source, wanted):
                 start, source = self._form(operand, via, user), via
-            self.forms[(operand, wanted)] = redistribute(
-                self.built, start, source, wanted, self.axis, self.size, like=user
-            )
-        return self.forms[(operand, wanted)]
+            self.forms[key] = redistribute(self.built, start, source, wanted, self.axis, self.size, like=user)
+        return self.forms[key]
 
 
 def parameter_inputs(stage: ShardedStage) -> tuple[tuple[GraphInput, Placement], ...]:

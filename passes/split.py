@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from passes import vocabulary
-from passes.graph import is_getitem
 from passes.joint import JointGraph
+from passes.storage import is_view
 
 aten = torch.ops.aten
 _SHAPE_ONLY = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
@@ -42,28 +42,6 @@ class SplitGraphs:
 def split(joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str]) -> SplitGraphs:
     """``invariant``: inputs that never change (buffers, constants); ``parameters``: input node -> the model's name."""
     return _Split(joint, invariant, parameters).run()
-
-
-def storage_of(node: fx.Node) -> int | None:
-    """Identity of the storage behind a node's fake value; None for tuples and non-tensors."""
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the node's value shares storage with one of its operands (a tuple: its first part does)."""
-    if node.op != "call_function":
-        return False
-    if is_getitem(node):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return is_view(source)
-    value = node.meta.get("val")
-    first = value[0] if isinstance(value, tuple | list) and value else value
-    if not isinstance(first, torch.Tensor):
-        return False
-    mine = first.untyped_storage()._cdata
-    return any(storage_of(o) == mine for o in node.all_input_nodes)
 
 
 class _Split:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cost_model.placement import Partial, Placement, Shard, Varying
+from cost_model.placement import Partial, Placement, Varying
 from cost_model.program import Block, ParameterShard, Value
 from cost_model.tensor import TensorMeta
 from passes.codegen import Sources, new_names, render_function, render_module, returns
 from passes.graph import GraphInput, ModelGraph
-from passes.joint import trace_joint
 from passes.lower import Function, Storages, lower
 from passes.shard import ShardedStage, shard
 from passes.split import SplitGraphs, split
+from passes.stitch import stage_joint
+from passes.vocabulary import accumulate
 
 SETUP = "setup"
 FORWARD_SIGNATURE = "params, buffers, constants, batch, step, received, comm, kernels, device"
@@ -29,7 +30,8 @@ class StageCode:
     source: a module with ``setup``, ``forward`` and ``backward``; forward, backward: their priced blocks.
     saved: storages kept from forward to backward; keeps: how many values of ``saved`` a microbatch carries.
     inputs: what the stage reads, with placements on the tensor-parallel axis; constants: made by ``setup``.
-    sent, received: local activation metas at the cuts. unpriced: ops without an entry in the op table.
+    sent, received: local activation metas at the cuts. gradients: parameters that get one, in the order in which
+    backward finishes them (a parameter the loss does not reach has none, as on one device).
     """
 
     source: str
@@ -42,13 +44,13 @@ class StageCode:
     constants: tuple[Value, ...]
     sent: TensorMeta | None
     received: TensorMeta | None
-    has_backward_activation: bool
+    gradients: tuple[str, ...]
 
 
 def build_stage(model: ModelGraph, choices: Mapping[str, str], tp: int, *, last: bool) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph."""
     sharded = shard(model, choices, AXIS, tp, last=last)
-    joint = trace_joint(sharded.graph, last=last)
+    joint = stage_joint(sharded.graph, last=last)
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant"))
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter"}
@@ -92,7 +94,7 @@ class _Builder:
             constants=self._constant_values(forward, backward),
             sent=None if self.last else self.sharded.graph.tensor(self.sharded.graph.outputs[0]),
             received=self.sharded.graph.tensor(self.activation) if self.activation else None,
-            has_backward_activation=bool(results),
+            gradients=_finished(backward),
         )
 
     def _returned_gradient(self) -> tuple[str, ...]:
@@ -135,6 +137,12 @@ class _Builder:
         return tuple(known.values())
 
 
+def _finished(backward: Function) -> tuple[str, ...]:
+    """Parameters in the order of their last accumulation."""
+    names = [str(line.node.args[1]) for line in backward.lines if line.node.target is accumulate]
+    return tuple(reversed(dict.fromkeys(reversed(names))))
+
+
 def parameter_shards(code: StageCode, dp: int, tp: int, tied: Mapping[str, str]) -> tuple[ParameterShard, ...]:
     """The stage's parameters and buffers; ``tied``: parameter -> its cross-stage group."""
     return tuple(
@@ -142,7 +150,7 @@ def parameter_shards(code: StageCode, dp: int, tp: int, tied: Mapping[str, str])
             name=i.target,
             meta=code.metas[i.node],
             placement=str(code.placements[i.node]),
-            trainable=i.trainable,
+            trainable=i.target in code.gradients,
             reduce_axis=reduce_axis(code.placements[i.node], dp, tp),
             tied=tied.get(i.target),
         )
@@ -159,6 +167,3 @@ def reduce_axis(placement: Placement, dp: int, tp: int) -> str | None:
         return "dp_tp" if varying else "dp"
     return "tp" if varying else None
 
-
-def is_sharded(placement: Placement) -> bool:
-    return isinstance(placement, Shard)

@@ -130,7 +130,7 @@ MADE_BEFORE = SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
         (lambda ps: None, ConfigError, "returned a NoneType, not a torch.optim.Optimizer"),
         (lambda ps: SGD([], lr=0.1), ConfigError, "empty parameter list"),
         (partial(SGD, lr=-1.0), ConfigError, "Invalid learning rate"),
-        (lambda ps: SGD(ps, **{"speed": 1}), ConfigError, "unexpected keyword"),
+        (partial(own.Trusting, speed=1), ConfigError, "unexpected keyword"),
         (lambda ps: SGD([nn.Parameter(torch.zeros(2, 3))], lr=1), ConfigError, r"added a parameter of shape \(2, 3\)"),
         (duplicated, ConfigError, "uses parameter 'emb' twice"),
         (of_a_script, ConfigError, "define it in a module"),
@@ -217,6 +217,11 @@ def test_constructor_options_outside_the_groups_come_back() -> None:
     assert optimizer.sharpness == 7.0
     with pytest.raises(ConfigError, match="'sharpness' of the optimizer is a builtins.builtin_function"):
         capture(lambda ps: own.Signed(ps, 0.1, sharpness=len), FLOATS)
+
+
+def test_options_are_as_captured_whatever_the_constructor_does_to_them() -> None:
+    optimizer = build(captured(partial(own.Scaling, lr=0.5)), fresh("emb"))
+    assert optimizer is not None and optimizer.param_groups[0]["lr"] == 5.0
 
 
 def test_a_constructor_that_passes_all_on_is_repeated() -> None:

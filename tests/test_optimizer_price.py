@@ -36,7 +36,7 @@ def gpt(layers: int, dtype: str = "float32") -> dict[str, TensorMeta]:
     block = {"ln1": (32,), "qkv": (96, 32), "qkv.b": (96,), "proj": (32, 32), "proj.b": (32,), "ln2": (32,)}
     block |= {"fc": (128, 32), "fc.b": (128,), "out": (32, 128), "out.b": (32,)}
     blocks = {f"{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()}
-    shapes = {"emb": (97, 32), **blocks, "ln": (32,), "head": (97, 32)}
+    shapes = {"emb": (97, 32), **blocks, "ln": (32,), "head": (61, 32)}
     return {name: TensorMeta(shape, dtype) for name, shape in shapes.items()}
 
 
@@ -124,10 +124,21 @@ def test_sampling_neighbours_changes_no_price(factory: Any, monkeypatch: pytest.
     assert price_optimizer(spec, metas) == whole_price(spec, metas, monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["Signed", "Trusting", "Collecting", "Keeping", "Adding", "Replacing"])
-def test_sampling_is_not_fooled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    metas = gpt(8)
+OWN = "Signed Trusting Collecting Keeping Adding Replacing Clipping TwoPasses Favouring".split()
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("ends", [True, False], ids=["whole model", "middle stage"])
+def test_sampling_is_not_fooled(name: str, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    metas = {key: meta for key, meta in gpt(8).items() if ends or "." in key}
     spec = spec_of(partial(getattr(own, name), lr=0.1), metas)
+    assert price_optimizer(spec, metas) == whole_price(spec, metas, monkeypatch)
+
+
+def test_lists_are_seen_even_where_a_sample_has_one_tensor_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = {"a": TensorMeta((4,), "float32"), "b": TensorMeta((8, 4), "float32"), "c": TensorMeta((8,), "float32")}
+    metas = {f"{index}.{name}": meta for index in range(8) for name, meta in layer.items()}
+    spec = spec_of(own.Stacking, metas)
     assert price_optimizer(spec, metas) == whole_price(spec, metas, monkeypatch)
 
 

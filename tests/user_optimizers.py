@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 
 def by_ndim(parameters: list[nn.Parameter], **options: Any) -> Optimizer:
@@ -108,6 +108,75 @@ class Replacing(Optimizer):
             for p in group["params"]:
                 self.state[p]["mean"] = 0.9 * self.state[p].get("mean", 0) + p.grad
                 p.sub_(self.state[p]["mean"] * group["lr"])
+
+
+class Stacking(Optimizer):
+    """Vectors one by one, all matrices in one go when the first one's turn comes."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        matrices = [p for group in self.param_groups for p in group["params"] if p.ndim == 2]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim == 1:
+                    p.sub_(p.grad * group["lr"])
+                elif p is matrices[0]:
+                    torch.stack([m.grad for m in matrices]).mul_(group["lr"])
+
+
+class Clipping(Optimizer):
+    """Divides all gradients by the norm of all of them."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        total = sum((p.grad * p.grad).sum() for p in parameters)
+        for p in parameters:
+            p.addcdiv_(p.grad, total)
+
+
+class TwoPasses(Optimizer):
+    """All means, then all parameters; nothing is kept in between."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+        for p in parameters:
+            p.sub_(self.state[p]["mean"])
+
+
+class Favouring(Optimizer):
+    """The first parameter decays."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            p.sub_(p.grad)
+            if index == 0:
+                p.mul_(0.9)
+
+
+class Scaling(SGD):
+    """Its groups do not hold the learning rate it was given."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["lr"] *= 10
 
 
 class Peeking(Optimizer):

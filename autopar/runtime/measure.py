@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
+
+from autopar.runtime.comm import Comm
 
 if TYPE_CHECKING:
     from autopar.runtime.executor import RankExecutor
 
 Tree = Any
+PHASE_STEPS = 3
+STEP = "step"
+OPTIMIZER = "optimizer"
+RECEIVE = "receive"
+OTHER = "other"
+OUTSIDE = "outside ops"
+_ROOT = "autopar.step"
 
 
 def measure(executor: RankExecutor, request: Tree) -> Tree:
-    """Warm up, time steps, then one step by phases, one by ops and one for memory; all of them train.
+    """Warm up, time steps, then some by phases, one by ops and one for memory; all of them train.
 
     request: batch, warmup, steps, kinds (profiler event -> kind of op). Returns seconds and bytes of this rank.
     """
     batch = request["batch"]
     for _ in range(request["warmup"]):
         executor.step(batch)
-    steps_s = [_timed_step(executor, batch) for _ in range(request["steps"])]
+    steps_s = tuple(_timed_step(executor, batch) for _ in range(request["steps"]))
+    resident_bytes = resident_peak_bytes()  # before the profiler, which holds its events
     return {
-        "steps_s": tuple(steps_s),
+        "steps_s": steps_s,
         "phases_s": _phases(executor, batch),
         "kinds_s": _kinds(executor, batch, request["kinds"]),
         "peak_bytes": _peak_bytes(executor, batch),
-        "resident_bytes": resident_peak_bytes(),
+        "resident_bytes": resident_bytes,
     }
 
 
@@ -51,33 +63,100 @@ def _synchronise(executor: RankExecutor) -> None:
 
 
 def _phases(executor: RankExecutor, batch: Tree) -> dict[str, float]:
-    """Seconds of one step by phase (forward, backward, receive_*, send_*, reduce, optimizer), all microbatches."""
-    executor.events = []
-    try:
-        _timed_step(executor, batch)
-        totals: defaultdict[str, float] = defaultdict(float)
-        for name, start, end in executor.events:
+    """Mean seconds of a step ("step") and of its phases, all microbatches: forward, backward, receive_*, send_*, ..."""
+    totals: defaultdict[str, float] = defaultdict(float)
+    for _ in range(PHASE_STEPS):
+        seconds, events = _step_with_events(executor, batch)
+        totals[STEP] += seconds
+        for name, start, end in events:
             totals[name] += end - start
+    return {name: total / PHASE_STEPS for name, total in totals.items()}
+
+
+def _step_with_events(executor: RankExecutor, batch: Tree) -> tuple[float, list[tuple[str, float, float]]]:
+    events: list[tuple[str, float, float]] = []
+    executor.events = events
+    try:
+        return _timed_step(executor, batch), events
     finally:
         executor.events = None
-    return dict(totals)
+
+
+# --- Ops by kind
+
+
+class _Recorded:
+    """A Comm whose every call is one profiler event, "autopar.<method>", waiting for the other ranks included."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._comm, name)
+
+        def call(*args: Any) -> Any:
+            with record_function(f"autopar.{name}"):
+                return method(*args)
+
+        return call
 
 
 def _kinds(executor: RankExecutor, batch: Tree, kinds: Tree) -> dict[str, float]:
-    """Self seconds of one step by kind of op, from torch.profiler; "other" for events the program does not name."""
-    with torch.profiler.profile(activities=_activities(executor)) as profile:
-        _timed_step(executor, batch)
+    """Seconds of one step by kind of op; they sum to the step.
+
+    An event counts for its kind with all that runs inside it. "other": ops the program does not name;
+    "receive": waiting included; "outside ops": Python, and waiting for sends and for the loss.
+    """
+    known = {**kinds, **_optimizer_event(executor)}
+    comm = executor.comm
+    executor.comm = cast(Comm, _Recorded(comm))
+    try:
+        with profile(activities=_activities(executor)) as profiled, record_function(_ROOT):
+            seconds, events = _step_with_events(executor, batch)
+    finally:
+        executor.comm = comm
     totals: defaultdict[str, float] = defaultdict(float)
-    for event in profile.key_averages():
-        on_device = executor.device.type == "cuda"
-        micros = event.self_device_time_total if on_device else event.self_cpu_time_total
-        totals[kinds.get(event.key, "other")] += micros * 1e-6
+    for event in profiled.events():
+        kind = _kind_of(event, known)
+        if kind is not None:
+            totals[kind] += (event.device_time_total if executor.device.type == "cuda" else event.cpu_time_total) * 1e-6
+    for name, start, end in events:
+        if name.startswith(RECEIVE):
+            totals[RECEIVE] += end - start
+    totals[OUTSIDE] = max(0.0, seconds - sum(totals.values()))
     return dict(totals)
 
 
-def _activities(executor: RankExecutor) -> list[Any]:
-    activity = torch.profiler.ProfilerActivity
-    return [activity.CPU, activity.CUDA] if executor.device.type == "cuda" else [activity.CPU]
+def _optimizer_event(executor: RankExecutor) -> dict[str, str]:
+    """The event that torch.optim.Optimizer.profile_hook_step makes of a whole update."""
+    if executor.optimizer is None:
+        return {}
+    return {f"Optimizer.step#{type(executor.optimizer).__name__}.step": OPTIMIZER}
+
+
+def _kind_of(event: Any, known: dict[str, str]) -> str | None:
+    """Kind of an op of the step that no counted op contains; None for any other event."""
+    kind = known.get(event.name, OTHER if event.name.startswith("aten::") else None)
+    if kind is None:
+        return None
+    parents = [parent.name for parent in _parents(event)]
+    if _ROOT not in parents or any(name in known or name.startswith("aten::") for name in parents):
+        return None
+    return kind
+
+
+def _parents(event: Any) -> Iterator[Any]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event
+
+
+def _activities(executor: RankExecutor) -> list[ProfilerActivity]:
+    on_device = executor.device.type == "cuda"
+    return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_device else [ProfilerActivity.CPU]
+
+
+# --- Memory
 
 
 def _peak_bytes(executor: RankExecutor, batch: Tree) -> int:
@@ -92,29 +171,39 @@ def _peak_bytes(executor: RankExecutor, batch: Tree) -> int:
     executor.comm.stage_buffers = True
     try:
         _timed_step(executor, batch)
-        base = live_bytes() - executor.comm.buffer_bytes()
-        with torch.profiler.profile(activities=_activities(executor), profile_memory=True) as profile:
+        with profile(activities=_activities(executor), profile_memory=True) as profiled:
             executor.step(batch)
-        return base + _largest_rise(profile)
+        return held_bytes(executor, batch) + _largest_rise(profiled)
     finally:
         executor.comm.stage_buffers = False
         executor.comm.drop_buffers()
 
 
-def live_bytes() -> int:
-    """Bytes of all tensor storages alive in this process."""
-    gc.collect()
-    storages: dict[int, int] = {}
-    for item in gc.get_objects():
-        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.device.type == "cpu":
-            storage = item.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+def held_bytes(executor: RankExecutor, batch: Tree) -> int:
+    """Bytes of memory a rank keeps between steps, with its batch; views of one storage count once.
+
+    What else lives in the process (under a launcher: the user's own model) is not the program's.
+    """
+    optimizer = executor.optimizer
+    state = [] if optimizer is None else [list(optimizer.state.values()), optimizer.param_groups]
+    leaves = tree_leaves([list(vars(executor).values()), state, batch])
+    spans: dict[int, list[int]] = {}
+    for tensor in leaves:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.numel():
+            spans.setdefault(tensor.untyped_storage().data_ptr(), []).extend(_span(tensor))
+    return sum(max(ends) - min(ends) for ends in spans.values())
 
 
-def _largest_rise(profile: Any) -> int:
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Bytes [first, last) of its storage that a tensor lies in."""
+    first = int(tensor.storage_offset())
+    last = first + sum((int(n) - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first * tensor.element_size(), (last + 1) * tensor.element_size()
+
+
+def _largest_rise(profiled: Any) -> int:
     """Highest running sum of the allocator's events."""
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
     for event in sorted(changes, key=lambda e: e.start_ns()):
         total += event.nbytes()
@@ -123,5 +212,5 @@ def _largest_rise(profile: Any) -> int:
 
 
 def resident_peak_bytes() -> int:
-    """Largest resident size of this process so far; Linux counts in KiB."""
+    """Largest resident size of this process so far, libraries included; Linux counts in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,103 @@
+"""Pieces: a stage's local graph cut again at its segments, so that equal segments are traced once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.graph import GraphInput, ModelGraph
+from passes.rewriter import GraphBuilder
+
+AMBIENT = -1
+"""Segment number of values that depend on no parameter."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """ambient: what depends on no parameter, its outputs those that pieces use (None: nothing does);
+    chain: one graph for each segment; each takes the output of the one before as its "activation"."""
+
+    ambient: ModelGraph | None
+    chain: tuple[ModelGraph, ...]
+
+
+def cut_pieces(model: ModelGraph) -> Pieces:
+    """Cut at segments; a stage in which more than one value crosses between segments is one piece."""
+    numbers = sorted({segment_of(n) for n in model.nodes()} - {AMBIENT})
+    of = {n: segment_of(n) for n in model.nodes()}
+    if not _is_chain(model, of, numbers):
+        of = {n: s if s == AMBIENT else numbers[0] for n, s in of.items()}
+        numbers = numbers[:1]
+    chain = tuple(_piece(model, of, s, s == numbers[-1]) for s in numbers)
+    wanted = dict.fromkeys(i.node for piece in chain for i in piece.inputs if i.kind == "ambient")
+    return Pieces(_ambient(model, of, tuple(wanted)) if wanted else None, chain)
+
+
+def segment_of(node: fx.Node) -> int:
+    return int(node.meta.get("segment", AMBIENT))
+
+
+def _is_chain(model: ModelGraph, of: dict[fx.Node, int], numbers: list[int]) -> bool:
+    """Every segment takes one value, from the segment right before; ambient values take none."""
+    before = dict(zip(numbers[1:], numbers, strict=False))
+    crossing: dict[int, set[fx.Node]] = {}
+    for node, segment in of.items():
+        for operand in node.all_input_nodes:
+            source = of.get(operand, AMBIENT)
+            if source not in (segment, AMBIENT):
+                if segment == AMBIENT or before.get(segment) != source:
+                    return False
+                crossing.setdefault(segment, set()).add(operand)
+    late = {s for s in numbers[1:] for n in crossing.get(s, ()) if of[n] != before[s]}
+    return not late and all(len(crossing.get(s, ())) == 1 for s in numbers[1:])
+
+
+def _piece(model: ModelGraph, of: dict[fx.Node, int], segment: int, last: bool) -> ModelGraph:
+    known = {i.node: i for i in model.inputs}
+    built, mapped = GraphBuilder(), {}
+    own = [n for n in model.nodes() if of[n] == segment]
+    inputs: list[GraphInput] = []
+    for operand in dict.fromkeys(o for n in own for o in n.all_input_nodes if of.get(o) != segment):
+        kind = "ambient" if of.get(operand) == AMBIENT else "activation"
+        inputs.append(known.get(operand.name) or GraphInput(operand.name, kind, operand.name, False, False))
+        mapped[operand] = built.placeholder(operand.name, model.metas[operand.name])
+    for node in own:
+        mapped[node] = built.copy(node, mapped, model.metas[node.name])
+    exits = [n for n in own if n.name in model.outputs] if last else [n for n in own if any(of[u] != segment for u in n.users if u in of)]
+    built.graph.output((mapped[exits[0]],))
+    return ModelGraph(built.graph, built.metas, tuple(inputs), (mapped[exits[0]].name,), model.batch)
+
+
+def _ambient(model: ModelGraph, of: dict[fx.Node, int], wanted: tuple[str, ...]) -> ModelGraph:
+    built, mapped = GraphBuilder(), {}
+    inputs = [i for i in model.inputs if i.kind not in ("parameter", "activation")]
+    for node in model.graph.nodes:
+        if node.op == "placeholder" and any(node.name == i.node for i in inputs):
+            mapped[node] = built.placeholder(node.name, model.metas[node.name])
+        elif of.get(node) == AMBIENT:
+            mapped[node] = built.copy(node, mapped, model.metas[node.name])
+    by_name = {n.name: m for n, m in mapped.items()}
+    built.graph.output(tuple(by_name[name] for name in wanted))
+    return ModelGraph(built.graph, built.metas, tuple(inputs), tuple(by_name[n].name for n in wanted), model.batch)
+
+
+def piece_key(piece: ModelGraph, *, last: bool) -> str:
+    """Equal for pieces whose traces are equal up to names."""
+    names = {i.node: f"i{k}" for k, i in enumerate(piece.inputs)}
+    lines = [f"{names[i.node]} {i.kind} {i.trainable} {piece.metas[i.node]}" for i in piece.inputs]
+    for index, node in enumerate(piece.nodes()):
+        args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Plain(names[n.name]))
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")
+        lines.append(f"n{index} {target} {node.target} {args} {piece.metas[node.name]}")
+        names[node.name] = f"n{index}"
+    lines.append(f"{names[piece.outputs[0]]} {last}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Plain(str):
+    """Prints without quotes inside containers."""
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,193 @@
+"""Stitch: a stage's joint graph from the joint graphs of its pieces, each distinct piece traced once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from passes.graph import ModelGraph, torch_dtype
+from passes.joint import JointGraph, trace_joint, trace_values
+from passes.lower import label_of
+from passes.pieces import cut_pieces, piece_key
+from passes.storage import renamed, storage_of
+from passes.vocabulary import forward_end
+
+aten = torch.ops.aten
+
+
+def stage_joint(model: ModelGraph, *, last: bool) -> JointGraph:
+    """The joint graph of a stage; ``last``: its output is the loss."""
+    return _Stitch(model, last).run()
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A piece in the stage's graph: its trace, the stage's node for each node of the trace, its entry's node."""
+
+    piece: ModelGraph
+    joint: JointGraph
+    mapped: dict[fx.Node, fx.Node]
+    bound: dict[Hashable, Hashable]
+    labels: dict[str, str]
+    number: int
+
+
+class _Stitch:
+    def __init__(self, model: ModelGraph, last: bool) -> None:
+        self.model, self.last = model, last
+        self.graph = fx.Graph()
+        self.nodes: dict[str, fx.Node] = {}
+        self.templates: dict[str, tuple[JointGraph, list[str]]] = {}
+        self.gradients: dict[str, fx.Node | None] = {
+            i.node: None for i in model.inputs if i.trainable or i.kind == "activation"
+        }
+
+    def run(self) -> JointGraph:
+        grad_in = self._placeholders()
+        pieces = cut_pieces(self.model)
+        if pieces.ambient is not None:
+            self._lay_ambient(pieces.ambient)
+        laid = []
+        for number, piece in enumerate(pieces.chain):
+            laid.append(self._lay_forward(piece, number, number == len(pieces.chain) - 1))
+        output = self.nodes[pieces.chain[-1].outputs[0]]
+        mark = self.graph.call_function(forward_end, (output,))
+        self._lay_backwards(laid, grad_in)
+        results = [g for g in self.gradients.values() if g is not None]
+        self.graph.output((output, mark, *results))
+        return JointGraph(
+            graph=self.graph,
+            inputs=tuple(i.node for i in self.model.inputs),
+            grad_in=None if grad_in is None else grad_in.name,
+            output=output.name,
+            mark=mark.name,
+            gradients={k: None if g is None else g.name for k, g in self.gradients.items()},
+        )
+
+    def _placeholders(self) -> fx.Node | None:
+        with FakeTensorMode():
+            for item in self.model.inputs:
+                self.nodes[item.node] = self._placeholder(item.node, item.node)
+            return None if self.last else self._placeholder("grad_in", self.model.outputs[0])
+
+    def _placeholder(self, name: str, like: str) -> fx.Node:
+        node = self.graph.placeholder(name)
+        meta = self.model.tensor(like)
+        node.meta["val"] = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+        node.meta["storage"] = ("input", node.name)
+        return node
+
+    def _lay_ambient(self, ambient: ModelGraph) -> None:
+        graph, results = trace_values(ambient)
+        bound: dict[Hashable, Hashable] = {}
+        mapped: dict[fx.Node, fx.Node] = {}
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        for node, item in zip(placeholders, ambient.inputs, strict=True):
+            self._bind(node, self.nodes[item.node], mapped, bound)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                mapped[node] = self._copy(node, mapped, bound, "ambient", {})
+        by_name = {n.name: n for n in graph.nodes}
+        for name, result in zip(ambient.outputs, results, strict=True):
+            self.nodes[name] = mapped[by_name[result]]
+
+    def _bind(
+        self, node: fx.Node, actual: fx.Node, mapped: dict[fx.Node, fx.Node], bound: dict[Hashable, Hashable]
+    ) -> None:
+        """A placeholder of a trace stands for a node of the stage."""
+        mapped[node] = actual
+        bound[storage_of(node)] = storage_of(actual)
+
+    def _copy(
+        self,
+        node: fx.Node,
+        mapped: dict[fx.Node, fx.Node],
+        bound: dict[Hashable, Hashable],
+        owner: str,
+        labels: dict[str, str],
+    ) -> fx.Node:
+        made = self.graph.node_copy(node, lambda n: mapped[n])
+        made.meta = dict(node.meta)
+        made.meta["storage"] = renamed(node.meta["storage"], lambda s: bound.get(s, (owner, s)))
+        label = label_of(node)
+        made.meta["label"] = labels.get(label, label)
+        return made
+
+    def _template(self, piece: ModelGraph, last: bool) -> tuple[JointGraph, list[str]]:
+        """The piece's trace, shared by equal pieces, and the labels of the piece that was traced."""
+        key = piece_key(piece, last=last)
+        if key not in self.templates:
+            labels = [label_of(n) for n in piece.nodes()]
+            self.templates[key] = (trace_joint(piece, last=last), labels)
+        return self.templates[key]
+
+    def _lay_forward(self, piece: ModelGraph, number: int, final: bool) -> _Laid:
+        joint, traced_labels = self._template(piece, final and self.last)
+        own_labels = [label_of(n) for n in piece.nodes()]
+        labels = dict(zip(traced_labels, own_labels, strict=True))
+        laid = _Laid(piece, joint, {}, {}, labels, number)
+        by_name = {n.name: n for n in joint.graph.nodes}
+        for name, item in zip(joint.inputs, piece.inputs, strict=True):
+            actual = self._contiguous(self.nodes[item.node]) if item.kind == "activation" else self.nodes[item.node]
+            self._bind(by_name[name], actual, laid.mapped, laid.bound)
+        for node in joint.graph.nodes:
+            if node.name == joint.mark:
+                break
+            if node.op == "call_function":
+                laid.mapped[node] = self._copy(node, laid.mapped, laid.bound, f"piece{number}", labels)
+        self.nodes[piece.outputs[0]] = laid.mapped[by_name[joint.output]]
+        return laid
+
+    def _lay_backwards(self, laid: list[_Laid], grad_in: fx.Node | None) -> None:
+        gradient = grad_in
+        for part in reversed(laid):
+            if part.joint.grad_in is not None and gradient is None:
+                return
+            gradient = self._lay_backward(part, gradient)
+
+    def _lay_backward(self, part: _Laid, gradient: fx.Node | None) -> fx.Node | None:
+        """Copy a piece's backward; returns the gradient of its entry."""
+        joint = part.joint
+        by_name = {n.name: n for n in joint.graph.nodes}
+        if joint.grad_in is not None and gradient is not None:
+            self._bind(by_name[joint.grad_in], self._contiguous(gradient), part.mapped, part.bound)
+        after = False
+        for node in joint.graph.nodes:
+            if after and node.op == "call_function":
+                part.mapped[node] = self._copy(node, part.mapped, part.bound, f"piece{part.number}", part.labels)
+            after = after or node.name == joint.mark
+        entry = None
+        for name, item in zip(joint.inputs, part.piece.inputs, strict=True):
+            found = joint.gradients.get(name)
+            node = None if found is None else part.mapped[by_name[found]]
+            if item.kind == "activation":
+                entry = node
+            if item.node in self.gradients and node is not None:
+                self.gradients[item.node] = self._summed(self.gradients[item.node], node)
+        return entry
+
+    def _summed(self, before: fx.Node | None, new: fx.Node) -> fx.Node:
+        """A parameter that several pieces use has the sum of their gradients."""
+        if before is None:
+            return new
+        return self._call(aten.add.Tensor, (before, new), before.meta["val"])
+
+    def _contiguous(self, node: fx.Node) -> fx.Node:
+        """Pieces are traced with contiguous activations."""
+        value = node.meta["val"]
+        if value.is_contiguous():
+            return node
+        return self._call(aten.clone.default, (node,), value, memory_format=torch.contiguous_format)
+
+    def _call(self, target: Any, args: tuple[fx.Node, ...], like: torch.Tensor, **kwargs: Any) -> fx.Node:
+        made = self.graph.call_function(target, args, kwargs)
+        with FakeTensorMode():
+            made.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
+        made.meta["storage"] = ("made", made.name)
+        made.meta["label"] = ""
+        return made
