@@ -14,7 +14,7 @@ import passes as _passes
 if TYPE_CHECKING:
     from autopar.api import compile, estimate
     from autopar.cluster import Cluster
-    from autopar.compare import Comparison, compare
+    from autopar.comparison import Comparison, compare
     from autopar.executable import Executable
     from cost_model import errors
     from cost_model.estimate import Estimate
@@ -32,8 +32,8 @@ _HOMES = {
     "compile": "autopar.api",
     "estimate": "autopar.api",
     "Cluster": "autopar.cluster",
-    "compare": "autopar.compare",
-    "Comparison": "autopar.compare",
+    "compare": "autopar.comparison",
+    "Comparison": "autopar.comparison",
     "Executable": "autopar.executable",
     "Estimate": "cost_model.estimate",
     "Parallelism": "cost_model.plan",

@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from cost_model.errors import BatchError, TraceError
+from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError
 from passes.clean import clean
 from passes.graph import GraphInput, ModelGraph
 
 LossFn = Callable[[Any, Any], torch.Tensor]
+_DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+_LEAVES = (torch.Tensor, bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -66,37 +69,73 @@ class _WithLoss(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         outputs = self.model(*args, **kwargs)
-        if self._loss_fn is not None:
-            return self._loss_fn(outputs, kwargs if self._spec.is_kwargs else args)
-        return find_loss(outputs)
+        if self._loss_fn is None:
+            return find_loss(outputs)
+        return _scalar(self._loss_fn(outputs, kwargs if self._spec.is_kwargs else args), "loss_fn")
 
 
 def find_loss(outputs: Any) -> torch.Tensor:
-    """The output itself when it is a scalar tensor, else its ``loss``; ValueError otherwise."""
+    """The output itself when it is a scalar tensor, else its ``loss``; ConfigError otherwise."""
     loss = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "loss", None)
     if loss is None and isinstance(outputs, Mapping):
         loss = outputs.get("loss")
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise ValueError(
-            "the model returns no scalar loss: return one, return an object with `.loss`, or pass "
-            "loss_fn(outputs, inputs) -> scalar"
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(
+            f"the model returns no scalar loss but a {type(outputs).__name__}: return a loss, return an object with "
+            "`.loss`, or pass loss_fn(outputs, inputs) -> scalar"
+        )
+    return _scalar(loss, "the model")
+
+
+def _scalar(loss: Any, source: str) -> torch.Tensor:
+    """The loss if it is one real number that can be differentiated; ConfigError otherwise."""
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(f"{source} returns no scalar loss but a {type(loss).__name__}; return a scalar tensor")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        found = f"{str(loss.dtype).removeprefix('torch.')}{list(loss.shape)}"
+        raise ConfigError(
+            f"{source} returns no scalar loss but a tensor {found}: reduce it to one floating-point number (.mean()), "
+            "or pass loss_fn(outputs, inputs) -> scalar"
         )
     return loss
 
 
 def batch_spec(inputs: Any) -> BatchSpec:
-    """Structure and size of one global batch: dict (kwargs) or tuple (args), dim 0 of its tensors is the batch."""
-    if not isinstance(inputs, dict | tuple):
+    """Structure and size of one global batch: dict (kwargs) or tuple (args), dim 0 of its tensors is the batch.
+
+    Other mappings (Hugging Face's BatchEncoding) count as dicts. Errors: BatchError.
+    """
+    if not isinstance(inputs, Mapping | tuple):
         raise BatchError(
             f"inputs must be a dict (keyword arguments) or a tuple (positional arguments), not {type(inputs).__name__}"
         )
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     with_paths, treespec = pytree.tree_flatten_with_path(inputs)
     paths = tuple(_path_text(path) for path, _ in with_paths)
     leaves = tuple(leaf for _, leaf in with_paths)
+    _check_leaves(inputs, paths, leaves)
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    if not sizes:
-        raise BatchError("inputs hold no tensor with a batch dim; dim 0 of the first tensor is the batch")
+    if not sizes or sizes[0] == 0:
+        raise BatchError(
+            f"inputs hold no {'samples' if sizes else 'tensor with a batch dim'}; dim 0 of the first tensor is the batch"
+        )
     return BatchSpec(isinstance(inputs, dict), treespec, leaves, paths, int(sizes[0]))
+
+
+def _check_leaves(inputs: Any, paths: tuple[str, ...], leaves: tuple[Any, ...]) -> None:
+    """Refuse what neither torch.export nor a rank can take; BatchError naming the first such leaf."""
+    for key in inputs if isinstance(inputs, dict) else ():
+        if not isinstance(key, str):
+            raise BatchError(f"inputs has the key {key!r}, but its keys are keyword arguments; use their names")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, _LEAVES):
+            raise BatchError(
+                f"batch input {path!r} is a {type(leaf).__name__}; pass tensors (torch.as_tensor), numbers, strings, "
+                "flags or None, in dicts, lists and tuples"
+            )
+    twice = next((path for place, path in enumerate(paths) if path in paths[:place]), None)
+    if twice is not None:
+        raise BatchError(f"two batch inputs are both called {twice!r}; use keys without dots")
 
 
 def _path_text(path: tuple[Any, ...]) -> str:
@@ -165,11 +204,10 @@ def _export(
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
         exported = torch.export.export(module, args, kwargs, strict=False)
-    except ValueError as error:
-        if "no scalar loss" in str(error):
-            raise
-        raise _trace_error(error, module.model) from error
+    except AutoparError:
+        raise
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
+        _check_arguments(module.model, args, kwargs)
         raise _trace_error(error, module.model) from error
     return _to_model_graph(functional(exported), spec, size, aliases)
 
@@ -185,16 +223,35 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     return exported.run_decompositions({}) if mutates else exported
 
 
+def _check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """BatchError where the batch does not fit the signature of ``forward``."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as mismatch:
+        takes = ", ".join(signature.parameters)
+        given = ", ".join(kwargs) or f"{len(args)} by position"
+        raise BatchError(
+            f"the inputs do not fit {type(model).__name__}.forward({takes}): {mismatch} (given: {given}); "
+            "pass what forward takes, as a dict of keyword arguments or a tuple"
+        ) from mismatch
+
+
 def _trace_error(error: Exception, model: nn.Module) -> TraceError:
-    first = re.sub(r"\s+", " ", str(error).strip().split("\n\n")[0])[:400] or type(error).__name__
-    return TraceError(first, _user_line(error, model))
+    first = re.sub(r"\s+", " ", str(error).strip().split("\n\n")[0])[:400]
+    if isinstance(error, _DEPENDS_ON_VALUES):
+        return TraceError(first, _user_line(error, model))
+    advice = "run the model once on this batch without autopar; if that works, report the model's code"
+    return TraceError(f"{type(error).__name__}: {first}", _user_line(error, model), advice)
 
 
 def _user_line(error: BaseException, model: nn.Module) -> str | None:
     """The innermost line of the traceback that lies outside torch, preferring the model's own file."""
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     own = {inspect.getsourcefile(type(m)) for m in model.modules() if _has_source(type(m))}
-    outside = [f for f in frames if "/torch/" not in f.filename and "/passes/" not in f.filename]
+    outside = [f for f in frames if "/torch/" not in f.filename and f.filename not in ("<string>", __file__)]
     chosen = [f for f in outside if f.filename in own] or outside
     if not chosen:
         return None

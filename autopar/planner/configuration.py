@@ -289,10 +289,11 @@ class ConfigurationSolver:
             return []
         prices = self._near_prices(space, edge, room)
         totals = self.table.mixtures(edge, prices)
-        over = totals[..., STATE] + space.held * totals[..., SAVED] > room
+        fits = np.isfinite(totals[..., TIME]) & (totals[..., STATE] + space.held * totals[..., SAVED] <= room)
+        time, step = (np.where(fits, totals[..., part], 0.0) for part in (TIME, STEP))
         found: dict[tuple[int, ...], Column] = {}
         for weights in self.objective.priced:
-            cost = np.where(over, np.inf, weights[0] * totals[..., TIME] + weights[1] * totals[..., STEP])
+            cost = np.where(fits, weights[0] * time + weights[1] * step, np.inf)
             cut, head, tail, label = (int(i) for i in np.unravel_index(cost.argmin(), cost.shape))
             if np.isfinite(cost[cut, head, tail, label]):
                 at = (cut, head, tail, label)

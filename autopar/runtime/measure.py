@@ -117,7 +117,7 @@ def _kinds(executor: RankExecutor, batch: Tree, kinds: Tree) -> dict[str, float]
         executor.comm = comm
     totals: defaultdict[str, float] = defaultdict(float)
     for event in profiled.events():
-        kind = _kind_of(event, known)
+        kind = op_kind(event, known)
         if kind is not None:
             totals[kind] += (event.device_time_total if executor.device.type == "cuda" else event.cpu_time_total) * 1e-6
     for name, start, end in events:
@@ -134,7 +134,7 @@ def _optimizer_event(executor: RankExecutor) -> dict[str, str]:
     return {f"Optimizer.step#{type(executor.optimizer).__name__}.step": OPTIMIZER}
 
 
-def _kind_of(event: Any, known: dict[str, str]) -> str | None:
+def op_kind(event: Any, known: dict[str, str]) -> str | None:
     """Kind of an op of the step that no counted op contains; None for any other event."""
     kind = known.get(event.name, OTHER if event.name.startswith("aten::") else None)
     if kind is None:
