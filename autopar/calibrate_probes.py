@@ -22,7 +22,7 @@ aten = torch.ops.aten
 STREAM_BYTES = (16 * 2**10, 128 * 2**10, 2**20, 4 * 2**20, 12 * 2**20, 32 * 2**20)
 TINY_BYTES = 2**10
 """At this size an op takes no longer than its overhead."""
-WIDTH = 256
+WIDTH = 512
 _VOCABULARY = 4096
 _HEADS = 4
 _REFERENCE = 256

@@ -2,105 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from autopar.batch import check_batch
 from autopar.link import Linked
-from autopar.options import Options
+from autopar.options import Options, check_target
 from autopar.payload import model_tensors, rank_payload
-from autopar.planning import Decision, Planned, plan_model
+from autopar.planning import Planned, plan_model
+from autopar.ranks import Ranks, agree_with_rank_0, is_main, start_ranks, under_launcher
 from autopar.runtime.comm import join_shards
-from autopar.runtime.executor import RankExecutor, check_batch
-from autopar.runtime.pool import WorkerPool
 from cost_model.cluster import Cluster
-from cost_model.errors import AutoparError, BatchError, ClosedError, WorldSizeError
+from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
 from cost_model.estimate import Estimate
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Plan
 from passes.trace import batch_spec
-
-
-def under_launcher() -> bool:
-    """Whether this process is one rank of a launched job (torchrun) rather than a plain script or notebook."""
-    return dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-
-
-class _LocalRanks:
-    """All ranks as worker processes of this one."""
-
-    is_main = True
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.pool = WorkerPool(cluster.num_devices, backend=cluster.backend)
-
-    def load(self, payloads: list[Any]) -> None:
-        self.pool.call("__init__", payloads)
-
-    def call(self, method: str, payload: Any) -> list[Any]:
-        return self.pool.call(method, payload)
-
-    def close(self) -> None:
-        self.pool.close()
-
-
-class _ThisRank:
-    """One rank in this process; the launcher runs the others."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        join_launched_group(cluster)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.is_main = self.rank == 0
-        self.executor: RankExecutor | None = None
-
-    def load(self, payloads: list[Any]) -> None:
-        self.executor = RankExecutor(self.rank, self.world_size, payloads[self.rank])
-
-    def call(self, method: str, payload: Any) -> list[Any]:
-        mine = getattr(self.executor, method)(payload)
-        results: list[Any] = [mine] * self.world_size
-        if method != "step":
-            dist.all_gather_object(results, mine)
-        return results
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def join_launched_group(cluster: Cluster) -> None:
-    """Join the launcher's process group once; WorldSizeError where its size is not the cluster's."""
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if world_size != cluster.num_devices:
-        raise WorldSizeError(world_size, cluster.num_devices)
-    if not dist.is_initialized():
-        if cluster.backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(cluster.backend)
-
-
-def agree_with_rank_0(decide: Callable[[], Decision]) -> Decision:
-    """Rank 0 plans; every rank gets its decision, or fails with its error."""
-    told: list[Any] = [None]
-    failure: AutoparError | None = None
-    if dist.get_rank() == 0:
-        try:
-            found = decide()
-            told = [("ok", found.plan.to_json(), found.search_s, found.gap, found.notes)]
-        except AutoparError as error:
-            failure, told = error, [("error", type(error).__name__, str(error))]
-    dist.broadcast_object_list(told, src=0)
-    if failure is not None:
-        raise failure
-    if told[0][0] == "error":
-        raise AutoparError(f"rank 0 could not plan: {told[0][1]}: {told[0][2]}")
-    _, text, search_s, gap, notes = told[0]
-    return Decision(Plan.from_json(text), search_s, gap, notes)
 
 
 class Executable:
@@ -113,16 +32,16 @@ class Executable:
     """
 
     def __init__(self, model: nn.Module, cluster: Cluster, options: Options) -> None:
+        check_target(model, cluster)
         self._model, self._cluster, self._options = model, cluster, options
         self._planned: Planned | None = None
-        self._ranks: _LocalRanks | _ThisRank | None = None
+        self._ranks: Ranks | None = None
         self._loaded, self._closed = False, False
 
     @property
     def is_main(self) -> bool:
         """True in a plain process and on rank 0 of a launched job."""
-        rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-        return not under_launcher() or rank == 0
+        return is_main()
 
     @property
     def cluster(self) -> Cluster:
@@ -153,17 +72,26 @@ class Executable:
 
     def prepare(self, inputs: Any) -> None:
         """Plan for this global batch and verify the program; done by the first ``step`` if not before."""
+        self._check_open()
         if under_launcher():
-            self._start_ranks()
-            self._planned = plan_model(self._model, self._cluster, inputs, self._options, agree_with_rank_0)
+            self._planned = self._agreed(inputs)
         else:
             self._planned = plan_model(self._model, self._cluster, inputs, self._options)
         self._linked.verify()
 
+    def _agreed(self, inputs: Any) -> Planned:
+        """The plan of rank 0; without one, nothing is left joined."""
+        self._running()
+        try:
+            return plan_model(self._model, self._cluster, inputs, self._options, agree_with_rank_0)
+        except AutoparError:
+            self._stop()
+            raise
+
     def code(self, rank: int) -> str:
         """The Python program of one rank."""
         if not 0 <= rank < self._cluster.num_devices:
-            raise ValueError(f"rank must be 0..{self._cluster.num_devices - 1}, not {rank}")
+            raise ConfigError(f"there is no rank {rank}: ranks are 0..{self._cluster.num_devices - 1}")
         return self._linked.source(rank)
 
     def summary(self) -> str:
@@ -177,48 +105,45 @@ class Executable:
 
         Errors: BatchError for another batch than planned, WorkerError when a rank fails, ClosedError afterwards.
         """
-        if self._closed:
-            raise ClosedError("the executable is closed; compile again to train on")
+        self._check_open()
         if self._planned is None:
             self.prepare(batch)
         tensors = self.batch_tensors(batch)
+        if not self._loaded:
+            self._load().check_same("batch", tensors, "pass the same global batch on every rank: autopar splits it")
         return float(self.call("step", tensors)[0])
 
     def batch_tensors(self, batch: Any) -> dict[str, Tensor]:
         """The batch's tensor leaves by path, checked against the plan."""
-        traced = self._linked.traced
-        spec = batch_spec(batch)
-        expected = {p: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for p, t in traced.spec.tensors().items()}
-        tensors = spec.tensors()
-        check_batch(tensors, expected)
-        _check_constants(spec, traced.spec)
-        return tensors
+        found, planned = batch_spec(batch), self._linked.traced.spec
+        check_batch(found, planned)
+        return found.tensors()
 
     def call(self, method: str, payload: Any) -> list[Any]:
         """Call a method on every rank, loading the program first if need be."""
-        self._start_ranks()
-        assert self._ranks is not None
-        if not self._loaded:
-            self._load()
-        return self._ranks.call(method, payload)
+        self._check_open()
+        ranks = self._running() if self._loaded else self._load()
+        return ranks.call(method, payload)
 
-    def _start_ranks(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the executable is closed; compile again to train on")
-        if self._ranks is None:
-            self._ranks = _ThisRank(self._cluster) if under_launcher() else _LocalRanks(self._cluster)
 
-    def _load(self) -> None:
+    def _running(self) -> Ranks:
+        if self._ranks is None:
+            self._ranks = start_ranks(self._cluster)
+        return self._ranks
+
+    def _load(self) -> Ranks:
+        """Give every rank its program and its shards of the weights; all processes must hold the same weights."""
         tensors = model_tensors(self._model, self._linked)
-        ranks = range(self._cluster.num_devices)
-        mine = {self._ranks.rank} if isinstance(self._ranks, _ThisRank) else set(ranks)
-        payloads = [
-            rank_payload(self._linked, r, tensors, self.planned.optimizer, self._device(r)) if r in mine else None
-            for r in ranks
-        ]
-        assert self._ranks is not None
-        self._ranks.load(payloads)
+        ranks = self._running()
+        seeded = "call torch.manual_seed before building the model, or load one checkpoint, on every rank"
+        ranks.check_same("model", tensors, seeded)
+        optimizer = self.planned.optimizer
+        ranks.load({r: rank_payload(self._linked, r, tensors, optimizer, self._device(r)) for r in ranks.hosted})
         self._loaded = True
+        return ranks
 
     def _device(self, rank: int) -> str:
         return "cpu" if self._cluster.backend == "gloo" else f"cuda:{torch.cuda.current_device() if under_launcher() else rank}"
@@ -249,24 +174,15 @@ class Executable:
     def close(self) -> None:
         """End all ranks; may be called again."""
         self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
         if self._ranks is not None:
-            self._ranks.close()
-            self._ranks = None
+            ranks, self._ranks = self._ranks, None
+            ranks.close()
 
     def __enter__(self) -> Executable:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _check_constants(spec: Any, planned: Any) -> None:
-    """Numbers and flags inside a batch are part of the traced program."""
-    found = {p: v for p, v in zip(spec.paths, spec.leaves, strict=True) if not isinstance(v, Tensor)}
-    wanted = {p: v for p, v in zip(planned.paths, planned.leaves, strict=True) if not isinstance(v, Tensor)}
-    for path, value in wanted.items():
-        if path not in found or found[path] != value:
-            raise BatchError(
-                f"batch input {path!r} is {found.get(path)!r} but the plan was traced with {value!r}; compile again"
-            )
-

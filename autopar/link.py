@@ -64,8 +64,10 @@ class Linked:
         return _rank_source(self, rank, stage, dp, tp)
 
 
-def link(traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: OptimizerSpec | None) -> Linked:
-    """Rewrite every stage of a plan."""
+def link(
+    traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: OptimizerSpec | None, device_kind: str
+) -> Linked:
+    """Rewrite every stage of a plan; ``device_kind``: "cpu" or "cuda", where the optimizer runs."""
     model = specialise(traced, plan.microbatch_size)
     segments = segment(model)
     codes = tuple(
@@ -79,7 +81,7 @@ def link(traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: Optimiz
         pp=plan.pp,
         microbatches=plan.microbatches,
         schedule=plan.schedule,
-        stages=tuple(_stage_program(traced, s, i, plan, optimizer) for i, s in enumerate(stages)),
+        stages=tuple(_stage_program(traced, s, i, plan, _optimizer_price(optimizer, s.shards, device_kind)) for i, s in enumerate(stages)),
         devices=device_map(plan),
     )
     check_schedule([stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)], plan.microbatches)
@@ -146,10 +148,9 @@ def _gradient_layout(
 
 
 def _stage_program(
-    traced: Traced, stage: LinkedStage, index: int, plan: Plan, optimizer: OptimizerSpec | None
+    traced: Traced, stage: LinkedStage, index: int, plan: Plan, price: OptimizerPrice
 ) -> StageProgram:
     code = stage.code
-    price = _optimizer_price(optimizer, stage.shards)
     collectives = [
         Collective("all_reduce", r.axis, (r.stop - r.start) * DTYPE_BYTES[r.dtype]) for r in stage.reductions
     ]
@@ -169,11 +170,13 @@ def _stage_program(
     )
 
 
-def _optimizer_price(optimizer: OptimizerSpec | None, shards: tuple[ParameterShard, ...]) -> OptimizerPrice:
+def _optimizer_price(
+    optimizer: OptimizerSpec | None, shards: tuple[ParameterShard, ...], device_kind: str
+) -> OptimizerPrice:
     trainable = {s.name: s.meta for s in shards if s.trainable}
     if optimizer is None or not trainable:
         return OptimizerPrice((), 0, 0)
-    return price_optimizer(optimizer, trainable)
+    return price_optimizer(optimizer, trainable, device=device_kind)
 
 
 def _persistent(traced: Traced, stage: LinkedStage) -> tuple[Value, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cost_model.cluster import Cluster
 from cost_model.errors import ConfigError, UnsupportedError
 from cost_model.plan import Parallelism, Plan, Precision
 from cost_model.units import parse_bytes
@@ -45,6 +46,18 @@ class Options:
         _check_supported(parallelism or Parallelism(), precision)
         cap = None if memory_cap is None else parse_bytes(memory_cap)
         return Options(loss_fn, optimizer, parallelism or Parallelism(), cap, plan)
+
+
+def check_target(model: object, cluster: object) -> None:
+    """ConfigError unless a model is to be compiled for a cluster."""
+    if not isinstance(model, torch.nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError(f"model must be a torch.nn.Module that has been built, not {found}")
+    if not isinstance(cluster, Cluster):
+        raise ConfigError(
+            f"cluster must be an autopar.Cluster, not a {type(cluster).__name__}; "
+            "see autopar.Cluster.load(name_or_path), .local(n) and .from_matrix(...)"
+        )
 
 
 def _check_supported(pins: Parallelism, precision: Precision | None) -> None:

@@ -22,7 +22,7 @@ def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
     meta = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
     if meta:
         raise ConfigError(
-            f"parameter {meta[0]!r} is on the meta device and has no values to train; "
+            f"{meta[0]!r} of the model is on the meta device and has no values to train; "
             "build the model with weights, or use autopar.estimate, which needs none"
         )
     return {**tensors, **linked.traced.constants}

@@ -15,7 +15,7 @@ from torch import nn
 
 from autopar.link import Linked, link
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
-from autopar.options import Options
+from autopar.options import Options, check_target
 from autopar.planner.search import Infeasible, Pins, Progress, Solution, search
 from autopar.planner.space import LocalModel, ModelSpace, renaming
 from autopar.progress import planning_progress
@@ -66,6 +66,7 @@ def plan_model(
 ) -> Planned:
     """Trace, search (unless a plan is given), rewrite and price."""
     start = time.perf_counter()
+    check_target(model, cluster)
     with collector_paused():
         job = Job.of(model, cluster, inputs, options)
         return job.planned(agree(lambda: job.decide(start)))
@@ -141,7 +142,7 @@ class Job:
     def linked(self, plan: Plan) -> Linked:
         """The program of a plan, rewritten once."""
         if plan not in self._linked:
-            self._linked[plan] = link(self.traced, self.analysis, plan, self.optimizer)
+            self._linked[plan] = link(self.traced, self.analysis, plan, self.optimizer, self.cluster.devices[0].kind)
         return self._linked[plan]
 
     @cached_property
@@ -149,7 +150,7 @@ class Job:
         """What the search asks; priced once."""
         price = OptimizerPrice((), 0, 0)
         if self.optimizer is not None and self.parameters:
-            price = price_optimizer(self.optimizer, self.parameters)
+            price = price_optimizer(self.optimizer, self.parameters, device=self.cluster.devices[0].kind)
         total = sum(m.nbytes for m in self.parameters.values())
         factory = self.options.optimizer
         sharded = factory is None or is_elementwise(factory)

@@ -48,7 +48,9 @@ def planned(**pins: int) -> Planned:
 
 
 MESHES = pytest.mark.parametrize(
-    "pins", [{"dp": 4, "tp": 1}, {"dp": 1, "tp": 4}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"tp": 2, "pp": 2}], ids=str
+    "pins",
+    [{"dp": 4, "tp": 1}, {"dp": 1, "tp": 4}, {"dp": 2, "tp": 2}, {"dp": 2, "pp": 2}, {"tp": 2, "pp": 2}],
+    ids=str,
 )
 
 

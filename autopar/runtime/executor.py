@@ -19,7 +19,6 @@ from autopar.runtime import kernels
 from autopar.runtime.comm import Comm
 from autopar.runtime.measure import measure
 from autopar.runtime.optim import OptimizerSpec, build
-from cost_model.errors import BatchError
 
 Tree = Any
 
@@ -250,17 +249,3 @@ def _gradient_buffers(
             views[name] = flat[dtype][offset : offset + count].view(params[name].shape)
             offset += count
     return flat, views
-
-
-def check_batch(batch: Mapping[str, Tensor], expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-    """Raise BatchError where a batch is not what was planned for."""
-    missing, extra = sorted(expected.keys() - batch.keys()), sorted(batch.keys() - expected.keys())
-    if missing or extra:
-        raise BatchError(f"the batch lacks {missing} and has unplanned {extra}; pass what the plan was made for")
-    for name, (shape, dtype) in expected.items():
-        found = tuple(batch[name].shape), str(batch[name].dtype).removeprefix("torch.")
-        if found != (shape, dtype):
-            raise BatchError(
-                f"batch input {name!r} is {found[1]}{list(found[0])} but the plan is for {dtype}{list(shape)}; "
-                "compile again with this batch as inputs"
-            )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import inspect
 import numbers
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -81,14 +80,14 @@ def capture(
     if not callable(factory):
         raise ConfigError(f"optimizer is a {type(factory).__name__}, not a function of parameters; {_PASS_A_CLASS}")
     probes = _probes(named_shapes)
-    optimizer, arguments = _made(factory, list(probes.values()))
+    optimizer = _made(factory, list(probes.values()))
     _check_supported(optimizer)
     path = _importable_path(type(optimizer))
     names = {id(probe): name for name, probe in probes.items()}
     groups = tuple(_group(group, names) for group in optimizer.param_groups)
     _check_once(groups)
-    spec = OptimizerSpec(path, _plain_options(arguments, f"{path}'s argument"), groups)
-    build(spec, probes)
+    spec = OptimizerSpec(path, _plain_options(_arguments(factory, optimizer), f"{path}'s argument"), groups)
+    _check_alike(optimizer, build(spec, probes))
     return spec
 
 
@@ -101,11 +100,10 @@ def _probes(named_shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> di
         }
 
 
-def _made(factory: Factory, parameters: list[nn.Parameter]) -> tuple[Optimizer, dict[str, Any]]:
-    """What the factory returns, and the arguments its constructor was called with."""
+def _made(factory: Factory, parameters: list[nn.Parameter]) -> Optimizer:
+    """What the factory returns."""
     try:
-        with _ConstructorWatch() as watch:
-            optimizer = factory(parameters)
+        optimizer = factory(parameters)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the optimizer factory failed on a list of {len(parameters)} parameters: {error}; "
@@ -115,53 +113,27 @@ def _made(factory: Factory, parameters: list[nn.Parameter]) -> tuple[Optimizer, 
         raise ConfigError(
             f"the optimizer factory returned a {type(optimizer).__name__}, not a torch.optim.Optimizer; {_PASS_A_CLASS}"
         )
-    return optimizer, watch.arguments_of(optimizer)
+    return optimizer
 
 
-class _ConstructorWatch:
-    """While on, sees with what arguments optimizers are constructed, as bound and before the constructor runs.
+def _arguments(factory: Factory, optimizer: Optimizer) -> dict[str, Any]:
+    """Constructor arguments: the options it keeps as defaults, and what a ``functools.partial`` of the class names."""
+    kind = type(optimizer)
+    accepted = inspect.signature(kind.__init__).parameters
+    defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}
+    is_partial = isinstance(factory, functools.partial) and factory.func is kind
+    return {**defaults, **(factory.keywords if is_partial else {})}  # type: ignore[attr-defined]
 
-    A profile function of this thread: options a class keeps out of its groups can be had nowhere else.
-    """
 
-    def __init__(self) -> None:
-        self._calls: dict[int, tuple[CodeType, dict[str, Any]]] = {}
-
-    def __enter__(self) -> _ConstructorWatch:
-        self._previous = sys.getprofile()
-        sys.setprofile(self._see)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        sys.setprofile(self._previous)
-
-    def _see(self, frame: FrameType, event: str, _: object) -> None:
-        if event != "call" or frame.f_code.co_name != "__init__" or not frame.f_code.co_argcount:
-            return
-        values = dict(frame.f_locals)
-        made = values.get(frame.f_code.co_varnames[0])
-        if isinstance(made, Optimizer):
-            self._calls.setdefault(id(made), (frame.f_code, values))
-
-    def arguments_of(self, optimizer: Optimizer) -> dict[str, Any]:
-        """By name, without the parameters; those that went into ``**kwargs`` under their own names."""
-        if id(optimizer) not in self._calls:
-            raise ConfigError(
-                f"the {type(optimizer).__name__} was made before the optimizer factory was called; {_PASS_A_CLASS}"
-            )
-        code, values = self._calls[id(optimizer)]
-        named = code.co_argcount + code.co_kwonlyargcount
-        gathered = list(code.co_varnames[named:])
-        unnamed = values[gathered.pop(0)] if code.co_flags & inspect.CO_VARARGS else ()
-        others = values[gathered.pop(0)] if code.co_flags & inspect.CO_VARKEYWORDS else {}
-        takes_parameters_only = code.co_argcount == 1 and len(unnamed) == 1
-        if (unnamed or code.co_argcount < 2) and not takes_parameters_only:
+def _check_alike(made: Optimizer, again: Optimizer | None) -> None:
+    """A rank's optimizer must have the options of the user's; those outside the groups show as attributes."""
+    for name, value in vars(made).items():
+        if isinstance(value, bool | int | float | str) and again is not None and getattr(again, name, None) != value:
+            kind = type(made).__name__
             raise UnsupportedError(
-                f"{type(optimizer).__name__}.__init__ was given arguments without names, which a rank cannot repeat; "
-                "give it the parameters first and pass its options by name"
+                f"{kind} keeps {name}={value!r} outside its parameter groups, where a rank cannot see it; "
+                f"pass functools.partial({kind}, {name}={value!r}, ...) as optimizer"
             )
-        first_option = 1 if takes_parameters_only else 2
-        return {**{name: values[name] for name in code.co_varnames[first_option:named]}, **others}
 
 
 def _check_supported(optimizer: Optimizer) -> None:

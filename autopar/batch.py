@@ -1,0 +1,59 @@
+"""Batch: whether a batch is what the plan was made for, asked before any rank sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from cost_model.errors import BatchError
+from passes.trace import BatchSpec
+
+_NEXT = "compile again with this batch as inputs"
+
+
+def check_batch(found: BatchSpec, planned: BatchSpec) -> None:
+    """BatchError naming the first input that differs: its name, its shape and dtype, or its plain value.
+
+    Numbers, strings, flags and None are part of the traced program.
+    """
+    if found.is_kwargs != planned.is_kwargs:
+        given, wanted = _kind(found), _kind(planned)
+        raise BatchError(f"the batch is a {given} but the plan was made for a {wanted}; pass a {wanted}, or {_NEXT}")
+    _check_names(found, planned)
+    leaves = dict(zip(planned.paths, planned.leaves, strict=True))
+    for path, leaf in zip(found.paths, found.leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            _check_has_values(path, leaf)
+        if _described(leaf) != _described(leaves[path]):
+            raise BatchError(
+                f"batch input {path!r} is {_described(leaf)} but the plan is for {_described(leaves[path])}; {_NEXT}"
+            )
+
+
+def _kind(spec: BatchSpec) -> str:
+    return "dict" if spec.is_kwargs else "tuple"
+
+
+def _check_names(found: BatchSpec, planned: BatchSpec) -> None:
+    missing = [path for path in planned.paths if path not in found.paths]
+    extra = [path for path in found.paths if path not in planned.paths]
+    if missing or extra:
+        parts = [("lacks", missing), ("has unplanned", extra)]
+        text = " and ".join(f"{verb} {', '.join(map(repr, names))}" for verb, names in parts if names)
+        raise BatchError(f"the batch {text}; pass what the plan was made for, or {_NEXT}")
+
+
+def _check_has_values(path: str, tensor: Tensor) -> None:
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
+        what = "sparse" if tensor.layout is not torch.strided else "on the meta device and has no values"
+        raise BatchError(f"batch input {path!r} is {what}; pass a dense tensor with values")
+
+
+def _described(leaf: Any) -> str:
+    """What of a leaf is part of the program: "float32[8, 16]" of a tensor, the whole of anything else."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+    return f"{type(leaf).__name__} {leaf!r}" if leaf is not None else "None"

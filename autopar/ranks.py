@@ -1,0 +1,162 @@
+"""Ranks: who runs the program, worker processes of this one or this process as one rank of a launched job."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.runtime.executor import RankExecutor
+from autopar.runtime.pool import WorkerPool
+from cost_model.cluster import Cluster
+from cost_model.errors import AutoparError, ConfigError, WorldSizeError
+
+Answer = TypeVar("Answer")
+_SAMPLES = 64  # of each tensor, to tell one initialisation from another
+
+
+class Ranks(Protocol):
+    """hosted: the ranks that this process feeds."""
+
+    hosted: Sequence[int]
+
+    def load(self, payloads: Mapping[int, Any]) -> None:
+        """Give every hosted rank its program."""
+
+    def call(self, method: str, payload: Any) -> list[Any]:
+        """The results of a method, by rank."""
+
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
+        """Refuse tensors that differ between processes; ConfigError."""
+
+    def close(self) -> None:
+        """Leave; called once."""
+
+
+def under_launcher() -> bool:
+    """Whether this process is one rank of a launched job (torchrun) rather than a plain script or notebook."""
+    return dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def is_main() -> bool:
+    """True in a plain process and on rank 0 of a launched job."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return not under_launcher() or rank == 0
+
+
+def start_ranks(cluster: Cluster) -> Ranks:
+    """Join the launched job, or start workers. Errors: WorldSizeError."""
+    return LaunchedRank(cluster) if under_launcher() else LocalRanks(cluster)
+
+
+class LocalRanks:
+    """All ranks as worker processes of this one."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.pool = WorkerPool(cluster.num_devices, backend=cluster.backend)
+        self.hosted: Sequence[int] = range(cluster.num_devices)
+
+    def load(self, payloads: Mapping[int, Any]) -> None:
+        self.pool.call("__init__", [payloads[rank] for rank in self.hosted])
+
+    def call(self, method: str, payload: Any) -> list[Any]:
+        return self.pool.call(method, payload)
+
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
+        """There is one process."""
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+class LaunchedRank:
+    """One rank in this process; the launcher runs the others."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        _LaunchedGroup.join(cluster)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.hosted: Sequence[int] = (self.rank,)
+        self.executor: RankExecutor | None = None
+
+    def load(self, payloads: Mapping[int, Any]) -> None:
+        self.executor = RankExecutor(self.rank, self.world_size, payloads[self.rank])
+
+    def call(self, method: str, payload: Any) -> list[Any]:
+        mine = getattr(self.executor, method)(payload)
+        return [mine] * self.world_size if method == "step" else _from_all(mine)
+
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
+        digests = _from_all({name: _digest(tensor) for name, tensor in tensors.items()})
+        for rank, digest in enumerate(digests):
+            differing = sorted(name for name in digests[0] if digest.get(name) != digests[0][name])
+            if differing:
+                raise ConfigError(f"rank {rank} was given another {what} than rank 0 ({differing[0]!r} differs); {advice}")
+
+    def close(self) -> None:
+        _LaunchedGroup.leave()
+
+
+class _LaunchedGroup:
+    """The launcher's process group: joined by the first executable, left by the last, ended if autopar made it."""
+
+    users = 0
+    is_ours = False
+
+    @classmethod
+    def join(cls, cluster: Cluster) -> None:
+        """Errors: WorldSizeError where its size is not the cluster's."""
+        world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
+        if world_size != cluster.num_devices:
+            raise WorldSizeError(world_size, cluster.num_devices)
+        if not dist.is_initialized():
+            if cluster.backend == "nccl":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(cluster.backend)
+            cls.is_ours = True
+        cls.users += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        """While an exception passes, the group is left to the launcher: other ranks may never come to the barrier."""
+        cls.users -= 1
+        if cls.users or not cls.is_ours or not dist.is_initialized() or sys.exc_info()[0] is not None:
+            return
+        dist.barrier()
+        dist.destroy_process_group()
+        cls.is_ours = False
+
+
+def agree_with_rank_0(decide: Callable[[], Answer]) -> Answer:
+    """Rank 0 decides; every rank gets its answer, or fails with its error."""
+    told: list[Answer | AutoparError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [decide()]
+        except AutoparError as error:
+            told = [error]
+    dist.broadcast_object_list(told, src=0)
+    answer = told[0]
+    if isinstance(answer, AutoparError):
+        raise answer
+    assert answer is not None
+    return answer
+
+
+def _from_all(mine: Any) -> list[Any]:
+    results: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(results, mine)
+    return results
+
+
+def _digest(tensor: Tensor) -> str:
+    """Equal for equal shapes, dtypes and, at evenly spread places, values."""
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLES)].cpu().contiguous()
+    text = f"{tuple(tensor.shape)} {tensor.dtype}".encode()
+    return hashlib.sha256(text + some.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
