@@ -211,17 +211,8 @@ def _keywords(command: Command) -> dict[str, Any]:
     """The keywords of autopar.compile that the line gives."""
     pins = ("dp", "tp", "pp", "microbatch_size", "schedule")
     parallelism = Parallelism(**{name: getattr(command, name) for name in pins})
-    plan = None if command.plan is None else _plan_file(command.plan)
+    plan = None if command.plan is None else Plan.load(command.plan)
     return {"parallelism": parallelism, "memory_cap": command.memory_cap, "plan": plan}
-
-
-def _plan_file(path: Path) -> Plan:
-    try:
-        return Plan.load(path)
-    except OSError as error:
-        raise ConfigError(f"cannot read the plan {str(path)!r}: {error.strerror}; write one with --save") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ConfigError(f"{str(path)!r} is no plan file ({error}); write one with --save") from error
 
 
 def _save(plan: Plan, path: Path) -> None:
@@ -293,8 +284,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(answer.tree, indent=1) if command.json else answer.text.rstrip("\n"))
+        _show(json.dumps(answer.tree, indent=1) if command.json else answer.text.rstrip("\n"))
     return 0
+
+
+def _show(text: str) -> None:
+    """Print; a reader that has gone away (a pager, ``head``) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails at exit
 
 
 def _parsed_with_json(line: Sequence[str]) -> Command:

@@ -146,7 +146,9 @@ class Executable:
         return ranks
 
     def _device(self, rank: int) -> str:
-        return "cpu" if self._cluster.backend == "gloo" else f"cuda:{torch.cuda.current_device() if under_launcher() else rank}"
+        if self._cluster.backend == "gloo":
+            return "cpu"
+        return f"cuda:{torch.cuda.current_device() if under_launcher() else rank}"
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Whole parameters and buffers, trained so far, by every name of the model's own state dict."""

@@ -13,17 +13,19 @@ from typing import Any
 
 from torch import nn
 
+from autopar.checks import check_pins, check_plan, check_trains
 from autopar.link import Linked, link
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
-from autopar.planner.search import Infeasible, Pins, Progress, Solution, search
+from autopar.planner.search import Infeasible, Pins, Solution, search
+from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, renaming
 from autopar.progress import planning_progress
 from autopar.runtime.optim import OptimizerSpec, capture, is_elementwise
 from cost_model.cluster import Cluster
-from cost_model.errors import BatchError, InfeasiblePlanError, ParallelismError, PlanMismatchError
+from cost_model.errors import InfeasiblePlanError
 from cost_model.estimate import Estimate
-from cost_model.memory import allocator_rounding, stage_peak
+from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.simulate import estimate_program
 from cost_model.tensor import TensorMeta
@@ -31,6 +33,7 @@ from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
+from passes.segment import Segment
 from passes.specialise import specialise
 from passes.trace import Traced, trace
 
@@ -104,10 +107,12 @@ class Job:
         traced = trace(model, inputs, options.loss_fn)
         analysis, notes = _analysed(traced, model)
         whole = traced.global_graph
+        check_trains(whole, has_optimizer=options.optimizer is not None)
         parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in parameters.items()}
         optimizer = capture(options.optimizer, shapes)
-        return Job(cluster, options, traced, analysis, optimizer, parameters, (*traced.notes, *notes, *_unpriced(whole)))
+        notes = (*traced.notes, *notes, *_unpriced(whole))
+        return Job(cluster, options, traced, analysis, optimizer, parameters, notes)
 
     @property
     def batch(self) -> int:
@@ -159,9 +164,15 @@ class Job:
         return ModelSpace(self.traced, self.analysis, self.cluster, price, max(total, 1), sharded=sharded)
 
     def _search(self) -> Solution:
+        found = self._searched()
+        if isinstance(found, Infeasible):
+            raise self._infeasible(found)
+        return found
+
+    def _searched(self) -> Solution | Infeasible:
         pins = self.options.parallelism
         with planning_progress() as report:
-            found = search(
+            return search(
                 self.space,
                 self.cluster.num_devices,
                 self.batch,
@@ -170,18 +181,12 @@ class Job:
                 confirm=self._peaks,
                 progress=report,
             )
-        if isinstance(found, Infeasible):
-            raise self._infeasible(found)
-        return found
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
         """Exact peak bytes of each stage of the rewritten program."""
-        return [memory.total_bytes for memory in self._stage_memory(self.plan(solution))]
+        return [peak.memory.total_bytes for peak in self._stage_peaks(self.plan(solution))]
 
-    def _stage_memory(self, plan: Plan) -> list[Any]:
-        return [peak.memory for peak in self._stage_peaks(plan)]
-
-    def _stage_peaks(self, plan: Plan) -> list[Any]:
+    def _stage_peaks(self, plan: Plan) -> list[StagePeak]:
         rounding = allocator_rounding(self.cluster.devices[0].kind)
         program = self.linked(plan).program
         return [stage_peak(s, program.pp, program.microbatches, program.schedule, rounding) for s in program.stages]
@@ -209,29 +214,37 @@ class Job:
         )
 
     def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:
-        plan = self.plan(found)
-        peaks = self._stage_peaks(plan)
-        totals = [p.memory.total_bytes for p in peaks]
-        needed = max(totals)
-        stage = totals.index(needed)
-        c = found.configuration
+        """The smallest cap that would do, with the plan that meets it."""
+
+        def attempt(cap_bytes: int) -> Solution | Infeasible:
+            return self.under(self.options.parallelism, cap_bytes)._searched()
+
+        least = self._stage_peaks(self.plan(found))
+        needed, best = smallest_cap(attempt, self.cap_bytes, max(peak.memory.total_bytes for peak in least))
+        c = best.configuration
         advice = (
-            f"raise memory_cap to {-(-needed // 2**20)} MiB (dp={c.dp} tp={c.tp} pp={c.pp} "
-            f"microbatch_size={c.microbatch_size}), use more devices, or a smaller batch or model"
+            f"raise memory_cap to that (for dp={c.dp} tp={c.tp} pp={c.pp} microbatch_size={c.microbatch_size}), "
+            "or use more devices, a smaller batch or a smaller model"
         )
+        return self._over_cap(self.cap_bytes, needed, self.plan(best), advice)
+
+    def _over_cap(self, cap_bytes: int, needed_bytes: int, plan: Plan, advice: str) -> InfeasiblePlanError:
+        """With the stage of the plan that binds, and what is largest there."""
+        peaks = self._stage_peaks(plan)
+        stage = max(range(plan.pp), key=lambda number: peaks[number].memory.total_bytes)
+        tensors = peaks[stage].largest()
         return InfeasiblePlanError(
-            cap_bytes=self.cap_bytes, needed_bytes=needed, stage=stage, tensors=peaks[stage].largest(), advice=advice
+            cap_bytes=cap_bytes, needed_bytes=needed_bytes, stage=stage, tensors=tensors, advice=advice
         )
 
     def _check(self, plan: Plan) -> None:
-        """A given plan must be for this model, cluster and batch."""
-        for field, expected, found in (
-            ("batch", self.batch, plan.batch),
-            ("model", fingerprint(self.traced.global_graph), plan.model),
-            ("cluster", self.cluster.fingerprint(), plan.cluster),
-        ):
-            if expected != found:
-                raise PlanMismatchError(field, expected, found)
+        """A given plan must be for this model, cluster and batch, and fit."""
+        check_plan(plan, self.space, self.options.parallelism)
+        cap = self.options.memory_cap_bytes
+        cap = plan.memory_cap_bytes if cap is None else cap
+        needed = max(peak.memory.total_bytes for peak in self._stage_peaks(plan))
+        if needed > cap:
+            raise self._over_cap(cap, needed, plan, "raise memory_cap to that, or drop the plan and search for another")
 
 
 def _analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
@@ -256,38 +269,10 @@ def _unpriced(model: ModelGraph) -> tuple[str, ...]:
     return tuple(f"{name} has no rule: replicated and priced by the bytes it moves" for name in names)
 
 
-def check_pins(pins: Parallelism, num_devices: int, batch: int, analysis: BatchAnalysis) -> None:
-    """Pins that cannot go together are refused before any search."""
-    degrees = {"dp": pins.dp, "tp": pins.tp, "pp": pins.pp}
-    given = {k: v for k, v in degrees.items() if v is not None}
-    product = 1
-    for value in given.values():
-        product *= value
-    text = " x ".join(f"{k}={v}" for k, v in given.items())
-    if (len(given) == 3 and product != num_devices) or num_devices % product:
-        raise ParallelismError(
-            f"{text} is {product} but the cluster has {num_devices} device(s): the degrees must multiply to that; "
-            "leave one of them None to let the planner fill it in"
-        )
-    if pins.placement is not None and sorted(pins.placement) != list(range(num_devices)):
-        raise ParallelismError(f"placement must name each of the devices 0..{num_devices - 1} once")
-    _check_microbatches(pins, batch, analysis)
-
-
-def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) -> None:
-    dp, size = pins.dp or 1, pins.microbatch_size or 1
-    if batch % (dp * size):
-        fits = [d for d in range(1, batch // dp + 1) if batch % (dp * d) == 0]
-        hint = f"microbatch_size can be {', '.join(map(str, fits[-6:]))}" if fits else f"dp must divide {batch}"
-        raise BatchError(f"a batch of {batch} does not divide into dp={dp} x microbatches of {size}; {hint}")
-    if analysis.reason is not None and (dp > 1 or size not in (1, batch) and pins.microbatch_size is not None):
-        raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
-
-
 def _stage_plan(local: LocalModel, stage: Any, tp: int) -> StagePlan:
     """Choices of a stage by the names of the very nodes they are for; on one shard nothing has to be said."""
     choices: dict[str, str] = {}
-    representatives = {}
+    representatives: dict[str, Segment] = {}
     for part in local.segments:
         representatives.setdefault(part.kind, part)
     for offset, assignment in enumerate(stage.assignments if tp > 1 else ()):
@@ -298,6 +283,3 @@ def _stage_plan(local: LocalModel, stage: Any, tp: int) -> StagePlan:
             if variable.startswith(_PREFIXES) and not is_inner_entry:
                 choices[rename(variable)] = label
     return StagePlan(stage.first, stage.last, choices)
-
-
-

@@ -92,11 +92,11 @@ class LaunchedRank:
         return [mine] * self.world_size if method == "step" else _from_all(mine)
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
-        digests = _from_all({name: _digest(tensor) for name, tensor in tensors.items()})
-        for rank, digest in enumerate(digests):
-            differing = sorted(name for name in digests[0] if digest.get(name) != digests[0][name])
+        first, *others = _from_all({name: _digest(tensor) for name, tensor in tensors.items()})
+        for rank, digests in enumerate(others, start=1):
+            differing = sorted(name for name in first if digests.get(name) != first[name])
             if differing:
-                raise ConfigError(f"rank {rank} was given another {what} than rank 0 ({differing[0]!r} differs); {advice}")
+                raise ConfigError(f"rank {rank} has another {what} than rank 0 ({differing[0]!r} differs); {advice}")
 
     def close(self) -> None:
         _LaunchedGroup.leave()

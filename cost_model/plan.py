@@ -6,10 +6,10 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError
+from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, UnknownNameError
 
 SCHEMA_VERSION = 1
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
@@ -51,7 +51,7 @@ class Parallelism:
             if value is not None and value not in known:
                 raise ParallelismError(f"{name} must be one of {', '.join(known)} or None, not {value!r}")
         if self.placement is not None:
-            object.__setattr__(self, "placement", tuple(int(d) for d in self.placement))
+            object.__setattr__(self, "placement", _device_tuple(self.placement))
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,29 @@ class Plan:
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        assert self.microbatch_size * self.microbatches * self.dp == self.batch
-        assert len(self.stages) == self.pp
-        assert len(self.placement) == self.dp * self.tp * self.pp
+        self._check_numbers()
+        ends = [0, *(stage.last_segment for stage in self.stages)]
+        joined = all(s.first_segment == e < s.last_segment for s, e in zip(self.stages, ends, strict=False))
+        if len(self.stages) != self.pp or ends[-1] != len(self.segment_labels) or not joined:
+            raise ConfigError(
+                f"a plan's {self.pp} stage(s) must cover its {len(self.segment_labels)} segment(s) in order, "
+                f"not {[(s.first_segment, s.last_segment) for s in self.stages]}"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("batch", "dp", "tp", "pp", "microbatch_size", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"a plan's {name} must be at least 1, not {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise UnknownNameError("schedule", self.schedule, SCHEDULES)
+        if self.microbatch_size * self.microbatches * self.dp != self.batch:
+            raise ConfigError(
+                f"a plan for a batch of {self.batch} cannot have dp={self.dp} replicas with {self.microbatches} "
+                f"microbatch(es) of {self.microbatch_size}: they must multiply to the batch"
+            )
+        count = self.dp * self.tp * self.pp
+        if len(self.placement) != count or any(device not in self.placement for device in range(count)):
+            raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
 
     def __str__(self) -> str:
         """The mesh, the microbatches and each stage's segments; the choices inside stages are left out."""
@@ -127,11 +147,18 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        raw = json.loads(text)
+        """Inverse of ``to_json``. Errors: PlanMismatchError for another version, ConfigError for what is no plan."""
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"not an autopar plan: {error}; {_WRITE_ONE}") from error
         if not isinstance(raw, dict) or "version" not in raw:
-            raise ConfigError("not an autopar plan: no 'version' field; write one with plan.save(path)")
+            raise ConfigError(f"not an autopar plan: no 'version' field; {_WRITE_ONE}")
         if raw["version"] != SCHEMA_VERSION:
             raise PlanMismatchError("version", SCHEMA_VERSION, raw["version"])
+        _check_fields(raw, Plan, "the plan")
+        for number, stage in enumerate(raw["stages"]):
+            _check_fields(stage, StagePlan, f"stage {number} of the plan")
         stages = tuple(StagePlan(**stage) for stage in raw.pop("stages"))
         labels, placement = tuple(raw.pop("segment_labels")), tuple(raw.pop("placement"))
         return Plan(**raw, stages=stages, segment_labels=labels, placement=placement)
@@ -141,7 +168,40 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+        """The plan of a file. Errors: PlanMismatchError for another version, ConfigError for what is no plan."""
+        try:
+            return Plan.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the plan {str(path)!r}: {error.strerror}; {_WRITE_ONE}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{str(path)!r}: not an autopar plan: {error}; {_WRITE_ONE}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{str(path)!r}: {error}") from error
+
+
+_WRITE_ONE = "write one with plan.save(path)"
+_JSON_TYPES = {"int": int, "str": str, "Mapping[str, str]": dict}
+
+
+def _check_fields(raw: object, kind: type[Plan] | type[StagePlan], what: str) -> None:
+    """ConfigError unless ``raw`` has the fields of ``kind`` and no others, each of its JSON type."""
+    types = {f.name: _JSON_TYPES.get(str(f.type), list) for f in fields(kind)}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{what} is {raw!r}, not an object with {', '.join(types)}; {_WRITE_ONE}")
+    wrong = [f"lacks {name!r}" for name in types if name not in raw]
+    wrong += [f"has the unknown field {name!r}" for name in raw if name not in types]
+    for name, expected in types.items():
+        if name in raw and (not isinstance(raw[name], expected) or isinstance(raw[name], bool)):
+            wrong.append(f"has {name} = {raw[name]!r}, which is no {expected.__name__}")
+    if wrong:
+        raise ConfigError(f"{what} {wrong[0]}; {_WRITE_ONE}")
+
+
+def _device_tuple(placement: object) -> tuple[int, ...]:
+    whole = isinstance(placement, Sequence) and not isinstance(placement, str)
+    if not whole or any(not isinstance(d, int) or isinstance(d, bool) for d in placement):  # type: ignore[attr-defined]
+        raise ParallelismError(f"placement must be a list of device numbers or None, not {placement!r}")
+    return tuple(placement)  # type: ignore[arg-type]
 
 
 def folded(labels: Sequence[str]) -> str:

@@ -95,7 +95,7 @@ def _scalar(loss: Any, source: str) -> torch.Tensor:
         found = f"{str(loss.dtype).removeprefix('torch.')}{list(loss.shape)}"
         raise ConfigError(
             f"{source} returns no scalar loss but a tensor {found}: reduce it to one floating-point number (.mean()), "
-            "or pass loss_fn(outputs, inputs) -> scalar"
+            "in the model or in loss_fn(outputs, inputs)"
         )
     return loss
 
@@ -116,9 +116,8 @@ def batch_spec(inputs: Any) -> BatchSpec:
     _check_leaves(inputs, paths, leaves)
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
     if not sizes or sizes[0] == 0:
-        raise BatchError(
-            f"inputs hold no {'samples' if sizes else 'tensor with a batch dim'}; dim 0 of the first tensor is the batch"
-        )
+        what = "samples" if sizes else "tensor with a batch dim"
+        raise BatchError(f"inputs hold no {what}; dim 0 of the first tensor is the batch")
     return BatchSpec(isinstance(inputs, dict), treespec, leaves, paths, int(sizes[0]))
 
 

@@ -1,0 +1,138 @@
+"""Checks of what a user asked for against the model and the cluster, before anything is searched or rewritten."""
+
+from __future__ import annotations
+
+import math
+
+from autopar.planner.space import LocalModel, ModelSpace, renaming
+from cost_model.cluster import Cluster
+from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
+from cost_model.plan import Parallelism, Plan, StagePlan
+from passes.batch import BatchAnalysis
+from passes.dependence import differentiable_nodes
+from passes.fingerprint import fingerprint
+from passes.graph import ModelGraph
+from passes.segment import Segment
+
+# --- The model
+
+
+def check_trains(model: ModelGraph, *, has_optimizer: bool) -> None:
+    """ConfigError where one device could not train the model either: no gradient reaches a parameter."""
+    if not any(item.kind == "parameter" for item in model.inputs):
+        raise ConfigError("the loss uses no parameter of the model: there is nothing to train or to shard")
+    trainable = [item for item in model.inputs if item.trainable]
+    if not trainable and has_optimizer:
+        raise ConfigError("the loss uses no parameter with requires_grad=True; unfreeze some, or pass optimizer=None")
+    if trainable and model.outputs[0] not in differentiable_nodes(model):
+        raise ConfigError(
+            f"no gradient flows from the loss to a parameter (to {trainable[0].target!r}, say): "
+            "compute the loss outside torch.no_grad() and without detach()"
+        )
+
+
+# --- Pins
+
+
+def check_pins(pins: Parallelism, num_devices: int, batch: int, analysis: BatchAnalysis) -> None:
+    """Pins that cannot go together are refused before any search. Errors: ParallelismError, BatchError."""
+    _check_degrees(pins, num_devices)
+    if pins.placement is not None and sorted(pins.placement) != list(range(num_devices)):
+        raise ParallelismError(
+            f"placement {pins.placement} must name each of the devices 0 to {num_devices - 1} once, "
+            "for each (stage, dp replica, tp shard) in that order"
+        )
+    _check_microbatches(pins, batch, analysis)
+
+
+def _check_degrees(pins: Parallelism, num_devices: int) -> None:
+    degrees = {"dp": pins.dp, "tp": pins.tp, "pp": pins.pp}
+    given = {name: degree for name, degree in degrees.items() if degree is not None}
+    product = math.prod(given.values())
+    text = " x ".join(f"{name}={degree}" for name, degree in given.items())
+    text = f"{text} is {product}, which" if len(given) > 1 else text
+    if len(given) == 3 and product != num_devices:
+        raise ParallelismError(
+            f"{text} is not the cluster's {num_devices} device(s); leave one degree None and the planner fills it in"
+        )
+    if num_devices % product:
+        raise ParallelismError(f"{text} does not divide the cluster's {num_devices} device(s); choose a divisor")
+
+
+def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) -> None:
+    dp, size = pins.dp or 1, pins.microbatch_size or 1
+    if analysis.reason is not None and (dp > 1 or pins.microbatch_size not in (None, batch)):
+        raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
+    if batch % dp:
+        raise BatchError(f"a batch of {batch} does not divide among dp={dp} replicas; change the batch or dp")
+    if (batch // dp) % size:
+        fits = [str(d) for d in range(1, batch // dp + 1) if batch // dp % d == 0]
+        share = f"the {batch // dp} samples of each of dp={dp} replicas" if dp > 1 else f"a batch of {batch}"
+        raise BatchError(
+            f"{share} cannot be cut into microbatches of {size}; microbatch_size can be {', '.join(fits[-6:])}"
+        )
+
+
+# --- A plan from elsewhere
+
+
+def check_plan(plan: Plan, space: ModelSpace, pins: Parallelism) -> None:
+    """Refuse a plan of another model, cluster or batch, one that pins contradict, or one edited beyond use.
+
+    Errors: PlanMismatchError, ParallelismError, ConfigError.
+    """
+    _check_origin(plan, space.traced.global_graph, space.cluster)
+    for name, pinned in vars(pins).items():
+        if pinned is not None and pinned != getattr(plan, name, pinned):
+            raise ParallelismError(
+                f"{name}={pinned} is pinned but the given plan has {name}={getattr(plan, name)}; drop one of them"
+            )
+    local = space.local_model(plan.microbatch_size)
+    if local is None:
+        raise PlanMismatchError("microbatch_size", "a size that the model allows", plan.microbatch_size)
+    labels = tuple(part.label for part in local.segments)
+    if labels != plan.segment_labels:
+        raise PlanMismatchError("segment_labels", labels, plan.segment_labels)
+    for number, stage in enumerate(plan.stages):
+        _check_choices(number, stage, local, _domains(plan, space, local, stage), space.sharded)
+
+
+def _check_origin(plan: Plan, model: ModelGraph, cluster: Cluster) -> None:
+    for field, expected, found in (
+        ("batch", model.batch, plan.batch),
+        ("model", fingerprint(model), plan.model),
+        ("number of devices", cluster.num_devices, plan.dp * plan.tp * plan.pp),
+        ("cluster", cluster.fingerprint(), plan.cluster),
+    ):
+        if expected != found:
+            raise PlanMismatchError(field, expected, found)
+
+
+def _domains(plan: Plan, space: ModelSpace, local: LocalModel, stage: StagePlan) -> dict[str, tuple[str, ...]]:
+    """Every choice that the planner has for a stage: variable -> labels."""
+    chain = space.chain(plan.dp, plan.tp, plan.microbatch_size)
+    assert chain is not None
+    representatives: dict[str, Segment] = {}
+    for part in local.segments:
+        representatives.setdefault(part.kind, part)
+    domains: dict[str, tuple[str, ...]] = {}
+    for index in range(stage.first_segment, stage.last_segment):
+        part = local.segments[index]
+        rename = renaming(representatives[part.kind], part)
+        known = chain.kinds[chain.sequence[index]].domains
+        domains.update({rename(variable): labels for variable, labels in known.items()})
+    return domains
+
+
+def _check_choices(
+    number: int, stage: StagePlan, local: LocalModel, domains: dict[str, tuple[str, ...]], sharded: bool
+) -> None:
+    for variable, label in stage.choices.items():
+        if variable not in domains:
+            raise ConfigError(f"the plan has a choice for {variable!r}, which stage {number} does not have; plan again")
+        if label not in domains[variable]:
+            why = "" if sharded else " (the optimizer is not elementwise, so parameters stay whole)"
+            raise ConfigError(
+                f"the plan's choice for {variable!r} is {label!r}, but it can be {', '.join(domains[variable])}{why}; "
+                "plan again"
+            )
