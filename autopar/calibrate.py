@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_worker import MESSAGE_KINDS, message_ranks
-from autopar.runtime.pool import _WORKER_ENVIRONMENT, WorkerPool
+from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import Cluster, cluster_names
 from cost_model.device import Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
@@ -81,7 +81,7 @@ def cache_path(num_devices: int) -> Path:
 
 def rank_environment() -> dict[str, str]:
     """What in the environment of local ranks changes how fast they are: threads and memory allocation."""
-    environment = {**os.environ, **_WORKER_ENVIRONMENT}
+    environment = {**os.environ, **WORKER_ENVIRONMENT}
     return {name: environment[name] for name in sorted(environment) if name.startswith(_SPEED_VARIABLES)}
 
 

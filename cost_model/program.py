@@ -18,7 +18,7 @@ class OpCost:
 
     kind: the row of a device file's efficiency table ("matmul", "attention", "elementwise", ...).
     flops: floating-point operations; nbytes: bytes read and written at least once.
-    gemm: (batch, m, n, k) where the op is a matrix multiplication.
+    gemm: (batch, m, n, k) of a matrix multiplication; (batch x heads, queries, keys, width) of fused attention.
     op: its name in the op table, where known; a measured device has rows of their own for some ops.
     """
 

@@ -30,6 +30,7 @@ from autopar.report import (
 )
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Parallelism, Plan, folded, split_number
+from cost_model.program import ParameterShard
 
 CLUSTER = autopar.Cluster.load("dgx2-v100-32gb", num_devices=4)
 
@@ -123,9 +124,25 @@ def test_plan_text_is_plain_and_narrow(pins: dict[str, int]) -> None:
     assert "4 x v100-sxm2-32gb (dgx2-v100-32gb)" in text
 
 
+PLACED = {"up.weight": "S(0)", "down.weight": "S(1)", "qkv.weight": "S(0,3)", "head.weight": "S(0)", "bias": "V"}
+
+
+def placed(found: Planned) -> Planned:
+    """The same plan with parameters placed by the ends of their names."""
+
+    def shard(given: ParameterShard) -> ParameterShard:
+        text = next((text for end, text in PLACED.items() if given.name.endswith(end)), "R")
+        return dataclasses.replace(given, placement=text)
+
+    program = found.linked.program
+    stages = [dataclasses.replace(s, parameters=tuple(map(shard, s.parameters))) for s in program.stages]
+    linked = dataclasses.replace(found.linked, program=dataclasses.replace(program, stages=tuple(stages)))
+    return dataclasses.replace(found, linked=linked)
+
+
 @MESHES
 def test_every_split_parameter_is_named(pins: dict[str, int]) -> None:
-    found = planned(**pins)
+    found = placed(planned(**pins))
     text = plan_text(found, CLUSTER)
     if found.plan.tp == 1:
         assert "Parameters on the tp axis" not in text
@@ -135,7 +152,8 @@ def test_every_split_parameter_is_named(pins: dict[str, int]) -> None:
     rows = rows_under(text, "Parameters on the tp axis")
     told = {name: row[1] for row in rows for name in unfolded(row[0])}
     split = {name: placement_text(parse_placement(text)) for name, text in shards.items() if text.startswith("S")}
-    assert split and {name: told.get(name) for name in split} == split
+    assert len(split) == 3 * 4 and {name: told.get(name) for name in split} == split
+    assert ["blocks.0..3.attention.qkv.weight", "split along dim 0, each of its 3 parts"] in [row[:2] for row in rows]
     others = sum(int(row[0].split()[0]) for row in rows if row[0].endswith("others"))
     assert others == len(shards) - len(split)
 

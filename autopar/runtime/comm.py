@@ -94,21 +94,24 @@ class Comm:
 
 def shard_of(x: Tensor, index: int, size: int, dim: int, outer: int) -> Tensor:
     """Shard ``index`` of ``size`` along ``dim`` seen as outer x n x inner; shape [..., extent / size, ...]."""
-    extent = x.shape[dim]
-    parts = x.unflatten(dim, (outer, size, extent // outer // size)).select(dim + 1, index)
-    return parts.flatten(dim, dim + 1)
+    return _viewed(x, dim, (outer, size, x.shape[dim] // outer // size)).select(dim + 1, index).flatten(dim, dim + 1)
+
+
+def _viewed(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """``x`` with one dim seen as several."""
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
 
 
 def _parts(x: Tensor, size: int, dim: int, outer: int) -> Tensor:
     """[size, ...shard shape], contiguous: every rank's shard in a row."""
-    inner = x.shape[dim] // outer // size
-    return x.unflatten(dim, (outer, size, inner)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
+    seen = _viewed(x, dim, (outer, size, x.shape[dim] // outer // size))
+    return seen.movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
 
 
 def _join(parts: Tensor, dim: int, outer: int, *, copy: bool) -> Tensor:
-    """Inverse of ``_parts``; contiguous, as programs are traced (around dims of size 1 ``flatten`` alone is a view)."""
-    inner = parts.shape[dim + 1] // outer
-    whole = parts.unflatten(dim + 1, (outer, inner)).movedim(0, dim + 1).flatten(dim, dim + 2).contiguous()
+    """Inverse of ``_parts``."""
+    seen = _viewed(parts, dim + 1, (outer, parts.shape[dim + 1] // outer))
+    whole = seen.movedim(0, dim + 1).flatten(dim, dim + 2)
     return whole.clone() if copy and whole.data_ptr() == parts.data_ptr() else whole
 
 

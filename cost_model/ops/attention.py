@@ -35,28 +35,28 @@ def _shape(query: TensorMeta, key: TensorMeta, value: TensorMeta) -> _Shape:
     return _Shape(math.prod(batches), t, key.shape[-2], d, value.shape[-1])
 
 
-def _cost(call: OpCall, kind: str, flops: float, nbytes: float) -> OpCost:
-    """A causal kernel skips half of the scores."""
+def _cost(call: OpCall, kind: str, shape: _Shape, nbytes: float) -> OpCost:
+    """A causal kernel skips half of the scores; how much of it a device really skips depends on the shape."""
     causal = 0.5 if call.args.get("is_causal") else 1.0
-    return OpCost(kind, causal * flops, nbytes, call.inputs[0].dtype)
+    more = BACKWARD_OVER_FORWARD if kind == "attention_backward" else 1.0
+    gemm = (shape.batches, shape.t, shape.s, shape.d)
+    return OpCost(kind, causal * more * shape.flops, nbytes, call.inputs[0].dtype, gemm)
 
 
 def _price(call: OpCall) -> OpCost:
-    return _cost(call, "attention", _shape(*call.inputs[:3]).flops, float(bytes_moved(call)))
+    return _cost(call, "attention", _shape(*call.inputs[:3]), float(bytes_moved(call)))
 
 
 def _planned_backward(call: OpCall) -> tuple[OpCost, ...]:
     """Reads q, k, v, out, its gradient and the mask; writes three gradients."""
     query, key, value, *mask = call.inputs
     moved = [query, key, value] * 2 + [call.outputs[0]] * 2 + mask
-    flops = BACKWARD_OVER_FORWARD * _shape(query, key, value).flops
-    return (_cost(call, "attention_backward", flops, sweep("attention_backward", *moved).nbytes),)
+    return (_cost(call, "attention_backward", _shape(query, key, value), sweep("attention_backward", *moved).nbytes),)
 
 
 def _traced_backward(call: OpCall) -> OpCost:
     """The outputs are the gradients of query, key and value, in this order and of their shapes."""
-    flops = BACKWARD_OVER_FORWARD * _shape(*call.outputs[:3]).flops
-    return _cost(call, "attention_backward", flops, float(bytes_moved(call)))
+    return _cost(call, "attention_backward", _shape(*call.outputs[:3]), float(bytes_moved(call)))
 
 
 def _leading(rank: int) -> list[str]:

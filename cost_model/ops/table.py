@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cost_model.factors import FactorMap
 from cost_model.program import OpCost
@@ -139,6 +139,7 @@ def price_of(call: OpCall) -> OpCost | None:
     """Work of a call; ops without an entry are priced by the bytes they move, never zero."""
     entry = entry_of(call.op)
     if entry is not None:
-        return entry.price(call)
+        cost = entry.price(call)
+        return None if cost is None else replace(cost, op=call.op)
     dtype = next((m.dtype for m in (*call.outputs, *call.inputs)), "float32")
     return OpCost(kind="other", flops=0.0, nbytes=float(bytes_moved(call)), dtype=dtype)
