@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autopar.executable import Executable
-from autopar.options import OptimizerFactory, Options
+from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
 from cost_model.plan import Parallelism, Plan, Precision
-
-_ADAMW = functools.partial(torch.optim.AdamW, lr=3e-4)
-
 
 def compile(
     model: nn.Module,
@@ -25,7 +20,7 @@ def compile(
     inputs: Any = None,
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    optimizer: OptimizerFactory | None = _ADAMW,
+    optimizer: OptimizerFactory | None = DEFAULT_OPTIMIZER,
     parallelism: Parallelism | None = None,
     memory_cap: str | int | None = None,
     precision: Precision | None = None,
@@ -52,7 +47,7 @@ def estimate(
     inputs: Any,
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    optimizer: OptimizerFactory | None = _ADAMW,
+    optimizer: OptimizerFactory | None = DEFAULT_OPTIMIZER,
     parallelism: Parallelism | None = None,
     memory_cap: str | int | None = None,
     precision: Precision | None = None,

@@ -10,8 +10,7 @@ from typing import Any
 from rich.console import Group
 from torch import Tensor, nn
 
-from autopar.api import estimate as _estimate
-from autopar.options import OptimizerFactory, Options
+from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options
 from autopar.planning import Job
 from autopar.report import bytes_text, cluster_text, make_table, mesh_text, percent_text, render, seconds_text
 from cost_model.cluster import Cluster
@@ -20,7 +19,6 @@ from cost_model.estimate import Estimate
 from cost_model.plan import Parallelism, Plan
 
 NO_CAP_BYTES = 2**60
-_OPTIMIZER: OptimizerFactory = (_estimate.__kwdefaults__ or {})["optimizer"]
 AUTOMATIC, UNLIMITED, CHOSEN = "automatic", "without a memory cap", "as asked"
 _NOTICEABLE = 0.0005  # half of the last digit shown
 _CAUSES = {
@@ -115,7 +113,7 @@ def explain(
     inputs: Any,
     *,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
-    optimizer: OptimizerFactory | None = _OPTIMIZER,
+    optimizer: OptimizerFactory | None = DEFAULT_OPTIMIZER,
     parallelism: Parallelism | None = None,
     memory_cap: str | int | None = None,
     plan: Plan | None = None,

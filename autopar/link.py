@@ -11,14 +11,15 @@ from autopar.runtime.optim import OptimizerSpec
 from cost_model.plan import Plan
 from cost_model.program import Collective, ParameterShard, Program, StageProgram, StepWork, Value
 from cost_model.schedule import check_schedule, stage_schedule
-from cost_model.tensor import DTYPE_BYTES
+from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes.batch import BatchAnalysis
 from passes.cut import cut_stage, prologue
-from passes.graph import GraphInput
+from passes.graph import GraphInput, ModelGraph
 from passes.schedule_code import Reduction, render_prologue, render_step
 from passes.segment import Segment, segment
 from passes.specialise import specialise
 from passes.stage import StageCode, build_stage, parameter_shards
+from passes.stitch import Templates
 from passes.trace import Traced
 from passes.verify import verify_cuts, verify_emitted
 
@@ -64,43 +65,59 @@ class Linked:
         return _rank_source(self, rank, stage, dp, tp)
 
 
-def link(
-    traced: Traced, analysis: BatchAnalysis, plan: Plan, optimizer: OptimizerSpec | None, device_kind: str
-) -> Linked:
-    """Rewrite every stage of a plan; ``device_kind``: "cpu" or "cuda", where the optimizer runs."""
-    model = specialise(traced, plan.microbatch_size)
-    segments = segment(model)
-    codes = tuple(
-        _stage_code(model, segments, analysis, plan, index, traced.global_graph.batch) for index in range(plan.pp)
-    )
-    tied = _tied(codes)
-    stages = tuple(_link_stage(traced, code, plan, tied) for code in codes)
-    program = Program(
-        dp=plan.dp,
-        tp=plan.tp,
-        pp=plan.pp,
-        microbatches=plan.microbatches,
-        schedule=plan.schedule,
-        stages=tuple(_stage_program(traced, s, i, plan, _optimizer_price(optimizer, s.shards, device_kind)) for i, s in enumerate(stages)),
-        devices=device_map(plan),
-    )
-    check_schedule([stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)], plan.microbatches)
-    verify_cuts(codes)
-    return Linked(traced, plan, stages, program)
+class Linker:
+    """Rewrites plans of one model; traces of equal segments and optimizer prices are kept between plans.
+
+    device_kind: "cpu" or "cuda", where the optimizer runs.
+    """
+
+    def __init__(
+        self, traced: Traced, analysis: BatchAnalysis, optimizer: OptimizerSpec | None, device_kind: str
+    ) -> None:
+        self.traced, self.analysis = traced, analysis
+        self.optimizer, self.device_kind = optimizer, device_kind
+        self._templates: Templates = {}
+        self._prices: dict[tuple[tuple[str, TensorMeta], ...], OptimizerPrice] = {}
+
+    def link(self, plan: Plan) -> Linked:
+        """The whole program of a plan; VerificationError where its stages do not fit together."""
+        model = specialise(self.traced, plan.microbatch_size)
+        segments = segment(model)
+        codes = tuple(self._code(model, segments, plan, index) for index in range(plan.pp))
+        verify_cuts(codes)
+        tied = _tied(codes)
+        stages = tuple(_link_stage(self.traced, code, plan, tied) for code in codes)
+        schedules = [stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)]
+        check_schedule(schedules, plan.microbatches)
+        program = Program(
+            dp=plan.dp,
+            tp=plan.tp,
+            pp=plan.pp,
+            microbatches=plan.microbatches,
+            schedule=plan.schedule,
+            stages=tuple(_stage_program(self.traced, s, i, plan, self._price(s)) for i, s in enumerate(stages)),
+            devices=device_map(plan),
+        )
+        return Linked(self.traced, plan, stages, program)
+
+    def _code(self, model: ModelGraph, segments: tuple[Segment, ...], plan: Plan, index: int) -> StageCode:
+        stage, whole = plan.stages[index], self.traced.global_graph.batch
+        cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole)
+        return build_stage(cut, stage.choices, plan.tp, self._templates, last=index == plan.pp - 1)
+
+    def _price(self, stage: LinkedStage) -> OptimizerPrice:
+        trainable = tuple((s.name, s.meta) for s in stage.shards if s.trainable)
+        if self.optimizer is None or not trainable:
+            return OptimizerPrice((), 0, 0)
+        if trainable not in self._prices:
+            self._prices[trainable] = price_optimizer(self.optimizer, dict(trainable), device=self.device_kind)
+        return self._prices[trainable]
 
 
 def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
     """(stage, dp replica, tp shard) -> device."""
     cells = [(s, d, t) for s in range(plan.pp) for d in range(plan.dp) for t in range(plan.tp)]
     return dict(zip(cells, plan.placement, strict=True))
-
-
-def _stage_code(
-    model: object, segments: tuple[Segment, ...], analysis: BatchAnalysis, plan: Plan, index: int, global_batch: int
-) -> StageCode:
-    stage = plan.stages[index]
-    cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, analysis, global_batch)  # type: ignore[arg-type]
-    return build_stage(cut, stage.choices, plan.tp, last=index == plan.pp - 1)
 
 
 def _tied(codes: tuple[StageCode, ...]) -> dict[str, str]:
@@ -128,7 +145,8 @@ def _gradient_layout(
     """Flat buffers by dtype; within each, runs of one reduction axis, in the order backward finishes gradients."""
     order = {name: k for k, name in enumerate(code.gradients)}
     trainable = sorted(
-        (s for s in shards if s.trainable), key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name])
+        (s for s in shards if s.trainable),
+        key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
     )
     layout: dict[str, list[str]] = {}
     offsets: dict[str, int] = {}
@@ -147,9 +165,7 @@ def _gradient_layout(
     return tuple((d, tuple(n)) for d, n in layout.items()), reductions
 
 
-def _stage_program(
-    traced: Traced, stage: LinkedStage, index: int, plan: Plan, price: OptimizerPrice
-) -> StageProgram:
+def _stage_program(traced: Traced, stage: LinkedStage, index: int, plan: Plan, price: OptimizerPrice) -> StageProgram:
     code = stage.code
     collectives = [
         Collective("all_reduce", r.axis, (r.stop - r.start) * DTYPE_BYTES[r.dtype]) for r in stage.reductions
@@ -168,15 +184,6 @@ def _stage_program(
         persistent=_persistent(traced, stage),
         step=StepWork(tuple(collectives), price.costs, price.state_bytes, price.workspace_bytes),
     )
-
-
-def _optimizer_price(
-    optimizer: OptimizerSpec | None, shards: tuple[ParameterShard, ...], device_kind: str
-) -> OptimizerPrice:
-    trainable = {s.name: s.meta for s in shards if s.trainable}
-    if optimizer is None or not trainable:
-        return OptimizerPrice((), 0, 0)
-    return price_optimizer(optimizer, trainable, device=device_kind)
 
 
 def _persistent(traced: Traced, stage: LinkedStage) -> tuple[Value, ...]:
@@ -199,7 +206,9 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
     )
     body = linked_stage.code.source.split('"""', 2)[2]
     extra = "".join(
-        f"{short} = {full}\n" for short, full in sorted(linked_stage.prologue_ops.items()) if f"\n{short} = " not in body
+        f"{short} = {full}\n"
+        for short, full in sorted(linked_stage.prologue_ops.items())
+        if f"\n{short} = " not in body
     )
     body = body.replace("import torch\n\n", f"import torch\n\n{extra}", 1)
     return f"{header}{body}\n\n{linked_stage.prologue_source}\n\n\n{step}\n"

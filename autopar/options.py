@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from cost_model.plan import Parallelism, Plan, Precision
 from cost_model.units import parse_bytes
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.AdamW, lr=3e-4)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_trains
-from autopar.link import Linked, link
+from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
 from autopar.planner.search import Infeasible, Pins, Solution, search
@@ -101,6 +102,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
+        self._linker = Linker(self.traced, self.analysis, self.optimizer, self.cluster.devices[0].kind)
 
     @staticmethod
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
@@ -127,7 +129,7 @@ class Job:
         """The given plan, checked, or the search's."""
         if self.options.plan is not None:
             self._check(self.options.plan)
-            return Decision(self.options.plan, time.perf_counter() - start, 0.0, ("the plan was given, not searched",))
+            return Decision(self.options.plan, time.perf_counter() - start, math.inf, ("the plan was given, not searched",))
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
         solution = self._search()
         return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
@@ -145,23 +147,24 @@ class Job:
         return job
 
     def linked(self, plan: Plan) -> Linked:
-        """The program of a plan, rewritten once."""
-        if plan not in self._linked:
-            self._linked[plan] = link(self.traced, self.analysis, plan, self.optimizer, self.cluster.devices[0].kind)
-        return self._linked[plan]
+        """The program of a plan, rewritten once whatever the cap it was found under."""
+        key = replace(plan, memory_cap_bytes=0)
+        if key not in self._linked:
+            self._linked[key] = self._linker.link(plan)
+        return self._linked[key]
 
     @cached_property
     def space(self) -> ModelSpace:
-        """What the search asks; priced once."""
-        price = OptimizerPrice((), 0, 0)
-        if self.optimizer is not None and self.parameters:
-            price = price_optimizer(self.optimizer, self.parameters, device=self.cluster.devices[0].kind)
-        total = sum(m.nbytes for m in self.parameters.values())
-        factory = self.options.optimizer
-        sharded = factory is None or is_elementwise(factory)
+        """What the search asks; the optimizer is priced once, on one parameter of each shape."""
+        price, sample = OptimizerPrice((), 0, 0), {m: n for n, m in reversed(self.parameters.items())}
+        if self.optimizer is not None and sample:
+            one_of_each = {n: self.parameters[n] for n in reversed(sample.values())}
+            price = price_optimizer(self.optimizer, one_of_each, device=self.cluster.devices[0].kind)
+        priced_bytes = sum(m.nbytes for m in sample)
+        sharded = self.optimizer is None or is_elementwise(self.optimizer)
         if not sharded:
             self.notes = (*self.notes, "the optimizer is not elementwise: parameters are not split along tp")
-        return ModelSpace(self.traced, self.analysis, self.cluster, price, max(total, 1), sharded=sharded)
+        return ModelSpace(self.traced, self.analysis, self.cluster, price, max(priced_bytes, 1), sharded=sharded)
 
     def _search(self) -> Solution:
         found = self._searched()
@@ -226,15 +229,22 @@ class Job:
             f"raise memory_cap to that (for dp={c.dp} tp={c.tp} pp={c.pp} microbatch_size={c.microbatch_size}), "
             "or use more devices, a smaller batch or a smaller model"
         )
-        return self._over_cap(self.cap_bytes, needed, self.plan(best), advice)
+        return self._over_cap(self.cap_bytes, needed, self.plan(best), advice, "no plan fits")
 
-    def _over_cap(self, cap_bytes: int, needed_bytes: int, plan: Plan, advice: str) -> InfeasiblePlanError:
+    def _over_cap(
+        self, cap_bytes: int, needed_bytes: int, plan: Plan, advice: str, subject: str
+    ) -> InfeasiblePlanError:
         """With the stage of the plan that binds, and what is largest there."""
         peaks = self._stage_peaks(plan)
         stage = max(range(plan.pp), key=lambda number: peaks[number].memory.total_bytes)
         tensors = peaks[stage].largest()
         return InfeasiblePlanError(
-            cap_bytes=cap_bytes, needed_bytes=needed_bytes, stage=stage, tensors=tensors, advice=advice
+            cap_bytes=cap_bytes,
+            needed_bytes=needed_bytes,
+            stage=stage,
+            tensors=tensors,
+            advice=advice,
+            subject=subject,
         )
 
     def _check(self, plan: Plan) -> None:
@@ -244,7 +254,8 @@ class Job:
         cap = plan.memory_cap_bytes if cap is None else cap
         needed = max(peak.memory.total_bytes for peak in self._stage_peaks(plan))
         if needed > cap:
-            raise self._over_cap(cap, needed, plan, "raise memory_cap to that, or drop the plan and search for another")
+            advice = "raise memory_cap to that, or leave the plan out and let the planner search"
+            raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")
 
 
 def _analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:

@@ -96,19 +96,26 @@ class BatchError(AutoparError, ValueError):
 
 
 class InfeasiblePlanError(AutoparError):
-    """No plan fits under the cap.
+    """No plan fits under the cap, or the given plan does not (``subject`` says which).
 
-    Attributes: cap_bytes, needed_bytes (the smallest cap that would do), stage (that binds),
-    tensors (largest first, (name, bytes)).
+    Attributes: cap_bytes, needed_bytes (the smallest cap that would do: one that was tried, while 4 % less was not
+    enough), stage (that binds), tensors (largest first, (name, bytes)).
     """
 
     def __init__(
-        self, *, cap_bytes: int, needed_bytes: int, stage: int, tensors: tuple[tuple[str, int], ...], advice: str
+        self,
+        *,
+        cap_bytes: int,
+        needed_bytes: int,
+        stage: int,
+        tensors: tuple[tuple[str, int], ...],
+        advice: str,
+        subject: str = "no plan fits",
     ) -> None:
         self.cap_bytes, self.needed_bytes, self.stage, self.tensors = cap_bytes, needed_bytes, stage, tensors
         listed = ", ".join(f"{name} {_size(size)}" for name, size in tensors)
         super().__init__(
-            f"no plan fits under {_size(cap_bytes)} per device; the smallest cap that would do is "
+            f"{subject} under {_size(cap_bytes)} per device; the smallest cap that would do is "
             f"{_size(needed_bytes)} (stage {stage} binds: {listed}). Next: {advice}"
         )
 

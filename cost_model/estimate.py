@@ -75,18 +75,14 @@ class TimeBreakdown:
     @property
     def total_s(self) -> float:
         return (
-            self.compute_s
-            + self.communication_s
-            + self.bubble_s
-            + self.reduction_s
-            + self.optimizer_s
-            + self.other_s
+            self.compute_s + self.communication_s + self.bubble_s + self.reduction_s + self.optimizer_s + self.other_s
         )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """gap: relative distance of the plan's price from a proven lower bound (0 where proven optimal)."""
+    """gap: relative distance of the plan's price from a proven lower bound; 0 where proven optimal, infinite where
+    nothing was searched."""
 
     step_time_s: float
     peak_bytes: int

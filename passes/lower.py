@@ -65,9 +65,7 @@ class Storages:
         self._names[storage_of(target)] = self.of(source)
 
 
-def lower(
-    graph: fx.Graph, name: str, owned: frozenset[str], returned: tuple[str, ...], storages: Storages
-) -> Function:
+def lower(graph: fx.Graph, name: str, owned: frozenset[str], returned: tuple[str, ...], storages: Storages) -> Function:
     """``owned``: inputs handed over, which the function may free; ``returned``: values the function returns."""
     return _Lower(graph, name, owned, returned, storages).run()
 
@@ -112,7 +110,9 @@ class _Lower:
         values = tuple(self._value(n) for n in self.inputs)
         block = Block(self.name, values, tuple(line.instruction for line in lines), self.returned)
         names = tuple(n.name for n in self.inputs)
-        return Function(self.name, names, tuple(n for n in names if n in self.owned), tuple(lines), self.returned, block)
+        return Function(
+            self.name, names, tuple(n for n in names if n in self.owned), tuple(lines), self.returned, block
+        )
 
     # --- storages
 
@@ -187,7 +187,9 @@ class _Lower:
         if not isinstance(value, tuple | list):
             return 0
         kept = {v.args[1] for v in variables}
-        return sum(v.untyped_storage().nbytes() for i, v in enumerate(value) if isinstance(v, torch.Tensor) and i not in kept)
+        return sum(
+            v.untyped_storage().nbytes() for i, v in enumerate(value) if isinstance(v, torch.Tensor) and i not in kept
+        )
 
     def _reduces_in_place(self, index: int, node: fx.Node) -> bool:
         """An all_reduce whose operand is its own contiguous storage that dies here."""

@@ -65,7 +65,11 @@ def _piece(model: ModelGraph, of: dict[fx.Node, int], segment: int, last: bool) 
         mapped[operand] = built.placeholder(operand.name, model.metas[operand.name])
     for node in own:
         mapped[node] = built.copy(node, mapped, model.metas[node.name])
-    exits = [n for n in own if n.name in model.outputs] if last else [n for n in own if any(of[u] != segment for u in n.users if u in of)]
+    exits = (
+        [n for n in own if n.name in model.outputs]
+        if last
+        else [n for n in own if any(of[u] != segment for u in n.users if u in of)]
+    )
     built.graph.output((mapped[exits[0]],))
     return ModelGraph(built.graph, built.metas, tuple(inputs), (mapped[exits[0]].name,), model.batch)
 

@@ -13,36 +13,39 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from passes.graph import ModelGraph, torch_dtype
 from passes.joint import JointGraph, trace_joint, trace_values
 from passes.lower import label_of
-from passes.pieces import cut_pieces, piece_key
+from passes.pieces import AMBIENT, cut_pieces, piece_key, segment_of
 from passes.storage import renamed, storage_of
 from passes.vocabulary import forward_end
 
 aten = torch.ops.aten
 
 
-def stage_joint(model: ModelGraph, *, last: bool) -> JointGraph:
-    """The joint graph of a stage; ``last``: its output is the loss."""
-    return _Stitch(model, last).run()
+Templates = dict[str, tuple[JointGraph, list[str]]]
+"""Traces of pieces by key, with the labels of the piece that was traced; never changed once made."""
+
+
+def stage_joint(model: ModelGraph, templates: Templates, *, last: bool) -> JointGraph:
+    """The joint graph of a stage; ``last``: its output is the loss. New traces are added to ``templates``."""
+    return _Stitch(model, templates, last).run()
 
 
 @dataclass(frozen=True)
 class _Laid:
-    """A piece in the stage's graph: its trace, the stage's node for each node of the trace, its entry's node."""
+    """A piece in the stage's graph: its trace, the stage's node for each node of the trace, what its storages are bound to."""
 
     piece: ModelGraph
     joint: JointGraph
     mapped: dict[fx.Node, fx.Node]
     bound: dict[Hashable, Hashable]
     labels: dict[str, str]
-    number: int
+    segment: int
 
 
 class _Stitch:
-    def __init__(self, model: ModelGraph, last: bool) -> None:
-        self.model, self.last = model, last
+    def __init__(self, model: ModelGraph, templates: Templates, last: bool) -> None:
+        self.model, self.templates, self.last = model, templates, last
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
-        self.templates: dict[str, tuple[JointGraph, list[str]]] = {}
         self.gradients: dict[str, fx.Node | None] = {
             i.node: None for i in model.inputs if i.trainable or i.kind == "activation"
         }
@@ -53,8 +56,8 @@ class _Stitch:
         if pieces.ambient is not None:
             self._lay_ambient(pieces.ambient)
         laid = []
-        for number, piece in enumerate(pieces.chain):
-            laid.append(self._lay_forward(piece, number, number == len(pieces.chain) - 1))
+        for piece in pieces.chain:
+            laid.append(self._lay_forward(piece, piece is pieces.chain[-1]))
         output = self.nodes[pieces.chain[-1].outputs[0]]
         mark = self.graph.call_function(forward_end, (output,))
         self._lay_backwards(laid, grad_in)
@@ -91,7 +94,7 @@ class _Stitch:
             self._bind(node, self.nodes[item.node], mapped, bound)
         for node in graph.nodes:
             if node.op == "call_function":
-                mapped[node] = self._copy(node, mapped, bound, "ambient", {})
+                mapped[node] = self._copy(node, mapped, bound, AMBIENT, {})
         by_name = {n.name: n for n in graph.nodes}
         for name, result in zip(ambient.outputs, results, strict=True):
             self.nodes[name] = mapped[by_name[result]]
@@ -108,14 +111,15 @@ class _Stitch:
         node: fx.Node,
         mapped: dict[fx.Node, fx.Node],
         bound: dict[Hashable, Hashable],
-        owner: str,
+        segment: int,
         labels: dict[str, str],
     ) -> fx.Node:
         made = self.graph.node_copy(node, lambda n: mapped[n])
         made.meta = dict(node.meta)
-        made.meta["storage"] = renamed(node.meta["storage"], lambda s: bound.get(s, (owner, s)))
+        made.meta["storage"] = renamed(node.meta["storage"], lambda s: bound.get(s, (f"segment {segment}", s)))
         label = label_of(node)
         made.meta["label"] = labels.get(label, label)
+        made.meta["segment"] = segment
         return made
 
     def _template(self, piece: ModelGraph, last: bool) -> tuple[JointGraph, list[str]]:
@@ -126,11 +130,11 @@ class _Stitch:
             self.templates[key] = (trace_joint(piece, last=last), labels)
         return self.templates[key]
 
-    def _lay_forward(self, piece: ModelGraph, number: int, final: bool) -> _Laid:
+    def _lay_forward(self, piece: ModelGraph, final: bool) -> _Laid:
         joint, traced_labels = self._template(piece, final and self.last)
         own_labels = [label_of(n) for n in piece.nodes()]
         labels = dict(zip(traced_labels, own_labels, strict=True))
-        laid = _Laid(piece, joint, {}, {}, labels, number)
+        laid = _Laid(piece, joint, {}, {}, labels, segment_of(piece.nodes()[0]))
         by_name = {n.name: n for n in joint.graph.nodes}
         for name, item in zip(joint.inputs, piece.inputs, strict=True):
             actual = self._contiguous(self.nodes[item.node]) if item.kind == "activation" else self.nodes[item.node]
@@ -139,7 +143,7 @@ class _Stitch:
             if node.name == joint.mark:
                 break
             if node.op == "call_function":
-                laid.mapped[node] = self._copy(node, laid.mapped, laid.bound, f"piece{number}", labels)
+                laid.mapped[node] = self._copy(node, laid.mapped, laid.bound, laid.segment, labels)
         self.nodes[piece.outputs[0]] = laid.mapped[by_name[joint.output]]
         return laid
 
@@ -159,7 +163,7 @@ class _Stitch:
         after = False
         for node in joint.graph.nodes:
             if after and node.op == "call_function":
-                part.mapped[node] = self._copy(node, part.mapped, part.bound, f"piece{part.number}", part.labels)
+                part.mapped[node] = self._copy(node, part.mapped, part.bound, part.segment, part.labels)
             after = after or node.name == joint.mark
         entry = None
         for name, item in zip(joint.inputs, part.piece.inputs, strict=True):

@@ -34,7 +34,8 @@ def conversion_kinds(source: Placement, target: Placement) -> tuple[str, ...] | 
 class MeshPrices:
     """Seconds and bytes on a (dp, tp) mesh of a cluster whose ranks are laid out tp innermost.
 
-    optimizer: the whole model's price, from which rates per byte are taken; parameter_bytes: what it was taken on.
+    optimizer: the price of one parameter of each shape, from which rates per byte are taken; parameter_bytes: theirs;
+    reduced_bytes: of all parameters, whose gradients are reduced in a few large messages.
     """
 
     cluster: Cluster
@@ -42,6 +43,7 @@ class MeshPrices:
     tp: int
     optimizer: OptimizerPrice
     parameter_bytes: int
+    reduced_bytes: int
 
     @cached_property
     def tp_group(self) -> tuple[int, ...]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from autopar.planner.search import Infeasible, Solution
 
-TOLERANCE = 0.02
+TOLERANCE = 0.04
 
 
 def smallest_cap(
     attempt: Callable[[int], Solution | Infeasible], too_small_bytes: int, likely_bytes: int
 ) -> tuple[int, Solution]:
-    """A cap that a search met, with its plan, while one lower by ``TOLERANCE`` was tried in vain.
+    """A cap that a search met, with its plan, while one lower by at most ``TOLERANCE`` was tried in vain.
 
     attempt: searches under a cap; too_small_bytes: a cap that is known not to do; likely_bytes: one that may.
     Bounds are no help: what a plan needs is exact only once its program is rewritten, and searches do that.
@@ -20,12 +20,11 @@ def smallest_cap(
     low, high = too_small_bytes, max(likely_bytes, too_small_bytes + 1)
     while isinstance(best := attempt(high), Infeasible):
         low, high = high, high + max(1, high // 8)
-    stride = TOLERANCE
     while high - low > max(1.0, TOLERANCE * high):
-        probe = max(high - int(stride * high), (low + high) // 2)
-        found = attempt(probe)
+        middle = (low + high) // 2
+        found = attempt(middle)
         if isinstance(found, Infeasible):
-            low = probe
+            low = middle
         else:
-            best, high, stride = found, probe, 2 * stride
+            high, best = middle, found
     return high, best

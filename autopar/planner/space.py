@@ -110,7 +110,7 @@ class ModelSpace:
         return self._chains[key]
 
     def _chain(self, local: LocalModel, dp: int, tp: int) -> Chain:
-        prices = MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes)
+        prices = MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes())
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
         for index, part in enumerate(local.segments):
@@ -130,6 +130,10 @@ class ModelSpace:
 
         sequence = tuple(kinds[part.kind] for part in local.segments)
         return Chain(tuple(graphs), sequence, cut_s, lambda first, last: inputs)
+
+    def _reduced_bytes(self) -> int:
+        whole = self.traced.global_graph
+        return max(1, sum(whole.tensor(i.node).nbytes for i in whole.inputs if i.trainable))
 
     def _input_bytes(self) -> int:
         """Smallest batch input: every stage may need none but one of them; the rest is found exactly later."""

@@ -109,9 +109,9 @@ def _parts(x: Tensor, size: int, dim: int, outer: int) -> Tensor:
 
 
 def _join(parts: Tensor, dim: int, outer: int, *, copy: bool) -> Tensor:
-    """Inverse of ``_parts``."""
+    """Inverse of ``_parts``; contiguous, as programs are traced (around dims of size 1 ``flatten`` alone is a view)."""
     seen = _viewed(parts, dim + 1, (outer, parts.shape[dim + 1] // outer))
-    whole = seen.movedim(0, dim + 1).flatten(dim, dim + 2)
+    whole = seen.movedim(0, dim + 1).flatten(dim, dim + 2).contiguous()
     return whole.clone() if copy and whole.data_ptr() == parts.data_ptr() else whole
 
 

@@ -37,6 +37,12 @@ def _exchange_price(call: OpCall) -> OpCost | None:
     return sweep("copy", *packed, *unpacked) if packed or unpacked else None
 
 
+def _accumulate_price(call: OpCall) -> OpCost:
+    """Reads the gradient and its buffer, writes the buffer."""
+    return sweep("elementwise", *call.inputs, *call.inputs, *call.inputs)
+
+
+register_priced("autopar.accumulate.default", _accumulate_price)
 register_priced("autopar.all_reduce.default autopar.forward_end.default", unpriced)
 register_priced("autopar.all_gather.default", _gather_price)
 register_priced("autopar.reduce_scatter.default", _scatter_price)

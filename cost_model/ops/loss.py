@@ -22,7 +22,12 @@ def _cross_entropy_factors(call: OpCall) -> FactorMap:
     """Samples are summed; classes may be split inside (all_reduces of a number a row), unless labels are smoothed."""
     smoothed = bool(call.args.get("label_smoothing"))
     return parse_map(
-        "n v, n -> ", call.inputs, call.outputs, inside="" if smoothed else "v", whole="v" if smoothed else "", ordered="v"
+        "n v, n -> ",
+        call.inputs,
+        call.outputs,
+        inside="" if smoothed else "v",
+        whole="v" if smoothed else "",
+        ordered="v",
     )
 
 
