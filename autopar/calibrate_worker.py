@@ -167,7 +167,7 @@ def _copies(nbytes: float) -> int:
 
 
 def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
-    """Wall seconds of one call: the best of a few rounds, each started together, since waiting only ever adds."""
+    """Wall seconds of one call: the median of a few rounds, each started together."""
     samples = []
     for _ in range(_MESSAGE_ROUNDS):
         dist.barrier(group)
@@ -175,7 +175,7 @@ def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
         for _ in range(repeats):
             call()
         samples.append((time.perf_counter() - start) / repeats)
-    return min(samples)
+    return statistics.median(samples)
 
 
 def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup) -> tuple[Call, int]:

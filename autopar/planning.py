@@ -35,7 +35,6 @@ from passes.constant import check_constant
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
 from passes.segment import Segment
-from passes.specialise import specialise
 from passes.trace import Traced, trace
 
 _PREFIXES = ("op:", "input:", "form:")
@@ -260,12 +259,8 @@ class Job:
 
 def _analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
     """How the batch splits, with what was assumed about ambient values checked."""
-    analysis = analyse_batch(traced.global_graph)
-    notes: tuple[str, ...] = ()
-    if analysis.constant and traced.other is not None:
-        values = {**dict(model.named_buffers()), **traced.constants}
-        small = traced.other if traced.other.batch < traced.global_graph.batch else specialise(traced, 2)
-        analysis, notes = check_constant(small, analysis, values)
+    analysis = analyse_batch(traced.global_graph, traced.other)
+    analysis, notes = check_constant(traced, analysis, {**dict(model.named_buffers()), **traced.constants})
     if analysis.reason is not None:
         notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
     return analysis, notes

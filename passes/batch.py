@@ -2,8 +2,12 @@
 
 Splitting the batch is one more axis on which every value has a placement: inputs are Shard(0), parameters
 Varying (their gradients add up), the loss Partial. Nothing is chosen: placements follow forward from the
-inputs. A value that depends on the whole batch but on no parameter (the count of labels) is computed once per
-step from the global batch; a value that needs the whole batch otherwise means that the batch cannot be split.
+inputs. The graph at a second batch size tells what depends on the batch's size: a value that is split must be
+of a size proportional to it, and of a part of the batch an op must compute the part of its result.
+
+Ambient values (those that depend on no parameter) have a way out: what depends on the whole batch (the count of
+labels) is computed once per step from the global batch. A mask made for all samples alike is made again for a
+part; that it is alike is assumed here and checked by ``constant``.
 """
 
 from __future__ import annotations
@@ -12,13 +16,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from cost_model.factors import FactorMap, factor_of, split_factor
+from cost_model.factors import FactorMap, Strategy, factor_of, split_factor
 from cost_model.ops import entry_of
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Partial, Placement, Shard
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
 from passes.dependence import active_nodes
-from passes.graph import ModelGraph, is_getitem
+from passes.graph import Meta, ModelGraph, is_getitem, source_of
+from passes.specialise import BatchMismatchError, changed_sizes, twins
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class BatchAnalysis:
     """
 
     reason: str | None
-    hoisted: tuple[str, ...]
-    sliced: frozenset[str]
-    shared: frozenset[tuple[str, str]]
-    constant: tuple[tuple[str, int], ...]
+    hoisted: tuple[str, ...] = ()
+    sliced: frozenset[str] = frozenset()
+    shared: frozenset[tuple[str, str]] = frozenset()
+    constant: tuple[tuple[str, int], ...] = ()
 
 
 class _CannotSplit(Exception):
@@ -44,149 +49,238 @@ class _CannotSplit(Exception):
 
 @dataclass(frozen=True)
 class _Global:
-    """Placement of an ambient value that must be computed from the global batch."""
+    """An ambient value that must be computed from the global batch."""
+
+    def __str__(self) -> str:
+        return "a value of the whole batch"
 
 
-def analyse_batch(model: ModelGraph) -> BatchAnalysis:
-    """Follow the batch through the global graph."""
-    run = _Analysis(model)
+@dataclass(frozen=True)
+class _Sized:
+    """An ambient value made from the batch's size alone: made for a part where all samples are alike, else global."""
+
+    def __str__(self) -> str:
+        return "made for the batch's size"
+
+
+Place = Placement | _Global | _Sized
+_GLOBAL, _SIZED = _Global(), _Sized()
+
+
+def analyse_batch(model: ModelGraph, other: ModelGraph | None) -> BatchAnalysis:
+    """Follow the batch through the global graph; ``other``: the same graph at a second batch size, if there is one."""
+    if other is None:
+        return BatchAnalysis("it is a single sample" if model.batch == 1 else "the model traces at one batch size only")
     try:
+        run = _Analysis(model, other)
         run.follow()
-    except _CannotSplit as error:
-        return BatchAnalysis(str(error), (), frozenset(), frozenset(), ())
-    return run.result()
+        return run.result()
+    except (_CannotSplit, BatchMismatchError) as error:
+        return BatchAnalysis(str(error))
 
 
 class _Analysis:
-    def __init__(self, model: ModelGraph) -> None:
+    def __init__(self, model: ModelGraph, other: ModelGraph) -> None:
         self.model, self.active = model, active_nodes(model)
-        self.places: dict[str, Placement | _Global] = {}
-        self.outputs_of: dict[str, tuple[Placement, ...] | _Global] = {}
-        self.hoisted: set[str] = set()
+        self.sizes = _Sizes(model, other)
+        self.places: dict[str, Place] = {}
+        self.outputs_of: dict[str, tuple[Place, ...]] = {}
+        self.hoisted: dict[str, None] = {}
         self.sliced: set[str] = set()
         self.shared: set[tuple[str, str]] = set()
         self.constant: dict[tuple[str, int], None] = {}
-        for item in model.inputs:
+        for node, item in zip(self.sizes.placeholders(), model.inputs, strict=True):
             if item.kind == "batch" and item.batched:
                 self.places[item.node] = Shard(0)
+            elif self.sizes.changes_shape(node):
+                self.places[item.node] = _GLOBAL
             else:
                 self.places[item.node] = VARYING if item.kind == "parameter" else REPLICATE
 
     def follow(self) -> None:
         for node in self.model.nodes():
             if is_getitem(node):
-                self.places[node.name] = self._item(node)
+                source, index = node.args
+                assert isinstance(source, fx.Node) and isinstance(index, int)
+                self.places[node.name] = self.outputs_of[source.name][index]
             else:
-                self.places[node.name] = self._place(node)
+                places = self._ambient(node) if node.name not in self.active else self._active(node)
+                self.outputs_of[node.name] = places
+                self.places[node.name] = places[0]
         loss = self.places[self.model.outputs[0]]
-        if not isinstance(loss, Partial) and loss != VARYING:
-            raise _CannotSplit(f"the loss is {loss} over the batch, not a sum over samples")
         if loss == VARYING:
             raise _CannotSplit("the loss does not depend on the batch")
+        if not isinstance(loss, Partial):
+            raise _CannotSplit(f"the loss is {loss} over the batch, not a sum over samples")
 
-    def _item(self, node: fx.Node) -> Placement | _Global:
-        source, index = node.args
-        assert isinstance(source, fx.Node) and isinstance(index, int)
-        place = self.outputs_of[source.name]
-        return place if isinstance(place, _Global) else place[index]
-
-    def _place(self, node: fx.Node) -> Placement | _Global:
+    def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[Place]]:
         operands = tensor_args(node)
-        places = [self.places[o.name] for o in operands]
-        ambient = node.name not in self.active
-        try:
-            outputs = self._strategy(node, operands, places, ambient)
-        except _CannotSplit:
-            if not ambient:
-                raise
-            outputs = (PARTIAL,)
-        if ambient and PARTIAL in outputs:
-            self.outputs_of[node.name] = _Global()
-            return _Global()
-        self.outputs_of[node.name] = outputs
-        return outputs[0]
+        return operands, [self.places[o.name] for o in operands]
 
-    def _strategy(
-        self, node: fx.Node, operands: list[fx.Node], places: list[Placement | _Global], ambient: bool
-    ) -> tuple[Placement, ...]:
-        rest = REPLICATE if ambient else VARYING
-        outs = self.model.metas[node.name]
-        count = 1 if isinstance(outs, TensorMeta) else len([m for m in outs if m is not None])
+    # --- ambient values
+
+    def _ambient(self, node: fx.Node) -> tuple[Place, ...]:
+        operands, places = self._operands(node)
+        if any(isinstance(p, Shard) for p in places):
+            try:
+                outputs = self._split(node, operands, places)
+            except _CannotSplit:
+                return self._all(node, _GLOBAL)
+            return self._all(node, _GLOBAL) if PARTIAL in outputs else outputs
+        if _GLOBAL in places:
+            return self._all(node, _GLOBAL)
+        return self._all(node, _SIZED if _SIZED in places or self.sizes.changes(node) else REPLICATE)
+
+    def _all(self, node: fx.Node, place: Place) -> tuple[Place, ...]:
+        meta = self.model.metas[node.name]
+        return (place,) * (1 if isinstance(meta, TensorMeta) else len(meta))
+
+    # --- parameter-dependent values
+
+    def _active(self, node: fx.Node) -> tuple[Place, ...]:
+        operands, places = self._operands(node)
         if any(isinstance(p, Partial) for p in places):
-            return self._linear(node, operands, places, count)
-        split = [(i, p) for i, p in enumerate(places) if isinstance(p, Shard)]
-        if not split:
-            if ambient and any(isinstance(p, _Global) for p in places):
-                raise _CannotSplit("ambient")
-            self._hoist_globals(operands, places)
-            return (rest,) * count
-        return self._split(node, operands, places, split[0])
+            return self._linear(node, operands, places)
+        if any(isinstance(p, Shard) for p in places):
+            return self._split(node, operands, places)
+        if self.sizes.changes(node):
+            return self._made(node, operands, places)
+        self._hoist_all(operands, places)
+        return self._all(node, VARYING)
 
     def _rule(self, node: fx.Node) -> FactorMap:
         entry = entry_of(str(node.target))
         rule = entry.factors(call_of(node, self.model.metas)) if entry else None
         if rule is None:
-            raise _CannotSplit(f"{node.target} has no rule for its batch dim ({_source(node)})")
+            raise _CannotSplit(f"{node.target} has no rule for its batch dim ({source_of(node)})")
         return rule
 
-    def _split(
-        self, node: fx.Node, operands: list[fx.Node], places: list[Placement | _Global], first: tuple[int, Shard]
-    ) -> tuple[Placement, ...]:
+    def _split(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
+        """A call of which some operand is split along the batch."""
         rule = self._rule(node)
-        found = factor_of(rule, "in", first[0], first[1])
-        strategy = split_factor(rule, found[0], found[1], rule.sizes[found[0]] // found[1]) if found else None
+        index, place = next((i, p) for i, p in enumerate(places) if isinstance(p, Shard))
+        return self._accepted(node, operands, places, _along(rule, factor_of(rule, "in", index, place)))
+
+    def _made(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
+        """A call that makes something for every sample of what knows no batch: a class token expanded to the batch."""
+        dims = self.sizes.batch_dims(node)
+        if len(dims) != 1:
+            raise _CannotSplit(f"{node.target} depends on the batch's size ({source_of(node)})")
+        rule = self._rule(node)
+        return self._accepted(node, operands, places, _along(rule, factor_of(rule, "out", 0, Shard(dims[0]))))
+
+    def _accepted(
+        self, node: fx.Node, operands: list[fx.Node], places: list[Place], strategy: Strategy | None
+    ) -> tuple[Place, ...]:
+        """Every operand as the strategy wants it; the strategy's outputs."""
         if strategy is None or strategy.inside:
-            raise _CannotSplit(f"{node.target} mixes samples of the batch ({_source(node)})")
+            raise _CannotSplit(f"{node.target} mixes samples of the batch ({source_of(node)})")
+        self.sizes.check(node, strategy.outputs)
         for operand, place, wanted in zip(operands, places, strategy.inputs, strict=True):
             self._accept(node, operand, place, wanted)
         return strategy.outputs
 
-    def _accept(self, node: fx.Node, operand: fx.Node, place: Placement | _Global, wanted: Placement) -> None:
-        """One operand of an op that is split along the batch."""
-        if isinstance(wanted, Partial):
-            if place not in (VARYING, REPLICATE):
-                raise _CannotSplit(f"{node.target} adds {operand} ({place}) to a sum over the batch")
+    def _accept(self, node: fx.Node, operand: fx.Node, place: Place, wanted: Placement) -> None:
+        if place == wanted or (place == REPLICATE and wanted == VARYING):
+            return
+        if isinstance(wanted, Partial) and place in (VARYING, REPLICATE):
             self.shared.add((node.name, operand.name))
-        elif isinstance(place, _Global):
-            self.hoisted.add(operand.name)
-            if isinstance(wanted, Shard):
-                if wanted != Shard(0):
-                    raise _CannotSplit(f"{operand} holds the batch in another dim than 0")
-                self.sliced.add(operand.name)
-        elif isinstance(wanted, Shard) and place != wanted:
-            if place != REPLICATE or operand.name in self.active or operand.op == "placeholder":
-                raise _CannotSplit(f"{node.target} needs {operand} split along the batch, but it is {place}")
+        elif isinstance(wanted, Shard) and place == _GLOBAL and wanted == Shard(0):
+            self._hoist(operand)
+            self.sliced.add(operand.name)
+        elif isinstance(wanted, Shard) and place == _SIZED:
+            self.sizes.check(operand, (wanted,))
             self.constant[(operand.name, wanted.dim)] = None
-        elif not isinstance(wanted, Shard) and isinstance(place, Shard):
-            raise _CannotSplit(f"{node.target} needs all samples of {operand} ({_source(node)})")
+        elif wanted == VARYING and place in (_GLOBAL, _SIZED):
+            self._hoist_whole(operand)
+        else:
+            raise _CannotSplit(f"{node.target} needs {operand} as {wanted}, but it is {place} ({source_of(node)})")
 
-    def _linear(
-        self, node: fx.Node, operands: list[fx.Node], places: list[Placement | _Global], count: int
-    ) -> tuple[Placement, ...]:
+    def _linear(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
+        """A call on sums over the batch: it must be linear in all of them together."""
         partial = {i for i, p in enumerate(places) if isinstance(p, Partial)}
-        rule = self._rule(node)
-        groups = [g for g in rule.linear if partial <= g]
+        if any(isinstance(p, Shard) for p in places):
+            raise _CannotSplit(f"{node.target} combines a sum over the batch with its samples ({source_of(node)})")
+        groups = [g for g in self._rule(node).linear if partial <= g]
         if not groups:
-            raise _CannotSplit(f"{node.target} is not linear in a sum over the batch ({_source(node)})")
-        group = min(groups, key=len)
-        for index, (operand, place) in enumerate(zip(operands, places, strict=True)):
-            if isinstance(place, Shard):
-                raise _CannotSplit(f"{node.target} combines a sum over the batch with samples of it ({_source(node)})")
-            if index in group and index not in partial:
-                self.shared.add((node.name, operand.name))
-        self._hoist_globals(operands, places)
-        return (PARTIAL,) * count
+            raise _CannotSplit(f"{node.target} is not linear in a sum over the batch ({source_of(node)})")
+        outputs = (PARTIAL,) * len(self._all(node, PARTIAL))
+        self.sizes.check(node, outputs)
+        others = min(groups, key=len) - partial
+        self.shared.update((node.name, operands[i].name) for i in others)
+        self._hoist_all(operands, places)
+        return outputs
 
-    def _hoist_globals(self, operands: list[fx.Node], places: list[Placement | _Global]) -> None:
-        self.hoisted.update(o.name for o, p in zip(operands, places, strict=True) if isinstance(p, _Global))
+    # --- values of the whole batch
+
+    def _hoist_all(self, operands: list[fx.Node], places: list[Place]) -> None:
+        for operand, place in zip(operands, places, strict=True):
+            if place in (_GLOBAL, _SIZED):
+                self._hoist_whole(operand)
+
+    def _hoist_whole(self, operand: fx.Node) -> None:
+        """Computed from the global batch and used as it is."""
+        if self.sizes.changes_shape(operand):
+            raise _CannotSplit(f"all samples of {operand} are needed at once ({source_of(operand)})")
+        self._hoist(operand)
+
+    def _hoist(self, operand: fx.Node) -> None:
+        if operand.op == "placeholder":
+            raise _CannotSplit(f"{operand} holds something for every sample of the batch")
+        self.hoisted[operand.name] = None
 
     def result(self) -> BatchAnalysis:
         order = tuple(n.name for n in self.model.nodes() if n.name in self.hoisted)
         return BatchAnalysis(None, order, frozenset(self.sliced), frozenset(self.shared), tuple(self.constant))
 
 
-def _source(node: fx.Node) -> str:
-    """The user's line, from the trace."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    return " ".join(lines[-2:]) if lines else "no source line"
+def _along(rule: FactorMap, found: tuple[str, int] | None) -> Strategy | None:
+    """The op split to the last along a factor (outer x n x inner into n parts)."""
+    return split_factor(rule, found[0], found[1], rule.sizes[found[0]] // found[1]) if found else None
+
+
+class _Sizes:
+    """What depends on the batch's size, from the graph at two sizes."""
+
+    def __init__(self, model: ModelGraph, other: ModelGraph) -> None:
+        self.model, self.other = model, other
+        self.twins = twins(model, other)
+
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.twins if n.op == "placeholder"]
+
+    def _metas(self, node: fx.Node) -> list[tuple[TensorMeta, TensorMeta]]:
+        """The node's tensors at both sizes."""
+        a, b = _listed(self.model.metas[node.name]), _listed(self.other.metas[self.twins[node].name])
+        return [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+
+    def changes_shape(self, node: fx.Node) -> bool:
+        return any(a != b for a, b in self._metas(node))
+
+    def changes(self, node: fx.Node) -> bool:
+        """Whether the call itself, operands aside, depends on the batch's size."""
+        return self.changes_shape(node) or bool(changed_sizes(node, self.twins[node]))
+
+    def batch_dims(self, node: fx.Node) -> list[int]:
+        """Dims of a node's one tensor whose extent depends on the batch."""
+        metas = self._metas(node)
+        if len(metas) != 1 or len(metas[0][0].shape) != len(metas[0][1].shape):
+            return []
+        return [d for d, (a, b) in enumerate(zip(metas[0][0].shape, metas[0][1].shape, strict=True)) if a != b]
+
+    def check(self, node: fx.Node, outputs: tuple[Placement, ...]) -> None:
+        """_CannotSplit unless the call, at a smaller batch, computes the parts that ``outputs`` say."""
+        for (a, b), place in zip(self._metas(node), outputs, strict=True):
+            expected = list(a.shape)
+            if isinstance(place, Shard):
+                part, rest = divmod(expected[place.dim] * self.other.batch, self.model.batch)
+                expected[place.dim] = -1 if rest else part
+            if list(b.shape) != expected:
+                raise _CannotSplit(f"{node.target} groups the samples of a batch by its size ({source_of(node)})")
+        changed = [n for n in changed_sizes(node, self.twins[node]) if n not in ("size", "shape")]
+        if changed:
+            raise _CannotSplit(f"{changed[0]} of {node.target} depends on the batch's size ({source_of(node)})")
+
+
+def _listed(meta: Meta) -> list[TensorMeta | None]:
+    return [meta] if isinstance(meta, TensorMeta) else list(meta)

@@ -19,7 +19,8 @@ from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
 from passes import vocabulary  # noqa: F401  (registers torch.ops.autopar)
 from passes.calls import schema_arguments
-from passes.graph import GraphInput, Meta, ModelGraph, meta_of
+from passes.dependence import ancestors
+from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
 from passes.rewriter import GraphBuilder
 
 aten = torch.ops.aten
@@ -28,6 +29,9 @@ _DROPPED = {
     aten._assert_scalar.default,
     aten.sym_constrain_range_for_size.default,
 }
+_INACTIVE = {aten.scaled_dot_product_attention.default}
+"""Ops tagged as random that draw nothing by the time they are kept (dropout_p is 0)."""
+_HALF = ("float16", "bfloat16")
 
 
 class _Clean:
@@ -36,6 +40,7 @@ class _Clean:
     def __init__(self) -> None:
         self.built = GraphBuilder()
         self.mapped: dict[fx.Node, Any] = {}
+        self.trainable: set[fx.Node] = set()
 
     def operand(self, value: Any) -> Any:
         return fx.map_arg(value, lambda n: self.mapped[n])
@@ -68,6 +73,11 @@ class _Clean:
     def _plain(self, node: fx.Node) -> Any:
         if getattr(node.target, "__name__", "") == "getitem" and not isinstance(self.mapped[node.args[0]], fx.Node):  # type: ignore[index]
             return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _INACTIVE:
+            raise UnsupportedError(
+                f"{node.target} draws random numbers ({source_of(node)}), which ranks and microbatches cannot draw alike "
+                "yet: draw them outside the model and pass them as inputs"
+            )
         meta = meta_of(node.meta.get("val"))
         assert meta is not None, f"{node.target} returns no tensor"
         made = self.built.copy(node, self.mapped, meta)
@@ -78,13 +88,11 @@ class _Clean:
         return made
 
     def _region(self, node: fx.Node) -> Any:
-        """Inline a no_grad or a disabled autocast region; values leaving no_grad are detached."""
+        """Inline a no_grad or a disabled autocast region; what leaves no_grad is detached already."""
         name = node.target.name()  # type: ignore[union-attr]
         operands = [self.operand(a) for a in node.args]
         if name == "wrap_with_set_grad_enabled":
-            enabled, module, inputs = operands[0], operands[1], operands[2:]
-            outputs = self._inline(module, inputs)
-            return outputs if enabled else fx.map_arg(tuple(outputs), self._detached)
+            return self._inline(operands[1], operands[2:])
         if name == "wrap_with_autocast" and operands[2] is False:
             return self._inline(operands[4], operands[5:])
         raise UnsupportedError(f"the model uses {name}, which autopar cannot shard yet; remove it from forward")
@@ -94,14 +102,36 @@ class _Clean:
         self.mapped.update(zip(placeholders, inputs, strict=True))
         return self.run(module.graph, module)
 
-    def _detached(self, node: fx.Node) -> fx.Node:
-        return self.call(aten.detach.default, (node,), self.built.metas[node.name])
-
     def call(self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any) -> Any:
         return self.built.call(target, args, meta, like=like, **kwargs)
 
     def tensor(self, node: fx.Node) -> TensorMeta:
         return self.built.tensor(node)
+
+    def summed(self, node: fx.Node, source: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
+        """A sum, in float32 for half types, whose range and precision a long sum leaves."""
+        meta = self.tensor(source)
+        dtype = "float32" if meta.dtype in _HALF else meta.dtype
+        wide = {"dtype": torch.float32} if meta.dtype in _HALF else {}
+        if not dims and not keepdim:
+            made = self.call(aten.sum.default, (source,), TensorMeta((), dtype), like=node, **wide)
+        else:
+            dims = dims or list(range(len(meta.shape)))
+            gone = {d % len(meta.shape) for d in dims}
+            extents = [1 if d in gone else e for d, e in enumerate(meta.shape) if keepdim or d not in gone]
+            out = TensorMeta(tuple(extents), dtype)
+            made = self.call(aten.sum.dim_IntList, (source, dims, keepdim), out, like=node, **wide)
+        assert isinstance(made, fx.Node)
+        return made
+
+    def cast(self, node: fx.Node, source: fx.Node, dtype: str) -> fx.Node:
+        """``source`` as ``dtype``; itself where it is that already."""
+        meta = self.tensor(source)
+        if meta.dtype == dtype:
+            return source
+        made = self.call(aten.to.dtype, (source, getattr(torch, dtype)), TensorMeta(meta.shape, dtype), like=node)
+        assert isinstance(made, fx.Node)
+        return made
 
 
 Rewrite = Callable[[_Clean, fx.Node, dict[str, Any]], Any]
@@ -116,7 +146,7 @@ def _rewrites(*targets: Any) -> Callable[[Rewrite], Rewrite]:
     return register
 
 
-@_rewrites(aten.detach_.default, aten.lift_fresh_copy.default, aten.alias.default)
+@_rewrites(aten.detach_.default, aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.alias.default)
 def _identity(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     return next(iter(a.values()))
 
@@ -134,10 +164,7 @@ def _cast(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     """Only the dtype counts: devices belong to the runtime."""
     meta = meta_of(node.meta["val"])
     assert isinstance(meta, TensorMeta)
-    source = a["self"]
-    if run.tensor(source).dtype == meta.dtype:
-        return source
-    return run.call(aten.to.dtype, (source, getattr(torch, meta.dtype)), meta, like=node)
+    return run.cast(node, a["self"], meta.dtype)
 
 
 @_rewrites(aten.dropout.default)
@@ -183,12 +210,16 @@ def _reshape(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
 
 @_rewrites(aten.scaled_dot_product_attention.default)
 def _attention(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Fused attention as our op; key and value heads repeated for grouped queries."""
+    """Fused attention as our op; key and value heads repeated for grouped queries.
+
+    Its kernels give no gradient of the mask, so attention with a learned mask stays as it is.
+    """
     query, key, value = a["query"], a["key"], a["value"]
     meta = run.tensor(query)
     if a["dropout_p"]:
         raise UnsupportedError(f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()")
-    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1]:
+    is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
+    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
         return NotImplemented
     if a["enable_gqa"]:
         repeat = meta.shape[1] // run.tensor(key).shape[1]
@@ -207,10 +238,7 @@ def _additive(run: _Clean, node: fx.Node, mask: fx.Node | None, dtype: str) -> f
         return mask
     shape = run.tensor(mask).shape
     made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
-    if dtype != "float32":
-        made = run.call(aten.to.dtype, (made, getattr(torch, dtype)), TensorMeta(shape, dtype), like=node)
-    assert isinstance(made, fx.Node)
-    return made
+    return run.cast(node, made, dtype)
 
 
 def _repeat_heads(run: _Clean, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:
@@ -232,17 +260,16 @@ def _cross_entropy(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     plain = a["weight"] is None and a["reduction"] in (1, 2) and not run.tensor(labels).is_floating
     if not plain or len(run.tensor(logits).shape) != 2:
         return NotImplemented
-    scalar = TensorMeta((), run.tensor(logits).dtype)
+    dtype = run.tensor(logits).dtype
+    wide = TensorMeta((), "float32" if dtype in _HALF else dtype)
     args = (logits, labels, a["ignore_index"], a["label_smoothing"])
-    total = run.call(torch.ops.autopar.cross_entropy_sum.default, args, scalar, like=node)
+    total = run.call(torch.ops.autopar.cross_entropy_sum.default, args, wide, like=node)
     if a["reduction"] == 2:
-        return total
-    count = run.call(
-        torch.ops.autopar.count_labels.default, (labels, a["ignore_index"]), TensorMeta((), "float32"), like=node
-    )
-    if scalar.dtype != "float32":
-        count = run.call(aten.to.dtype, (count, getattr(torch, scalar.dtype)), scalar, like=node)
-    return run.call(aten.div.Tensor, (total, count), scalar, like=node)
+        return run.cast(node, total, dtype)
+    counted = TensorMeta((), "float32")
+    count = run.call(torch.ops.autopar.count_labels.default, (labels, a["ignore_index"]), counted, like=node)
+    mean = run.call(aten.div.Tensor, (total, run.cast(node, count, wide.dtype)), wide, like=node)
+    return run.cast(node, mean, dtype)
 
 
 @_rewrites(aten.mean.default, aten.mean.dim)
@@ -250,28 +277,41 @@ def _mean(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     source, meta = a["self"], meta_of(node.meta["val"])
     assert isinstance(meta, TensorMeta)
     if a.get("dtype") is not None:
-        return NotImplemented
+        source = run.cast(node, source, meta.dtype)
+    return _divided(run, node, run.summed(node, source, a.get("dim"), a.get("keepdim", False)), source, meta)
+
+
+def _divided(run: _Clean, node: fx.Node, total: fx.Node, source: fx.Node, meta: TensorMeta) -> fx.Node:
+    """A sum of all of ``source`` made a mean by the count of the whole tensor."""
     count = run.tensor(source).numel // max(meta.numel, 1)
-    dims = a.get("dim")
-    args = (source, dims, a["keepdim"]) if dims else (source,)
-    total = run.call(aten.sum.dim_IntList if dims else aten.sum.default, args, meta, like=node)
-    return run.call(aten.mul.Tensor, (total, 1.0 / count), meta, like=node)
+    scaled = run.call(aten.mul.Tensor, (total, 1.0 / max(count, 1)), run.tensor(total), like=node)
+    return run.cast(node, scaled, meta.dtype)
 
 
 @_rewrites(aten.mse_loss.default)
 def _mse(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     if run.tensor(a["self"]).shape != run.tensor(a["target"]).shape:
         return NotImplemented
-    meta, scalar = run.tensor(a["self"]), meta_of(node.meta["val"])
+    meta, result = run.tensor(a["self"]), meta_of(node.meta["val"])
+    assert isinstance(result, TensorMeta)
     difference = run.call(aten.sub.Tensor, (a["self"], a["target"]), meta, like=node)
     square = run.call(aten.pow.Tensor_Scalar, (difference, 2), meta, like=node)
     if a["reduction"] == 0:
         return square
-    assert isinstance(scalar, TensorMeta)
-    total = run.call(aten.sum.default, (square,), scalar, like=node)
-    return total if a["reduction"] == 2 else run.call(aten.mul.Tensor, (total, 1.0 / math.prod(meta.shape)), scalar)
+    total = run.summed(node, square)
+    return run.cast(node, total, meta.dtype) if a["reduction"] == 2 else _divided(run, node, total, square, result)
 
 
+@_rewrites(aten.broadcast_tensors.default)
+def _broadcast(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
+    metas = meta_of(node.meta["val"])
+    assert isinstance(metas, tuple)
+    made = []
+    for source, meta in zip(a["tensors"], metas, strict=True):
+        assert meta is not None
+        is_whole = run.tensor(source).shape == meta.shape
+        made.append(source if is_whole else run.call(aten.expand.default, (source, list(meta.shape)), meta, like=node))
+    return made
 
 
 def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: int) -> ModelGraph:
@@ -286,8 +326,9 @@ def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: in
         if entry is None or not isinstance(value, torch.Tensor) or meta is None:
             run.mapped[node] = value if not isinstance(value, torch.Tensor) else None
             continue
-        made = run.built.placeholder(node.name, meta)
+        made = run.built.placeholder(f"{node.name}_" if node.name in RESERVED else node.name, meta)
         run.mapped[node] = made
+        run.trainable |= {made} if entry.trainable else set()
         inputs.append(GraphInput(made.name, entry.kind, entry.target, entry.trainable, entry.batched))
     loss = run.run(module.graph, module)[0]
     graph = run.built.graph

@@ -1,7 +1,8 @@
 """Check by evaluation that ambient values which carry a batch dim are the same for every sample.
 
-A mask built for the whole batch is split with it; that is right only if it does not tell samples apart
-(``arange(batch) * x`` does). The ambient part of the graph is small, so it is simply run on a batch of two sizes.
+A mask built for the whole batch is built again for a part of it; that is right only if it does not tell samples
+apart (``arange(batch) * x`` does) and does not change with the batch's size. The ambient part of the graph is
+small, so it is simply run, at the global batch and at a smaller one.
 """
 
 from __future__ import annotations
@@ -12,51 +13,76 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.dependence import ancestors
 from passes.graph import ModelGraph
+from passes.specialise import specialise
+from passes.trace import Traced
 
-_LARGEST_ELEMENTS = 2**26
+_LARGEST_ELEMENTS = 2**24
 
 
 def check_constant(
-    model: ModelGraph, analysis: BatchAnalysis, buffers: Mapping[str, Tensor]
+    traced: Traced, analysis: BatchAnalysis, buffers: Mapping[str, Tensor]
 ) -> tuple[BatchAnalysis, tuple[str, ...]]:
     """The analysis, with a reason against splitting where a value differs along the batch; and notes.
 
-    model: specialised to a small batch of at least two; buffers: values by name (meta tensors: unknown).
+    buffers: values by name (meta tensors: unknown). Values too large to compute are checked at a smaller batch.
     """
-    if analysis.reason is not None or not analysis.constant:
+    if analysis.reason is not None or not analysis.constant or traced.other is None:
         return analysis, ()
-    by_name = {n.name: n for n in model.graph.nodes}
-    needed = ancestors([by_name[name] for name, _ in analysis.constant])
-    known = {i.node: buffers[i.target] for i in model.inputs if i.target in buffers and not buffers[i.target].is_meta}
-    unknown = [n for n in needed if n.op == "placeholder" and n.name not in known]
-    largest = max((model.tensor(n.name).numel for n in needed if n.op != "placeholder" and _is_tensor(model, n)), default=0)
-    if unknown or largest > _LARGEST_ELEMENTS:
-        why = f"{unknown[0]} has no values here" if unknown else "it is large"
-        return analysis, (f"not checked: {analysis.constant[0][0]} is taken to be equal for all samples ({why})",)
-    values = _evaluate(needed, known)
+    names = [name for name, _ in analysis.constant]
+    known = {n: b for n, b in buffers.items() if not b.is_meta}
+    unknown = _unknown(traced.global_graph, names, known)
+    if unknown is not None:
+        return analysis, (f"not checked: {names[0]} is taken to be equal for all samples ({unknown} has no values here)",)
+    batches = _batches(traced, names)
+    notes = () if batches[0] == traced.global_graph.batch else (f"{names[0]} was compared for {batches[0]} samples only",)
+    at_sizes = [_values(specialise(traced, batch), names, known) for batch in batches]
     for name, dim in analysis.constant:
-        value = values[by_name[name]]
-        if not torch.equal(value, value.narrow(dim, 0, 1).expand_as(value)):
-            reason = f"{name} tells the samples of a batch apart, so the batch cannot be split"
-            return replace(analysis, reason=reason), ()
-    return analysis, ()
+        first = at_sizes[0][name].narrow(dim, 0, 1)
+        if not all(torch.equal(values[name], first.expand_as(values[name])) for values in at_sizes):
+            return replace(analysis, reason=f"{name} tells the samples of a batch apart, or batches of two sizes"), ()
+    return analysis, notes
 
 
-def _is_tensor(model: ModelGraph, node: fx.Node) -> bool:
-    return not isinstance(model.metas[node.name], tuple)
+def _batches(traced: Traced, names: list[str]) -> list[int]:
+    """The global batch, or the largest part of it that can be computed, and a smaller one that the model knows."""
+    assert traced.other is not None
+    whole, small = traced.global_graph.batch, min(traced.other.batch, traced.global_graph.batch)
+    parts = [b for b in range(whole, small, -1) if whole % b == 0 and _elements(traced, b, names) <= _LARGEST_ELEMENTS]
+    return [*parts[:1], small, traced.other.batch]
 
 
-def _evaluate(nodes: list[fx.Node], known: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+def _elements(traced: Traced, batch: int, names: list[str]) -> int:
+    """Elements of the largest value on the way; more than allowed where the model does not know the batch."""
+    model = specialise(traced, batch)
+    metas = [model.metas[n.name] for n in _needed(model, names)]
+    return max((m.numel for m in metas if isinstance(m, TensorMeta)), default=0)
+
+
+def _needed(model: ModelGraph, names: list[str]) -> list[fx.Node]:
+    by_name = {n.name: n for n in model.graph.nodes}
+    return ancestors([by_name[name] for name in names])
+
+
+def _unknown(model: ModelGraph, names: list[str], known: Mapping[str, Tensor]) -> str | None:
+    """A placeholder on the way whose values are not at hand."""
+    targets = {i.node: i.target for i in model.inputs}
+    needed = [n for n in _needed(model, names) if n.op == "placeholder"]
+    return next((n.name for n in needed if targets[n.name] not in known), None)
+
+
+def _values(model: ModelGraph, names: list[str], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    targets = {i.node: i.target for i in model.inputs}
     values: dict[fx.Node, Tensor] = {}
-    for node in nodes:
+    for node in _needed(model, names):
         if node.op == "placeholder":
-            values[node] = known[node.name]
+            values[node] = known[targets[node.name]]
             continue
         args = fx.map_arg(node.args, lambda n: values[n])
         kwargs = fx.map_arg(dict(node.kwargs), lambda n: values[n])
         assert callable(node.target)
         values[node] = node.target(*args, **kwargs)
-    return values
+    return {node.name: value for node, value in values.items() if node.name in names}

@@ -29,6 +29,19 @@ def differentiable_nodes(model: ModelGraph) -> frozenset[str]:
     return frozenset(carrying)
 
 
+def receiving_nodes(model: ModelGraph) -> frozenset[str]:
+    """Values to which the outputs send a gradient back: those with a way to them that is not detached."""
+    by_name = {n.name: n for n in model.graph.nodes}
+    stack = [by_name[name] for name in model.outputs]
+    found: set[str] = set()
+    while stack:
+        node = stack.pop()
+        if node.name not in found:
+            found.add(node.name)
+            stack.extend(() if "detach" in str(node.target) else node.all_input_nodes)
+    return frozenset(found)
+
+
 def ancestors(targets: list[fx.Node]) -> list[fx.Node]:
     """Every node the targets need, themselves included, in execution order."""
     needed: set[fx.Node] = set()

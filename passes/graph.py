@@ -13,6 +13,11 @@ from cost_model.errors import VerificationError
 from cost_model.tensor import TensorMeta
 
 Meta = TensorMeta | tuple[TensorMeta | None, ...]
+RESERVED = frozenset(
+    """torch params buffers constants batch step received saved grads accumulate comm kernels device run
+    setup prologue forward backward""".split()
+)
+"""Names that generated functions use for themselves; no value may have one."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +85,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
+
+
+def source_of(node: fx.Node) -> str:
+    """The user's line that made a node, from the trace."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    return " ".join(lines[-2:]) or "no source line"

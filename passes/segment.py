@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.dependence import active_nodes
+from cost_model.tensor import TensorMeta
+from passes.dependence import active_nodes, receiving_nodes
 from passes.graph import ModelGraph
 
 
@@ -34,14 +35,20 @@ def segment(model: ModelGraph) -> tuple[Segment, ...]:
     if not nodes:
         return ()
     params = {i.node for i in model.inputs if i.kind == "parameter"}
-    atoms = _merge_free(_atoms(nodes), params)
+    atoms = _merge_free(_atoms(nodes, _cuttable(model)), params)
     shared = _shared_parameters(atoms, params)
-    kinds = [_fingerprint(model, atom, params, shared) for atom in atoms]
+    kinds = [_fingerprint(model, atom, params, active, shared) for atom in atoms]
     groups = _fold(kinds)
-    return _segments(model, atoms, groups, params, shared)
+    return _segments(model, atoms, groups, params, active, shared)
 
 
-def _atoms(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+def _cuttable(model: ModelGraph) -> frozenset[str]:
+    """Values that may cross from stage to stage: floating tensors to which the loss sends a gradient back."""
+    floating = {n for n, m in model.metas.items() if isinstance(m, TensorMeta) and m.is_floating}
+    return receiving_nodes(model) & floating
+
+
+def _atoms(nodes: list[fx.Node], cuttable: frozenset[str]) -> list[list[fx.Node]]:
     """Runs of calls between the places where exactly one activation is live."""
     position = {n: i for i, n in enumerate(nodes)}
     last_use = {n: max((position[u] for u in n.users if u in position), default=position[n]) for n in nodes}
@@ -51,7 +58,7 @@ def _atoms(nodes: list[fx.Node]) -> list[list[fx.Node]]:
         atoms[-1].append(node)
         live.add(node)
         live = {n for n in live if last_use[n] > i}
-        if len(live) == 1 and live == {node} and i + 1 < len(nodes):
+        if live == {node} and node.name in cuttable and i + 1 < len(nodes):
             atoms.append([])
     return atoms
 
@@ -77,7 +84,9 @@ def _shared_parameters(atoms: list[list[fx.Node]], params: set[str]) -> frozense
     return frozenset(name for name, index in seen.items() if index < 0)
 
 
-def _fingerprint(model: ModelGraph, atom: list[fx.Node], params: set[str], shared: frozenset[str]) -> str:
+def _fingerprint(
+    model: ModelGraph, atom: list[fx.Node], params: set[str], active: frozenset[str], shared: frozenset[str]
+) -> str:
     """Equal for atoms that run the same calls on the same shapes; a tied parameter counts by name."""
     local = {n: f"%{i}" for i, n in enumerate(atom)}
     outside: dict[fx.Node, str] = {}
@@ -86,7 +95,7 @@ def _fingerprint(model: ModelGraph, atom: list[fx.Node], params: set[str], share
         if node in local:
             return local[node]
         if node not in outside:
-            kind = "p" if node.name in params else "a"
+            kind = "parameter" if node.name in params else "activation" if node.name in active else "ambient"
             identity = node.name if node.name in shared else ""
             outside[node] = f"{kind}{len(outside)}{identity}{model.metas[node.name]}{_trainable(model, node)}"
         return outside[node]
@@ -135,6 +144,7 @@ def _segments(
     atoms: list[list[fx.Node]],
     groups: list[tuple[int, int]],
     params: set[str],
+    active: frozenset[str],
     shared: frozenset[str],
 ) -> tuple[Segment, ...]:
     segments: list[Segment] = []
@@ -142,7 +152,7 @@ def _segments(
         nodes = [n for atom in atoms[start:end] for n in atom]
         entry = segments[-1].exit if segments else None
         used = dict.fromkeys(o.name for n in nodes for o in n.all_input_nodes if o.name in params)
-        kind = _fingerprint(model, nodes, params, shared)
+        kind = _fingerprint(model, nodes, params, active, shared)
         segments.append(
             Segment(kind, tuple(n.name for n in nodes), entry, nodes[-1].name, _label(nodes, model), tuple(used))
         )

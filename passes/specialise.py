@@ -31,8 +31,43 @@ def specialise(traced: Traced, batch: int) -> ModelGraph:
     if batch == whole.batch:
         return whole
     if other is None:
-        raise UnsupportedError(f"the batch of {whole.batch} cannot be split into parts of {batch}: {'; '.join(traced.notes)}")
+        notes = "; ".join(traced.notes)
+        raise UnsupportedError(f"the batch of {whole.batch} cannot be split into parts of {batch}: {notes}")
     return _Affine(whole, other, batch).run()
+
+
+def twins(whole: ModelGraph, other: ModelGraph) -> dict[fx.Node, fx.Node]:
+    """Every node of ``whole`` and the same node of ``other``; BatchMismatchError where they are not one graph."""
+    nodes, others = list(whole.graph.nodes), list(other.graph.nodes)
+    if [_identity(n) for n in nodes] != [_identity(n) for n in others]:
+        raise BatchMismatchError("the model runs different ops at different batch sizes")
+    return dict(zip(nodes, others, strict=True))
+
+
+def _identity(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, str(node.target), [n.name for n in node.all_input_nodes]
+
+
+def changed_sizes(node: fx.Node, twin: fx.Node) -> list[str]:
+    """Arguments of a call that are sizes and depend on the batch, by schema name."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    pairs = [(_name(node, i), a, b) for i, (a, b) in enumerate(zip(node.args, twin.args, strict=False))]
+    pairs += [(name, value, twin.kwargs.get(name)) for name, value in node.kwargs.items()]
+    return [name for name, a, b in pairs if _is_size(node, name) and not isinstance(a, fx.Node) and a != b]
+
+
+def _name(node: fx.Node, position: int) -> str:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema.arguments[position].name
+
+
+def _is_size(node: fx.Node, name: str) -> bool:
+    """Whether an argument is declared as an int (SymInt in the schema), not as an arithmetic Scalar."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema
+    declared = next(str(a.type) for a in schema.arguments if a.name == name)
+    return "int" in declared.lower() or schema.name.split("::")[1] in _SIZE_SCALARS
 
 
 class _Affine:
@@ -40,29 +75,22 @@ class _Affine:
         self.whole, self.other, self.batch = whole, other, batch
 
     def run(self) -> ModelGraph:
-        nodes, others = list(self.whole.graph.nodes), list(self.other.graph.nodes)
-        if [str(n.target) for n in nodes if n.op == "call_function"] != [
-            str(n.target) for n in others if n.op == "call_function"
-        ]:
-            raise BatchMismatchError("the model runs different ops at different batch sizes")
         built, mapped = GraphBuilder(), {}
-        for node, twin in zip(nodes, others, strict=True):
+        for node, twin in twins(self.whole, self.other).items():
             if node.op == "placeholder":
                 mapped[node] = built.placeholder(node.name, self._meta(node, twin))
             elif node.op == "call_function":
                 mapped[node] = self._copy(built, mapped, node, twin)
-        built.graph.output(tuple(mapped[n] for n in nodes if n.name in self.whole.outputs))
+        built.graph.output(tuple(mapped[n] for n in self.whole.graph.nodes if n.name in self.whole.outputs))
         return ModelGraph(built.graph, built.metas, self.whole.inputs, self.whole.outputs, self.batch)
 
     def _copy(self, built: GraphBuilder, mapped: dict[fx.Node, Any], node: fx.Node, twin: fx.Node) -> fx.Node:
         made = built.copy(node, mapped, self._meta(node, twin))
         assert made.name == node.name
         if isinstance(node.target, torch._ops.OpOverload):
-            size_scalars = node.target._schema.name.split("::")[1] in _SIZE_SCALARS
-            made.args = tuple(
-                self._blend(a, b, _is_size(node, i) or size_scalars)
-                for i, (a, b) in enumerate(zip(made.args, twin.args, strict=True))
-            )
+            pairs = enumerate(zip(made.args, twin.args, strict=True))
+            made.args = tuple(self._blend(a, b, _is_size(node, _name(node, i))) for i, (a, b) in pairs)
+            made.kwargs = {k: self._blend(v, twin.kwargs[k], _is_size(node, k)) for k, v in made.kwargs.items()}
         return made
 
     def _meta(self, node: fx.Node, twin: fx.Node) -> Meta:
@@ -79,10 +107,12 @@ class _Affine:
         return TensorMeta(tuple(self._blend(x, y, True) for x, y in zip(a.shape, b.shape, strict=True)), a.dtype)
 
     def _blend(self, a: Any, b: Any, is_size: bool) -> Any:
-        """``a`` belongs to the new graph already; lists of sizes blend elementwise, nodes and others stay."""
+        """``a`` belongs to the new graph already; lists of sizes blend elementwise, nodes and scalars stay."""
         if isinstance(a, list | tuple):
             return type(a)(self._blend(x, y, is_size) for x, y in zip(a, b, strict=True))
-        if not is_size or type(a) is not int or type(b) is not int or a == b:
+        if type(a) is not int or type(b) is not int:
+            return self._fixed(a, b)
+        if not is_size or a == b:
             return a
         numerator = (a - b) * (self.batch - self.whole.batch)
         value, rest = divmod(numerator, self.whole.batch - self.other.batch)
@@ -90,9 +120,8 @@ class _Affine:
             raise BatchMismatchError(f"a size of {a} at batch {self.whole.batch} is no whole number at {self.batch}")
         return a + value
 
-
-def _is_size(node: fx.Node, position: int) -> bool:
-    """Whether an argument is declared as an int (SymInt in the schema), not as an arithmetic Scalar."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    kind = str(node.target._schema.arguments[position].type)
-    return "int" in kind.lower()
+    def _fixed(self, a: Any, b: Any) -> Any:
+        """Numbers may differ, and the global batch's is meant; flags and names may not."""
+        if not isinstance(a, float | fx.Node) and a != b:
+            raise BatchMismatchError(f"an argument is {a!r} at batch {self.whole.batch} and {b!r} at {self.other.batch}")
+        return a

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError
+from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError, UnsupportedError
 from passes.clean import clean
+from passes.detach import detach
 from passes.graph import GraphInput, ModelGraph
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -97,7 +98,7 @@ def _scalar(loss: Any, source: str) -> torch.Tensor:
             f"{source} returns no scalar loss but a tensor {found}: reduce it to one floating-point number (.mean()), "
             "in the model or in loss_fn(outputs, inputs)"
         )
-    return loss
+    return loss.reshape(())
 
 
 def batch_spec(inputs: Any) -> BatchSpec:
@@ -154,7 +155,7 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None) -> Trace
     spec = batch_spec(inputs)
     aliases = alias_map(model)
     wrapped = _WithLoss(model, loss_fn, spec)
-    wrapped.train(model.training)
+    wrapped.training = model.training  # not train(): the model's parts may each be in a mode of their own
     graph, constants = _export(wrapped, spec, spec.size, aliases)
     other_size = _second_size(spec.size)
     notes: tuple[str, ...] = ()
@@ -208,7 +209,22 @@ def _export(
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
         _check_arguments(module.model, args, kwargs)
         raise _trace_error(error, module.model) from error
-    return _to_model_graph(functional(exported), spec, size, aliases)
+    exported = functional(exported)
+    _check_pure(exported.graph_signature)
+    return _to_model_graph(exported, spec, size, aliases)
+
+
+def _check_pure(signature: torch.export.ExportGraphSignature) -> None:
+    """UnsupportedError where forward changes the model or its inputs: each part of a split batch would change its own."""
+    changed = [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]
+    if changed:
+        raise UnsupportedError(
+            f"forward changes {changed[0].removeprefix('model.')!r}, which a program of many ranks and microbatches "
+            "cannot keep as one device does: call eval() on that module (batch norm), or change it outside of forward"
+        )
+    if signature.user_inputs_to_mutate:
+        name = next(iter(signature.user_inputs_to_mutate.values()))
+        raise UnsupportedError(f"forward changes its input {name!r} in place; work on a copy of it")
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -219,6 +235,7 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
         for graph in graphs
         for n in graph.nodes
     )
+    detach(exported.graph_module)
     return exported.run_decompositions({}) if mutates else exported
 
 

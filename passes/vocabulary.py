@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 _LIBRARY = torch.library.Library("autopar", "DEF")
+_HALF = (torch.float16, torch.bfloat16)
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -85,7 +86,7 @@ def accumulate(grad: Tensor, parameter: str) -> None:
 
 @_define("cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing) -> Tensor")
 def _cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
-    return logits.new_empty([])
+    return logits.new_empty([], dtype=torch.float32 if logits.dtype in _HALF else logits.dtype)
 
 
 @_define("count_labels(Tensor labels, int ignore_index) -> Tensor")
@@ -236,7 +237,7 @@ class _VocabularyCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Tensor:
-        rows = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        rows = logits.float() if logits.dtype in _HALF else logits
         largest = all_reduce(rows.amax(1), axis, "max")
         shifted = rows - largest.unsqueeze(1)
         ids = shard_ids(labels, axis, size, logits.shape[1])
@@ -307,10 +308,12 @@ def attention(
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
-    """Sum over rows of the cross entropy of logits [n, classes] against labels [n]."""
-    return torch.nn.functional.cross_entropy(
-        logits, labels, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    """Sum over rows of the cross entropy of logits [n, classes] against labels [n]; in float32 for half types."""
+    reduction = "none" if logits.dtype in _HALF else "sum"
+    losses = torch.nn.functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
+    return losses.sum(dtype=torch.float32) if reduction == "none" else losses
 
 
 def vocabulary_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Tensor:

@@ -1,0 +1,32 @@
+"""Prices drawn at random: the planner's optimum under them is a legal plan that nobody would choose."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from autopar.planner.prices import MeshPrices, conversion_kinds
+
+
+def draw_prices(patch: pytest.MonkeyPatch, seed: int) -> None:
+    """Positive costs for ops, conversions and parameters, each drawn once; what is impossible stays so."""
+    known: dict[tuple[Any, ...], float] = {}
+
+    def draw(*key: Any) -> float:
+        text = repr((seed, *key))
+        return known.setdefault(key, 10 ** random.Random(text).uniform(-4, 0))
+
+    def op_time_s(prices: MeshPrices, call: Any, strategy: Any) -> float:
+        return draw("op", call.op, str([m.shape for m in call.inputs]), strategy)
+
+    def conversion_s(nbytes: int, dtype: str, source: Any, target: Any) -> float:
+        if source == target:
+            return 0.0
+        return math.inf if conversion_kinds(source, target) is None else draw("as", nbytes, str(source), str(target))
+
+    patch.setattr(MeshPrices, "op_time_s", op_time_s)
+    patch.setattr(MeshPrices, "conversion_s", property(lambda prices: conversion_s))
+    patch.setattr(MeshPrices, "parameter_time_s", lambda prices, meta, place: draw("parameter", meta, str(place)))

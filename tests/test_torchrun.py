@@ -1,0 +1,105 @@
+"""Under torchrun every rank runs the same script: same loss, same errors, and a dead rank ends the job."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import SGD, largest_error, reference
+from processes import all_gone, descendants
+from regression import BATCH, Regression
+
+import autopar
+
+TESTS = Path(__file__).resolve().parent
+TIMEOUT_S = 120.0
+
+
+def start(mode: str, folder: Path) -> subprocess.Popen[str]:
+    """torchrun --nproc-per-node 2 launched.py MODE FOLDER, on a port of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launcher, str(TESTS / "launched.py"), mode, str(folder)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(mode: str, folder: Path) -> tuple[int, str]:
+    """Exit code and output of a job that must end by itself and leave no process."""
+    with start(mode, folder) as job:
+        seen: list[int] = []
+        deadline = time.monotonic() + TIMEOUT_S
+        while job.poll() is None and time.monotonic() < deadline:
+            seen += [pid for pid in descendants(job.pid) if pid not in seen]
+            time.sleep(0.1)
+        job.kill()
+        output = job.communicate()[0]
+    assert time.monotonic() < deadline, f"the job did not end:\n{output}"
+    assert len(seen) >= 2 and all_gone(seen)
+    return job.returncode, output
+
+
+def seen_by_ranks(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_both_ranks_train_what_one_device_trains(tmp_path: Path) -> None:
+    code, output = finish("trains", tmp_path)
+    assert code == 0, output
+    losses, trained = reference(Regression(), BATCH, SGD)
+    for rank, seen in enumerate(seen_by_ranks(tmp_path)):
+        assert seen["first"]["losses"] == pytest.approx(losses, rel=1e-5)
+        assert seen["second"] == pytest.approx(losses, rel=1e-5)
+        assert seen["second_goes_on"] < losses[-1]
+        assert largest_error(seen["first"]["state"], trained.state_dict()) < 1e-5
+        assert (seen["first"]["is_main"], seen["left_by_close"], seen["kept_by_close"]) == (rank == 0, True, True)
+    one, two = seen_by_ranks(tmp_path)
+    assert all(torch.equal(one["first"]["state"][name], tensor) for name, tensor in two["first"]["state"].items())
+    assert [one["first"][name] for name in ("losses", "plan", "notes")] == [
+        two["first"][name] for name in ("losses", "plan", "notes")
+    ]
+    assert autopar.Plan.from_json(one["first"]["plan"]).tp == 2
+
+
+def test_every_rank_gets_the_same_error_and_may_go_on_until_one_ends_the_job(tmp_path: Path) -> None:
+    code, output = finish("refuses", tmp_path)
+    assert code != 0
+    assert "InfeasiblePlanError: no plan fits under 1.0 KiB per device; the smallest cap that would do is" in output
+    one, two = seen_by_ranks(tmp_path)
+    assert one == two
+    types = {name: error["type"] for name, error in one.items() if name != "step"}
+    assert types == {
+        "world size": "WorldSizeError",
+        "world size, lazily": "WorldSizeError",
+        "pins": "ParallelismError",
+        "cap": "InfeasiblePlanError",
+        "weights": "ConfigError",
+        "batch": "ConfigError",
+        "shapes": "BatchError",
+    }
+    assert (one["world size"]["world_size"], one["world size"]["num_devices"]) == (2, 3)
+    assert one["cap"]["cap_bytes"] == 1024 < one["cap"]["needed_bytes"] and one["cap"]["tensors"]
+    assert (
+        "rank 1 has another model than rank 0 ('up.weight' differs); call torch.manual_seed"
+        in one["weights"]["message"]
+    )
+    assert "rank 1 has another batch than rank 0 ('x' differs); pass the same global batch" in one["batch"]["message"]
+    assert one["step"] == pytest.approx(reference(Regression(), BATCH, SGD)[0][0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("dies", "Signal 9 (SIGKILL)"), ("fails", "RuntimeError: the user's own error on one rank")]
+)
+def test_a_rank_that_is_gone_ends_the_job(tmp_path: Path, mode: str, reason: str) -> None:
+    code, output = finish(mode, tmp_path)
+    assert code != 0 and reason in output
