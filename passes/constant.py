@@ -17,7 +17,7 @@ from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.dependence import ancestors
 from passes.graph import ModelGraph
-from passes.specialise import specialise
+from passes.specialise import BatchMismatchError, specialise
 from passes.trace import Traced
 
 _LARGEST_ELEMENTS = 2**24
@@ -51,15 +51,18 @@ def _batches(traced: Traced, names: list[str]) -> list[int]:
     """The global batch, or the largest part of it that can be computed, and a smaller one that the model knows."""
     assert traced.other is not None
     whole, small = traced.global_graph.batch, min(traced.other.batch, traced.global_graph.batch)
-    parts = [b for b in range(whole, small, -1) if whole % b == 0 and _elements(traced, b, names) <= _LARGEST_ELEMENTS]
-    return [*parts[:1], small, traced.other.batch]
+    parts = (b for b in range(whole, small, -1) if whole % b == 0 and _can_compute(traced, b, names))
+    return [next(parts, small), small, traced.other.batch]
 
 
-def _elements(traced: Traced, batch: int, names: list[str]) -> int:
-    """Elements of the largest value on the way; more than allowed where the model does not know the batch."""
-    model = specialise(traced, batch)
+def _can_compute(traced: Traced, batch: int, names: list[str]) -> bool:
+    """Whether the model knows the batch, and no value on the way is too large."""
+    try:
+        model = specialise(traced, batch)
+    except BatchMismatchError:
+        return False
     metas = [model.metas[n.name] for n in _needed(model, names)]
-    return max((m.numel for m in metas if isinstance(m, TensorMeta)), default=0)
+    return all(m.numel <= _LARGEST_ELEMENTS for m in metas if isinstance(m, TensorMeta))
 
 
 def _needed(model: ModelGraph, names: list[str]) -> list[fx.Node]:

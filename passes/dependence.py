@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from cost_model.tensor import TensorMeta
 from passes.graph import ModelGraph
 
 
@@ -30,7 +31,7 @@ def differentiable_nodes(model: ModelGraph) -> frozenset[str]:
 
 
 def receiving_nodes(model: ModelGraph) -> frozenset[str]:
-    """Values to which the outputs send a gradient back: those with a way to them that is not detached."""
+    """Values to which the outputs send a gradient back: those with a way to them, of floating tensors, not detached."""
     by_name = {n.name: n for n in model.graph.nodes}
     stack = [by_name[name] for name in model.outputs]
     found: set[str] = set()
@@ -38,7 +39,21 @@ def receiving_nodes(model: ModelGraph) -> frozenset[str]:
         node = stack.pop()
         if node.name not in found:
             found.add(node.name)
-            stack.extend(() if "detach" in str(node.target) else node.all_input_nodes)
+            stack.extend(() if "detach" in str(node.target) or not _has_floats(model, node) else node.all_input_nodes)
+    return frozenset(found)
+
+
+def _has_floats(model: ModelGraph, node: fx.Node) -> bool:
+    meta = model.metas[node.name]
+    return any(m is not None and m.is_floating for m in ((meta,) if isinstance(meta, TensorMeta) else meta))
+
+
+def batch_nodes(model: ModelGraph) -> frozenset[str]:
+    """Values that depend on the user's batch."""
+    found = {i.node for i in model.inputs if i.kind == "batch"}
+    for node in model.nodes():
+        if any(operand.name in found for operand in node.all_input_nodes):
+            found.add(node.name)
     return frozenset(found)
 
 

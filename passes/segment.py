@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from cost_model.tensor import TensorMeta
-from passes.dependence import active_nodes, receiving_nodes
+from passes.dependence import active_nodes, batch_nodes, receiving_nodes
 from passes.graph import ModelGraph
 
 
@@ -43,9 +43,9 @@ def segment(model: ModelGraph) -> tuple[Segment, ...]:
 
 
 def _cuttable(model: ModelGraph) -> frozenset[str]:
-    """Values that may cross from stage to stage: floating tensors to which the loss sends a gradient back."""
+    """Values that may cross from stage to stage: floating, of the batch, and the loss sends them a gradient back."""
     floating = {n for n, m in model.metas.items() if isinstance(m, TensorMeta) and m.is_floating}
-    return receiving_nodes(model) & floating
+    return receiving_nodes(model) & batch_nodes(model) & floating
 
 
 def _atoms(nodes: list[fx.Node], cuttable: frozenset[str]) -> list[list[fx.Node]]:

@@ -153,13 +153,18 @@ def _drop_detach(joint: JointGraph) -> None:
 
 
 def _invariant_calls(calls: list[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
-    """Calls whose operands are all invariant; random ones are not."""
+    """Calls whose operands are all invariant; random ones are not, nor is what another call writes to."""
     invariant: set[fx.Node] = set()
+    written = {o for n in calls if _writes(n) for o in n.all_input_nodes}
     for node in calls:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if not random and all(o in invariant or o in known for o in node.all_input_nodes):
+        if not random and node not in written and all(o in invariant or o in known for o in node.all_input_nodes):
             invariant.add(node)
     return invariant
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:

@@ -19,7 +19,7 @@ from passes.vocabulary import accumulate
 SETUP = "setup"
 FORWARD_SIGNATURE = "params, buffers, constants, batch, step, received, comm, kernels, device"
 BACKWARD_SIGNATURE = "params, buffers, constants, batch, step, saved, grads, accumulate, comm, kernels, device"
-SETUP_SIGNATURE = "buffers, comm, device"
+SETUP_SIGNATURE = "buffers, comm, kernels, device"
 AXIS = "tp"
 
 

@@ -75,7 +75,7 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
                 by_kind[kind][item.target] = fake(code.metas[item.node])
         received = [fake(code.received)] if code.received is not None else []
         kernels, device = torch.ops.autopar, torch.device("cpu")
-        constants = namespace["setup"](by_kind["buffer"], RecordingComm(), device)
+        constants = namespace["setup"](by_kind["buffer"], RecordingComm(), kernels, device)
         common = (by_kind["parameter"], by_kind["buffer"], constants, by_kind["batch"], by_kind["step"])
         forward_comm, backward_comm = RecordingComm(), RecordingComm()
         output, saved = namespace["forward"](*common, received, forward_comm, kernels, device)

@@ -174,6 +174,7 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "all_to_all": ("x", "x", {"size": 2, "split_dim": 0, "concat_dim": 1}),
     "shard_ids": ("ids", "ids", {"size": 2, "extent": 8}),
     "forward_end": ("x", "x", {}),
+    "accumulate": ("x", "", {"parameter": "w"}),
     "attention_backward": ("heads heads heads heads heads lse", "heads heads heads", {"is_causal": False}),
 }
 

@@ -37,7 +37,7 @@ class RankExecutor:
         axes = {name: ranks for name, (ranks, _) in self.groups.items()}
         self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
         self.flat, self.grads = _gradient_buffers(payload["gradients"], self.params)
-        self.constants = self.module.setup(self.buffers, self.comm, self.device)
+        self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
         self.optimizer = self._optimizer()
         self.events: list[tuple[str, float, float]] | None = None
         self._reset()
