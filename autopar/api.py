@@ -14,6 +14,7 @@ from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
 from cost_model.plan import Parallelism, Plan, Precision
 
+
 def compile(
     model: nn.Module,
     cluster: Cluster,
@@ -28,9 +29,9 @@ def compile(
 ) -> Executable:
     """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
 
-    inputs: one global batch, dict (keyword arguments) or tuple (positional), dim 0 of its tensors is the batch; real,
-    meta or fake tensors. loss_fn(outputs, inputs) -> scalar; without it the output is the loss or has ``.loss``.
-    optimizer: a callable that takes parameters; None: gradients only. parallelism: pins, None anywhere is the planner's.
+    inputs: one global batch, dict (keyword arguments) or tuple (positional), dim 0 of its tensors is the batch;
+    real, meta or fake tensors. loss_fn(outputs, inputs) -> scalar; without it the output is the loss or has ``.loss``.
+    optimizer: a callable that takes parameters; None: gradients only. parallelism: pins; None is the planner's.
     memory_cap: bytes per device ("30GiB"); default: the device's memory less a reserve. plan: an earlier plan.
     Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError.
     """

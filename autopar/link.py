@@ -84,6 +84,9 @@ class Linker:
         model = specialise(self.traced, plan.microbatch_size)
         segments = segment(model)
         codes = tuple(self._code(model, segments, plan, index) for index in range(plan.pp))
+        for index, zeros in _unreached(codes).items():
+            remade = self._code(model, segments, plan, index, zeros)
+            codes = (*codes[:index], remade, *codes[index + 1 :])
         verify_cuts(codes)
         tied = _tied(codes)
         stages = tuple(_link_stage(self.traced, code, plan, tied) for code in codes)
@@ -100,10 +103,17 @@ class Linker:
         )
         return Linked(self.traced, plan, stages, program)
 
-    def _code(self, model: ModelGraph, segments: tuple[Segment, ...], plan: Plan, index: int) -> StageCode:
+    def _code(
+        self,
+        model: ModelGraph,
+        segments: tuple[Segment, ...],
+        plan: Plan,
+        index: int,
+        zeros: frozenset[str] = frozenset(),
+    ) -> StageCode:
         stage, whole = plan.stages[index], self.traced.global_graph.batch
         cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole)
-        return build_stage(cut, stage.choices, plan.tp, self._templates, last=index == plan.pp - 1)
+        return build_stage(cut, stage.choices, plan.tp, self._templates, last=index == plan.pp - 1, zeros=zeros)
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:
         trainable = tuple((s.name, s.meta) for s in stage.shards if s.trainable)
@@ -118,6 +128,14 @@ def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
     """(stage, dp replica, tp shard) -> device."""
     cells = [(s, d, t) for s in range(plan.pp) for d in range(plan.dp) for t in range(plan.tp)]
     return dict(zip(cells, plan.placement, strict=True))
+
+
+def _unreached(codes: tuple[StageCode, ...]) -> dict[int, frozenset[str]]:
+    """Stage -> parameters that get a gradient elsewhere but not there (a detached use): the copies must stay equal."""
+    reached = {name for code in codes for name in code.gradients}
+    held = [{i.target for i in code.inputs if i.trainable} for code in codes]
+    missing = [frozenset(names & reached - set(code.gradients)) for names, code in zip(held, codes, strict=True)]
+    return {index: names for index, names in enumerate(missing) if names}
 
 
 def _tied(codes: tuple[StageCode, ...]) -> dict[str, str]:

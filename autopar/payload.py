@@ -35,8 +35,16 @@ def rank_payload(
     stage, dp, tp = linked.coordinates[rank]
     plan, part = linked.plan, linked.stages[stage]
     code = part.code
-    held = {i.target: (i, code.placements[i.node]) for i in code.inputs if i.kind in ("parameter", "buffer", "constant")}
-    held.update({i.target: (i, code.placements.get(i.node, Shard(0))) for i in part.prologue_inputs if i.kind in ("buffer", "constant")})
+    held = {
+        i.target: (i, code.placements[i.node]) for i in code.inputs if i.kind in ("parameter", "buffer", "constant")
+    }
+    held.update(
+        {
+            i.target: (i, code.placements.get(i.node, Shard(0)))
+            for i in part.prologue_inputs
+            if i.kind in ("buffer", "constant")
+        }
+    )
     batch = {i.target: i for i in (*code.inputs, *part.prologue_inputs) if i.kind == "batch"}
     sliced = [i.target for i in code.inputs if i.kind in ("batch", "step") and i.batched]
     neighbours = {name: _neighbour(linked, stage + step, dp, tp) for name, step in (("previous", -1), ("next", 1))}
@@ -91,4 +99,3 @@ def groups(linked: Linked) -> dict[str, list[list[int]]]:
         everyone = list(range(program.num_devices))
         made["forward"], made["backward"] = [everyone], [list(everyone)]
     return made
-

@@ -128,7 +128,9 @@ class Job:
         """The given plan, checked, or the search's."""
         if self.options.plan is not None:
             self._check(self.options.plan)
-            return Decision(self.options.plan, time.perf_counter() - start, math.inf, ("the plan was given, not searched",))
+            return Decision(
+                self.options.plan, time.perf_counter() - start, math.inf, ("the plan was given, not searched",)
+            )
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
         solution = self._search()
         return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
@@ -155,9 +157,9 @@ class Job:
     @cached_property
     def space(self) -> ModelSpace:
         """What the search asks; the optimizer is priced once, on one parameter of each shape."""
-        price, sample = OptimizerPrice((), 0, 0), {m: n for n, m in reversed(self.parameters.items())}
+        price, sample = OptimizerPrice((), 0, 0), {m: n for n, m in reversed(tuple(self.parameters.items()))}
         if self.optimizer is not None and sample:
-            one_of_each = {n: self.parameters[n] for n in reversed(sample.values())}
+            one_of_each = {name: meta for meta, name in reversed(tuple(sample.items()))}
             price = price_optimizer(self.optimizer, one_of_each, device=self.cluster.devices[0].kind)
         priced_bytes = sum(m.nbytes for m in sample)
         sharded = self.optimizer is None or is_elementwise(self.optimizer)

@@ -7,7 +7,6 @@ global batch's, so that shards and microbatches simply add up.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,8 +74,8 @@ class _Clean:
             return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _INACTIVE:
             raise UnsupportedError(
-                f"{node.target} draws random numbers ({source_of(node)}), which ranks and microbatches cannot draw alike "
-                "yet: draw them outside the model and pass them as inputs"
+                f"{node.target} draws random numbers ({source_of(node)}), which ranks cannot draw alike yet: "
+                "draw them outside the model and pass them as inputs"
             )
         meta = meta_of(node.meta.get("val"))
         assert meta is not None, f"{node.target} returns no tensor"
@@ -102,7 +101,9 @@ class _Clean:
         self.mapped.update(zip(placeholders, inputs, strict=True))
         return self.run(module.graph, module)
 
-    def call(self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any) -> Any:
+    def call(
+        self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any
+    ) -> Any:
         return self.built.call(target, args, meta, like=like, **kwargs)
 
     def tensor(self, node: fx.Node) -> TensorMeta:
@@ -217,7 +218,9 @@ def _attention(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
     query, key, value = a["query"], a["key"], a["value"]
     meta = run.tensor(query)
     if a["dropout_p"]:
-        raise UnsupportedError(f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()")
+        raise UnsupportedError(
+            f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()"
+        )
     is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
     if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
         return NotImplemented

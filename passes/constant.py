@@ -36,9 +36,13 @@ def check_constant(
     known = {n: b for n, b in buffers.items() if not b.is_meta}
     unknown = _unknown(traced.global_graph, names, known)
     if unknown is not None:
-        return analysis, (f"not checked: {names[0]} is taken to be equal for all samples ({unknown} has no values here)",)
+        return analysis, (
+            f"not checked: {names[0]} is taken to be equal for all samples ({unknown} has no values here)",
+        )
     batches = _batches(traced, names)
-    notes = () if batches[0] == traced.global_graph.batch else (f"{names[0]} was compared for {batches[0]} samples only",)
+    notes = (
+        () if batches[0] == traced.global_graph.batch else (f"{names[0]} was compared for {batches[0]} samples only",)
+    )
     at_sizes = [_values(specialise(traced, batch), names, known) for batch in batches]
     for name, dim in analysis.constant:
         first = at_sizes[0][name].narrow(dim, 0, 1)

@@ -111,4 +111,3 @@ def prologue(model: ModelGraph, names: tuple[str, ...]) -> ModelGraph | None:
             mapped[node] = built.copy(node, mapped, model.metas[node.name])
     built.graph.output(tuple(mapped[by_name[name]] for name in names))
     return ModelGraph(built.graph, built.metas, tuple(inputs), names, model.batch)
-

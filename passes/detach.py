@@ -32,8 +32,7 @@ def detach(module: fx.GraphModule) -> fx.GraphModule:
 
 def _is_switch(node: fx.Node) -> bool:
     """Whether the node runs a part of the model with gradients switched on or off."""
-    target = node.target
-    return isinstance(target, torch._ops.HigherOrderOperator) and target.name() == "wrap_with_set_grad_enabled"
+    return str(node.target) == "wrap_with_set_grad_enabled"
 
 
 def _is_region(node: fx.Node) -> bool:

@@ -83,4 +83,3 @@ def ambient_shard(
         assert isinstance(made, fx.Node)
         return made
     return redistribute(built, node, REPLICATE, PARTIAL, axis, size, like=like) if target == PARTIAL else node
-

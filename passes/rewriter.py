@@ -22,7 +22,9 @@ class GraphBuilder:
         self.metas[node.name] = meta
         return node
 
-    def call(self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any) -> Any:
+    def call(
+        self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any
+    ) -> Any:
         """Append a call; ``like`` lends its source annotations."""
         node = self.graph.call_function(target, args, kwargs)
         self.metas[node.name] = meta

@@ -57,4 +57,3 @@ def render_prologue(model: ModelGraph | None) -> tuple[str, dict[str, str]]:
     )
     pairs = ", ".join(f'"{target}": {name}' for target, name in zip(model.outputs, results, strict=True))
     return f"{text}\n    return {{{pairs}}}", names.used
-

@@ -29,7 +29,7 @@ class Segment:
 
 
 def segment(model: ModelGraph) -> tuple[Segment, ...]:
-    """The chain: atoms between cut points, those without parameters merged, repeated runs of atoms folded into blocks."""
+    """The chain: atoms between cut points, those without parameters merged, repeated runs folded into blocks."""
     active = active_nodes(model)
     nodes = [n for n in model.nodes() if n.name in active]
     if not nodes:
@@ -45,7 +45,8 @@ def segment(model: ModelGraph) -> tuple[Segment, ...]:
 def _cuttable(model: ModelGraph) -> frozenset[str]:
     """Values that may cross from stage to stage: floating, of the batch, and the loss sends them a gradient back."""
     floating = {n for n, m in model.metas.items() if isinstance(m, TensorMeta) and m.is_floating}
-    return receiving_nodes(model) & batch_nodes(model) & floating
+    detached = {n.name for n in model.nodes() if "detach" in str(n.target)}
+    return (receiving_nodes(model) & batch_nodes(model) & floating) - detached
 
 
 def _atoms(nodes: list[fx.Node], cuttable: frozenset[str]) -> list[list[fx.Node]]:
@@ -169,4 +170,3 @@ def _label(nodes: list[fx.Node], model: ModelGraph) -> str:
     for path in paths[1:]:
         common = common[: next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), len(path))]
     return ".".join(common) or "+".join(dict.fromkeys(p[0] for p in paths if p))
-

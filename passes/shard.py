@@ -170,4 +170,3 @@ class _Shard:
 def parameter_inputs(stage: ShardedStage) -> tuple[tuple[GraphInput, Placement], ...]:
     """Parameters of the stage with their placements, in input order."""
     return tuple((i, stage.placements[i.node]) for i in stage.graph.inputs if i.kind == "parameter")
-

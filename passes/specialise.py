@@ -123,5 +123,7 @@ class _Affine:
     def _fixed(self, a: Any, b: Any) -> Any:
         """Numbers may differ, and the global batch's is meant; flags and names may not."""
         if not isinstance(a, float | fx.Node) and a != b:
-            raise BatchMismatchError(f"an argument is {a!r} at batch {self.whole.batch} and {b!r} at {self.other.batch}")
+            raise BatchMismatchError(
+                f"an argument is {a!r} at batch {self.whole.batch} and {b!r} at {self.other.batch}"
+            )
         return a

@@ -30,7 +30,8 @@ class StageCode:
     source: a module with ``setup``, ``forward`` and ``backward``; forward, backward: their priced blocks.
     saved: storages kept from forward to backward; keeps: how many values of ``saved`` a microbatch carries.
     inputs: what the stage reads, with placements on the tensor-parallel axis; constants: made by ``setup``.
-    sent, received: local activation metas at the cuts. gradients: parameters that get one, in the order in which
+    sent, received: local activation metas at the cuts; exit: how what is sent lies on the axis.
+    gradients: parameters that get one, in the order in which
     backward finishes them (a parameter the loss does not reach has none, as on one device).
     """
 
@@ -44,15 +45,25 @@ class StageCode:
     constants: tuple[Value, ...]
     sent: TensorMeta | None
     received: TensorMeta | None
+    exit: Placement
     gradients: tuple[str, ...]
 
 
 def build_stage(
-    model: ModelGraph, choices: Mapping[str, str], tp: int, templates: Templates, *, last: bool
+    model: ModelGraph,
+    choices: Mapping[str, str],
+    tp: int,
+    templates: Templates,
+    *,
+    last: bool,
+    zeros: frozenset[str] = frozenset(),
 ) -> StageCode:
-    """Shard, trace jointly, split, lower and print one stage's cut graph; ``templates``: traces made so far."""
+    """Shard, trace jointly, split, lower and print one stage's cut graph.
+
+    templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
+    """
     sharded = shard(model, choices, AXIS, tp, last=last)
-    joint = stage_joint(sharded.graph, templates, last=last)
+    joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant"))
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter"}
@@ -102,12 +113,13 @@ class _Builder:
             constants=self._constant_values(forward, backward),
             sent=None if self.last else self.sharded.graph.tensor(self.sharded.graph.outputs[0]),
             received=self.sharded.graph.tensor(self.activation) if self.activation else None,
+            exit=self.sharded.exit,
             gradients=_finished(backward),
         )
 
     def _returned_gradient(self) -> tuple[str, ...]:
         output = next(n for n in self.graphs.backward.nodes if n.op == "output")
-        return tuple(n.name for n in output.args[0])  # type: ignore[union-attr]
+        return tuple(n.name for n in output.args[0])
 
     def _taken(self, kept: tuple[str, ...], grad_in: str | None) -> tuple[str, ...]:
         """Variables unpacked from ``saved``, the incoming gradient last ("_" where it is not needed)."""

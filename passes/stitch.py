@@ -24,14 +24,19 @@ Templates = dict[str, tuple[JointGraph, list[str]]]
 """Traces of pieces by key, with the labels of the piece that was traced; never changed once made."""
 
 
-def stage_joint(model: ModelGraph, templates: Templates, *, last: bool) -> JointGraph:
-    """The joint graph of a stage; ``last``: its output is the loss. New traces are added to ``templates``."""
-    return _Stitch(model, templates, last).run()
+def stage_joint(
+    model: ModelGraph, templates: Templates, *, last: bool, zeros: frozenset[str] = frozenset()
+) -> JointGraph:
+    """The joint graph of a stage; ``last``: its output is the loss. New traces are added to ``templates``.
+
+    zeros: parameters that get a gradient of zeros where the stage has none for them.
+    """
+    return _Stitch(model, templates, last).run(zeros)
 
 
 @dataclass(frozen=True)
 class _Laid:
-    """A piece in the stage's graph: its trace, the stage's node for each node of the trace, what its storages are bound to."""
+    """A piece in the stage's graph: its trace, the stage's node for each of its nodes, what its storages stand for."""
 
     piece: ModelGraph
     joint: JointGraph
@@ -50,7 +55,7 @@ class _Stitch:
             i.node: None for i in model.inputs if i.trainable or i.kind == "activation"
         }
 
-    def run(self) -> JointGraph:
+    def run(self, zeros: frozenset[str]) -> JointGraph:
         grad_in = self._placeholders()
         pieces = cut_pieces(self.model)
         if pieces.ambient is not None:
@@ -61,6 +66,9 @@ class _Stitch:
         output = self.nodes[pieces.chain[-1].outputs[0]]
         mark = self.graph.call_function(forward_end, (output,))
         self._lay_backwards(laid, grad_in)
+        for item in self.model.inputs:
+            if item.target in zeros and item.trainable and self.gradients[item.node] is None:
+                self.gradients[item.node] = self._zeros(item.node)
         results = [g for g in self.gradients.values() if g is not None]
         self.graph.output((output, mark, *results))
         return JointGraph(
@@ -180,6 +188,13 @@ class _Stitch:
         if before is None:
             return new
         return self._call(aten.add.Tensor, (before, new), before.meta["val"])
+
+    def _zeros(self, name: str) -> fx.Node:
+        like = self.nodes[name].meta["val"]
+        kwargs = {"dtype": like.dtype, "device": torch.device("cpu")}
+        made = self._call(aten.full.default, (), like)
+        made.args, made.kwargs = (list(like.shape), 0), kwargs
+        return made
 
     def _contiguous(self, node: fx.Node) -> fx.Node:
         """Pieces are traced with contiguous activations."""

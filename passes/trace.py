@@ -215,7 +215,7 @@ def _export(
 
 
 def _check_pure(signature: torch.export.ExportGraphSignature) -> None:
-    """UnsupportedError where forward changes the model or its inputs: each part of a split batch would change its own."""
+    """UnsupportedError where forward changes the model or its inputs: each part of a batch would change its own."""
     changed = [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]
     if changed:
         raise UnsupportedError(

@@ -94,7 +94,9 @@ def _check_gradient(buffer: Tensor, gradient: Tensor) -> None:
 def _compare(name: str, block: Block, emitted: list[Collective]) -> None:
     priced = list(block.collectives())
     if emitted != priced:
-        at = next((i for i, (a, b) in enumerate(zip(emitted, priced, strict=False)) if a != b), min(len(emitted), len(priced)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(emitted, priced, strict=False)) if a != b), min(len(emitted), len(priced))
+        )
         raise VerificationError(
             "priced = run",
             f"collective {at} of {name}: emitted {emitted[at : at + 1]}, priced {priced[at : at + 1]}",
@@ -102,7 +104,16 @@ def _compare(name: str, block: Block, emitted: list[Collective]) -> None:
 
 
 def verify_cuts(codes: Sequence[StageCode]) -> None:
-    """What a stage sends is what the next receives."""
+    """What a stage sends is what the next receives, shape and placement; parameters of two stages lie alike in both."""
     for index, (before, after) in enumerate(zip(codes, codes[1:], strict=False)):
-        if before.sent != after.received:
-            raise VerificationError("cut", f"stage {index} sends {before.sent}, stage {index + 1} takes {after.received}")
+        entry = next((after.placements[i.node] for i in after.inputs if i.kind == "activation"), None)
+        sent, received = (before.sent, str(before.exit)), (after.received, str(entry))
+        if sent != received:
+            raise VerificationError("cut", f"stage {index} sends {sent}, stage {index + 1} takes {received}")
+    places: dict[str, str] = {}
+    for index, code in enumerate(codes):
+        for item in code.inputs:
+            place = str(code.placements[item.node])
+            if item.kind == "parameter" and places.setdefault(item.target, place) != place:
+                found = f"{item.target} lies as {place} in stage {index}, as {places[item.target]} before"
+                raise VerificationError("tied parameters", found)

@@ -9,26 +9,28 @@ copy <-> all_reduce, all_gather <-> reduce_scatter, take_shard <-> all_gather, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_LIBRARY = torch.library.Library("autopar", "DEF")
+_LIBRARY = torch.library.Library("autopar", "DEF")  # type: ignore[no-untyped-call]
 _HALF = (torch.float16, torch.bfloat16)
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _define(schema: str) -> Any:
+def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an opaque op and return a decorator for its shape function."""
     name = schema.split("(")[0]
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
 
-    def register(shape_function: Any) -> Any:
+    def register(shape_function: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.register_fake(f"autopar::{name}", shape_function, lib=_LIBRARY)
-        return getattr(torch.ops.autopar, name).default
+        opaque: Callable[..., Any] = getattr(torch.ops.autopar, name).default
+        return opaque
 
     return register
 
@@ -125,7 +127,7 @@ class _Copy(Function):
     """Replicate -> Varying."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: str) -> Any:
         ctx.axis = axis
         return x.view_as(x)
 
@@ -138,7 +140,7 @@ class _AllReduce(Function):
     """Partial -> Replicate."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: str) -> Any:
         return all_reduce(x, axis, "sum")
 
     @staticmethod
@@ -150,7 +152,7 @@ class _Gather(Function):
     """Shard -> Replicate (backward takes the shard) or Shard -> Varying (backward reduces and scatters)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int, varying: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int, varying: bool) -> Any:
         ctx.place = (axis, size, dim, outer)
         ctx.varying = varying
         return all_gather(x, axis, size, dim, outer)
@@ -165,7 +167,7 @@ class _ReduceScatter(Function):
     """Partial -> Shard."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Any:
         ctx.place = (axis, size, dim, outer)
         return reduce_scatter(x, axis, size, dim, outer)
 
@@ -178,7 +180,7 @@ class _TakeShard(Function):
     """Replicate -> Shard."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Any:
         ctx.place = (axis, size, dim, outer)
         return take_shard(x, axis, size, dim, outer)
 
@@ -191,7 +193,7 @@ class _AllToAll(Function):
     """Shard(concat_dim) -> Shard(split_dim): the dim that was split is made whole, another is split."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Any:
         ctx.place = (axis, size, concat_dim, split_dim)
         return all_to_all(x, axis, size, split_dim, concat_dim)
 
@@ -204,7 +206,7 @@ class _Portion(Function):
     """Replicate -> Partial: each rank holds 1/size of the value; the gradient is the whole one on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, size: int) -> Any:
         return x / size
 
     @staticmethod
@@ -226,9 +228,7 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, logsumexp, mask = ctx.saved_tensors
-        dq, dk, dv = torch.ops.autopar.attention_backward.default(
-            grads[0], q, k, v, out, logsumexp, mask, *ctx.flags
-        )
+        dq, dk, dv = torch.ops.autopar.attention_backward.default(grads[0], q, k, v, out, logsumexp, mask, *ctx.flags)
         return dq, dk, dv, None, None, None
 
 
@@ -236,7 +236,7 @@ class _VocabularyCrossEntropy(Function):
     """Sum of cross entropies of logits sharded along the classes: two all_reduces of [n], the logits stay sharded."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Any:
         rows = logits.float() if logits.dtype in _HALF else logits
         largest = all_reduce(rows.amax(1), axis, "max")
         shifted = rows - largest.unsqueeze(1)
@@ -326,7 +326,7 @@ def vocabulary_embedding(weight: Tensor, ids: Tensor, padding_idx: int, axis: st
 
     padding_idx: global row that gets no gradient, -1 for none.
     """
-    local = shard_ids(ids, axis, size, weight.shape[0])
+    local: Tensor = shard_ids(ids, axis, size, weight.shape[0])
     rows = torch.nn.functional.embedding(local.clamp(min=0), weight)
     if padding_idx >= 0:
         rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)

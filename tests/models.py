@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpt import GPT, GPTConfig
 from torch import nn
+
+from gpt import GPT, GPTConfig
 
 
 def example_gpt(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:

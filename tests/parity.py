@@ -24,7 +24,9 @@ def cpu_cluster(num_devices: int, bandwidth: float = 1e9) -> autopar.Cluster:
     )
 
 
-def reference(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: Any, steps: int = 3) -> tuple[list[float], nn.Module]:
+def reference(
+    model: nn.Module, batch: dict[str, torch.Tensor], optimizer: Any, steps: int = 3
+) -> tuple[list[float], nn.Module]:
     """Losses and the trained model of plain PyTorch on one device."""
     trained = copy.deepcopy(model)
     update = optimizer(trained.parameters())

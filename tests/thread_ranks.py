@@ -32,7 +32,9 @@ class Wires:
         self.meetings: dict[tuple[str, tuple[int, ...]], tuple[threading.Barrier, list[Any]]] = {}
         self.queues: dict[tuple[int, int, str], queue.Queue[Tensor]] = {}
 
-    def exchange(self, axis: str, ranks: Sequence[int], rank: int, value: Tensor, read: Callable[..., Tensor]) -> Tensor:
+    def exchange(
+        self, axis: str, ranks: Sequence[int], rank: int, value: Tensor, read: Callable[..., Tensor]
+    ) -> Tensor:
         """``read`` of the values of all ranks of a group, in axis order; nobody goes on before all have read."""
         with self.lock:
             new = (threading.Barrier(len(ranks)), [None] * len(ranks))
@@ -74,9 +76,7 @@ class ThreadComm(Comm):
 
     def reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
         mine = self.index(axis)
-        return self._meet(
-            axis, x, lambda parts: torch.stack([_parts(p, size, dim, outer)[mine] for p in parts]).sum(0)
-        )
+        return self._meet(axis, x, lambda parts: torch.stack([_parts(p, size, dim, outer)[mine] for p in parts]).sum(0))
 
     def all_to_all(self, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
         mine = self.index(axis)

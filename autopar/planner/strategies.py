@@ -37,7 +37,7 @@ class OpSpace:
 
 
 def op_space(model: ModelGraph, nodes: tuple[str, ...], ambient: frozenset[str], size: int) -> OpSpace:
-    """Enumerate the strategies of ``nodes`` for an axis of ``size`` ranks; ``ambient`` values take any form for free."""
+    """The strategies of ``nodes`` for an axis of ``size`` ranks; ``ambient`` values take any form for free."""
     return _Enumeration(model, nodes, ambient, size).run()
 
 

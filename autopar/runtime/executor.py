@@ -95,7 +95,14 @@ class RankExecutor:
             "forward",
             microbatch,
             lambda: self.module.forward(
-                self.params, self.buffers, self.constants, *self._slices(microbatch), inbox, self.comm, kernels, self.device
+                self.params,
+                self.buffers,
+                self.constants,
+                *self._slices(microbatch),
+                inbox,
+                self.comm,
+                kernels,
+                self.device,
             ),
         )
         output, self.saved[microbatch] = result
