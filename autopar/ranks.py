@@ -103,10 +103,16 @@ class LaunchedRank:
 
 
 class _LaunchedGroup:
-    """The launcher's process group: joined by the first executable, left by the last, ended if autopar made it."""
+    """The launcher's process group: joined by the first executable, left by the last, ended if autopar made it.
+
+    Each group that autopar makes has keys of its own in the launcher's store, which outlives groups: a second group
+    under the same keys would read where the ranks of the first one listened.
+    """
 
     users = 0
+    made = 0
     is_ours = False
+    store: Any = None
 
     @classmethod
     def join(cls, cluster: Cluster) -> None:
@@ -117,9 +123,17 @@ class _LaunchedGroup:
         if not dist.is_initialized():
             if cluster.backend == "nccl":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(cluster.backend)
-            cls.is_ours = True
+            cls._make(cluster.backend)
         cls.users += 1
+
+    @classmethod
+    def _make(cls, backend: str) -> None:
+        cls.store = cls.store or next(dist.rendezvous("env://"))[0]  # type: ignore[attr-defined]
+        cls.made += 1
+        keys = dist.PrefixStore(f"autopar_{cls.made}", cls.store)  # type: ignore[attr-defined]
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=keys, rank=rank, world_size=world_size)
+        cls.is_ours = True
 
     @classmethod
     def leave(cls) -> None:

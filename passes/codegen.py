@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 
 from passes.lower import Function, Line
 
-_RUNTIME_CALLS = {
+RUNTIME_CALLS = {
     "autopar.all_reduce.default": "comm.all_reduce",
     "autopar.all_gather.default": "comm.all_gather",
     "autopar.reduce_scatter.default": "comm.reduce_scatter",
@@ -23,6 +24,7 @@ _RUNTIME_CALLS = {
     "autopar.count_labels.default": "kernels.count_labels",
 }
 _INDENT = "    "
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class _Names:
 
     def of(self, node: fx.Node) -> str:
         target = str(node.target)
-        if target in _RUNTIME_CALLS:
-            return _RUNTIME_CALLS[target]
+        if target in RUNTIME_CALLS:
+            return RUNTIME_CALLS[target]
         namespace, name, overload = target.split(".")
         short = name if overload == "default" else f"{name}_{overload}"
         short = short.removeprefix("_") if namespace == "aten" else f"{namespace}_{short}"
@@ -55,14 +57,23 @@ def render_function(function: Function, signature: str, sources: Sources, names:
     body = [f'"""{header}"""']
     body += [f"{name} = {expression}" for name, expression in sources.expressions.items()]
     if sources.saved:
-        body += [f"({', '.join(sources.saved)},) = saved", "saved.clear()"]
+        body += [_wrapped("[", sources.saved, "] = saved"), "saved.clear()"]
     label = ""
     for line in function.lines:
         if line.label and line.label != label:
             label = line.label
             body.append(f"# {label}")
         body.append(_line(line, names))
-    return f"def {function.name}({signature}):\n" + "\n".join(_INDENT + text for text in body)
+    return f"def {function.name}({signature}):\n" + textwrap.indent("\n".join(body), _INDENT)
+
+
+def _wrapped(head: str, items: Sequence[str], tail: str) -> str:
+    """``head``, items, ``tail``; on several lines where one is too long to read."""
+    inner = ", ".join(items)
+    if len(head + inner + tail) <= _WIDTH:
+        return f"{head}{inner}{tail}"
+    lines = textwrap.wrap(f"{inner},", _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([head, *(_INDENT + line for line in lines), tail])
 
 
 def _line(line: Line, names: _Names) -> str:
@@ -82,7 +93,7 @@ def _line(line: Line, names: _Names) -> str:
         result = f"({line.outputs[0]},) = " if meta_is_tuple else f"{line.outputs[0]} = "
     else:
         result = ""
-    return f"{result}{callee}({', '.join(arguments)}){deletes}"
+    return _wrapped(f"{result}{callee}(", arguments, f"){deletes}")
 
 
 def _text(value: Any) -> str:
@@ -113,6 +124,14 @@ def render_module(header: Iterable[str], names: _Names, functions: Iterable[str]
 
 
 def returns(values: tuple[str, ...], saved: tuple[str, ...] | None) -> str:
-    """The last line of a function."""
+    """The last line of a function: its values, and after them the list of what it saves, if it saves."""
     out = ", ".join(values) if values else "None"
-    return f"{_INDENT}return {out}" if saved is None else f"{_INDENT}return {out}, [{', '.join(saved)}]"
+    if saved is None:
+        return f"{_INDENT}return {out}"
+    return textwrap.indent(_wrapped(f"return {out}, [", saved, "]"), _INDENT)
+
+
+def returns_named(values: Mapping[str, str]) -> str:
+    """The last line of a function that returns a dict: key -> variable."""
+    pairs = [f'"{key}": {name}' for key, name in values.items()]
+    return textwrap.indent(_wrapped("return {", pairs, "}"), _INDENT)

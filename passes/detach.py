@@ -19,13 +19,13 @@ _LIFTED = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
 
 def detach(module: fx.GraphModule) -> fx.GraphModule:
     """The exported module, changed in place; UnsupportedError where gradients stop in a way that cannot be stated."""
-    for graph in [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]:
-        for node in list(graph.nodes):
+    for owner in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+        for node in list(owner.graph.nodes):
             if _is_region(node):
+                _check_region(getattr(owner, node.args[1].target))
                 _detach_outputs(node)
             elif node.target is aten.detach_.default and node.args[0].target not in _LIFTED:
                 _detach_from_here(node)
-    _check_regions(module)
     module.recompile()
     return module
 
@@ -66,19 +66,16 @@ def _insert_detach(source: fx.Node, after: fx.Node) -> fx.Node:
     return made
 
 
-def _check_regions(module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if not _is_region(node):
-            continue
-        region = getattr(module, node.args[1].target)
-        for inner in region.graph.nodes:
-            if _is_switch(inner):
-                raise UnsupportedError("the model nests torch.enable_grad in torch.no_grad; end no_grad before it")
-            if _mutates_outside(inner):
-                raise UnsupportedError(
-                    f"the model changes a tensor from outside in torch.no_grad ({inner.target}); assign a new tensor, "
-                    "or change it outside of forward"
-                )
+def _check_region(region: fx.GraphModule) -> None:
+    """UnsupportedError where a no_grad region does what cannot be said by detaching its outputs."""
+    for node in region.graph.nodes:
+        if _is_switch(node):
+            raise UnsupportedError("the model nests torch.enable_grad in torch.no_grad; end no_grad before it")
+        if _mutates_outside(node):
+            raise UnsupportedError(
+                f"the model changes a tensor from outside in torch.no_grad ({node.target}); assign a new tensor, "
+                "or change it outside of forward"
+            )
 
 
 def _mutates_outside(node: fx.Node) -> bool:

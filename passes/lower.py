@@ -163,7 +163,7 @@ class _Lower:
     def _instruction(
         self, node: fx.Node, variables: list[fx.Node], in_place: bool, frees: tuple[str, ...]
     ) -> Instruction:
-        call = call_of(node, {**self.metas, node.name: self.metas.get(node.name, ())})
+        call = call_of(node, self.metas if node.name in self.metas else {**self.metas, node.name: ()})
         collective = _collective(node, self.metas)
         dropped = self._dropped_bytes(node, variables)
         cost = None if is_view(node) else price_of(call)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step
-from passes.codegen import Sources, new_names, render_function
+from passes.codegen import Sources, new_names, render_function, returns_named
 from passes.graph import ModelGraph
 from passes.joint import trace_values
 from passes.lower import Storages, lower
@@ -55,5 +55,4 @@ def render_prologue(model: ModelGraph | None) -> tuple[str, dict[str, str]]:
     text = render_function(
         function, PROLOGUE_SIGNATURE, Sources(expressions, ()), names, "Once per step, from the global batch."
     )
-    pairs = ", ".join(f'"{target}": {name}' for target, name in zip(model.outputs, results, strict=True))
-    return f"{text}\n    return {{{pairs}}}", names.used
+    return f"{text}\n{returns_named(dict(zip(model.outputs, results, strict=True)))}", names.used

@@ -94,8 +94,9 @@ class _Shard:
             self._item(node)
         elif node.name not in self.active:
             self.places[node] = REPLICATE
-            self.outputs_of[node] = (REPLICATE,) * 8
-            self.mapped[node] = self.built.copy(node, self.mapped, self.model.metas[node.name])
+            meta = self.model.metas[node.name]
+            self.outputs_of[node] = (REPLICATE,) * (1 if isinstance(meta, TensorMeta) else len(meta))
+            self.mapped[node] = self.built.copy(node, self.mapped, meta)
         else:
             self._active(node)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cost_model.placement import Partial, Placement, Varying
 from cost_model.program import Block, ParameterShard, Value
 from cost_model.tensor import TensorMeta
-from passes.codegen import Sources, new_names, render_function, render_module, returns
+from passes.codegen import Sources, new_names, render_function, render_module, returns, returns_named
 from passes.graph import GraphInput, ModelGraph
 from passes.lower import Function, Storages, lower
 from passes.shard import ShardedStage, shard
@@ -133,8 +133,7 @@ class _Builder:
         expressions = {name: self._expression(name) for name in function.inputs if name not in taken}
         body = render_function(function, signature, Sources(expressions, taken), self.names, doc)
         if function.name == SETUP:
-            pairs = ", ".join(f'"{name}": {name}' for name in function.results)
-            return f"{body}\n    return {{{pairs}}}"
+            return f"{body}\n{returns_named({name: name for name in function.results})}"
         values = function.results[:1] if kept is not None else function.results
         return f"{body}\n{returns(values, kept)}"
 

@@ -191,9 +191,8 @@ class _Stitch:
 
     def _zeros(self, name: str) -> fx.Node:
         like = self.nodes[name].meta["val"]
-        kwargs = {"dtype": like.dtype, "device": torch.device("cpu")}
-        made = self._call(aten.full.default, (), like)
-        made.args, made.kwargs = (list(like.shape), 0), kwargs
+        made = self._call(aten.zeros.default, (), like, dtype=like.dtype, device=torch.device("cpu"))
+        made.args = (list(like.shape),)
         return made
 
     def _contiguous(self, node: fx.Node) -> fx.Node:

@@ -14,6 +14,7 @@ from cost_model.program import Block, Collective
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
 from passes.graph import torch_dtype
+from passes.printed import check_printed
 from passes.stage import StageCode
 
 
@@ -53,7 +54,8 @@ class RecordingComm:
 
 def verify_emitted(code: StageCode) -> None:
     """Run the printed source on fake tensors: its collectives must be those of the priced blocks, in order, with
-    equal bytes and axes, and what it sends must have the announced shape."""
+    equal bytes and axes, and what it sends must have the announced shape. Line by line it must be what is priced."""
+    check_printed(code.source, code.forward, code.backward)
     namespace: dict[str, Any] = {}
     exec(compile(code.source, "<autopar program>", "exec"), namespace)
     forward_calls, backward_calls, output = _run(code, namespace)
