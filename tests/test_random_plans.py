@@ -63,8 +63,9 @@ def test_on_threads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_draws_differ_and_repeat() -> None:
     """Two seeds give two plans, one seed gives one."""
-    import autopar
     from parity import cpu_cluster
+
+    import autopar
 
     plans = []
     for seed in (1, 2, 1):

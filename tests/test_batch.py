@@ -1,0 +1,195 @@
+"""Splitting the batch: which models split, which do not and why; and those that do add up to the global loss."""
+# ruff: noqa: E501 - one model a row
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from odd_models import Net, inputs, labels, mask, net
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+
+from passes.batch import BatchAnalysis, analyse_batch
+from passes.constant import check_constant
+from passes.trace import trace
+
+Case = Callable[[], tuple[nn.Module, dict[str, Tensor]]]
+
+
+def analysed(model: nn.Module, batch: dict[str, Tensor]) -> BatchAnalysis:
+    traced = trace(model, batch)
+    analysis = analyse_batch(traced.global_graph, traced.other)
+    return check_constant(traced, analysis, {**dict(model.named_buffers()), **traced.constants})[0]
+
+
+def _forward(forward: Any, build: Any = None, **more: Tensor) -> Case:
+    return lambda: (net(forward, build), inputs(**more))
+
+
+def _weighted(self: Any, x: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    return ((self.body(x) - y).pow(2) * m).sum() / m.sum()
+
+
+def _weighted_before(self: Any, x: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    return ((self.body(x) - y).pow(2) * (m / m.sum())).sum()
+
+
+def _softmax_of_weights(self: Any, x: Tensor, y: Tensor, m: Tensor) -> Tensor:
+    return ((self.body(x) - y).pow(2) * m.softmax(0)).sum()
+
+
+def _made_mask(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    ones = torch.ones(x.size(0), 12, dtype=x.dtype)
+    return ((self.body(x) - y).pow(2) * ones).sum() / ones.sum()
+
+
+def _two_losses(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    hidden = self.a(x)
+    return F.mse_loss(self.b(hidden), y) + 0.3 * self.c(hidden).abs().mean()
+
+
+def _weight_decay(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    penalty = sum(p.pow(2).sum() for p in self.parameters())
+    return F.mse_loss(self.body(x), y) + 0.01 * penalty
+
+
+def _pairs(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    return self.body(x).view(x.size(0) // 2, 2, 12).sum(1).pow(2).mean()
+
+
+def _with_class_token(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    rows = torch.cat([self.token.expand(x.size(0), -1, -1), x.unsqueeze(1)], 1)
+    return F.mse_loss(self.body(rows).sum(1), y)
+
+
+def _class_token(self: Any) -> None:
+    self.token = nn.Parameter(torch.ones(1, 1, 12, dtype=torch.float64))
+
+
+def _types(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    kind = torch.zeros(x.size(0), dtype=torch.long)
+    return F.mse_loss(self.body(x + self.kinds(kind)), y)
+
+
+def _kinds(self: Any) -> None:
+    self.kinds = nn.Embedding(2, 12).double()
+
+
+SPLIT: dict[str, Case] = {
+    "mse": lambda: (Net(), inputs()),
+    "sum of squares": _forward(lambda self, x, y: (self.body(x) - y).pow(2).sum() / 100),
+    "sum over the batch size": _forward(lambda self, x, y: (self.body(x) - y).pow(2).sum() / x.size(0)),
+    "mean of means": _forward(lambda self, x, y: (self.body(x) - y).pow(2).mean(1).mean()),
+    "cross entropy": _forward(lambda self, x, y, t: F.cross_entropy(self.body(x) + y, t), t=labels()),
+    "smoothed": _forward(lambda self, x, y, t: F.cross_entropy(self.body(x), t, label_smoothing=0.1), t=labels()),
+    "masked mean": _forward(_weighted, m=mask()),
+    "masked mean, normalised first": _forward(_weighted_before, m=mask()),
+    "softmax of weights over the batch": _forward(_softmax_of_weights, m=mask()),
+    "mask made inside": _forward(_made_mask),
+    "two losses": _forward(_two_losses),
+    "weight decay in the loss": _forward(_weight_decay),
+    "normalised weight": _forward(lambda self, x, y: F.mse_loss(x @ F.normalize(self.a.weight, dim=1).t(), y)),
+    "pairs of samples": _forward(_pairs),
+    "a class token": _forward(_with_class_token, _class_token),
+    "an embedding of made ids": _forward(_types, _kinds),
+    "scaled by a sum over sizes": _forward(
+        lambda self, x, y: F.mse_loss(self.body(x) * torch.arange(x.size(0)).sum() / 9, y)
+    ),
+}
+WHOLE: dict[str, tuple[Case, str]] = {
+    "batch norm that evaluates": (
+        _forward(lambda self, x, y: F.mse_loss(self.n(self.a(x)), y), lambda s: s.add_module("n", nn.BatchNorm1d(12).double().eval())),
+        "no rule",
+    ),
+    "centred over the batch": (_forward(lambda self, x, y: F.mse_loss(x - self.a(x).mean(0), y)), "sum over the batch with its samples"),
+    "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
+    "softmax over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).softmax(0), y)), "mixes samples"),
+    "the first sample": (_forward(lambda self, x, y: F.mse_loss(self.a(x)[0], y[0])), "mixes samples"),
+    "numbered samples": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * torch.arange(x.size(0))[:, None], y)), "apart"),
+    "numbered pairs": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * (torch.arange(x.size(0)) // 2)[:, None], y)), "apart"),
+    "a mask with the batch's size in it": (
+        _forward(lambda self, x, y: F.mse_loss(self.a(x) * torch.arange(x.size(0)).sum().expand(x.size(0), 12), y)),
+        "two sizes",
+    ),
+    "halves of the batch": (_forward(lambda self, x, y: self.a(x).view(2, x.size(0) // 2, 12).sum(1).pow(2).sum()), "groups the samples"),
+    "a row picked by the batch's size": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * self.b.weight[x.size(0) - 1], y)), "size"),
+    "columns picked by the batch's size": (_forward(lambda self, x, y: self.a(x)[:, x.size(0) - 2 :].sum()), "size"),
+    "other ops for other sizes": (_forward(lambda self, x, y: F.mse_loss(self.a(x if x.size(0) > 4 else -x), y)), "different ops"),
+    "a root of the mean": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y).sqrt()), "not linear"),
+    "a loss plus a number": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y) + 1.5), "not linear"),
+    "a loss without the batch": (_forward(lambda self, x, y: self.a.weight.pow(2).sum()), "does not depend on the batch"),
+    "a loss on one size only": (_forward(lambda self, x, y: self.a(x).view(8, 12).sum()), "one batch size only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_splits(name: str) -> None:
+    assert analysed(*SPLIT[name]()).reason is None
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_stays_whole(name: str) -> None:
+    case, said = WHOLE[name]
+    analysis = analysed(*case())
+    assert analysis.reason is not None and said in analysis.reason
+    assert analysis == BatchAnalysis(analysis.reason) or "apart" in analysis.reason
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("name", SPLIT)
+def test_parts_add_up(name: str) -> None:
+    """Two replicas with two microbatches each."""
+    check_parity(*SPLIT[name](), 2, 1e-9, dp=2, tp=1, pp=1, microbatch_size=2)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_stays_whole_still_trains(name: str) -> None:
+    plan = check_parity(*WHOLE[name][0](), 2, 1e-9, tp=2)
+    assert plan.dp == 1 and plan.microbatches == 1
+
+
+def test_counts_are_made_once_per_step() -> None:
+    analysis = analysed(*SPLIT["cross entropy"]())
+    assert len(analysis.hoisted) == 1 and not analysis.sliced and not analysis.constant
+
+
+def test_weights_of_all_samples_are_sliced() -> None:
+    analysis = analysed(*SPLIT["softmax of weights over the batch"]())
+    assert analysis.sliced == frozenset(analysis.hoisted) == {"softmax"}
+
+
+def test_terms_without_a_batch_are_shared_out() -> None:
+    """Scaled by the part's share, so that all parts together count them once."""
+    assert not analysed(*SPLIT["two losses"]()).shared
+    assert len(analysed(*SPLIT["weight decay in the loss"]()).shared) == 1
+
+
+def test_a_mask_alike_for_all_samples_is_made_per_part() -> None:
+    analysis = analysed(*SPLIT["mask made inside"]())
+    assert [dim for _, dim in analysis.constant] == [0]
+    assert len(analysis.hoisted) == 1, "its sum counts all samples"
+
+
+def test_a_single_sample_stays_whole() -> None:
+    batch = {name: value[:1] for name, value in inputs().items()}
+    assert analysed(Net(), batch).reason == "it is a single sample"
+
+
+def test_masks_of_unknown_buffers_are_named() -> None:
+    """On the meta device buffers have no values: what is assumed is said."""
+
+    def build(self: Any) -> None:
+        self.register_buffer("row", torch.ones(12, dtype=torch.float64))
+
+    model = net(lambda self, x, y: F.mse_loss(self.body(x) * self.row.expand(x.size(0), 12), y), build)
+    traced = trace(model, inputs())
+    analysis = analyse_batch(traced.global_graph, traced.other)
+    checked, notes = check_constant(traced, analysis, {"row": torch.ones(12, device="meta")})
+    assert checked.reason is None and "not checked" in notes[0]
+    assert check_constant(traced, analysis, dict(model.named_buffers()))[1] == ()
