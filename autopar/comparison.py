@@ -115,8 +115,9 @@ def compare(exe: Executable, batch: Any, steps: int = 10, *, warmup: int = 3) ->
             raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
     planned = _planned(exe, batch)
     program = planned.linked.program
-    request = {"batch": exe.batch_tensors(batch), "warmup": warmup, "steps": steps, "kinds": event_kinds(program)}
-    return comparison(planned, exe.cluster, exe.call("measure", request))
+    request = {"warmup": warmup, "steps": steps, "kinds": event_kinds(program)}
+    requests = {rank: {**request, "batch": part} for rank, part in exe.parts(exe.batch_tensors(batch)).items()}
+    return comparison(planned, exe.cluster, exe.call("measure", requests))
 
 
 def _planned(exe: Executable, batch: Any) -> Planned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from autopar.batch import check_batch
 from autopar.link import Linked
 from autopar.options import Options, check_target
-from autopar.payload import model_tensors, rank_payload
+from autopar.payload import model_tensors, rank_batch, rank_payload
 from autopar.planning import Planned, plan_model
 from autopar.ranks import Ranks, agree_with_rank_0, is_main, start_ranks, under_launcher
 from autopar.runtime.comm import join_shards
@@ -111,7 +112,7 @@ class Executable:
         tensors = self.batch_tensors(batch)
         if not self._loaded:
             self._load().check_same("batch", tensors, "pass the same global batch on every rank: autopar splits it")
-        return float(self.call("step", tensors)[0])
+        return float(self.call("step", self.parts(tensors))[0])
 
     def batch_tensors(self, batch: Any) -> dict[str, Tensor]:
         """The batch's tensor leaves by path, checked against the plan."""
@@ -119,11 +120,16 @@ class Executable:
         check_batch(found, planned)
         return found.tensors()
 
-    def call(self, method: str, payload: Any) -> list[Any]:
-        """Call a method on every rank, loading the program first if need be."""
+    def parts(self, batch: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """What each rank fed by this process reads of a global batch."""
+        hosted = self._running().hosted
+        return {rank: rank_batch(self._linked, rank, batch) for rank in hosted}
+
+    def call(self, method: str, payloads: Mapping[int, Any] | None = None) -> list[Any]:
+        """Call a method on every rank, with a payload for each that this process feeds; load the program if need be."""
         self._check_open()
         ranks = self._running() if self._loaded else self._load()
-        return ranks.call(method, payload)
+        return ranks.call(method, payloads or dict.fromkeys(ranks.hosted))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -161,7 +167,7 @@ class Executable:
 
     def _gathered(self) -> dict[str, Tensor]:
         """Parameters joined from the shards of every stage's first replica."""
-        states = self.call("state", None)
+        states = self.call("state")
         whole: dict[str, Tensor] = {}
         for stage, part in enumerate(self._linked.stages):
             ranks = [self._linked.program.devices[(stage, 0, t)] for t in range(self.plan.tp)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
@@ -38,6 +38,14 @@ class LinkedStage:
     prologue_source: str
     prologue_ops: Mapping[str, str] = field(hash=False)
     prologue_inputs: tuple[GraphInput, ...]
+
+    @property
+    def batch_inputs(self) -> dict[GraphInput, bool]:
+        """Batch inputs that the stage reads -> whether a rank reads the rows of its replica only: what enters the
+        prologue is read whole."""
+        whole = {i.target for i in self.prologue_inputs}
+        read = (i for i in (*self.code.inputs, *self.prologue_inputs) if i.kind == "batch")
+        return {i: i.batched and i.target not in whole for i in read}
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,16 +207,19 @@ def _stage_program(traced: Traced, stage: LinkedStage, index: int, plan: Plan, p
         sent=code.sent,
         received=code.received,
         parameters=stage.shards,
-        persistent=_persistent(traced, stage),
+        persistent=_persistent(traced, stage, plan.dp),
         step=StepWork(tuple(collectives), price.costs, price.state_bytes, price.workspace_bytes),
     )
 
 
-def _persistent(traced: Traced, stage: LinkedStage) -> tuple[Value, ...]:
-    """What a rank holds all step beside parameters: the global batch's inputs, step values, constants."""
+def _persistent(traced: Traced, stage: LinkedStage, dp: int) -> tuple[Value, ...]:
+    """What a rank holds all step beside parameters: its part of the batch's inputs, step values, constants."""
     whole = traced.global_graph
-    inputs = {i.node: i for i in (*stage.code.inputs, *stage.prologue_inputs) if i.kind in ("batch", "step")}
-    values = [Value(name, whole.tensor(name), name, whole.tensor(name).nbytes) for name in inputs]
+    metas = {i.node: whole.tensor(i.node) for i in stage.code.inputs if i.kind == "step"}
+    for item, own_rows in stage.batch_inputs.items():
+        meta = whole.tensor(item.node)
+        metas[item.node] = replace(meta, shape=(meta.shape[0] // dp, *meta.shape[1:])) if own_rows else meta
+    values = [Value(name, meta, name, meta.nbytes) for name, meta in metas.items()]
     return (*values, *stage.code.constants)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autopar.link import Linked
+from autopar.link import Linked, LinkedStage
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from cost_model.errors import ConfigError
@@ -45,8 +45,6 @@ def rank_payload(
             if i.kind in ("buffer", "constant")
         }
     )
-    batch = {i.target: i for i in (*code.inputs, *part.prologue_inputs) if i.kind == "batch"}
-    sliced = [i.target for i in code.inputs if i.kind in ("batch", "step") and i.batched]
     neighbours = {name: _neighbour(linked, stage + step, dp, tp) for name, step in (("previous", -1), ("next", 1))}
     return {
         "source": linked.source(rank),
@@ -58,8 +56,8 @@ def rank_payload(
         "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
         "groups": groups(linked),
         "optimizer": None if optimizer is None else optimizer.to_tree(),
-        "batch": tuple(batch),
-        "sliced": tuple(sliced),
+        "batch": tuple(i.target for i in part.batch_inputs),
+        "sliced": _first_rows(part, dp * plan.microbatches * plan.microbatch_size),
         "microbatches": plan.microbatches,
         "microbatch_size": plan.microbatch_size,
         "is_last": stage == plan.pp - 1,
@@ -68,6 +66,23 @@ def rank_payload(
         "sent": _meta(code.sent),
         **neighbours,
     }
+
+
+def rank_batch(linked: Linked, rank: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a rank reads of a global batch: the leaves of its stage, and of them the rows of its replica."""
+    stage, dp, _ = linked.coordinates[rank]
+    rows = linked.plan.microbatches * linked.plan.microbatch_size
+    inputs = linked.stages[stage].batch_inputs
+    return {
+        i.target: batch[i.target].narrow(0, dp * rows, rows) if own else batch[i.target] for i, own in inputs.items()
+    }
+
+
+def _first_rows(part: LinkedStage, first: int) -> dict[str, int]:
+    """Where the replica's samples begin in each value that holds samples: at 0 where it holds no others."""
+    own_rows = {i.target for i, own in part.batch_inputs.items() if own}
+    batched = [i.target for i in part.code.inputs if i.kind in ("batch", "step") and i.batched]
+    return {name: 0 if name in own_rows else first for name in batched}
 
 
 def _meta(meta: Any) -> tuple[tuple[int, ...], str] | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import datetime
 import hashlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its defaults keep, for good, a default group that exists when it is imported
 from torch import Tensor
 
 from autopar.runtime.executor import RankExecutor
@@ -19,6 +24,7 @@ from cost_model.errors import AutoparError, ConfigError, WorldSizeError
 
 Answer = TypeVar("Answer")
 _SAMPLES = 64  # of each tensor, to tell one initialisation from another
+_EXIT_TIMEOUT = datetime.timedelta(seconds=5)  # how long a script that has ended waits for those of other ranks
 
 
 class Ranks(Protocol):
@@ -29,8 +35,8 @@ class Ranks(Protocol):
     def load(self, payloads: Mapping[int, Any]) -> None:
         """Give every hosted rank its program."""
 
-    def call(self, method: str, payload: Any) -> list[Any]:
-        """The results of a method, by rank."""
+    def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
+        """The results of a method by rank; payloads: of every hosted rank."""
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
         """Refuse tensors that differ between processes; ConfigError."""
@@ -65,8 +71,8 @@ class LocalRanks:
     def load(self, payloads: Mapping[int, Any]) -> None:
         self.pool.call("__init__", [payloads[rank] for rank in self.hosted])
 
-    def call(self, method: str, payload: Any) -> list[Any]:
-        return self.pool.call(method, payload)
+    def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
+        return self.pool.call(method, [payloads[rank] for rank in self.hosted])
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
         """There is one process."""
@@ -79,7 +85,7 @@ class LaunchedRank:
     """One rank in this process; the launcher runs the others."""
 
     def __init__(self, cluster: Cluster) -> None:
-        _LaunchedGroup.join(cluster)
+        _LaunchedGroup.join(cluster, self)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.hosted: Sequence[int] = (self.rank,)
         self.executor: RankExecutor | None = None
@@ -87,8 +93,8 @@ class LaunchedRank:
     def load(self, payloads: Mapping[int, Any]) -> None:
         self.executor = RankExecutor(self.rank, self.world_size, payloads[self.rank])
 
-    def call(self, method: str, payload: Any) -> list[Any]:
-        mine = getattr(self.executor, method)(payload)
+    def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
+        mine = getattr(self.executor, method)(payloads[self.rank])
         return [mine] * self.world_size if method == "step" else _from_all(mine)
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
@@ -98,50 +104,88 @@ class LaunchedRank:
             if differing:
                 raise ConfigError(f"rank {rank} has another {what} than rank 0 ({differing[0]!r} differs); {advice}")
 
+    def release(self) -> None:
+        """Let go of the process groups of the program, which live as long as anybody refers to them."""
+        if self.executor is not None:
+            self.executor.release()
+            self.executor = None
+
     def close(self) -> None:
-        _LaunchedGroup.leave()
+        _LaunchedGroup.leave(self)
 
 
 class _LaunchedGroup:
     """The launcher's process group: joined by the first executable, left by the last, ended if autopar made it.
+
+    Threads of gloo must not outlive the interpreter: one that drops the last reference to a tensor while Python
+    finalizes aborts the process ("terminate called without an active exception"). Only the end of the last reference
+    to a group ends its threads, so executables that were never closed let go of theirs when the script ends.
 
     Each group that autopar makes has keys of its own in the launcher's store, which outlives groups: a second group
     under the same keys would read where the ranks of the first one listened.
     """
 
     users = 0
+    unclosed: weakref.WeakSet[LaunchedRank] = weakref.WeakSet()
     made = 0
     is_ours = False
     store: Any = None
+    keys: Any = None
 
     @classmethod
-    def join(cls, cluster: Cluster) -> None:
+    def join(cls, cluster: Cluster, user: LaunchedRank) -> None:
         """Errors: WorldSizeError where its size is not the cluster's."""
         world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
         if world_size != cluster.num_devices:
             raise WorldSizeError(world_size, cluster.num_devices)
+        atexit.unregister(cls.leave_at_exit)
+        atexit.register(cls.leave_at_exit)
         if not dist.is_initialized():
             if cluster.backend == "nccl":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             cls._make(cluster.backend)
         cls.users += 1
+        cls.unclosed.add(user)
 
     @classmethod
     def _make(cls, backend: str) -> None:
         cls.store = cls.store or next(dist.rendezvous("env://"))[0]  # type: ignore[attr-defined]
         cls.made += 1
-        keys = dist.PrefixStore(f"autopar_{cls.made}", cls.store)  # type: ignore[attr-defined]
+        cls.keys = dist.PrefixStore(f"autopar_{cls.made}", cls.store)  # type: ignore[attr-defined]
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=keys, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=cls.keys, rank=rank, world_size=world_size)
         cls.is_ours = True
 
     @classmethod
-    def leave(cls) -> None:
+    def leave(cls, user: LaunchedRank) -> None:
         """While an exception passes, the group is left to the launcher: other ranks may never come to the barrier."""
         cls.users -= 1
+        cls.unclosed.discard(user)
+        user.release()
         if cls.users or not cls.is_ours or not dist.is_initialized() or sys.exc_info()[0] is not None:
             return
         dist.barrier()
+        cls._destroy()
+
+    @classmethod
+    def leave_at_exit(cls) -> None:
+        """For executables that were never closed; after an error nothing is waited for, and the launcher ends the job.
+
+        Other ranks are waited for in the store, where nothing else that they do is in the way, but not for long.
+        """
+        if hasattr(sys, "last_value"):
+            return
+        for user in list(cls.unclosed):
+            user.release()
+        if not cls.is_ours or not dist.is_initialized():
+            return
+        with contextlib.suppress(RuntimeError):
+            cls.keys.set(f"left_{dist.get_rank()}", "")
+            cls.keys.wait([f"left_{rank}" for rank in range(dist.get_world_size())], _EXIT_TIMEOUT)
+        cls._destroy()
+
+    @classmethod
+    def _destroy(cls) -> None:
         dist.destroy_process_group()
         cls.is_ours = False
 

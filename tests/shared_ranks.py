@@ -27,8 +27,8 @@ class SharedRanks:
     def load(self, payloads: Mapping[int, Any]) -> None:
         self.pool.call("__init__", [payloads[rank] for rank in self.hosted])
 
-    def call(self, method: str, payload: Any) -> list[Any]:
-        return self.pool.call(method, payload)
+    def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
+        return self.pool.call(method, [payloads[rank] for rank in self.hosted])
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
         """There is one process."""

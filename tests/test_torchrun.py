@@ -65,6 +65,8 @@ def seen_by_ranks(folder: Path) -> list[dict[str, Any]]:
 def test_both_ranks_train_what_one_device_trains(tmp_path: Path) -> None:
     code, output = finish("trains", tmp_path)
     assert code == 0, output
+    assert [f"rank {rank} left with" in output for rank in range(2)] == [True, True]
+    assert output.count("thread(s), 0 of gloo") == 2, output
     losses, trained = reference(Regression(), BATCH, SGD)
     for rank, seen in enumerate(seen_by_ranks(tmp_path)):
         assert seen["first"]["losses"] == pytest.approx(losses, rel=1e-5)

@@ -93,6 +93,7 @@ def test_content_is_the_three_packages(wheel: Path) -> None:
     assert tops == {*PACKAGES, info}
     assert f"{info}/licenses/LICENSE" in names
     assert not [name for name in names if "__pycache__" in name]
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
 
 
 @pytest.mark.parametrize("folder", ["devices", "clusters"])

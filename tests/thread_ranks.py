@@ -122,10 +122,10 @@ class ThreadRanks:
         for each in self.executors:
             each.wires = self.wires
 
-    def call(self, method: str, payload: Any) -> list[Any]:
+    def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
         def run(each: ThreadExecutor) -> Any:
             try:
-                return getattr(each, method)(payload)
+                return getattr(each, method)(payloads[each.rank])
             except BaseException:
                 self.wires.abort()
                 raise

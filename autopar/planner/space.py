@@ -122,7 +122,7 @@ class ModelSpace:
                     shared_prices = self._prices.setdefault(tp, prices)
                     self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last)
                 graphs.append(self._graphs[key].build(prices))
-        inputs = self._input_bytes()
+        inputs = self._input_bytes() // dp
 
         def cut_s(position: int, label: str) -> float:
             exit_name = local.segments[position - 1].exit

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -34,7 +34,7 @@ class WorkerConfig:
     """What a parent tells a rank before it can talk to it.
 
     dies_with_parent: the kernel may kill the rank when the thread that started it ends (prctl(2): the signal
-    follows that thread, not its process), so it is asked for only by main threads.
+    follows that thread, not its process), so it is asked for only by main threads. paths: the parent's sys.path.
     """
 
     rank: int
@@ -45,6 +45,7 @@ class WorkerConfig:
     backend: str
     parent_pid: int
     dies_with_parent: bool
+    paths: Sequence[str]
 
     def to_environment(self) -> dict[str, str]:
         """The environment variable that carries this to the rank."""

@@ -77,6 +77,10 @@ class Comm:
     def drop_buffers(self) -> None:
         self._buffers.clear()
 
+    def release(self) -> None:
+        """Let go of the process groups; no collective can be called any more."""
+        self._groups = {}
+
     def _staged(self, x: Tensor, slot: int) -> Tensor:
         return x if not self.stage_buffers else self._buffer(x.shape, x, slot).copy_(x)
 

@@ -63,7 +63,7 @@ class RankExecutor:
     # --- the step, as the generated program calls it
 
     def step(self, batch: Tree) -> float:
-        """One training step on the global batch; returns the global mean loss."""
+        """One training step on this rank's part of the global batch; returns the global mean loss."""
         with torch.no_grad():
             self._begin(batch)
             self.module.step(self)
@@ -162,10 +162,9 @@ class RankExecutor:
     def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
         size = self.spec["microbatch_size"]
-        start = (self.dp_index * self.spec["microbatches"] + microbatch) * size
-        cut = self.spec["sliced"]
-        batch = {n: v.narrow(0, start, size) if n in cut else v for n, v in self.batch.items()}
-        step = {n: v.narrow(0, start, size) if n in cut else v for n, v in self.step_values.items()}
+        first = {name: row + microbatch * size for name, row in self.spec["sliced"].items()}
+        batch = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.batch.items()}
+        step = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.step_values.items()}
         return batch, step
 
     def _receive(self, meta: str, source: int, direction: str) -> Tensor:
@@ -206,6 +205,11 @@ class RankExecutor:
     def state(self, _: Tree = None) -> Tree:
         """Local shards of parameters and buffers by the model's names."""
         return {"params": {k: v.cpu() for k, v in self.params.items()}, "stage": self.stage}
+
+    def release(self) -> None:
+        """Let go of every process group."""
+        self.groups.clear()
+        self.comm.release()
 
     def measure(self, request: Tree) -> Tree:
         """Time and memory of this rank, for ``compare``."""

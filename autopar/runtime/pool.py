@@ -55,9 +55,10 @@ class WorkerPool:
 
     The ranks start at once and in the background; the first call waits for them. The first message is
     `call("__init__", payload)`, which builds `target(rank=, world_size=, payload=)` in every rank; later ones
-    call its methods with their payload. Nothing of the caller's program is imported or pickled, so scripts need
-    no `__main__` guard. Any failure of any rank stops all of them: WorkerError, then ClosedError for later calls.
-    No rank outlives this process, however it ends. `env` is laid over this process's environment.
+    call its methods with their payload. The caller's script is not imported and nothing is pickled, so it needs no
+    `__main__` guard; its modules are found where the caller finds them. Any failure of any rank stops all of them:
+    WorkerError, then ClosedError for later calls. No rank outlives this process, however it ends. `env` is laid over
+    this process's environment.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class _Crew:
                 backend=backend,
                 parent_pid=self._owner_pid,
                 dies_with_parent=threading.current_thread() is threading.main_thread(),
+                paths=[os.path.abspath(path) for path in sys.path],
             )
             with theirs:
                 self.workers.append(_Worker(rank, _spawn(config, environment, log), log, Channel(ours)))

@@ -67,6 +67,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _tie_to_parent(config)
+    sys.path[:] = dict.fromkeys((*config.paths, *sys.path))  # modules of the user's, an optimizer's say
     os.set_inheritable(config.channel_fd, False)
     channel = Channel(socket.socket(fileno=config.channel_fd))
     inbox = _listen(channel)
