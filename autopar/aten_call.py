@@ -29,6 +29,7 @@ class AtenCall:
 
     def __init__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         self.func, self.result = func, result
+        self._args, self._kwargs = args, kwargs
         self.tensors: list[Tensor] = []
         self.is_list = any(kind == _TENSORS for _, _, kind in _signature(func))
         self._numbers: list[Any] = []
@@ -43,6 +44,20 @@ class AtenCall:
         """As the op table sees it."""
         inputs, outputs = ([_meta(tensor) for tensor in tensors] for tensors in (self.tensors, tensors_in(self.result)))
         return OpCall(str(self.func), tuple(inputs), tuple(outputs), self._arguments)
+
+    def places(self) -> list[list[Tensor]]:
+        """For an op over lists, the tensors at each place in them; none where its lists differ in length."""
+        lists = [v for v in (*self._args, *self._kwargs.values()) if _is_tensors(v)]
+        return [list(place) for place in zip(*lists, strict=True)] if len({len(v) for v in lists}) == 1 else []
+
+    def part(self, places: Sequence[int]) -> OpCall:
+        """As the op table would see it for some places in its lists."""
+
+        def taken(value: Any) -> Any:
+            return [value[place] for place in places] if isinstance(value, list | tuple) and value else value
+
+        args, kwargs = [taken(v) for v in self._args], {name: taken(v) for name, v in self._kwargs.items()}
+        return AtenCall(self.func, args, kwargs, taken(self.result)).op_call()
 
     def number_bytes(self) -> int:
         """Bytes of the tensor a number becomes while the op runs, and of its copy in the dtype the op works in."""
@@ -62,6 +77,10 @@ class AtenCall:
         if isinstance(value, list | tuple):
             return [self._referred(item) for item in value]
         return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(item, Tensor) for item in value)
 
 
 @functools.cache

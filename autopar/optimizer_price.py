@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-
-from autopar.aten_call import AtenCall, tensors_in
-from autopar.runtime.optim import OptimizerSpec, build
-from cost_model.errors import UnsupportedError
-from cost_model.ops import price_of
+from autopar.optimizer_run import Observation, Work, observe
+from autopar.runtime.optim import OptimizerSpec
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
-_STEADY = 1000
-"""What a fake scalar reads as: a step count far into training, where warm-up branches are behind."""
 Key: TypeAlias = tuple[int, TensorMeta]
 """Group and local shard: parameters alike in both are updated alike."""
 
@@ -48,20 +36,40 @@ def price_optimizer(
 
     device: "cpu" or "cuda", which choose different implementations where the options leave it open.
     An optimizer that updates its parameters one after the other is run on every pair of neighbours that occurs,
-    once each; any other on all of them. Errors: ConfigError, UnsupportedError.
+    once each; one that works on lists of them on the first and the last of each kind; any other on all of them.
+    Errors: ConfigError, UnsupportedError.
     """
     names = [name for group in spec.groups for name in group.names if name in parameters]
     if not names:
         return OptimizerPrice((), 0, 0)
     group_of = {name: index for index, group in enumerate(spec.groups) for name in group.names}
     keys = [(group_of[name], parameters[name]) for name in names]
-    spans = _spans(keys)
-    if 2 * sum(stop - start for start, stop in spans) <= len(keys):
-        runs = [_observed(spec, parameters, names[start:stop], device) for start, stop in spans]
-        if (sampled := _from_samples(keys, spans, runs)) is not None:
-            return sampled
-    whole = _observed(spec, parameters, names, device)
-    return OptimizerPrice(whole.costs, whole.state_bytes, whole.workspace_bytes)
+
+    def run(positions: Sequence[int]) -> Observation:
+        return observe(spec, parameters, [names[p] for p in positions], device)
+
+    price = _sampled(keys, run)
+    if price is None:
+        whole = run(range(len(names)))
+        price = OptimizerPrice(whole.costs, whole.state_bytes, whole.workspace_bytes)
+    return price
+
+
+Run: TypeAlias = Callable[[Sequence[int]], Observation]
+"""Runs the optimizer on the parameters at some positions."""
+
+
+def _sampled(keys: Sequence[Key], run: Run) -> OptimizerPrice | None:
+    """The price from runs on few parameters, or None where they do not show how it is made of the parameters'."""
+    spans, runs = _spans(keys), []
+    if 2 * sum(stop - start for start, stop in spans) > len(keys):
+        return None
+    for start, stop in spans:
+        runs.append(run(range(start, stop)))
+        if any(work.is_list for work in runs[-1].works):
+            kinds = _first_and_last(keys)
+            return None if 2 * len(kinds) > len(keys) else _from_lists(keys, kinds, run(kinds))
+    return _from_samples(keys, spans, runs)
 
 
 # --- From runs of neighbours to all parameters ----------------------------------------------------------------------
@@ -81,7 +89,7 @@ def _spans(keys: Sequence[Key]) -> list[tuple[int, int]]:
 
 
 def _from_samples(
-    keys: Sequence[Key], spans: Sequence[tuple[int, int]], runs: Sequence[_Observation]
+    keys: Sequence[Key], spans: Sequence[tuple[int, int]], runs: Sequence[Observation]
 ) -> OptimizerPrice | None:
     """The price of all parameters, or None where the runs do not show a loop that treats like parameters alike."""
     shares: dict[Key, _Share] = {}
@@ -94,7 +102,7 @@ def _from_samples(
     return OptimizerPrice(costs, state_bytes, max(run.workspace_bytes for run in runs))
 
 
-def _shares(run: _Observation) -> list[_Share] | None:
+def _shares(run: Observation) -> list[_Share] | None:
     """Each parameter's part of a run, or None where the run is no loop over parameters.
 
     In a loop ops take no lists and work for one parameter after the other; all state is some parameter's; and when a
@@ -106,7 +114,7 @@ def _shares(run: _Observation) -> list[_Share] | None:
     if sorted(places) != places or set(places) != set(range(len(run.states))):
         return None
     last = dict(zip(places, run.works, strict=True))
-    if any(places[birth] < place for place, work in last.items() for birth in work.alive):
+    if any(places[t.birth] < place for place, work in last.items() for t in work.alive):
         return None
     costs: list[list[OpCost]] = [[] for _ in run.states]
     for place, work in zip(places, run.works, strict=True):
@@ -114,7 +122,7 @@ def _shares(run: _Observation) -> list[_Share] | None:
     return [_Share(tuple(own), state) for own, state in zip(costs, run.states, strict=True)]
 
 
-def _places(works: Sequence[_Work]) -> list[int]:
+def _places(works: Sequence[Work]) -> list[int]:
     """The parameter each op works for; one that touches none works for the next that is touched, or the last."""
     places: list[int] = []
     place = max((work.owner for work in works if work.owner is not None), default=0)
@@ -122,23 +130,6 @@ def _places(works: Sequence[_Work]) -> list[int]:
         place = place if work.owner is None else work.owner
         places.append(place)
     return places[::-1]
-
-
-# --- One run --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One op of the observed step.
-
-    owner: the last parameter, by position in the run, that any of its tensors belongs to; alive: for each transient
-    storage alive after it, the op that made it; is_list: it takes a list of tensors.
-    """
-
-    cost: OpCost | None
-    owner: int | None
-    alive: tuple[int, ...]
-    is_list: bool
 
 
 @dataclass(frozen=True)
@@ -149,194 +140,79 @@ class _Share:
     state_bytes: int
 
 
-@dataclass(frozen=True)
-class _Observation:
-    """Two steps on a run of parameters; ``works`` is the second. states: bytes of each parameter's own state."""
-
-    works: tuple[_Work, ...]
-    states: tuple[int, ...]
-    state_bytes: int
-    workspace_bytes: int
-
-    @property
-    def costs(self) -> tuple[OpCost, ...]:
-        return tuple(work.cost for work in self.works if work.cost is not None)
+# --- From lists of a few parameters to lists of all ------------------------------------------------------------------
 
 
-def _observed(
-    spec: OptimizerSpec, parameters: Mapping[str, TensorMeta], names: Sequence[str], device: str
-) -> _Observation:
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        held = {name: _parameter(parameters[name], device) for name in names}
-    recorder = _Recorder()
-    for position, parameter in enumerate(held.values()):
-        recorder.give(parameter, position)
-        recorder.give(parameter.grad, position)
-    with recorder:
-        optimizer = build(_chosen(spec, device), held)
-    assert optimizer is not None
-    _make_fake(optimizer, fake, recorder)
-    with _explained(spec, device), fake, recorder:
-        optimizer.step()
-        states = tuple(recorder.claim(optimizer.state[p], i) for i, p in enumerate(held.values()))
-        recorder.start_recording()
-        optimizer.step()
-    return recorder.observation(states)
+def _first_and_last(keys: Sequence[Key]) -> list[int]:
+    """The positions of the first and the last of each kind."""
+    ends = [{key: p for p, key in order} for order in (enumerate(keys), reversed(list(enumerate(keys))))]
+    return sorted({p for end in ends for p in end.values()})
 
 
-@contextlib.contextmanager
-def _explained(spec: OptimizerSpec, device: str) -> Iterator[None]:
-    """Turns what torch raises in a step into an UnsupportedError."""
-    try:
-        yield
-    except (RuntimeError, AssertionError) as error:
-        raise UnsupportedError(
-            f"{spec.path} cannot be priced: its step on {device} tensors without values fails: {error}; "
-            "check its options on that device, and let its step decide nothing by the values of parameters"
-        ) from error
+def _from_lists(keys: Sequence[Key], positions: Sequence[int], run: Observation) -> OptimizerPrice | None:
+    """The price of all parameters from a run on those at ``positions``, or None where it is no work on lists that
+    treats like parameters alike: all state is some parameter's, a parameter has one place in a list, the price of
+    a list is the sum of its elements', and what is computed for one parameter alone leaves nothing behind."""
+    kinds = [keys[p] for p in positions]
+    times = _times(keys, kinds)
+    alone = [[w.cost for w in run.works if not w.is_list and w.owner == place] for place in range(len(kinds))]
+    alike = {kind: (run.states[place], alone[place]) for place, kind in enumerate(kinds)}
+    if sum(run.states) != run.state_bytes or any(
+        alike[kind] != (run.states[place], alone[place]) for place, kind in enumerate(kinds)
+    ):
+        return None
+    costs: list[OpCost] = []
+    for work in run.works:
+        widened = _widened(work, kinds, times)
+        if widened is None or any(_is_alone(run.works[t.birth]) for t in work.alive):
+            return None
+        costs += widened
+    workspace = max((_alive_bytes(work, times) + work.number_bytes for work in run.works), default=0)
+    return OptimizerPrice(tuple(costs), sum(s * n for s, n in zip(run.states, times, strict=True)), workspace)
 
 
-def _parameter(meta: TensorMeta, device: str) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device=device))
-    parameter.grad = torch.empty_like(parameter)
-    return parameter
+def _times(keys: Sequence[Key], kinds: Sequence[Key]) -> list[int]:
+    """How many parameters each one of the run stands for."""
+    left = Counter(keys)
+    left.subtract(kinds)
+    return [1 + left.pop(kind, 0) for kind in kinds]
 
 
-def _chosen(spec: OptimizerSpec, device: str) -> OptimizerSpec:
-    """With the implementation torch takes on CUDA where no option asks for one: over lists.
-
-    torch.optim.optimizer._default_to_fused_or_foreach, which does not know fake tensors.
-    """
-    if device == "cpu":
-        return spec
-    return replace(spec, groups=tuple(replace(g, options=_over_lists(g.options)) for g in spec.groups))
+def _is_alone(work: Work) -> bool:
+    return not work.is_list and work.owner is not None
 
 
-def _over_lists(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    is_open = "foreach" in options and options["foreach"] is None and options.get("fused") is None
-    needs_loop = options.get("differentiable") or (
-        isinstance(options.get("lr"), Tensor) and not options.get("capturable")
-    )
-    return {**options, "foreach": True} if is_open and not needs_loop else options
+def _alive_bytes(work: Work, times: Sequence[int]) -> int:
+    return sum(t.nbytes * (1 if t.owner is None else times[t.owner]) for t in work.alive)
 
 
-def _make_fake(optimizer: Optimizer, fake: FakeTensorMode, recorder: _Recorder) -> None:
-    """Real tensors that the constructor made or was given become fake; what it made for a parameter is counted."""
-
-    def faked(tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else fake.from_tensor(tensor)
-
-    for tensor in tensors_in([optimizer.defaults, *map(_options, optimizer.param_groups)]):
-        recorder.give(tensor, None)
-    for parameter, state in optimizer.state.items():
-        optimizer.state[parameter] = tree_map_only(Tensor, faked, state)
-        for tensor in tensors_in(optimizer.state[parameter]):
-            recorder.track(tensor, None, None)
-    for group in optimizer.param_groups:
-        group.update(tree_map_only(Tensor, faked, _options(group)))
-        for tensor in tensors_in(_options(group)):
-            recorder.give(tensor, None)
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
+def _widened(work: Work, kinds: Sequence[Key], times: Sequence[int]) -> list[OpCost] | None:
+    """The op's cost with each parameter there so many times, once or as often; None where that cannot be told."""
+    cost = work.cost
+    if not work.is_list:
+        return [] if cost is None else [cost] * (1 if work.owner is None else times[work.owner])
+    if cost is None or work.elements is None:
+        return None
+    shares: dict[Key, OpCost] = {}
+    for owner, share in work.elements:
+        if share is None or shares.setdefault(kinds[owner], share) != share:
+            return None
+    parts = [shares[kinds[owner]] for owner, _ in work.elements]
+    once = _shared(cost, parts)
+    if work.ends is not None and _sum(work.ends, [parts[0], parts[-1]], [1, 1], once) != work.ends:
+        return None
+    return [_sum(cost, parts, [times[owner] for owner, _ in work.elements], once)]
 
 
-@dataclass
-class _Storage:
-    """Bytes that count; the parameter it belongs to; the op that made it in the observed step; calls on its death."""
-
-    nbytes: int
-    owner: int | None
-    birth: int | None
-    death: weakref.ref[torch.UntypedStorage]
+def _shared(cost: OpCost, parts: Sequence[OpCost]) -> tuple[float, float]:
+    """Flops and bytes that each element alone has and a list has once (a number that is a tensor)."""
+    others = max(len(parts) - 1, 1)
+    return (sum(p.flops for p in parts) - cost.flops) / others, (sum(p.nbytes for p in parts) - cost.nbytes) / others
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts storages from birth to death, and from ``start_recording`` on writes down every op."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._storages: dict[int, _Storage] = {}
-        self._births: dict[int, int] = {}
-        self._alive_bytes = self._state_bytes = self._peak_bytes = 0
-        self._works: list[_Work] | None = None
-
-    def give(self, tensor: Tensor | None, owner: int | None) -> None:
-        """A tensor that others pay for, whether it was counted before or not."""
-        assert tensor is not None
-        self._count(tensor.untyped_storage(), 0, owner, None)
-
-    def track(self, tensor: Tensor, owner: int | None, birth: int | None) -> None:
-        """Count a tensor's storage until it dies, unless it is known already."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._count(storage, storage.nbytes(), owner, birth)
-
-    def claim(self, state: Any, owner: int) -> int:
-        """Give the state of a parameter its owner; the bytes that had none."""
-        keys = {tensor.untyped_storage()._cdata for tensor in tensors_in(state)}
-        mine = [self._storages[key] for key in keys & self._storages.keys() if self._storages[key].owner is None]
-        for storage in mine:
-            storage.owner = owner
-        return sum(storage.nbytes for storage in mine)
-
-    def start_recording(self) -> None:
-        """What is alive now is state."""
-        self._works = []
-        self._state_bytes = self._peak_bytes = self._alive_bytes
-
-    def observation(self, states: tuple[int, ...]) -> _Observation:
-        """What was written down."""
-        assert self._works is not None
-        return _Observation(tuple(self._works), states, self._state_bytes, self._peak_bytes - self._state_bytes)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
-            return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            result: Any = _steady_value(args[0].dtype)
-        else:
-            result = func(*args, **(kwargs or {}))
-        if self._works is None:
-            self._track_new(tensors_in(result), (args, kwargs), None, None)
-        else:
-            self._record(self._works, AtenCall(func, args, kwargs or {}, result))
-        return result
-
-    def _record(self, works: list[_Work], call: AtenCall) -> None:
-        outputs = tensors_in(call.result)
-        if not call.tensors and not outputs:
-            return
-        known = [self._storages.get(tensor.untyped_storage()._cdata) for tensor in call.tensors]
-        owner = max((s.owner for s in known if s is not None and s.owner is not None), default=None)
-        self._track_new(outputs, call.tensors, owner, len(works))
-        self._peak_bytes = max(self._peak_bytes, self._alive_bytes + call.number_bytes())
-        works.append(_Work(price_of(call.op_call()), owner, tuple(self._births.values()), call.is_list))
-
-    def _track_new(self, outputs: list[Tensor], inputs: Any, owner: int | None, birth: int | None) -> None:
-        """Track an op's results, save views of tensors from elsewhere."""
-        new = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in self._storages]
-        given = {tensor.untyped_storage()._cdata for tensor in tensors_in(inputs)} if new else ()
-        for tensor in new:
-            if tensor.untyped_storage()._cdata not in given:
-                self.track(tensor, owner, birth)
-
-    def _count(self, storage: torch.UntypedStorage, nbytes: int, owner: int | None, birth: int | None) -> None:
-        key = storage._cdata
-        if key in self._storages:
-            self._forget(key)
-        death = weakref.ref(storage, lambda _: self._forget(key))
-        self._storages[key] = _Storage(nbytes, owner, birth, death)
-        self._alive_bytes += nbytes
-        if birth is not None:
-            self._births[key] = birth
-
-    def _forget(self, key: int) -> None:
-        self._alive_bytes -= self._storages.pop(key).nbytes
-        self._births.pop(key, None)
-
-
-def _steady_value(dtype: torch.dtype) -> bool | int | float:
-    return float(_STEADY) if dtype.is_floating_point else dtype == torch.bool or _STEADY
+def _sum(like: OpCost, parts: Sequence[OpCost], times: Sequence[int], once: tuple[float, float]) -> OpCost:
+    """The cost of a list with each part so many times."""
+    others = sum(times) - 1
+    flops = sum(p.flops * n for p, n in zip(parts, times, strict=True)) - others * once[0]
+    nbytes = sum(p.nbytes * n for p, n in zip(parts, times, strict=True)) - others * once[1]
+    return replace(like, flops=flops, nbytes=nbytes)

@@ -77,13 +77,19 @@ def plan_model(
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Graphs are many small objects that live to the end: looking for garbage among them costs a tenth of the time."""
+    """Graphs are many small objects that live to the end: looking for garbage among them costs a tenth of the time.
+
+    At the end they go to the oldest generation unseen, where the collector finds them when it next looks there.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # what others froze stays frozen
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -107,6 +113,9 @@ class Job:
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
         traced = trace(model, inputs, options.loss_fn)
         analysis, notes = _analysed(traced, model)
+        if analysis.reason is not None:  # once more, to say where
+            traced = trace(model, inputs, options.loss_fn, sources=True)
+            analysis, notes = _analysed(traced, model)
         whole = traced.global_graph
         check_trains(whole, has_optimizer=options.optimizer is not None)
         parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}

@@ -56,7 +56,7 @@ def _batches(traced: Traced, names: list[str]) -> list[int]:
     assert traced.other is not None
     whole, small = traced.global_graph.batch, min(traced.other.batch, traced.global_graph.batch)
     parts = (b for b in range(whole, small, -1) if whole % b == 0 and _can_compute(traced, b, names))
-    return [next(parts, small), small, traced.other.batch]
+    return list(dict.fromkeys((next(parts, small), small, traced.other.batch)))
 
 
 def _can_compute(traced: Traced, batch: int, names: list[str]) -> bool:

@@ -19,14 +19,18 @@ _LIFTED = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
 
 def detach(module: fx.GraphModule) -> fx.GraphModule:
     """The exported module, changed in place; UnsupportedError where gradients stop in a way that cannot be stated."""
+    changed = False
     for owner in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         for node in list(owner.graph.nodes):
             if _is_region(node):
                 _check_region(getattr(owner, node.args[1].target))
                 _detach_outputs(node)
+                changed = True
             elif node.target is aten.detach_.default and node.args[0].target not in _LIFTED:
                 _detach_from_here(node)
-    module.recompile()
+                changed = True
+    if changed:
+        module.recompile()
     return module
 
 

@@ -45,7 +45,7 @@ class Runner(fx.Interpreter):
     """Runs our opaque ops through their differentiable forms and checks local shapes on the way."""
 
     def __init__(self, model: ModelGraph) -> None:
-        super().__init__(fx.GraphModule(torch.nn.Module(), model.graph))
+        super().__init__(torch.nn.Module(), graph=model.graph)
         self.model = model
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ batch size is divided by the global one whatever a microbatch holds.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -63,11 +64,16 @@ def _name(node: fx.Node, position: int) -> str:
 
 
 def _is_size(node: fx.Node, name: str) -> bool:
-    """Whether an argument is declared as an int (SymInt in the schema), not as an arithmetic Scalar."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema
-    declared = next(str(a.type) for a in schema.arguments if a.name == name)
-    return "int" in declared.lower() or schema.name.split("::")[1] in _SIZE_SCALARS
+    return name in _sizes_of(node.target)
+
+
+@functools.cache
+def _sizes_of(target: torch._ops.OpOverload) -> frozenset[str]:
+    """Arguments that are declared as ints (SymInt in the schema), not as arithmetic Scalars."""
+    schema = target._schema
+    counts = schema.name.split("::")[1] in _SIZE_SCALARS
+    return frozenset(a.name for a in schema.arguments if counts or "int" in str(a.type).lower())
 
 
 class _Affine:
@@ -87,7 +93,9 @@ class _Affine:
     def _copy(self, built: GraphBuilder, mapped: dict[fx.Node, Any], node: fx.Node, twin: fx.Node) -> fx.Node:
         made = built.copy(node, mapped, self._meta(node, twin))
         assert made.name == node.name
-        if isinstance(node.target, torch._ops.OpOverload):
+        if any(not isinstance(value, fx.Node) for value in (*node.args, *node.kwargs.values())) and isinstance(
+            node.target, torch._ops.OpOverload
+        ):
             pairs = enumerate(zip(made.args, twin.args, strict=True))
             made.args = tuple(self._blend(a, b, _is_size(node, _name(node, i))) for i, (a, b) in pairs)
             made.kwargs = {k: self._blend(v, twin.kwargs[k], _is_size(node, k)) for k, v in made.kwargs.items()}
@@ -102,6 +110,8 @@ class _Affine:
         return tuple(None if x is None or y is None else self._blend_meta(x, y) for x, y in zip(a, b, strict=True))
 
     def _blend_meta(self, a: TensorMeta, b: TensorMeta) -> TensorMeta:
+        if a == b:
+            return a
         if len(a.shape) != len(b.shape):
             raise BatchMismatchError("a tensor's rank depends on the batch")
         return TensorMeta(tuple(self._blend(x, y, True) for x, y in zip(a.shape, b.shape, strict=True)), a.dtype)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
@@ -23,6 +25,7 @@ from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError,
 from passes.clean import clean
 from passes.detach import detach
 from passes.graph import GraphInput, ModelGraph
+from passes.merge import merge_equal
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 _DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -150,22 +153,48 @@ def alias_map(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None) -> Traced:
-    """Export the model with its loss; nothing is run and no weight is touched."""
+def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sources: bool = False) -> Traced:
+    """Export the model with its loss; nothing is run and no weight is touched.
+
+    sources: note the user's line of each call, which a third of the time goes into. Errors name it in any case.
+    """
     spec = batch_spec(inputs)
-    aliases = alias_map(model)
     wrapped = _WithLoss(model, loss_fn, spec)
     wrapped.training = model.training  # not train(): the model's parts may each be in a mode of their own
+    try:
+        with _stack_traces(sources):
+            return _traced(wrapped, spec)
+    except UnsupportedError:
+        if sources:
+            raise
+        return trace(model, inputs, loss_fn, sources=True)
+
+
+def _traced(wrapped: _WithLoss, spec: BatchSpec) -> Traced:
+    aliases = alias_map(wrapped.model)
     graph, constants = _export(wrapped, spec, spec.size, aliases)
     other_size = _second_size(spec.size)
     notes: tuple[str, ...] = ()
     other = None
     if other_size is not None:
         try:
-            other, _ = _export(wrapped, spec, other_size, aliases)
+            with _stack_traces(False):
+                other, _ = _export(wrapped, spec, other_size, aliases)
         except TraceError as error:
             notes = (f"the batch cannot be split: the model does not trace at batch {other_size} ({error.args[0]})",)
+    merge_equal([graph] if other is None else [graph, other])
     return Traced(graph, other, aliases, constants, spec, notes)
+
+
+@contextmanager
+def _stack_traces(wanted: bool) -> Iterator[None]:
+    """Whether torch's tracers look up the line of each call."""
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)
+    fx_config.do_not_emit_stack_traces = not wanted
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 def _second_size(batch: int) -> int | None:

@@ -16,7 +16,7 @@ from torch._C._profiler import _EventType
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, RMSprop
 from torch.profiler import ProfilerActivity, profile
 
-from autopar import optimizer_price
+from autopar import optimizer_price, optimizer_run
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime import optim
 from autopar.runtime.optim import OptimizerSpec, build, capture
@@ -113,7 +113,7 @@ def test_every_op_has_an_entry_in_the_table(factory: Any) -> None:
 def whole_price(spec: OptimizerSpec, metas: dict[str, TensorMeta], monkeypatch: pytest.MonkeyPatch) -> OptimizerPrice:
     """The price from one run on all parameters."""
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_price, "_spans", lambda keys: [(0, len(keys))])
+        patch.setattr(optimizer_price, "_sampled", lambda keys, run: None)
         return price_optimizer(spec, metas)
 
 
@@ -156,7 +156,7 @@ def count_parameters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(parameters))
         return optim.build(spec, parameters)
 
-    monkeypatch.setattr(optimizer_price, "build", counting)
+    monkeypatch.setattr(optimizer_run, "build", counting)
     return sizes
 
 
@@ -171,12 +171,13 @@ def test_a_loop_runs_no_more_parameters_for_more_layers(monkeypatch: pytest.Monk
     assert len(price.costs) == len(many) * len(price_optimizer(spec_of(AdamW, one), one).costs)
 
 
-def test_lists_are_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    metas = gpt(5)
-    spec = spec_of(partial(AdamW, foreach=True), metas)
+def test_lists_hold_no_more_parameters_for_more_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = count_parameters(monkeypatch)
-    price_optimizer(spec, metas)
-    assert sizes[-1] == len(metas)
+    few, many = gpt(5), gpt(15)
+    price_optimizer(spec_of(partial(AdamW, foreach=True), few), few)
+    run_for_few = sum(sizes)
+    price_optimizer(spec_of(partial(AdamW, foreach=True), many), many)
+    assert sum(sizes) - run_for_few == run_for_few < len(few) * 0.7
 
 
 def test_fused_adamw_by_hand() -> None:

@@ -8,6 +8,7 @@ segments should not all change plan at the same price.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,14 +84,21 @@ def edges_of(chain: Chain) -> Edges:
         for label, text in enumerate(chain.boundary_labels(position)):
             cuts[position, label] = chain.cut_s(position, text) if position else 0.0
     assert (cuts >= 0).all()
-    ranges = [(i, j) for i in range(count) for j in range(i + 1, count + 1)]
-    pairs = {(i, j): np.indices((sizes[i], sizes[j])).reshape(2, -1) for i, j in ranges}
-    repeats = [pairs[r].shape[1] for r in ranges]
-    first, last = (np.repeat([r[side] for r in ranges], repeats) for side in (0, 1))
-    entry, exit = (np.concatenate([pairs[r][side] for r in ranges]) for side in (0, 1))
-    reserve = np.repeat([float(chain.reserve_bytes(i, j)) for i, j in ranges], repeats)
+    reserve = np.zeros((count, count + 1))
+    for i, j in zip(*np.triu_indices(count, 0, count), strict=True):
+        reserve[i, j + 1] = chain.reserve_bytes(int(i), int(j) + 1)
+    first, last, entry, exit = _index(tuple(sizes))
     cls = fold(chain.sequence).class_of[first, last]
-    return Edges(first, last, entry, exit, cls, cuts[first, entry], reserve, width)
+    return Edges(first, last, entry, exit, cls, cuts[first, entry], reserve[first, last], width)
+
+
+@functools.lru_cache(maxsize=64)
+def _index(sizes: tuple[int, ...]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """First, last, entry and exit of every edge of a chain with so many labels at its boundaries."""
+    known = np.arange(max(sizes)) < np.array(sizes)[:, None]
+    later = np.arange(len(sizes))[:, None] < np.arange(len(sizes))
+    first, last, entry, exit = np.nonzero(later[:, :, None, None] & known[:, None, :, None] & known[None, :, None, :])
+    return first, last, entry, exit
 
 
 class RangeTable:
