@@ -121,7 +121,15 @@ class Linker:
     ) -> StageCode:
         stage, whole = plan.stages[index], self.traced.global_graph.batch
         cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole)
-        return build_stage(cut, stage.choices, plan.tp, self._templates, last=index == plan.pp - 1, zeros=zeros)
+        return build_stage(
+            cut,
+            stage.choices,
+            plan.tp,
+            self._templates,
+            last=index == plan.pp - 1,
+            zeros=zeros,
+            recompute=stage.recompute_levels,
+        )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:
         trainable = tuple((s.name, s.meta) for s in stage.shards if s.trainable)

@@ -18,9 +18,10 @@ from autopar.checks import check_pins, check_plan, check_trains
 from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
+from autopar.planner.saving import NONE, RECOMPUTE
 from autopar.planner.search import Infeasible, Pins, Solution, search
 from autopar.planner.smallest_cap import smallest_cap
-from autopar.planner.space import LocalModel, ModelSpace, renaming
+from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.progress import planning_progress
 from autopar.runtime.optim import OptimizerSpec, capture, is_elementwise
 from cost_model.cluster import Cluster
@@ -141,7 +142,7 @@ class Job:
                 self.options.plan, time.perf_counter() - start, math.inf, ("the plan was given, not searched",)
             )
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
-        solution = self._search()
+        solution = self.solve()
         return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
 
     def planned(self, decision: Decision) -> Planned:
@@ -174,9 +175,17 @@ class Job:
         sharded = self.optimizer is None or is_elementwise(self.optimizer)
         if not sharded:
             self.notes = (*self.notes, "the optimizer is not elementwise: parameters are not split along tp")
-        return ModelSpace(self.traced, self.analysis, self.cluster, price, max(priced_bytes, 1), sharded=sharded)
+        return ModelSpace(
+            self.traced,
+            self.analysis,
+            self.cluster,
+            price,
+            max(priced_bytes, 1),
+            sharded=sharded,
+        )
 
-    def _search(self) -> Solution:
+    def solve(self) -> Solution:
+        """The search's answer. Errors: InfeasiblePlanError."""
         found = self._searched()
         if isinstance(found, Infeasible):
             raise self._infeasible(found)
@@ -186,7 +195,7 @@ class Job:
         pins = self.options.parallelism
         with planning_progress() as report:
             return search(
-                self.space,
+                PinnedSpace(self.space, pins.recompute),
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,
@@ -299,4 +308,5 @@ def _stage_plan(local: LocalModel, stage: Any, tp: int) -> StagePlan:
             is_inner_entry = offset > 0 and part.entry is not None and rename(variable) == f"input:{part.entry}"
             if variable.startswith(_PREFIXES) and not is_inner_entry:
                 choices[rename(variable)] = label
-    return StagePlan(stage.first, stage.last, choices)
+    levels = tuple(assignment.get(RECOMPUTE, NONE) for assignment in stage.assignments)
+    return StagePlan(stage.first, stage.last, choices, levels if any(r != NONE for r in levels) else ())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, UnknownNameError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
 _NUMBERED = re.compile(r"((?:[^.]*\.)*?)(\d+)((?:\..*)?)")
@@ -74,13 +74,33 @@ class Precision:
 class StagePlan:
     """One pipeline stage: the half-open range of segments it runs.
 
-    placements: value name -> placement text on the tp axis, for every value whose placement is not
-    derived: op outputs ("node:<name>") and, where a tensor is used in a second form, "form:<name>".
+    choices: on the tp axis the strategy of each op ("op:<node>"), the placement of each parameter and of the
+    activation that comes in ("input:<node>") and the second form of a tensor with several users ("form:<node>");
+    on the dp axis the ZeRO level of each parameter ("zero:<node>", "1" to "3"; 0 is not written).
+    recompute: the level of each segment, in order; empty where none recomputes.
     """
 
     first_segment: int
     last_segment: int
     choices: Mapping[str, str] = field(hash=False)
+    recompute: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        count = self.last_segment - self.first_segment
+        if self.recompute and (len(self.recompute) != count or not any(r != "none" for r in self.recompute)):
+            raise ConfigError(
+                f"a stage of {count} segment(s) must have as many recompute levels, not {list(self.recompute)}, "
+                "and none at all where nothing is recomputed"
+            )
+        for level in self.recompute:
+            if level not in RECOMPUTES:
+                raise UnknownNameError("recompute", level, RECOMPUTES)
+
+    @property
+    def recompute_levels(self) -> dict[int, str]:
+        """Segment -> level, of those that recompute."""
+        levels = enumerate(self.recompute, self.first_segment)
+        return {segment: level for segment, level in levels if level != "none"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,12 @@ class Plan:
         head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule}"
         return "\n".join([head, *(f"stage {stage}: {folded(self.labels(stage))}" for stage in range(self.pp))])
 
+    @property
+    def recompute(self) -> str:
+        """The level of all segments; "mixed" where they differ."""
+        levels = {level for stage in self.stages for level in stage.recompute or ("none",)}
+        return levels.pop() if len(levels) == 1 else "mixed"
+
     def labels(self, stage: int) -> tuple[str, ...]:
         """Names of the segments that a stage runs, in order."""
         return self.segment_labels[self.stages[stage].first_segment : self.stages[stage].last_segment]
@@ -159,7 +185,7 @@ class Plan:
         _check_fields(raw, Plan, "the plan")
         for number, stage in enumerate(raw["stages"]):
             _check_fields(stage, StagePlan, f"stage {number} of the plan")
-        stages = tuple(StagePlan(**stage) for stage in raw.pop("stages"))
+        stages = tuple(StagePlan(**{**stage, "recompute": tuple(stage["recompute"])}) for stage in raw.pop("stages"))
         labels, placement = tuple(raw.pop("segment_labels")), tuple(raw.pop("placement"))
         return Plan(**raw, stages=stages, segment_labels=labels, placement=placement)
 

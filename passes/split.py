@@ -1,13 +1,14 @@
 """Split: a joint graph becomes setup (once), forward and backward (per microbatch) with a chosen set of saved values.
 
-Saved are the bases the backward reads; views of them are redone there. What depends on nothing but buffers and
+Saved are the bases the backward reads; views of them are redone there, and so is what ``passes.recompute`` picks, each
+value just before its first use. What depends on nothing but buffers and
 constants (masks, position ids) moves to setup and is computed once. Uses of a forward value for its shape alone
 keep nothing alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import fx
 
 from passes import vocabulary
 from passes.joint import JointGraph
-from passes.storage import is_view
+from passes.recompute import remade
+from passes.storage import is_view, renamed, storage_of
 
 aten = torch.ops.aten
 _SHAPE_ONLY = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
+_AGAIN = "again"
+_SAVE_ALL: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,19 @@ class SplitGraphs:
     constants: tuple[str, ...]
 
 
-def split(joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str]) -> SplitGraphs:
-    """``invariant``: inputs that never change (buffers, constants); ``parameters``: input node -> the model's name."""
-    return _Split(joint, invariant, parameters).run()
+def split(
+    joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str], levels: Mapping[int, str] = _SAVE_ALL
+) -> SplitGraphs:
+    """``invariant``: inputs that never change (buffers, constants); ``parameters``: input node -> the model's name;
+    ``levels``: segment -> how much of it is recomputed."""
+    return _Split(joint, invariant, parameters, levels).run()
 
 
 class _Split:
-    def __init__(self, joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str]) -> None:
-        self.joint, self.parameters = joint, parameters
+    def __init__(
+        self, joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str], levels: Mapping[int, str]
+    ) -> None:
+        self.joint, self.parameters, self.levels = joint, parameters, levels
         _drop_detach(joint)
         nodes = list(joint.graph.nodes)
         self.by_name = {n.name: n for n in nodes}
@@ -61,6 +70,8 @@ class _Split:
         self.forward_set = set(self.forward_nodes)
         self.constants: dict[str, None] = {}
         self.saved: dict[str, None] = {}
+        self.remade: frozenset[fx.Node] = frozenset()
+        self.again: set[Hashable] = set()
 
     def run(self) -> SplitGraphs:
         backward = self._backward([v for v in self.joint.gradients.values() if v is not None])
@@ -80,6 +91,7 @@ class _Split:
     def _backward(self, results: list[str]) -> fx.Graph:
         """Backward nodes that lead to a gradient; operands from forward become saved values or redone views."""
         needed = _reaching([self.by_name[name] for name in results], set(self.backward_nodes))
+        self.remade = self._remade(needed, results)
         graph, mapped = fx.Graph(), {}
         for node in self.backward_nodes:
             if node not in needed:
@@ -100,21 +112,45 @@ class _Split:
                 _accumulate(graph, mapped[self.by_name[name]], self.parameters[parameter])
         return _inputs_first(graph)
 
-    def _bring(self, node: fx.Node, graph: fx.Graph, mapped: dict[fx.Node, Any]) -> None:
-        """Make a value available in backward: an input, a constant, a redone view, or a saved value."""
-        if node in mapped:
-            return
-        if node in self.forward_set and is_view(node):
-            for operand in node.all_input_nodes:
-                self._bring(operand, graph, mapped)
-            mapped[node] = _copy(graph, node, mapped)
-            return
+    def _remade(self, needed: set[fx.Node], results: list[str]) -> frozenset[fx.Node]:
+        """Forward calls that are made again, given what the backward reads of the forward."""
+        read = {o for n in needed if n.target not in _SHAPE_ONLY for o in n.all_input_nodes if o in self.forward_set}
+        read |= {self.by_name[name] for name in results} & self.forward_set
+        return remade(self.forward_nodes, read, self.levels, {n for n in self.inputs if n.name in self.parameters})
+
+    def _bring(self, wanted: fx.Node, graph: fx.Graph, mapped: dict[fx.Node, Any]) -> None:
+        """Make a value available in backward: an input, a constant, a saved value, or one made again (as views are)
+        after all that it is made of."""
+        stack = [wanted]
+        while stack:
+            node = stack[-1]
+            again = node in self.remade or (node in self.forward_set and is_view(node))
+            missing = [o for o in reversed(node.all_input_nodes) if o not in mapped] if again else []
+            if node in mapped or not missing:
+                stack.pop()
+            if node not in mapped and not missing:
+                mapped[node] = self._copy_again(graph, node, mapped) if again else self._taken(graph, node)
+            elif node not in mapped:
+                stack += missing
+
+    def _copy_again(self, graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
+        """A second copy has memory of its own; so have views of it, while views of a saved value lie in that."""
+        made = _copy(graph, node, mapped)
+        if not is_view(node):
+            renamed(node.meta["storage"], self.again.add)
+        if storage_of(node) in self.again or not is_view(node):
+            made.name = f"{node.name}_{_AGAIN}"
+        made.meta["storage"] = renamed(node.meta["storage"], lambda s: (_AGAIN, s) if s in self.again else s)
+        return made
+
+    def _taken(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        """An input, a constant or a saved value."""
         if node in self.setup_nodes:
             self.constants[node.name] = None
         elif node in self.forward_set:
             assert isinstance(node.meta.get("val"), torch.Tensor), f"{node} is saved whole"
             self.saved[node.name] = None
-        mapped[node] = _placeholder(graph, node)
+        return _placeholder(graph, node)
 
     def _forward(self) -> fx.Graph:
         results = [self.by_name[name] for name in (self.joint.output, *self.saved)]

@@ -21,6 +21,7 @@ FORWARD_SIGNATURE = "params, buffers, constants, batch, step, received, comm, ke
 BACKWARD_SIGNATURE = "params, buffers, constants, batch, step, saved, grads, accumulate, comm, kernels, device"
 SETUP_SIGNATURE = "buffers, comm, kernels, device"
 AXIS = "tp"
+_SAVE_ALL: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,19 @@ def build_stage(
     *,
     last: bool,
     zeros: frozenset[str] = frozenset(),
+    recompute: Mapping[int, str] = _SAVE_ALL,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
+    recompute: segment -> its level.
     """
     sharded = shard(model, choices, AXIS, tp, last=last)
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant"))
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter"}
-    return _Builder(sharded, split(joint, invariant, parameters), last).build()
+    return _Builder(sharded, split(joint, invariant, parameters, recompute), last).build()
 
 
 class _Builder:

@@ -145,7 +145,9 @@ class _Stitch:
         laid = _Laid(piece, joint, {}, {}, labels, segment_of(piece.nodes()[0]))
         by_name = {n.name: n for n in joint.graph.nodes}
         for name, item in zip(joint.inputs, piece.inputs, strict=True):
-            actual = self._contiguous(self.nodes[item.node]) if item.kind == "activation" else self.nodes[item.node]
+            actual = self.nodes[item.node]
+            if item.kind == "activation":
+                actual = self._contiguous(actual, laid.segment)
             self._bind(by_name[name], actual, laid.mapped, laid.bound)
         for node in joint.graph.nodes:
             if node.name == joint.mark:
@@ -167,7 +169,7 @@ class _Stitch:
         joint = part.joint
         by_name = {n.name: n for n in joint.graph.nodes}
         if joint.grad_in is not None and gradient is not None:
-            self._bind(by_name[joint.grad_in], self._contiguous(gradient), part.mapped, part.bound)
+            self._bind(by_name[joint.grad_in], self._contiguous(gradient, part.segment), part.mapped, part.bound)
         after = False
         for node in joint.graph.nodes:
             if after and node.op == "call_function":
@@ -180,32 +182,35 @@ class _Stitch:
             if item.kind == "activation":
                 entry = node
             if item.node in self.gradients and node is not None:
-                self.gradients[item.node] = self._summed(self.gradients[item.node], node)
+                self.gradients[item.node] = self._summed(self.gradients[item.node], node, part.segment)
         return entry
 
-    def _summed(self, before: fx.Node | None, new: fx.Node) -> fx.Node:
+    def _summed(self, before: fx.Node | None, new: fx.Node, segment: int) -> fx.Node:
         """A parameter that several pieces use has the sum of their gradients."""
         if before is None:
             return new
-        return self._call(aten.add.Tensor, (before, new), before.meta["val"])
+        return self._call(aten.add.Tensor, (before, new), before.meta["val"], segment)
 
     def _zeros(self, name: str) -> fx.Node:
+        """In the segment that uses the parameter."""
+        segment = min((segment_of(u) for u in self.nodes[name].users), default=AMBIENT)
         like = self.nodes[name].meta["val"]
-        made = self._call(aten.zeros.default, (), like, dtype=like.dtype, device=torch.device("cpu"))
+        made = self._call(aten.zeros.default, (), like, segment, dtype=like.dtype, device=torch.device("cpu"))
         made.args = (list(like.shape),)
         return made
 
-    def _contiguous(self, node: fx.Node) -> fx.Node:
+    def _contiguous(self, node: fx.Node, segment: int) -> fx.Node:
         """Pieces are traced with contiguous activations."""
         value = node.meta["val"]
         if value.is_contiguous():
             return node
-        return self._call(aten.clone.default, (node,), value, memory_format=torch.contiguous_format)
+        return self._call(aten.clone.default, (node,), value, segment, memory_format=torch.contiguous_format)
 
-    def _call(self, target: Any, args: tuple[fx.Node, ...], like: torch.Tensor, **kwargs: Any) -> fx.Node:
+    def _call(self, target: Any, args: tuple[fx.Node, ...], like: torch.Tensor, segment: int, **kwargs: Any) -> fx.Node:
         made = self.graph.call_function(target, args, kwargs)
         with FakeTensorMode():
             made.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
         made.meta["storage"] = ("made", made.name)
         made.meta["label"] = ""
+        made.meta["segment"] = segment
         return made

@@ -30,6 +30,15 @@ def conversion_kinds(source: Placement, target: Placement) -> tuple[str, ...] | 
     return tuple(kind for step in steps if step is not None for kind in (step.forward, step.backward) if kind)
 
 
+@functools.cache
+def travels_forward(source: Placement, target: Placement) -> bool:
+    """Whether a change of placement needs a collective in forward."""
+    if not can_convert(source, target):
+        return False
+    steps = [step_collectives(a, b) for a, b in conversion_steps(source, target)]
+    return any(step is not None and step.forward not in ("", "slice") for step in steps)
+
+
 @dataclass(frozen=True, eq=False)
 class MeshPrices:
     """Seconds and bytes on a (dp, tp) mesh of a cluster whose ranks are laid out tp innermost.
@@ -69,18 +78,26 @@ class MeshPrices:
 
     def op_time_s(self, call: OpCall, strategy: Strategy) -> float:
         """Forward and backward of one call under a strategy, its own collectives included."""
-        local = OpCall(
-            call.op,
-            tuple(local_meta(m, p, self.tp) for m, p in zip(call.inputs, strategy.inputs, strict=True)),
-            tuple(local_meta(m, p, self.tp) for m, p in zip(call.outputs, strategy.outputs, strict=True)),
-            call.args,
-        )
+        local = self._local(call, strategy)
         cost, entry = price_of(local), entry_of(call.op)
         forward = self.view_s if cost is None else self.op_s(cost)
         backward = sum(self.op_s(c) for c in entry.backward_price(local)) if entry is not None else 2 * forward
         if cost is None:
             backward = max(backward, self.view_s)
         return forward + backward + (self._inside_s(local) if strategy.inside else 0.0)
+
+    def again_s(self, call: OpCall, strategy: Strategy) -> float:
+        """Forward of one call once more, without its own collectives."""
+        cost = price_of(self._local(call, strategy))
+        return self.view_s if cost is None else self.op_s(cost)
+
+    def _local(self, call: OpCall, strategy: Strategy) -> OpCall:
+        return OpCall(
+            call.op,
+            tuple(local_meta(m, p, self.tp) for m, p in zip(call.inputs, strategy.inputs, strict=True)),
+            tuple(local_meta(m, p, self.tp) for m, p in zip(call.outputs, strategy.outputs, strict=True)),
+            call.args,
+        )
 
     def _inside_s(self, local: OpCall) -> float:
         """Cross entropy over sharded classes reduces the rows' maxima, then sums and targets together."""

@@ -16,11 +16,11 @@ import numpy as np
 from autopar.optimizer_price import OptimizerPrice
 from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import Factor, FactorGraph
-from autopar.planner.prices import MeshPrices, local_meta
+from autopar.planner.prices import MeshPrices, local_meta, travels_forward
+from autopar.planner.saving import NONE, RECOMPUTE, SAVE_ALL, OpUse, Saving, SegmentLevels, TensorUse, saves_of
 from autopar.planner.strategies import OpSpace, PlannedOp, op_space
 from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
-from cost_model.ops import entry_of
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
 from cost_model.strategies import strategy_text
 from cost_model.tensor import TensorMeta
@@ -82,7 +82,7 @@ class ModelSpace:
         self.traced, self.analysis, self.cluster = traced, analysis, cluster
         self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
         self._models: dict[int, LocalModel | None] = {}
-        self._chains: dict[tuple[int, int, int], Chain | None] = {}
+        self._chains: dict[tuple[int, int, int, Saving], Chain | None] = {}
         self._graphs: dict[tuple[int, int, str], _SegmentGraph] = {}
         self._prices: dict[int, MeshPrices] = {}
 
@@ -102,14 +102,15 @@ class ModelSpace:
             return None
         return LocalModel(model, segment(model))
 
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
-        key = (dp, tp, microbatch_size)
+    def chain(self, dp: int, tp: int, microbatch_size: int, saving: Saving = SAVE_ALL) -> Chain | None:
+        """The chain with these ways to save memory to choose from."""
+        key = (dp, tp, microbatch_size, saving)
         if key not in self._chains:
             local = self.local_model(microbatch_size)
-            self._chains[key] = None if local is None else self._chain(local, dp, tp)
+            self._chains[key] = None if local is None else self._chain(local, dp, tp, saving)
         return self._chains[key]
 
-    def _chain(self, local: LocalModel, dp: int, tp: int) -> Chain:
+    def _chain(self, local: LocalModel, dp: int, tp: int, saving: Saving) -> Chain:
         prices = MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes())
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
@@ -121,7 +122,7 @@ class ModelSpace:
                     last = index == len(local.segments) - 1
                     shared_prices = self._prices.setdefault(tp, prices)
                     self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last)
-                graphs.append(self._graphs[key].build(prices))
+                graphs.append(self._graphs[key].build(prices, saving))
         inputs = self._input_bytes() // dp
 
         def cut_s(position: int, label: str) -> float:
@@ -161,6 +162,8 @@ class _SegmentGraph:
         self.ops = {op.node: op for op in self.space.ops}
         self.domains: dict[str, tuple[str, ...]] = {}
         self.factors: list[Factor] = []
+        self.uses: dict[int, Callable[[], OpUse | TensorUse]] = {}
+        self._with_levels: dict[tuple[str, ...], tuple[Factor, ...]] = {}
         self.labels: dict[str, tuple[Placement, ...]] = {}
         self.users = self._users()
         for op in self.space.ops:
@@ -182,12 +185,36 @@ class _SegmentGraph:
                     users.setdefault(operand, []).append((op, index))
         return users
 
-    def build(self, prices: MeshPrices) -> FactorGraph:
+    @cached_property
+    def segment_levels(self) -> SegmentLevels:
+        entry = None if self.part.entry is None else (self.part.entry, self._meta(self.part.entry).nbytes)
+        parameters = frozenset(self.part.parameters)
+        return SegmentLevels(self.space, entry, parameters | self.local.ambient, set(parameters))
+
+    def _at_levels(self, names: tuple[str, ...]) -> tuple[Factor, ...]:
+        """The factors that know no mesh, under a choice of recompute levels."""
+        if names == (NONE,):
+            return tuple(self.factors)
+        if names not in self._with_levels:
+            levels = self.segment_levels.levels(names)
+            found: list[Factor] = []
+            for index, factor in enumerate(self.factors):
+                if index not in self.uses:
+                    found.append(factor)
+                    continue
+                use = self.uses[index]()
+                found += [use.factor(levels)] if isinstance(use, OpUse) else use.factors(levels)
+            self._with_levels[names] = tuple(found)
+        return self._with_levels[names]
+
+    def build(self, prices: MeshPrices, saving: Saving) -> FactorGraph:
         """The graph on a mesh: ``prices`` differ from those of the ops in dp alone."""
         steps = tuple(self._parameter(name, prices) for name in self.part.parameters)
         entry = None if self.part.entry is None else input_key(self.part.entry)
         shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.shared)
-        return FactorGraph(self.domains, (*self.factors, *steps), entry, self.exit, shared)
+        levels = saving.recompute
+        domains = self.domains if levels == (NONE,) else {**self.domains, RECOMPUTE: levels}
+        return FactorGraph(domains, (*self._at_levels(levels), *steps), entry, self.exit, shared)
 
     def _meta(self, tensor: str) -> TensorMeta:
         return self.local.model.tensor(tensor)
@@ -196,17 +223,27 @@ class _SegmentGraph:
         times = np.array([self.prices.op_time_s(op.call, s) for s in op.strategies])
         saved = np.array([self._saved_outputs(op, k) for k in range(len(op.strategies))], dtype=float)
         self.domains[op_key(op.node)] = tuple(strategy_text(s) for s in op.strategies)
-        self.factors.append(Factor((op_key(op.node),), time_s=times, saved_bytes=saved))
+        plain = Factor((op_key(op.node),), time_s=times, saved_bytes=saved)
+        self._add(plain, lambda: self._op_use(op, plain))
 
-    def _saves(self, op: PlannedOp) -> tuple[str, ...]:
-        entry = entry_of(op.call.op)
-        if entry is None:
-            return tuple(f"in{i}" for i in range(len(op.operands)))
-        return entry.saves(op.call)
+    def _add(self, factor: Factor, use: Callable[[], OpUse | TensorUse]) -> None:
+        """A factor that recompute changes."""
+        self.uses[len(self.factors)] = use
+        self.factors.append(factor)
+
+    def _op_use(self, op: PlannedOp, plain: Factor) -> OpUse:
+        again_s = np.array([self.prices.again_s(op.call, s) for s in op.strategies])
+        unread = {}
+        for index, meta in enumerate(op.call.outputs):
+            tensor = self.segment_levels.output(op, index)
+            if tensor not in self.users:
+                sizes = [local_meta(meta, s.outputs[index], self.tp).nbytes for s in op.strategies]
+                unread[tensor] = np.array(sizes, dtype=float)
+        return OpUse(op.node, plain, again_s, unread)
 
     def _saved_outputs(self, op: PlannedOp, index: int) -> int:
         strategy = op.strategies[index]
-        kept = [int(name[3:]) for name in self._saves(op) if name.startswith("out")]
+        kept = [int(name[3:]) for name in saves_of(op) if name.startswith("out")]
         return sum(local_meta(op.call.outputs[k], strategy.outputs[k], self.tp).nbytes for k in kept)
 
     def _parameter_places(self, name: str) -> tuple[Placement, ...]:
@@ -251,12 +288,22 @@ class _SegmentGraph:
             self.domains[form_key(tensor)] = tuple(map(str, forms))
             self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=False, kept=kept)
             variable, places = form_key(tensor), forms
+        first = variable != form_key(tensor)
         saved_by_form = False
         for op, index in users:
             wanted = tuple(s.inputs[index] for s in op.strategies)
-            saves = f"in{index}" in self._saves(op) and tensor not in self.part.parameters
+            saves = f"in{index}" in saves_of(op) and tensor not in self.part.parameters
             again = saves and saved_by_form
-            self._pair(tensor, (variable, places), (op_key(op.node), wanted), saves=saves, kept=kept or again)
+            self._pair(
+                tensor,
+                (variable, places),
+                (op_key(op.node), wanted),
+                saves=saves,
+                kept=kept or again,
+                user=op.node,
+                first=first,
+            )
+            first = False
             saved_by_form = saved_by_form or saves
 
     def _kept_by_source(self, tensor: str) -> bool:
@@ -264,7 +311,7 @@ class _SegmentGraph:
         if tensor not in self.space.values:
             return False
         op_name, index = self.space.values[tensor]
-        return f"out{index}" in self._saves(self.ops[op_name])
+        return f"out{index}" in saves_of(self.ops[op_name])
 
     def _forms(self, tensor: str, places: tuple[Placement, ...]) -> tuple[Placement, ...]:
         known = dict.fromkeys([*places, REPLICATE, VARYING, PARTIAL, *self.space.shards.get(tensor, ())])
@@ -278,20 +325,34 @@ class _SegmentGraph:
         *,
         saves: bool,
         kept: bool,
+        user: str | None = None,
+        first: bool = True,
     ) -> None:
-        """Conversion costs between two variables, and the bytes that the target's op saves."""
+        """Conversion costs between two variables, and the bytes that the target's op saves.
+
+        kept: the source saves it as it is; first: on its way from where it is made; user: the target, if an op.
+        """
         meta = self._meta(tensor)
         (source_variable, given), (target_variable, wanted) = source, target
         rows, columns = list(dict.fromkeys(given)), list(dict.fromkeys(wanted))
         conversion_s, nbytes = self.prices.conversion_s, meta.nbytes
         pairs = np.array([[conversion_s(nbytes, meta.dtype, a, b) for b in columns] for a in rows])
         at = np.ix_([rows.index(a) for a in given], [columns.index(b) for b in wanted])
+        local = np.array([[nbytes / self.tp if isinstance(p, Shard) else float(nbytes) for p in columns] for _ in rows])
         saved = None
         if saves:
-            local = np.array([nbytes / self.tp if isinstance(b, Shard) else nbytes for b in columns], dtype=float)
             again = np.array([[kept and a == b for b in columns] for a in rows])
-            saved = np.where(again, 0.0, local[None, :])[at]
-        self.factors.append(Factor((source_variable, target_variable), time_s=pairs[at], saved_bytes=saved))
+            saved = np.where(again, 0.0, local)[at]
+        plain = Factor((source_variable, target_variable), time_s=pairs[at], saved_bytes=saved)
+
+        def use() -> TensorUse:
+            before = np.array(
+                [[nbytes / self.tp if isinstance(a, Shard) else float(nbytes)] * len(columns) for a in rows]
+            )
+            travels = np.array([[travels_forward(a, b) for b in columns] for a in rows])
+            return TensorUse(tensor, plain, first, user, before[at], local[at], travels[at])
+
+        self._add(plain, use)
 
     def _exit(self) -> str | None:
         """Tie the last op's strategy to the boundary's label; the loss must end up whole."""
@@ -323,3 +384,14 @@ def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]
         return f"{prefix}:{names.get(name, name)}"
 
     return rename
+
+
+@dataclass(frozen=True)
+class PinnedSpace:
+    """A space under pins; see ``autopar.planner.search.Space``."""
+
+    space: ModelSpace
+    recompute: str | None = None
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
+        return self.space.chain(dp, tp, microbatch_size, Saving((self.recompute or NONE,)))

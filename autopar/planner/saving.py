@@ -1,0 +1,166 @@
+"""Recompute as one more variable of a segment's factor graph: which level, for the whole segment.
+
+Which values each level keeps is decided on the whole tensors of the forward graph, as ``passes.recompute`` decides it
+on the traced one: there the exact answer is found once the program is rewritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.planner.factor_graph import Factor, FloatArray
+from autopar.planner.strategies import OpSpace, PlannedOp
+from cost_model.ops import entry_of, price_of
+from passes.recompute import Flow, is_heavy, repeated
+
+RECOMPUTE = "recompute:"
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Ways to save memory that a search may choose from, each in the order that breaks ties.
+
+    recompute: levels of a segment.
+    """
+
+    recompute: tuple[str, ...] = (NONE,)
+
+
+SAVE_ALL = Saving()
+
+
+@dataclass(frozen=True)
+class Level:
+    """kept: tensors that are saved; ops: calls that run again; read: tensors that those or the backward read."""
+
+    kept: frozenset[str]
+    ops: frozenset[str]
+    read: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
+class OpUse:
+    """An op as every level changes it.
+
+    plain: its factor where all is saved; again_s: [strategy] seconds of its second run; unread: bytes by strategy of
+    those outputs that only the backward reads.
+    """
+
+    node: str
+    plain: Factor
+    again_s: FloatArray
+    unread: Mapping[str, FloatArray]
+
+    def factor(self, levels: Mapping[str, Level]) -> Factor:
+        """[strategy, level]"""
+        assert self.plain.time_s is not None and self.plain.saved_bytes is not None
+        times, saved = [], []
+        for name, level in levels.items():
+            kept = [nbytes for tensor, nbytes in self.unread.items() if tensor in level.kept]
+            times.append(self.plain.time_s + self.again_s * (self.node in level.ops))
+            saved.append(self.plain.saved_bytes if name == NONE else sum(kept, np.zeros_like(self.again_s)))
+        return Factor((*self.plain.variables, RECOMPUTE), np.stack(times, 1), saved_bytes=np.stack(saved, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class TensorUse:
+    """A tensor on its way to a form of it or to an op, as every level changes it.
+
+    plain: its factor where all is saved. first: on its way from where it is made; user: the op, None for a form.
+    source_bytes, target_bytes: [source label, target label]; travels: where a collective lies between the two.
+    """
+
+    tensor: str
+    plain: Factor
+    first: bool
+    user: str | None
+    source_bytes: FloatArray
+    target_bytes: FloatArray
+    travels: FloatArray
+
+    def factors(self, levels: Mapping[str, Level]) -> list[Factor]:
+        """What it takes to convert, [source, target], and the bytes it saves, [source, target, level].
+
+        No level repeats a collective: its result is kept if anything reads it again, in place of its operand.
+        """
+        tables = [self._saved(name, level) for name, level in levels.items()]
+        found = [Factor(self.plain.variables, self.plain.time_s)]
+        if any(table.any() for table in tables):
+            found.append(Factor((*self.plain.variables, RECOMPUTE), saved_bytes=np.stack(tables, 2)))
+        return found
+
+    def _saved(self, name: str, level: Level) -> FloatArray:
+        if name == NONE:
+            return np.zeros_like(self.source_bytes) if self.plain.saved_bytes is None else self.plain.saved_bytes
+        kept = self.first and self.tensor in level.kept
+        read = self.tensor in level.read and (self.user is None or self.user in level.ops)
+        return np.where(self.travels, self.target_bytes * (kept or read), self.source_bytes * kept)
+
+
+class SegmentLevels:
+    """What each level keeps of one kind of segment. entry: the activation that comes in, and its bytes."""
+
+    def __init__(
+        self, space: OpSpace, entry: tuple[str, int] | None, outside: frozenset[str], weights: set[str]
+    ) -> None:
+        self.space, self.outside = space, outside
+        self.by_output = {made: tensor for tensor, made in space.values.items()}
+        self.views = {op.node for op in space.ops if price_of(op.call) is None}
+        self.flow = self._flow(entry)
+        self.needed = self._needed()
+        self.heavy = self._heavy(weights)
+
+    def output(self, op: PlannedOp, index: int) -> str:
+        """The tensor that is an op's output; a name of its own where nothing in the forward reads it."""
+        if len(op.call.outputs) == 1:
+            return op.node
+        return self.by_output.get((op.node, index), f"{op.node}.{index}")
+
+    def levels(self, names: Sequence[str]) -> dict[str, Level]:
+        return {name: self._level(name) for name in names}
+
+    def _level(self, name: str) -> Level:
+        kept, again = repeated(self.flow, name, self.needed, self.heavy)
+        ops = frozenset(op.node for op in self.space.ops if any(t in again for t in self._outputs(op)))
+        read = self.needed.union(*(op.operands for op in self.space.ops if op.node in ops))
+        return Level(kept, ops, read)
+
+    def _outputs(self, op: PlannedOp) -> list[str]:
+        return [self.output(op, index) for index in range(len(op.call.outputs))]
+
+    def _flow(self, entry: tuple[str, int] | None) -> Flow:
+        operands: dict[str, tuple[str, ...]] = {} if entry is None else {entry[0]: ()}
+        nbytes: dict[str, int | None] = {} if entry is None else {entry[0]: entry[1]}
+        for op in self.space.ops:
+            for tensor, meta in zip(self._outputs(op), op.call.outputs, strict=True):
+                operands[tensor] = tuple(o for o in op.operands if o not in self.outside)
+                nbytes[tensor] = None if op.node in self.views else meta.nbytes
+        return Flow(operands, nbytes, frozenset() if entry is None else frozenset([entry[0]]))
+
+    def _needed(self) -> frozenset[str]:
+        """What the backward reads, by the op table."""
+        found: set[str] = set()
+        for op in self.space.ops:
+            for name in saves_of(op):
+                index = int(name.removeprefix("in").removeprefix("out"))
+                found.add(op.operands[index] if name.startswith("in") else self.output(op, index))
+        return frozenset(found & self.flow.operands.keys())
+
+    def _heavy(self, weights: set[str]) -> frozenset[str]:
+        shown, heavy = set(weights), set[str]()
+        for op in self.space.ops:
+            if op.node in self.views and op.operands and op.operands[0] in shown:
+                shown.update(self._outputs(op))
+            if is_heavy(op.call.op, weighted=any(o in shown for o in op.operands)):
+                heavy.update(self._outputs(op))
+        return frozenset(heavy)
+
+
+def saves_of(op: PlannedOp) -> tuple[str, ...]:
+    """What an op saves, by the op table; one without an entry saves all it reads."""
+    entry = entry_of(op.call.op)
+    return tuple(f"in{i}" for i in range(len(op.operands))) if entry is None else entry.saves(op.call)
