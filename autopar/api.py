@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopar.executable import Executable
-from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options
+from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options, SchedulerFactory
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
@@ -26,6 +26,7 @@ def compile(
     memory_cap: str | int | None = None,
     precision: Precision | None = None,
     plan: Plan | None = None,
+    scheduler: SchedulerFactory | None = None,
 ) -> Executable:
     """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
 
@@ -33,9 +34,11 @@ def compile(
     real, meta or fake tensors. loss_fn(outputs, inputs) -> scalar; without it the output is the loss or has ``.loss``.
     optimizer: a callable that takes parameters; None: gradients only. parallelism: pins; None is the planner's.
     memory_cap: bytes per device ("30GiB"); default: the device's memory less a reserve. plan: an earlier plan.
+    scheduler: a callable that takes the optimizer, e.g. functools.partial(CosineAnnealingLR, T_max=1000); every step
+    advances it.
     Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError.
     """
-    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan)
+    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, scheduler)
     executable = Executable(model, cluster, options)
     if inputs is not None:
         executable.prepare(inputs)

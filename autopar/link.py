@@ -62,6 +62,15 @@ class Linked:
         """rank -> (stage, dp replica, tp shard)."""
         return {device: place for place, device in self.program.devices.items()}
 
+    @cached_property
+    def first_holder(self) -> dict[str, int]:
+        """Parameter, buffer or constant -> the first stage that holds it."""
+        holders: dict[str, int] = {}
+        for index, stage in enumerate(self.stages):
+            for item in (*stage.code.inputs, *stage.prologue_inputs):
+                holders.setdefault(item.target, index)
+        return holders
+
     def verify(self) -> None:
         """What is emitted is what is priced; VerificationError where it is not."""
         for stage in self.stages:

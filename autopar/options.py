@@ -15,6 +15,7 @@ from cost_model.plan import Parallelism, Plan, Precision
 from cost_model.units import parse_bytes
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[Any], torch.optim.lr_scheduler.LRScheduler]
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.AdamW, lr=3e-4)
 
 
@@ -27,6 +28,7 @@ class Options:
     parallelism: Parallelism = Parallelism()
     memory_cap_bytes: int | None = None
     plan: Plan | None = None
+    scheduler: SchedulerFactory | None = None
 
     @staticmethod
     def of(
@@ -36,9 +38,10 @@ class Options:
         memory_cap: str | int | None,
         precision: Precision | None,
         plan: Plan | None,
+        scheduler: SchedulerFactory | None = None,
     ) -> Options:
         """Checked options; ConfigError or UnsupportedError with a next move."""
-        for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+        for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer), ("scheduler", scheduler)):
             if value is not None and not callable(value):
                 raise ConfigError(f"{name} must be callable or None, not {type(value).__name__}")
         if parallelism is not None and not isinstance(parallelism, Parallelism):
@@ -47,7 +50,7 @@ class Options:
             raise ConfigError(f"plan must be an autopar.Plan (see Plan.load), not {type(plan).__name__}")
         _check_supported(parallelism or Parallelism(), precision)
         cap = None if memory_cap is None else parse_bytes(memory_cap)
-        return Options(loss_fn, optimizer, parallelism or Parallelism(), cap, plan)
+        return Options(loss_fn, optimizer, parallelism or Parallelism(), cap, plan, scheduler)
 
 
 def check_target(model: object, cluster: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from autopar.link import Linked, LinkedStage
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from cost_model.errors import ConfigError
-from cost_model.placement import Placement, Shard
+from cost_model.placement import REPLICATE, Placement, Shard
 from cost_model.prices import axis_groups
 
 
@@ -29,9 +29,14 @@ def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
 
 
 def rank_payload(
-    linked: Linked, rank: int, tensors: Mapping[str, Tensor], optimizer: OptimizerSpec | None, device: str
+    linked: Linked,
+    rank: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: OptimizerSpec | None,
+    device: str,
+    saved: Collection[str],
 ) -> dict[str, Any]:
-    """The tree that ``RankExecutor`` is built from."""
+    """The tree that ``RankExecutor`` is built from; saved: names of the parameters and buffers of a checkpoint."""
     stage, dp, tp = linked.coordinates[rank]
     plan, part = linked.plan, linked.stages[stage]
     code = part.code
@@ -53,6 +58,11 @@ def rank_payload(
         "dp_index": dp,
         "params": {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"},
         "buffers": {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"},
+        "layouts": {
+            n: _layout(linked, rank, n, p if i.kind == "parameter" else REPLICATE, tuple(tensors[n].shape))
+            for n, (i, p) in held.items()
+            if n in saved
+        },
         "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
         "groups": groups(linked),
         "optimizer": None if optimizer is None else optimizer.to_tree(),
@@ -83,6 +93,16 @@ def _first_rows(part: LinkedStage, first: int) -> dict[str, int]:
     own_rows = {i.target for i, own in part.batch_inputs.items() if own}
     batched = [i.target for i in part.code.inputs if i.kind in ("batch", "step") and i.batched]
     return {name: 0 if name in own_rows else first for name in batched}
+
+
+def _layout(linked: Linked, rank: int, name: str, placement: Placement, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of ``autopar.runtime.checkpoint.Layout``; of equal shards the first rank's is written."""
+    stage, dp, tp = linked.coordinates[rank]
+    is_first = (stage, dp) == (linked.first_holder[name], 0)
+    if not isinstance(placement, Shard) or linked.plan.tp == 1:
+        return {"shape": shape, "dim": None, "outer": 1, "index": 0, "size": 1, "writes": is_first and tp == 0}
+    place = {"dim": placement.dim, "outer": placement.outer, "index": tp, "size": linked.plan.tp}
+    return {"shape": shape, **place, "writes": is_first}
 
 
 def _meta(meta: Any) -> tuple[tuple[int, ...], str] | None:

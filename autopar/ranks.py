@@ -56,6 +56,11 @@ def is_main() -> bool:
     return not under_launcher() or rank == 0
 
 
+def process_index() -> int:
+    """Of this process among those that run the script: its rank in a launched job, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def start_ranks(cluster: Cluster) -> Ranks:
     """Join the launched job, or start workers. Errors: WorldSizeError."""
     return LaunchedRank(cluster) if under_launcher() else LocalRanks(cluster)
@@ -204,6 +209,11 @@ def agree_with_rank_0(decide: Callable[[], Answer]) -> Answer:
         raise answer
     assert answer is not None
     return answer
+
+
+def decided(decide: Callable[[], Answer]) -> Answer:
+    """What one process decides for all, in a launched job and in a plain process alike."""
+    return agree_with_rank_0(decide) if dist.is_initialized() else decide()
 
 
 def _from_all(mine: Any) -> list[Any]:

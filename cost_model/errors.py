@@ -163,5 +163,13 @@ class WorkerError(AutoparError):
         super().__init__(f"rank {rank} {message}{tail}")
 
 
+class CheckpointError(AutoparError):
+    """A checkpoint is missing, incomplete, or of another model or optimizer. Attributes: path."""
+
+    def __init__(self, path: str, message: str) -> None:
+        self.path = path
+        super().__init__(f"checkpoint {path}: {message}")
+
+
 class ClosedError(AutoparError):
     """The executable was closed, or its workers are gone after an earlier error; compile again."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from autopar.runtime import kernels
 from autopar.runtime.comm import Comm
 from autopar.runtime.measure import measure
-from autopar.runtime.optim import OptimizerSpec, build
+from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
 
 Tree = Any
 
@@ -205,6 +205,34 @@ class RankExecutor:
     def state(self, _: Tree = None) -> Tree:
         """Local shards of parameters and buffers by the model's names."""
         return {"params": {k: v.cpu() for k, v in self.params.items()}, "stage": self.stage}
+
+    def configure(self, groups: Tree) -> None:
+        """Set options of the optimizer's groups, by their place in the user's optimizer."""
+        if self.optimizer is not None:
+            set_group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.grads, groups)
+
+    def training_state(self, _: Tree = None) -> Tree:
+        """What a checkpoint says beside tensors: options of groups, and what state the optimizer has."""
+        from autopar.runtime import checkpoint
+
+        groups: Tree = {}
+        if self.optimizer is not None:
+            groups = group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.grads)
+        return {"groups": groups, "states": checkpoint.described_states(self)}
+
+    def save(self, folder: str) -> None:
+        """Write this rank's part of a checkpoint, with all ranks."""
+        from autopar.runtime import checkpoint
+
+        checkpoint.save(self, folder)
+
+    def load(self, request: Tree) -> None:
+        """Read this rank's part of a checkpoint, with all ranks."""
+        from autopar.runtime import checkpoint
+
+        checkpoint.load(self, request["folder"], request["states"])
+        self.configure(request["groups"])
+        self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
 
     def release(self) -> None:
         """Let go of every process group."""

@@ -290,6 +290,39 @@ def _copied(options: Mapping[str, Plain]) -> dict[str, Plain]:
     return copy.deepcopy(dict(options))
 
 
+# --- The options of groups while training --------------------------------------------------------------------------
+
+
+def group_options(spec: OptimizerSpec, optimizer: Optimizer, parameters: Iterable[str]) -> dict[int, Any]:
+    """Group of the spec -> what its options are now, as a tree; of the groups that ``build`` made of ``parameters``."""
+    groups = zip(_groups_here(spec, parameters), optimizer.param_groups, strict=True)
+    return {i: options_to_tree({n: v for n, v in group.items() if n != _PARAMETERS}) for i, group in groups}
+
+
+def set_group_options(
+    spec: OptimizerSpec, optimizer: Optimizer, parameters: Iterable[str], changes: Mapping[int, Any]
+) -> None:
+    """Inverse of ``group_options``; groups that are not here are passed over."""
+    for index, group in zip(_groups_here(spec, parameters), optimizer.param_groups, strict=True):
+        group.update(options_from_tree(changes.get(index, options_to_tree({}))))
+
+
+def _groups_here(spec: OptimizerSpec, parameters: Iterable[str]) -> list[int]:
+    here = set(parameters)
+    return [index for index, group in enumerate(spec.groups) if not here.isdisjoint(group.names)]
+
+
+def options_to_tree(options: Mapping[str, Plain]) -> Any:
+    """Options as ranks and files take them."""
+    return _packed(_plain_options(options, "group option"))
+
+
+def options_from_tree(tree: Any) -> dict[str, Plain]:
+    """Inverse of ``options_to_tree``."""
+    options: dict[str, Plain] = _unpacked(tree)
+    return options
+
+
 # --- Whether shards may be updated apart ----------------------------------------------------------------------------
 
 _LOOP = {"foreach": False, "fused": False, "capturable": False}

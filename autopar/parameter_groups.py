@@ -1,0 +1,83 @@
+"""The groups of the user's optimizer as the user sees them while ranks hold the real ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from autopar.options import SchedulerFactory
+from autopar.runtime.optim import OptimizerSpec, options_from_tree, options_to_tree
+from cost_model.errors import ConfigError
+
+
+class ParameterGroups(Optimizer):
+    """Stands for the optimizers of all ranks: its ``param_groups`` are the user's groups, with the options they have.
+
+    What is changed in them, by hand or by a learning-rate scheduler made on this object, holds from the next step on.
+    The parameters in it are empty and its ``step`` does nothing.
+    """
+
+    def __init__(self, spec: OptimizerSpec) -> None:
+        groups = [{**copy.deepcopy(dict(g.options)), "params": [torch.empty(0)]} for g in spec.groups]
+        shared = {n: v for n, v in spec.arguments.items() if all(n in group.options for group in spec.groups)}
+        super().__init__(groups, dict(shared))
+        self._names = [tuple(group.options) for group in spec.groups]
+        self._sent = self._trees()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Nothing: ranks update the parameters. Schedulers ask that it is called before they are."""
+
+    def changes(self) -> dict[int, Any]:
+        """Options of groups that have changed since they were last asked for, as ``set_group_options`` takes them."""
+        now = self._trees()
+        changed = {index: tree for index, tree in now.items() if not _same(tree, self._sent[index])}
+        self._sent = now
+        return changed
+
+    def restore(self, groups: Mapping[int, Any]) -> None:
+        """Take options that ranks hold already."""
+        for index, tree in groups.items():
+            self.param_groups[index].update(options_from_tree(tree))
+        self._sent = self._trees()
+
+    def _trees(self) -> dict[int, Any]:
+        groups = enumerate(zip(self.param_groups, self._names, strict=True))
+        return {index: options_to_tree({name: group[name] for name in names}) for index, (group, names) in groups}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two trees of plain values and tensors are equal."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+def make_scheduler(factory: SchedulerFactory, groups: ParameterGroups) -> LRScheduler:
+    """The user's scheduler on these groups. Errors: ConfigError."""
+    try:
+        scheduler = factory(groups)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"the scheduler factory failed on the optimizer: {error}; pass a torch.optim.lr_scheduler class with its "
+            "options bound, e.g. functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=1000)"
+        ) from error
+    if not isinstance(scheduler, LRScheduler):
+        raise ConfigError(f"the scheduler factory returned a {type(scheduler).__name__}, not an LRScheduler")
+    return scheduler
+
+
+def advance(scheduler: LRScheduler, loss: float) -> None:
+    """One step of a scheduler, which some take by the loss."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    else:
+        scheduler.step()

@@ -1,0 +1,180 @@
+"""Checkpoints on real ranks: what one plan saved another goes on from, with the losses of a run that never stopped."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import example_gpt
+from parity import ADAMW, SGD, cpu_cluster
+from regression import BATCH, TWO, Regression
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
+
+import autopar
+from autopar.checkpoint import LATEST
+from cost_model.errors import BatchError, CheckpointError, ConfigError
+
+pytestmark = pytest.mark.usefixtures("shared_ranks")
+COSINE = functools.partial(CosineAnnealingLR, T_max=6)
+
+
+def one_device(model: Any, batch: Any, optimizer: Any, scheduler: Any, steps: int) -> list[float]:
+    update = optimizer(model.parameters())
+    rates = None if scheduler is None else scheduler(update)
+    losses = []
+    for _ in range(steps):
+        update.zero_grad()
+        loss = model(**batch)
+        loss.backward()
+        update.step()
+        losses.append(float(loss.detach()))
+        if rates is not None:
+            rates.step(*([losses[-1]] if isinstance(rates, ReduceLROnPlateau) else []))
+    return losses
+
+
+def compiled(
+    model: Any, batch: Any, devices: int, *, optimizer: Any = ADAMW, scheduler: Any = None, **pins: Any
+) -> Any:
+    return autopar.compile(
+        model,
+        cpu_cluster(devices),
+        batch,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        parallelism=autopar.Parallelism(**pins),
+    )
+
+
+def test_a_chain_of_plans_goes_on_as_one_run(tmp_path: Path) -> None:
+    """dp2 -> tp2 -> pp2 -> dp2 x tp2: the fused projections of attention lie in three pieces in each shard."""
+    plans: list[tuple[int, dict[str, int]]] = [
+        (2, {"dp": 2, "tp": 1}), (2, {"tp": 2}), (2, {"pp": 2, "microbatch_size": 4}), (4, {"dp": 2, "tp": 2, "pp": 1}),
+    ]  # fmt: skip
+    losses = []
+    for position, (devices, pins) in enumerate(plans):
+        model, batch = example_gpt(torch.float64, n_layer=1)
+        with compiled(model, batch, devices, scheduler=COSINE, **pins) as exe:
+            if position:
+                assert exe.load(tmp_path / "run") == {"epoch": position}
+                assert exe.steps == 2 * position
+            losses += [exe.step(batch) for _ in range(2)]
+            exe.save(tmp_path / "run", extra={"epoch": position + 1})
+            rate = exe.optimizer.param_groups[0]["lr"]
+            state = exe.full_state_dict()
+    model, batch = example_gpt(torch.float64, n_layer=1)
+    assert losses == pytest.approx(one_device(model, batch, ADAMW, COSINE, 8), rel=1e-9)
+    assert rate == pytest.approx(1e-2 * (1 + torch.cos(torch.tensor(8 * torch.pi / 6)).item()) / 2)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(state[name], tensor, rtol=1e-7, atol=1e-9), name
+    assert [part.name for part in (tmp_path / "run").iterdir() if part.is_dir()] == ["step-8"]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        functools.partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+        functools.partial(ReduceLROnPlateau, patience=0, threshold=0.9),
+    ],
+    ids=["lambda", "plateau"],
+)
+def test_schedulers_run_where_the_user_is(scheduler: Any) -> None:
+    with compiled(Regression(), BATCH, 2, optimizer=SGD, scheduler=scheduler, dp=2) as exe:
+        losses = [exe.step(BATCH) for _ in range(5)]
+    assert losses == pytest.approx(one_device(Regression(), BATCH, SGD, scheduler, 5), rel=1e-5)
+
+
+def test_groups_can_be_changed_by_hand_and_by_schedulers_of_ones_own(tmp_path: Path) -> None:
+    """Two groups; pp=2 holds one of them on each stage."""
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.05}]
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    with compiled(Regression(), BATCH, 2, optimizer=optimizer, pp=2) as exe:
+        rates = StepLR(exe.optimizer, step_size=1, gamma=0.5)
+        losses = []
+        for step in range(4):
+            losses.append(exe.step(BATCH))
+            rates.step()
+            if step == 1:
+                exe.optimizer.param_groups[1]["momentum"] = 0.5
+        exe.save(tmp_path, extra={"rates": rates.state_dict()})
+    with compiled(Regression(), BATCH, 2, optimizer=optimizer, dp=2) as exe:
+        extra = exe.load(tmp_path)
+        assert [group["lr"] for group in exe.optimizer.param_groups] == pytest.approx([0.1 / 16, 0.05 / 16])
+        assert exe.optimizer.param_groups[1]["momentum"] == 0.5 and extra["rates"]["last_epoch"] == 4
+        losses.append(exe.step(BATCH))
+    model = Regression()
+    update = optimizer(model.parameters())
+    rates = StepLR(update, step_size=1, gamma=0.5)
+    for step, found in enumerate(losses):
+        loss = model(**BATCH)
+        assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+        update.zero_grad()
+        loss.backward()
+        update.step()
+        rates.step()
+        if step == 1:
+            update.param_groups[1]["momentum"] = 0.5
+
+
+def test_random_states_of_data_loading_go_on(tmp_path: Path) -> None:
+    with compiled(Regression(), BATCH, 2, dp=2) as exe:
+        exe.save(tmp_path)
+        expected = torch.randperm(9).tolist()
+        torch.randperm(9)
+        exe.load(tmp_path)
+        assert torch.randperm(9).tolist() == expected
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    lazily = autopar.compile(Regression(), TWO)
+    with pytest.raises(BatchError, match="nothing is planned yet"):
+        lazily.load(tmp_path)
+    with compiled(Regression(), BATCH, 2, optimizer=SGD, dp=2) as exe:
+        with pytest.raises(CheckpointError, match="no complete checkpoint here"):
+            exe.load(tmp_path)
+        with pytest.raises(ConfigError, match="holds what a checkpoint cannot keep"):
+            exe.save(tmp_path, extra={"function": Path("x").exists})
+        exe.save(tmp_path)
+        exe.step(BATCH)
+        with pytest.raises(ConfigError, match="holds what a checkpoint cannot keep"):
+            exe.save(tmp_path, extra=Regression)
+        assert [part.name for part in tmp_path.glob("step-*")] == ["step-0"]
+        assert (tmp_path / LATEST).read_text() == "step-0"
+        assert exe.load(tmp_path) is None
+    refusals = [
+        (
+            Regression(4),
+            {n: t[:, :4] for n, t in BATCH.items()},
+            {"optimizer": SGD},
+            r"it has float32\[8\] for 'down.bias' but the model has float32\[4\]",
+        ),
+        (
+            Regression(),
+            BATCH,
+            {"optimizer": ADAMW},
+            "its optimizer: torch.optim.sgd.SGD, here: torch.optim.adamw.AdamW",
+        ),
+        (Regression(), BATCH, {"optimizer": SGD, "scheduler": COSINE}, "its scheduler: None, here: CosineAnnealingLR"),
+    ]
+    for model, batch, keywords, message in refusals:
+        with compiled(model, batch, 2, dp=2, **keywords) as exe, pytest.raises(CheckpointError, match=message):
+            exe.load(tmp_path)
+
+
+def test_a_scheduler_that_cannot_be_made_is_refused() -> None:
+    for factory, message in [
+        (CosineAnnealingLR, "the scheduler factory failed on the optimizer: .*T_max"),
+        (lambda optimizer: optimizer, "returned a ParameterGroups, not an LRScheduler"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            compiled(Regression(), BATCH, 2, scheduler=factory)
+    with pytest.raises(ConfigError, match="a scheduler needs an optimizer"):
+        compiled(Regression(), BATCH, 2, optimizer=None, scheduler=COSINE)
