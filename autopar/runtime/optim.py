@@ -159,7 +159,7 @@ def _importable_path(kind: type[Optimizer]) -> str:
     if kind.__module__ == "__main__" or "<" in kind.__qualname__ or not _is_found(kind, path):
         raise ConfigError(
             f"optimizer class {path} cannot be imported by another process; "
-            "define it at top level of a module (a .py file beside the script) and import it from there"
+            "define it in a module (a .py file beside the script, at top level) and import it from there"
         )
     return path
 
