@@ -24,9 +24,9 @@ demo: $(STAMP)  ## train a small GPT on two local ranks, compare it with its est
 	@echo "demo: examples/train_gpt.py"
 	@$(BIN)/python examples/train_gpt.py
 
-test: $(STAMP)  ## run the tests that are not marked slow
-	@echo "test: all tests but the slow ones"
-	@$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP)  ## run the tests that are not marked slow, two at a time
+	@echo "test: all tests but the slow ones, two at a time"
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: $(STAMP)  ## run every test
 	@echo "test-all: all tests"
