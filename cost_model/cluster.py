@@ -49,7 +49,8 @@ class Level:
     """One level of the network: it joins blocks of ``group_size`` consecutive devices.
 
     link: what one device gets while all devices of the block talk. start_s: paid once by each collective and each
-    transfer. measured: curves that replace both for the group sizes they were taken at.
+    transfer. efficiency: share of the nominal bandwidth that the link's already is. measured: curves that replace
+    start and link for the group sizes they were taken at.
     """
 
     name: str
@@ -57,9 +58,10 @@ class Level:
     start_s: float
     link: Link
     measured: tuple[Measured, ...] = ()
+    efficiency: float = 1.0
 
     def __post_init__(self) -> None:
-        assert self.group_size >= 1
+        assert self.group_size >= 1 and 0 < self.efficiency <= 1
 
     def curve(self, kind: str, ranks: int) -> Measured | None:
         return next((m for m in self.measured if (m.kind, m.ranks) == (kind, ranks)), None)
@@ -289,7 +291,7 @@ def _level(part: Table, inner: int, unbounded: int | None) -> Level:
         part.fail("group_size", f"must be a multiple of the level inside it, {inner}, not {group_size}")
     link = Link(part.seconds("latency"), part.bandwidth("bandwidth") * efficiency)
     curves = _measured(part) if part.has("measured") else ()
-    return Level(part.text("name"), group_size, part.seconds("start"), link, curves)
+    return Level(part.text("name"), group_size, part.seconds("start"), link, curves, efficiency)
 
 
 def _measured(part: Table) -> tuple[Measured, ...]:

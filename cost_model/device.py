@@ -42,14 +42,42 @@ _ATTENTION_PRODUCTS = {"attention": 2, "attention_backward": 5}
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How a GPU cuts a product's output: one tile a unit (streaming multiprocessor) at a time, in waves.
+
+    shapes: (rows, columns) of the tiles that kernels exist for, the largest first. half: the side of a square tile
+    at which loading its operands takes half of its time (a tile of a x b loads (a + b) k numbers for a b k products).
+    """
+
+    units: int
+    shapes: tuple[tuple[int, int], ...]
+    half: float
+
+    def factor(self, batch: int, m: int, n: int) -> float:
+        """How much longer than at the full rate of the largest tile: ragged tiles, idle units of the last wave."""
+        best = min(self._busy(batch, m, n, *shape) for shape in self.shapes)
+        return best / (batch * m * n * self._loading(*self.shapes[0]))
+
+    def _busy(self, batch: int, m: int, n: int, rows: int, columns: int) -> float:
+        tiles = batch * math.ceil(m / rows) * math.ceil(n / columns)
+        waves = math.ceil(tiles / self.units)
+        return waves * self.units * rows * columns * self._loading(rows, columns)
+
+    def _loading(self, rows: int, columns: int) -> float:
+        return 1.0 + self.half / 2 * (1.0 / rows + 1.0 / columns)
+
+
+@dataclass(frozen=True)
 class GemmRow:
     """Time of a product: flops / (peak x efficiency) x (1 + half_m/m + half_n/n + half_k/k + half_outputs/(b m n)).
 
     Each ``half_x`` is the size of x at which its part alone doubles the time. The four parts stand for loading the
     second operand, loading the first, writing the output, and for units that idle in the last wave of output tiles
-    (on average half a wave). ``per_matrix_s`` is spent once per matrix of a batch, ``overhead_s`` once per call.
-    ``mask_block``: attention only; keys that a causal kernel takes at once, so that it computes up to half a block
-    per query more than the mask keeps.
+    (on average half a wave). Where the device's tiles are known, ``tiling`` counts them instead: the time is that of
+    the best tile x (1 + half_k/k). ``dtype_efficiency``: of dtypes whose units reach another share of their peak
+    (tensor cores against plain ones). ``per_matrix_s`` is spent once per matrix of a batch, ``overhead_s`` once per
+    call. ``mask_block``: attention only; keys that a causal kernel takes at once, so that it computes up to half a
+    block per query more than the mask keeps.
     """
 
     efficiency: float
@@ -60,10 +88,17 @@ class GemmRow:
     per_matrix_s: float
     overhead_s: float
     mask_block: float = 0.0
+    tiling: Tiling | None = None
+    dtype_efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    def rate_share(self, dtype: str) -> float:
+        """Share of the dtype's peak that the largest products reach."""
+        return self.dtype_efficiency.get(dtype, self.efficiency)
 
     def seconds(self, cost: OpCost, peak_flops: float, bandwidth_bytes_per_s: float) -> float:
         """Seconds of one call, never less than its bytes take."""
-        compute_s = self.computed_flops(cost) * self.shape_factor(cost.gemm) / (peak_flops * self.efficiency)
+        rate = peak_flops * self.rate_share(cost.dtype)
+        compute_s = self.computed_flops(cost) * self.shape_factor(cost.gemm) / rate
         batch = cost.gemm[0] if cost.gemm else 1
         busy_s = compute_s + batch * self.per_matrix_s
         return max(busy_s, cost.nbytes / bandwidth_bytes_per_s) + self.overhead_s
@@ -73,6 +108,8 @@ class GemmRow:
         if gemm is None:
             return 1.0
         b, m, n, k = (max(1, size) for size in gemm)
+        if self.tiling is not None:
+            return self.tiling.factor(b, m, n) * (1.0 + self.half_k / k)
         return 1.0 + self.half_m / m + self.half_n / n + self.half_k / k + self.half_outputs / (b * m * n)
 
     def computed_flops(self, cost: OpCost) -> float:
@@ -256,19 +293,46 @@ def _ops(table: Table, bandwidth: float, op_overhead_s: float, sources: dict[str
 
 
 def _gemm_row(table: Table, kind: str, op_overhead_s: float, sources: dict[str, str]) -> GemmRow:
-    figures = ("efficiency", "half_m", "half_n", "half_k", "half_outputs")
+    """Either smooth (half_m, half_n, half_outputs) or tiled (units, tiles, half_tile)."""
+    smooth, tiled = ("half_m", "half_n", "half_outputs"), ("units", "tiles", "half_tile")
     masked = ("mask_block",) if kind in _ATTENTION_PRODUCTS else ()
-    row = _sourced(table, kind, (*figures, *masked, "per_matrix", "overhead"), sources)
+    figures = ("efficiency", "dtype_efficiency", "half_k", *smooth, *tiled, *masked, "per_matrix", "overhead")
+    row = _sourced(table, kind, figures, sources)
+    is_tiled = row.has("tiles")
+    for name in smooth if is_tiled else tiled:
+        if row.has(name):
+            row.fail(name, f"give either {', '.join(smooth)} or {', '.join(tiled)}, not parts of both")
+    half_m, half_n, half_outputs = (0.0 if is_tiled else row.number(name) for name in smooth)
     return GemmRow(
         efficiency=_fraction(row),
-        half_m=row.number("half_m"),
-        half_n=row.number("half_n"),
+        half_m=half_m,
+        half_n=half_n,
         half_k=row.number("half_k"),
-        half_outputs=row.number("half_outputs"),
+        half_outputs=half_outputs,
         per_matrix_s=row.seconds("per_matrix") if row.has("per_matrix") else 0.0,
         overhead_s=row.seconds("overhead") if row.has("overhead") else op_overhead_s,
         mask_block=row.number("mask_block") if masked else 0.0,
+        tiling=_tiling(row) if is_tiled else None,
+        dtype_efficiency=_dtype_efficiency(row.table("dtype_efficiency")) if row.has("dtype_efficiency") else {},
     )
+
+
+def _dtype_efficiency(table: Table) -> dict[str, float]:
+    table.only(sorted(FLOATING))
+    return {dtype: _fraction(table, dtype) for dtype in table.raw}
+
+
+def _tiling(row: Table) -> Tiling:
+    shapes = row.value("tiles")
+    good = isinstance(shapes, list) and shapes and all(_is_tile(shape) for shape in shapes)
+    if not good:
+        row.fail("tiles", "must be pairs of whole numbers above zero, as [[256, 128], [128, 128]]")
+    return Tiling(row.count("units"), tuple((a, b) for a, b in shapes), row.number("half_tile"))  # type: ignore[attr-defined]
+
+
+def _is_tile(shape: object) -> bool:
+    sides = shape if isinstance(shape, list) else ()
+    return len(sides) == 2 and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
 
 
 def _stream_row(table: Table, kind: str, bandwidth: float, op_overhead_s: float, sources: dict[str, str]) -> StreamRow:
@@ -280,8 +344,8 @@ def _stream_row(table: Table, kind: str, bandwidth: float, op_overhead_s: float,
     return StreamRow(points, row.seconds("overhead") if row.has("overhead") else op_overhead_s)
 
 
-def _fraction(row: Table) -> float:
-    value = row.number("efficiency")
+def _fraction(row: Table, name: str = "efficiency") -> float:
+    value = row.number(name)
     if not 0 < value <= 1:
-        row.fail("efficiency", f"must be above 0 and at most 1, not {value!r}")
+        row.fail(name, f"must be above 0 and at most 1, not {value!r}")
     return value

@@ -55,7 +55,8 @@ class StagePrice:
     """Seconds of a stage's parts on its slowest rank.
 
     to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next stage;
-    step_collectives_s: each collective of ``StepWork`` in order; optimizer_s: the whole update.
+    step_collectives_s: each collective of ``StepWork`` in order; optimizer_s: the whole update; delay_s: the part of
+    a transfer to the next stage that an empty message takes as well.
     """
 
     forward: BlockPrice
@@ -65,6 +66,7 @@ class StagePrice:
     step_collectives_s: tuple[float, ...]
     optimizer_s: float
     optimizer_kinds_s: Mapping[str, float] = field(hash=False)
+    delay_s: float = 0.0
 
 
 def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...]:
@@ -128,6 +130,7 @@ class _Pricer:
             step_collectives_s=tuple(self._collective_s(stage, c) for c in own.step.collectives),
             optimizer_s=sum(optimizer.values()),
             optimizer_kinds_s=dict(optimizer),
+            delay_s=self._transfer_s(stage, stage + 1, empty=True),
         )
 
     def _devices(self, stage: int) -> tuple[PricedDevice, ...]:
@@ -182,7 +185,7 @@ class _Pricer:
             )
         return self.collective_prices[key]
 
-    def _transfer_s(self, source: int, target: int) -> float:
+    def _transfer_s(self, source: int, target: int, *, empty: bool = False) -> float:
         """Seconds of what crosses the cut between two neighbours, on the slowest pair of ranks; 0 past the last."""
         program, device = self.program, self.program.devices
         if max(source, target) == program.pp:
@@ -192,7 +195,8 @@ class _Pricer:
             raise VerificationError("sent", f"stage {min(source, target)} of {program.pp} sends nothing to the next")
         cells = [(dp, tp) for dp in range(program.dp) for tp in range(program.tp)]
         pairs = {(device[source, dp, tp], device[target, dp, tp]) for dp, tp in cells}
-        return max(self.cluster.transfer_time_s(meta.nbytes, a, b) for a, b in sorted(pairs))
+        nbytes = 0 if empty else meta.nbytes
+        return max(self.cluster.transfer_time_s(nbytes, a, b) for a, b in sorted(pairs))
 
 
 def _kind(instruction: Instruction) -> str:

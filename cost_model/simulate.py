@@ -57,16 +57,18 @@ class SimulationResult:
         return max(stage.peak_bytes for stage in self.stages)
 
 
-def simulate(program: Program, cluster: PricedCluster, *, driving_s: float = 0.0) -> SimulationResult:
+def simulate(
+    program: Program, cluster: PricedCluster, *, driving_s: float = 0.0, streams: bool = False
+) -> SimulationResult:
     """Time and memory of one step of this very program.
 
-    driving_s: what starting a step and collecting its loss costs, counted as ``other``.
+    driving_s: what starting a step and collecting its loss costs, counted as ``other``. streams: as runtimes do that
+    give each rank one stream for sends and one for receives (not autopar's): both run through their messages in
+    program order, ahead of the compute that needs them, and a message moves once it is at the head of both.
     Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
     """
     assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
-    prices = price_stages(program, cluster)
-    ranks = _run_schedule(program, prices)
-    _run_step_work(program, ranks)
+    ranks = _run(program, price_stages(program, cluster), streams)
     last = max(ranks, key=lambda rank: rank.now)
     return SimulationResult(
         step_time_s=last.now + driving_s,
@@ -74,6 +76,17 @@ def simulate(program: Program, cluster: PricedCluster, *, driving_s: float = 0.0
         breakdown=last.breakdown(driving_s),
         timeline=tuple(event for rank in ranks for event in rank.events),
     )
+
+
+def step_time_s(program: Program, prices: Sequence[StagePrice], *, streams: bool = False) -> float:
+    """Seconds of one step at given prices of its stages; as ``simulate``, without memory and timeline."""
+    return max(rank.now for rank in _run(program, prices, streams))
+
+
+def _run(program: Program, prices: Sequence[StagePrice], streams: bool) -> list[_Rank]:
+    ranks = _run_schedule(program, prices, streams)
+    _run_step_work(program, ranks)
+    return ranks
 
 
 def estimate_program(
@@ -125,10 +138,13 @@ def _metadata(name: str, stage: int, thread: int, label: str) -> dict[str, objec
 
 
 class _Link:
-    """Messages one way between neighbours: when each was posted, and when each arrived."""
+    """Messages one way between neighbours: when each was posted, and when each arrived.
 
-    def __init__(self, sender: _Rank, stream: str, transfer_s: float) -> None:
-        self.sender, self.stream, self.transfer_s = sender, stream, transfer_s
+    delay_s: the part of a transfer that keeps no stream busy.
+    """
+
+    def __init__(self, sender: _Rank, stream: str, transfer_s: float, delay_s: float) -> None:
+        self.sender, self.stream, self.transfer_s, self.delay_s = sender, stream, transfer_s, delay_s
         self.posted: list[float] = []
         self.done: list[float] = []
 
@@ -136,8 +152,9 @@ class _Link:
 class _Rank:
     """The representative rank of one stage: its clock, where its time went, and its place in its list of steps."""
 
-    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step]) -> None:
-        self.stage, self.price, self.steps = stage, price, steps
+    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], streams: bool) -> None:
+        self.stage, self.price, self.steps, self.streams = stage, price, steps, streams
+        self.received_s = 0.0
         self.position = 0
         self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
         self.reduction_s = self.optimizer_s = 0.0
@@ -205,6 +222,8 @@ class _Rank:
 
     def _send(self, link: _Link) -> bool:
         """Wait for the send before on this link, then post; the transfer itself is the receiver's event."""
+        if self.streams:
+            return self._post(link)
         if len(link.posted) > len(link.done):
             return False
         if link.done:
@@ -212,12 +231,21 @@ class _Rank:
         link.posted.append(self.now)
         return True
 
+    def _post(self, link: _Link) -> bool:
+        """Queue on the send stream, which runs through the sends of both directions."""
+        own = [other for kind, other in self.links.items() if kind in (SendForward, SendBackward)]
+        if any(len(other.posted) > len(other.done) for other in own):
+            return False
+        link.posted.append(max([self.now, *(other.done[-1] - other.delay_s for other in own if other.done)]))
+        return True
+
     def _receive(self, link: _Link, microbatch: int) -> bool:
         if len(link.done) == len(link.posted):
             return False
-        posted, called = link.posted[-1], self.now
+        posted, called = link.posted[-1], self.received_s if self.streams else self.now
         start = max(posted, called)
         end = start + link.transfer_s
+        self.received_s = end - link.delay_s
         link.done.append(end)
         self.events.append(Event(self.stage, "receive", "receive", microbatch, called, end))
         link.sender.events.append(Event(link.sender.stage, link.stream, "send", microbatch, start, end))
@@ -234,15 +262,18 @@ class _Rank:
             self.now = until_s
 
 
-def _run_schedule(program: Program, prices: Sequence[StagePrice]) -> list[_Rank]:
+def _run_schedule(program: Program, prices: Sequence[StagePrice], streams: bool) -> list[_Rank]:
     """Run all stages' steps; a stage that has moved wakes its neighbours."""
     ranks = [
-        _Rank(stage, price, stage_schedule(program.schedule, stage, program.pp, program.microbatches))
+        _Rank(stage, price, stage_schedule(program.schedule, stage, program.pp, program.microbatches), streams)
         for stage, price in enumerate(prices)
     ]
     for before, after in zip(ranks, ranks[1:], strict=False):
-        before.links[SendForward] = after.links[RecvForward] = _Link(before, "send_forward", before.price.to_next_s)
-        after.links[SendBackward] = before.links[RecvBackward] = _Link(after, "send_backward", before.price.from_next_s)
+        price = before.price
+        there = _Link(before, "send_forward", price.to_next_s, price.delay_s)
+        back = _Link(after, "send_backward", price.from_next_s, price.delay_s)
+        before.links[SendForward] = after.links[RecvForward] = there
+        after.links[SendBackward] = before.links[RecvBackward] = back
     awake = deque(range(program.pp))
     while awake:
         stage = awake.popleft()

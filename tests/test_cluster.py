@@ -65,7 +65,8 @@ def test_every_shipped_device_prices_every_kind(name: str) -> None:
     device = Device.load(name)
     dtype = next(iter(device.peak_flops))
     small, large = (
-        [device.op_time_s(OpCost(kind, 1e6 * n, 1e5 * n, dtype, (1, 64 * n, 64, 64))) for kind in KINDS] for n in (1, 8)
+        [device.op_time_s(OpCost(kind, 1e6 * n, 1e5 * n, dtype, (1, 64 * n, 64, 64))) for kind in KINDS]
+        for n in (10, 800)
     )
     assert all(0 < a < b for a, b in zip(small, large, strict=True))
     assert device.name == name and 0 < device.usable_bytes < device.memory_bytes
@@ -99,7 +100,7 @@ def test_products_of_one_row_are_bound_by_memory() -> None:
 
 def test_streams_run_at_their_share_of_the_bandwidth() -> None:
     cost = OpCost("elementwise", 0.0, 9e8, "float32")
-    assert V100.op_time_s(cost) == pytest.approx(V100.op_overhead_s + 9e8 / (0.88 * 900e9))
+    assert V100.op_time_s(cost) == pytest.approx(V100.op_overhead_s + 9e8 / (0.92 * 900e9))
 
 
 def test_a_dtype_the_device_lacks_is_an_error_with_a_choice() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.plan import Plan, StagePlan
-from cost_model.prices import axis_groups
+from cost_model.prices import axis_groups, price_stages
 from cost_model.program import (
     Block,
     Collective,
@@ -24,7 +24,7 @@ from cost_model.program import (
     Value,
 )
 from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, stage_schedule
-from cost_model.simulate import Event, SimulationResult, chrome_trace, estimate_program, simulate
+from cost_model.simulate import Event, SimulationResult, chrome_trace, estimate_program, simulate, step_time_s
 from cost_model.tensor import TensorMeta
 
 CUT = TensorMeta((8,), "float32")
@@ -44,17 +44,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to)."""
+    """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
+
+    delay_s: of an empty message.
+    """
 
     devices: tuple[Device, ...]
     transfer_s: float = 0.0
+    delay_s: float = 0.0
     transfers_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
         return float(nbytes * sum(devices))
 
     def transfer_time_s(self, nbytes: int, source: int, target: int) -> float:
-        assert nbytes == CUT.nbytes
+        assert nbytes in (0, CUT.nbytes)
+        if not nbytes:
+            return self.delay_s
         return self.transfers_s.get((source, target), self.transfer_s)
 
 
@@ -154,6 +160,27 @@ def test_1f1b_with_transfers_by_hand() -> None:
     parts = result.breakdown
     assert (parts.compute_s, parts.communication_s, parts.bubble_s) == (6, 1, 3.5)
     assert result.step_time_s == 10.5
+
+
+def test_streams_move_messages_behind_compute() -> None:
+    """The second activation travels from 2 to 2.5 while stage 1 computes; without streams only from 2.5 on."""
+    what = pipeline("gpipe", 2, [(1.0, 2.0)] * 2)
+    result = simulate(what, Cluster((Device(),) * 2, 0.5), streams=True)
+    assert spans(result, 1, "receive") == [(0, 1.5), (1.5, 2.5)]
+    assert spans(result, 1, "forward") == [(1.5, 2.5), (2.5, 3.5)]
+    assert spans(result, 0, "backward") == [(6, 8), (8, 10)]
+    assert (
+        result.step_time_s == 10 == step_time_s(what, price_stages(what, Cluster((Device(),) * 2, 0.5)), streams=True)
+    )
+
+
+def test_a_delay_keeps_no_stream_busy() -> None:
+    """Messages of 2 leave a second apart where one second of each is delay, and two apart where none is."""
+    what = pipeline("gpipe", 3, [(1.0, 1.0)] * 2)
+    sends = {
+        delay: spans(simulate(what, Cluster((Device(),) * 2, 2.0, delay), streams=True), 0, "send") for delay in (0, 1)
+    }
+    assert sends == {0: [(1, 3), (3, 5), (5, 7)], 1: [(1, 3), (2, 4), (3, 5)]}
 
 
 def test_a_sender_waits_for_its_send_before() -> None:
