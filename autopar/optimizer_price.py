@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from autopar.optimizer_run import Observation, Work, observe
+from autopar.optimizer_run import Observation, Work, chosen, observe
 from autopar.runtime.optim import OptimizerSpec
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
@@ -42,13 +42,14 @@ def price_optimizer(
     names = [name for group in spec.groups for name in group.names if name in parameters]
     if not names:
         return OptimizerPrice((), 0, 0)
+    spec = chosen(spec, device)
     group_of = {name: index for index, group in enumerate(spec.groups) for name in group.names}
     keys = [(group_of[name], parameters[name]) for name in names]
 
     def run(positions: Sequence[int]) -> Observation:
         return observe(spec, parameters, [names[p] for p in positions], device)
 
-    price = _sampled(keys, run)
+    price = _sampled(keys, run, by_lists=any(g.options.get("foreach") or g.options.get("fused") for g in spec.groups))
     if price is None:
         whole = run(range(len(names)))
         price = OptimizerPrice(whole.costs, whole.state_bytes, whole.workspace_bytes)
@@ -59,17 +60,24 @@ Run: TypeAlias = Callable[[Sequence[int]], Observation]
 """Runs the optimizer on the parameters at some positions."""
 
 
-def _sampled(keys: Sequence[Key], run: Run) -> OptimizerPrice | None:
-    """The price from runs on few parameters, or None where they do not show how it is made of the parameters'."""
-    spans, runs = _spans(keys), []
-    if 2 * sum(stop - start for start, stop in spans) > len(keys):
-        return None
-    for start, stop in spans:
-        runs.append(run(range(start, stop)))
-        if any(work.is_list for work in runs[-1].works):
-            kinds = _first_and_last(keys)
-            return None if 2 * len(kinds) > len(keys) else _from_lists(keys, kinds, run(kinds))
-    return _from_samples(keys, spans, runs)
+def _sampled(keys: Sequence[Key], run: Run, *, by_lists: bool) -> OptimizerPrice | None:
+    """The price from runs on few parameters, or None where they do not show how it is made of the parameters'.
+
+    by_lists: what to try first; an optimizer asked for a loop may work on lists all the same.
+    """
+    few = len(keys) // 2
+    if not by_lists:
+        spans, runs = _spans(keys), []
+        if sum(stop - start for start, stop in spans) > few:
+            return None
+        for start, stop in spans:
+            runs.append(run(range(start, stop)))
+            if any(work.is_list for work in runs[-1].works):
+                break
+        else:
+            return _from_samples(keys, spans, runs)
+    kinds = _first_and_last(keys)
+    return _from_lists(keys, kinds, run(kinds)) if len(kinds) <= few else None
 
 
 # --- From runs of neighbours to all parameters ----------------------------------------------------------------------

@@ -79,7 +79,7 @@ def observe(
         recorder.give(parameter, position)
         recorder.give(parameter.grad, position)
     with recorder:
-        optimizer = build(_chosen(spec, device), held)
+        optimizer = build(spec, held)
     assert optimizer is not None
     _make_fake(optimizer, fake, recorder)
     with _explained(spec, device), fake, recorder:
@@ -108,7 +108,7 @@ def _parameter(meta: TensorMeta, device: str) -> nn.Parameter:
     return parameter
 
 
-def _chosen(spec: OptimizerSpec, device: str) -> OptimizerSpec:
+def chosen(spec: OptimizerSpec, device: str) -> OptimizerSpec:
     """With the implementation torch takes on CUDA where no option asks for one: over lists.
 
     torch.optim.optimizer._default_to_fused_or_foreach, which does not know fake tensors.

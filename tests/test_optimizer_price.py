@@ -113,7 +113,7 @@ def test_every_op_has_an_entry_in_the_table(factory: Any) -> None:
 def whole_price(spec: OptimizerSpec, metas: dict[str, TensorMeta], monkeypatch: pytest.MonkeyPatch) -> OptimizerPrice:
     """The price from one run on all parameters."""
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer_price, "_sampled", lambda keys, run: None)
+        patch.setattr(optimizer_price, "_sampled", lambda keys, run, by_lists: None)
         return price_optimizer(spec, metas)
 
 
