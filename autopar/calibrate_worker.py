@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from autopar.runtime.comm import scatter_sum
 from cost_model.device import STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.program import OpCost
@@ -186,7 +187,7 @@ def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup) -> tu
     calls: dict[str, Call] = {
         "all_reduce": lambda: dist.all_reduce(full, group=group),
         "all_gather": lambda: dist.all_gather_into_tensor(full, piece, group=group),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(piece, full, group=group),
+        "reduce_scatter": lambda: scatter_sum(piece, full, group),
         "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         "broadcast": lambda: dist.broadcast(full, members[0], group=group),
         "transfer": functools.partial(_ping_pong, full, members),

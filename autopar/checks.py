@@ -13,6 +13,7 @@ from passes.dependence import differentiable_nodes
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph
 from passes.segment import Segment
+from passes.zero import zero_key
 
 # --- The model
 
@@ -94,7 +95,8 @@ def check_plan(plan: Plan, space: ModelSpace, pins: Parallelism) -> None:
     if labels != plan.segment_labels:
         raise PlanMismatchError("segment_labels", labels, plan.segment_labels)
     for number, stage in enumerate(plan.stages):
-        _check_choices(number, stage, local, _domains(plan, space, local, stage), space.sharded)
+        _check_choices(number, stage, _domains(plan, space, local, stage), space.sharded, space.divisible)
+    _check_agreement(plan)
 
 
 def _check_origin(plan: Plan, model: ModelGraph, cluster: Cluster) -> None:
@@ -125,14 +127,41 @@ def _domains(plan: Plan, space: ModelSpace, local: LocalModel, stage: StagePlan)
 
 
 def _check_choices(
-    number: int, stage: StagePlan, local: LocalModel, domains: dict[str, tuple[str, ...]], sharded: bool
+    number: int,
+    stage: StagePlan,
+    domains: dict[str, tuple[str, ...]],
+    sharded: bool,
+    divisible: bool,
 ) -> None:
     for variable, label in stage.choices.items():
-        if variable not in domains:
+        if variable.startswith(zero_key("")):
+            _check_zero(number, variable, label, domains, divisible)
+        elif variable not in domains:
             raise ConfigError(f"the plan has a choice for {variable!r}, which stage {number} does not have; plan again")
-        if label not in domains[variable]:
+        elif label not in domains[variable]:
             why = "" if sharded else " (the optimizer is not elementwise, so parameters stay whole)"
             raise ConfigError(
                 f"the plan's choice for {variable!r} is {label!r}, but it can be {', '.join(domains[variable])}{why}; "
                 "plan again"
             )
+
+
+def _check_agreement(plan: Plan) -> None:
+    """A parameter of several stages has one level: its copies are reduced together."""
+    levels: dict[str, str] = {}
+    for variable, label in (item for stage in plan.stages for item in stage.choices.items()):
+        if variable.startswith(zero_key("")) and levels.setdefault(variable, label) != label:
+            raise ConfigError(
+                f"the plan's choice for {variable!r} is {levels[variable]!r} in one stage and {label!r} in another; "
+                "plan again"
+            )
+
+
+def _check_zero(number: int, variable: str, label: str, domains: dict[str, tuple[str, ...]], divisible: bool) -> None:
+    """A level of a parameter that the stage holds."""
+    if f"input:{variable.removeprefix(zero_key(''))}" not in domains:
+        raise ConfigError(f"the plan has a choice for {variable!r}, which stage {number} does not have; plan again")
+    if label not in ("1", "2", "3"):
+        raise ConfigError(f"the plan's choice for {variable!r} is {label!r}, but it can be 1, 2, 3; plan again")
+    if not divisible:
+        raise ConfigError(f"the plan splits {variable!r} into pieces, which the optimizer does not allow; plan again")

@@ -211,7 +211,7 @@ def event_kinds(program: Program) -> dict[str, str]:
         for instruction in (*stage.forward.instructions, *stage.backward.instructions):
             for event in op_events(instruction.op):
                 kinds.setdefault(event, _kind(instruction))
-        for collective in stage.step.collectives:
+        for collective in (*stage.step.collectives, *stage.step.gathers):
             kinds.setdefault(f"autopar.{collective.kind}_", collective.kind)
     return kinds
 

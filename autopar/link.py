@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
+from autopar.step_work import gathers_of, gradient_layout, reductions_of
 from cost_model.plan import Plan
 from cost_model.program import Collective, ParameterShard, Program, StageProgram, StepWork, Value
 from cost_model.schedule import check_schedule, stage_schedule
-from cost_model.tensor import DTYPE_BYTES, TensorMeta
+from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.cut import cut_stage, prologue
 from passes.graph import GraphInput, ModelGraph
-from passes.schedule_code import Reduction, render_prologue, render_step
+from passes.schedule_code import PartStep, Reduction, render_prologue, render_step
 from passes.segment import Segment, segment
 from passes.specialise import specialise
 from passes.stage import StageCode, build_stage, parameter_shards
 from passes.stitch import Templates
 from passes.trace import Traced
-from passes.verify import verify_cuts, verify_emitted
+from passes.verify import verify_cuts, verify_emitted, verify_step
 
 _LOSS_BYTES = 8  # one float64
 
 
 @dataclass(frozen=True)
 class LinkedStage:
-    """code: the stage; layout: (dtype, parameters in order) of its flat gradient buffers; reductions: over them;
+    """code: the stage; layout: (dtype, parameters in order) of its flat gradient buffers; reductions: over them
+    and over buckets; gathers: of updated parameters;
     prologue_inputs: batch inputs its prologue reads; step_inputs: step constants it uses."""
 
     code: StageCode
     shards: tuple[ParameterShard, ...]
     layout: tuple[tuple[str, tuple[str, ...]], ...]
-    reductions: tuple[Reduction, ...]
+    reductions: tuple[Reduction | PartStep, ...]
+    gathers: tuple[PartStep, ...]
     prologue_source: str
     prologue_ops: Mapping[str, str] = field(hash=False)
     prologue_inputs: tuple[GraphInput, ...]
+
+    @property
+    def updated(self) -> dict[str, TensorMeta]:
+        """What the optimizer updates: whole parameters outside buckets, and of buckets the pieces of the rank that
+        has most of them."""
+        pieces: dict[str, TensorMeta] = {}
+        dp = max((bucket.dp for bucket in self.code.buckets), default=1)
+        for index in range(dp):
+            own = {
+                p.parameter: TensorMeta((p.numel,), b.dtype)
+                for b in self.code.buckets
+                if b.trainable
+                for p in b.pieces(index)
+            }
+            pieces = own if len(own) > len(pieces) else pieces
+        bucketed = {name for bucket in self.code.buckets for name, _ in bucket.parameters}
+        return {s.name: s.meta for s in self.shards if s.trainable and s.name not in bucketed} | pieces
 
     @property
     def batch_inputs(self) -> dict[GraphInput, bool]:
@@ -73,8 +94,10 @@ class Linked:
 
     def verify(self) -> None:
         """What is emitted is what is priced; VerificationError where it is not."""
-        for stage in self.stages:
+        for stage, priced in zip(self.stages, self.program.stages, strict=True):
             verify_emitted(stage.code)
+            rank = self.program.devices[(priced.stage, 0, 0)]
+            verify_step(self.source(rank), stage.code.buckets, priced.step)
 
     def source(self, rank: int) -> str:
         """The module that a rank runs."""
@@ -106,7 +129,7 @@ class Linker:
             codes = (*codes[:index], remade, *codes[index + 1 :])
         verify_cuts(codes)
         tied = _tied(codes)
-        stages = tuple(_link_stage(self.traced, code, plan, tied) for code in codes)
+        stages = tuple(_link_stage(self.traced, code, plan, tied, self.optimizer is not None) for code in codes)
         schedules = [stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)]
         check_schedule(schedules, plan.microbatches)
         program = Program(
@@ -138,10 +161,12 @@ class Linker:
             last=index == plan.pp - 1,
             zeros=zeros,
             recompute=stage.recompute_levels,
+            dp=plan.dp,
+            shared=_held_by_several(segments, plan),
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:
-        trainable = tuple((s.name, s.meta) for s in stage.shards if s.trainable)
+        trainable = tuple(stage.updated.items())
         if self.optimizer is None or not trainable:
             return OptimizerPrice((), 0, 0)
         if trainable not in self._prices:
@@ -153,6 +178,13 @@ def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
     """(stage, dp replica, tp shard) -> device."""
     cells = [(s, d, t) for s in range(plan.pp) for d in range(plan.dp) for t in range(plan.tp)]
     return dict(zip(cells, plan.placement, strict=True))
+
+
+def _held_by_several(segments: tuple[Segment, ...], plan: Plan) -> frozenset[str]:
+    """Parameters, by node, of more than one stage."""
+    ranges = [segments[stage.first_segment : stage.last_segment] for stage in plan.stages]
+    held = [name for parts in ranges for name in {name for part in parts for name in part.parameters}]
+    return frozenset(name for name, count in Counter(held).items() if count > 1)
 
 
 def _unreached(codes: tuple[StageCode, ...]) -> dict[int, frozenset[str]]:
@@ -173,46 +205,22 @@ def _tied(codes: tuple[StageCode, ...]) -> dict[str, str]:
     return {name: name for name, count in holders.items() if count > 1}
 
 
-def _link_stage(traced: Traced, code: StageCode, plan: Plan, tied: Mapping[str, str]) -> LinkedStage:
+def _link_stage(
+    traced: Traced, code: StageCode, plan: Plan, tied: Mapping[str, str], has_optimizer: bool
+) -> LinkedStage:
     shards = parameter_shards(code, plan.dp, plan.tp, tied)
-    layout, reductions = _gradient_layout(code, shards)
+    layout, alone = gradient_layout(code, shards)
+    reductions = reductions_of(code, alone, tied)
     names = tuple(i.node for i in code.inputs if i.kind == "step")
     graph = prologue(traced.global_graph, names)
     source, ops = render_prologue(graph)
-    return LinkedStage(code, shards, layout, reductions, source, ops, graph.inputs if graph else ())
-
-
-def _gradient_layout(
-    code: StageCode, shards: tuple[ParameterShard, ...]
-) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], tuple[Reduction, ...]]:
-    """Flat buffers by dtype; within each, runs of one reduction axis, in the order backward finishes gradients."""
-    order = {name: k for k, name in enumerate(code.gradients)}
-    trainable = sorted(
-        (s for s in shards if s.trainable),
-        key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
-    )
-    layout: dict[str, list[str]] = {}
-    offsets: dict[str, int] = {}
-    runs: dict[tuple[str, str], tuple[int, int]] = {}
-    for shard in trainable:
-        dtype = shard.meta.dtype
-        start = offsets.get(dtype, 0)
-        offsets[dtype] = start + shard.meta.numel
-        layout.setdefault(dtype, []).append(shard.name)
-        axes = [shard.reduce_axis, f"tied:{shard.tied}" if shard.tied else None]
-        for axis in (a for a in axes if a):
-            known = runs.get((axis, dtype), (start, start))
-            runs[(axis, dtype)] = (known[0], offsets[dtype])
-    ordered = sorted(runs.items(), key=lambda item: (item[0][0].startswith("tied:"), item[0]))
-    reductions = tuple(Reduction(axis, dtype, *span) for (axis, dtype), span in ordered)
-    return tuple((d, tuple(n)) for d, n in layout.items()), reductions
+    gathers = gathers_of(code, has_optimizer=has_optimizer)
+    return LinkedStage(code, shards, layout, reductions, gathers, source, ops, graph.inputs if graph else ())
 
 
 def _stage_program(traced: Traced, stage: LinkedStage, index: int, plan: Plan, price: OptimizerPrice) -> StageProgram:
     code = stage.code
-    collectives = [
-        Collective("all_reduce", r.axis, (r.stop - r.start) * DTYPE_BYTES[r.dtype]) for r in stage.reductions
-    ]
+    collectives = [r.collective for r in stage.reductions]
     if plan.dp * plan.tp * plan.pp > 1:
         collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
     return StageProgram(
@@ -225,7 +233,15 @@ def _stage_program(traced: Traced, stage: LinkedStage, index: int, plan: Plan, p
         received=code.received,
         parameters=stage.shards,
         persistent=_persistent(traced, stage, plan.dp),
-        step=StepWork(tuple(collectives), price.costs, price.state_bytes, price.workspace_bytes),
+        step=StepWork(
+            tuple(collectives),
+            price.costs,
+            price.state_bytes,
+            price.workspace_bytes,
+            tuple(g.collective for g in stage.gathers),
+            tuple(meta.nbytes for meta in stage.updated.values()),
+        ),
+        buckets=code.buckets,
     )
 
 
@@ -244,7 +260,7 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
     plan, linked_stage = linked.plan, linked.stages[stage]
     steps = stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches)
     doc = f"{plan.schedule}, {plan.microbatches} microbatch(es) of {plan.microbatch_size}."
-    step = render_step(steps, linked_stage.reductions, sends=plan.pp > 1, doc=doc)
+    step = render_step(steps, linked_stage.reductions, linked_stage.gathers, sends=plan.pp > 1, doc=doc)
     labels = plan.segment_labels[plan.stages[stage].first_segment : plan.stages[stage].last_segment]
     header = (
         f'"""Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {plan.dp}, '

@@ -68,7 +68,6 @@ def check_target(model: object, cluster: object) -> None:
 def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
     """What this version does not do yet is refused by name."""
     refused = [
-        (pins.zero not in (None, 0), f"zero={pins.zero}", "zero=0 (states are sharded by tp and pp)"),
         (pins.schedule not in (None, "gpipe", "1f1b"), f"schedule={pins.schedule!r}", "'1f1b' or 'gpipe'"),
         (pins.virtual_stages not in (None, 1), f"virtual_stages={pins.virtual_stages}", "virtual_stages=1"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autopar.link import Linked, LinkedStage
@@ -13,6 +14,7 @@ from autopar.runtime.optim import OptimizerSpec
 from cost_model.errors import ConfigError
 from cost_model.placement import REPLICATE, Placement, Shard
 from cost_model.prices import axis_groups
+from cost_model.program import Bucket
 
 
 def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
@@ -50,13 +52,15 @@ def rank_payload(
             if i.kind in ("buffer", "constant")
         }
     )
+    params = {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"}
     neighbours = {name: _neighbour(linked, stage + step, dp, tp) for name, step in (("previous", -1), ("next", 1))}
     return {
         "source": linked.source(rank),
         "device": device,
         "stage": stage,
         "dp_index": dp,
-        "params": {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"},
+        "buckets": [_bucket(bucket, dp, {n: params.pop(n) for n, _ in bucket.parameters}) for bucket in code.buckets],
+        "params": params,
         "buffers": {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"},
         "layouts": {
             n: _layout(linked, rank, n, p if i.kind == "parameter" else REPLICATE, tuple(tensors[n].shape))
@@ -75,6 +79,24 @@ def rank_payload(
         "received": _meta(code.received),
         "sent": _meta(code.sent),
         **neighbours,
+    }
+
+
+def _bucket(bucket: Bucket, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A bucket as ``HeldBucket`` takes it: its weights in a row, or this rank's part of the row."""
+    row = torch.cat([p.reshape(-1) for p in parameters.values()])
+    row = torch.nn.functional.pad(row, (0, bucket.numel - row.numel()))
+    if bucket.zero == 3:
+        row = row[index * bucket.part.numel : (index + 1) * bucket.part.numel].clone()
+    offsets = bucket.offsets()
+    return {
+        "name": bucket.name,
+        "zero": bucket.zero,
+        "dp": bucket.dp,
+        "trainable": bucket.trainable,
+        "parameters": [(name, list(p.shape), offsets[name]) for name, p in parameters.items()],
+        "pieces": [(piece.parameter, piece.offset, piece.start, piece.stop) for piece in bucket.pieces(index)],
+        "weights": row,
     }
 
 
@@ -98,11 +120,13 @@ def _first_rows(part: LinkedStage, first: int) -> dict[str, int]:
 def _layout(linked: Linked, rank: int, name: str, placement: Placement, shape: tuple[int, ...]) -> dict[str, Any]:
     """The fields of ``autopar.runtime.checkpoint.Layout``; of equal shards the first rank's is written."""
     stage, dp, tp = linked.coordinates[rank]
-    is_first = (stage, dp) == (linked.first_holder[name], 0)
+    is_holder = stage == linked.first_holder[name]
+    is_first = is_holder and dp == 0
     if not isinstance(placement, Shard) or linked.plan.tp == 1:
-        return {"shape": shape, "dim": None, "outer": 1, "index": 0, "size": 1, "writes": is_first and tp == 0}
+        place = {"dim": None, "outer": 1, "index": 0, "size": 1}
+        return {"shape": shape, **place, "writes": is_first and tp == 0, "writes_pieces": is_holder and tp == 0}
     place = {"dim": placement.dim, "outer": placement.outer, "index": tp, "size": linked.plan.tp}
-    return {"shape": shape, **place, "writes": is_first}
+    return {"shape": shape, **place, "writes": is_first, "writes_pieces": is_holder}
 
 
 def _meta(meta: Any) -> tuple[tuple[int, ...], str] | None:

@@ -25,7 +25,7 @@ from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.progress import planning_progress
 from autopar.runtime.optim import OptimizerSpec, capture, is_elementwise
 from cost_model.cluster import Cluster
-from cost_model.errors import InfeasiblePlanError
+from cost_model.errors import InfeasiblePlanError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
@@ -37,6 +37,7 @@ from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
 from passes.segment import Segment
 from passes.trace import Traced, trace
+from passes.zero import zero_key
 
 _PREFIXES = ("op:", "input:", "form:")
 
@@ -182,6 +183,7 @@ class Job:
             price,
             max(priced_bytes, 1),
             sharded=sharded,
+            divisible=self.optimizer is None or is_elementwise(self.optimizer, flat=True),
         )
 
     def solve(self) -> Solution:
@@ -195,7 +197,7 @@ class Job:
         pins = self.options.parallelism
         with planning_progress() as report:
             return search(
-                PinnedSpace(self.space, pins.recompute),
+                self._pinned_space(),
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,
@@ -203,6 +205,16 @@ class Job:
                 confirm=self._peaks,
                 progress=report,
             )
+
+    def _pinned_space(self) -> PinnedSpace:
+        pins = self.options.parallelism
+        if pins.zero and not self.space.divisible:
+            assert self.optimizer is not None
+            raise UnsupportedError(
+                f"zero={pins.zero} splits parameters into pieces, which {self.optimizer.path} does not update as it "
+                "updates whole parameters; use zero=0, or an elementwise optimizer such as torch.optim.AdamW"
+            )
+        return PinnedSpace(self.space, pins.recompute, pins.zero or 0)
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
         """Exact peak bytes of each stage of the rewritten program."""
@@ -231,7 +243,7 @@ class Job:
             microbatches=c.microbatches,
             memory_cap_bytes=self.cap_bytes,
             placement=pinned or tuple(range(self.cluster.num_devices)),
-            stages=tuple(_stage_plan(local, stage, c.tp) for stage in solution.stages),
+            stages=_stage_plans(local, solution, self._pinned_space()),
             segment_labels=tuple(s.label for s in local.segments),
         )
 
@@ -295,18 +307,36 @@ def _unpriced(model: ModelGraph) -> tuple[str, ...]:
     return tuple(f"{name} has no rule: replicated and priced by the bytes it moves" for name in names)
 
 
-def _stage_plan(local: LocalModel, stage: Any, tp: int) -> StagePlan:
-    """Choices of a stage by the names of the very nodes they are for; on one shard nothing has to be said."""
-    choices: dict[str, str] = {}
-    representatives: dict[str, Segment] = {}
+def _stage_plans(local: LocalModel, solution: Solution | Infeasible, space: PinnedSpace) -> tuple[StagePlan, ...]:
+    """Choices of every stage by the names of the very nodes they are for; what is the only choice is not said."""
+    c = solution.configuration
+    alike: dict[str, Segment] = {}
     for part in local.segments:
-        representatives.setdefault(part.kind, part)
-    for offset, assignment in enumerate(stage.assignments if tp > 1 else ()):
-        part = local.segments[stage.first + offset]
-        rename = renaming(representatives[part.kind], part)
+        alike.setdefault(part.kind, part)
+    segments = [
+        (part, alike[part.kind], assignment)
+        for stage in solution.stages
+        for part, assignment in zip(local.segments[stage.first : stage.last], stage.assignments, strict=True)
+    ]
+    zero = space.zero_levels(segments, c.dp, c.tp, local)
+    plans = []
+    for stage in solution.stages:
+        own = segments[stage.first : stage.last]
+        choices = _placements(own) if c.tp > 1 else {}
+        held = dict.fromkeys(name for part, _, _ in own for name in part.parameters if name in zero)
+        choices.update({zero_key(name): str(zero[name]) for name in held})
+        levels = tuple(assignment.get(RECOMPUTE, NONE) for _, _, assignment in own)
+        plans.append(StagePlan(stage.first, stage.last, choices, levels if any(r != NONE for r in levels) else ()))
+    return tuple(plans)
+
+
+def _placements(segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]]) -> dict[str, str]:
+    """What each segment of a stage chose on the tp axis; the activation between two is said by the first."""
+    choices: dict[str, str] = {}
+    for offset, (part, like, assignment) in enumerate(segments):
+        rename = renaming(like, part)
         for variable, label in assignment.items():
             is_inner_entry = offset > 0 and part.entry is not None and rename(variable) == f"input:{part.entry}"
             if variable.startswith(_PREFIXES) and not is_inner_entry:
                 choices[rename(variable)] = label
-    levels = tuple(assignment.get(RECOMPUTE, NONE) for assignment in stage.assignments)
-    return StagePlan(stage.first, stage.last, choices, levels if any(r != NONE for r in levels) else ())
+    return choices

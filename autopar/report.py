@@ -249,7 +249,7 @@ def _traffic(stage: StageProgram) -> list[_Traffic]:
     """(order, when, what, axis, count, bytes) of all that a rank of a stage sends."""
     blocks: tuple[tuple[str, Block], ...] = (("each forward", stage.forward), ("each backward", stage.backward))
     rows = [row for order, (when, block) in enumerate(blocks) for row in _collectives(order, when, block.collectives())]
-    rows += _collectives(2, "each step", stage.step.collectives)
+    rows += _collectives(2, "each step", (*stage.step.collectives, *stage.step.gathers))
     if stage.sent is not None:
         rows.append((0, "each forward", "send to the next stage", "pp", 1, stage.sent.nbytes))
     if stage.received is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_model.errors import UnknownNameError
@@ -55,8 +55,8 @@ def _round_up(nbytes: int, multiple: int) -> int:
 class StagePeak:
     """The moment of a stage's step at which most is alive.
 
-    moment: the schedule step, "reduction" or "optimizer"; microbatches: how many hold saved activations then.
-    live: storage -> bytes of what the running block has besides; empty where none runs.
+    moment: the schedule step, "reduction", "optimizer" or "gathering"; microbatches: how many hold saved activations
+    then. live: storage -> bytes of what the running block has besides; empty where none runs.
     """
 
     memory: MemoryBreakdown
@@ -99,10 +99,18 @@ def stage_peak(stage: StageProgram, pp: int, microbatches: int, schedule: str, r
 
 
 def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown:
-    """What a stage holds during the whole step: parameters, one flat gradient buffer per dtype, state, inputs."""
-    trainable = [shard.meta for shard in stage.parameters if shard.trainable]
-    parameters = [shard.meta.nbytes for shard in stage.parameters]
-    gradients = _bytes_by_dtype(trainable)
+    """What a stage holds during the whole step: parameters, flat gradient buffers, state, inputs.
+
+    Parameters outside buckets lie apart, their gradients in one buffer per dtype; each bucket has one of each.
+    """
+    bucketed = {name for bucket in stage.buckets for name, _ in bucket.parameters}
+    alone = [shard for shard in stage.parameters if shard.name not in bucketed]
+    trainable = [shard.meta for shard in alone if shard.trainable]
+    parameters = [shard.meta.nbytes for shard in alone] + [bucket.weights.nbytes for bucket in stage.buckets]
+    gradients = _bytes_by_dtype(trainable) + [b.gradients.nbytes for b in stage.buckets if b.gradients is not None]
+    optimized = stage.step.optimized_bytes
+    if optimized is None:
+        optimized = tuple(meta.nbytes for meta in trainable)
     inputs = list({value.storage: value.storage_bytes for value in stage.persistent}.values())
     state = stage.step.optimizer_state_bytes
     pads = sum(round_bytes(size) - size for size in (*parameters, *gradients, *inputs))
@@ -113,7 +121,7 @@ def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown
         inputs=sum(inputs),
         saved=0,
         transient=0,
-        rounding=pads + _state_rounding(state, [meta.nbytes for meta in trainable], round_bytes),
+        rounding=pads + _state_rounding(state, optimized, round_bytes),
     )
 
 
@@ -121,8 +129,8 @@ def _bytes_by_dtype(metas: list[TensorMeta]) -> list[int]:
     return [sum(meta.nbytes for meta in metas if meta.dtype == dtype) for dtype in {meta.dtype: None for meta in metas}]
 
 
-def _state_rounding(state: int, trainable: list[int], round_bytes: Rounding) -> int:
-    """Rounding of optimizer state laid out as whole copies of each trainable parameter and one small tensor each.
+def _state_rounding(state: int, trainable: Sequence[int], round_bytes: Rounding) -> int:
+    """Rounding of optimizer state laid out as whole copies of each updated tensor and one small tensor each.
 
     AdamW: two moments and a step count. Only the total is known, so the small tensors share what is left equally.
     """
@@ -236,12 +244,14 @@ class _StageWalk:
                 self.sending_backward = True
 
     def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
-        """After the last step: sends are waited for, gradients reduced, parameters updated."""
+        """After the last step: sends are waited for, gradients reduced, parameters updated and gathered."""
         self.buffers = self.buffers_rounded = 0
         buffer = max(map(_collective_buffer_bytes, stage.step.collectives), default=0)
         self._see("reduction", 0, _Amount.buffer({"collective": buffer}, round_bytes))
         workspace = {"workspace": stage.step.optimizer_workspace_bytes}
         self._see("optimizer", 0, _Amount.buffer(workspace, round_bytes))
+        buffer = max(map(_collective_buffer_bytes, stage.step.gathers), default=0)
+        self._see("gathering", 0, _Amount.buffer({"collective": buffer}, round_bytes))
 
     def peak(self, static: MemoryBreakdown) -> StagePeak:
         moment, others, buffers, own = self.best_moment

@@ -164,6 +164,12 @@ class Plan:
         levels = {level for stage in self.stages for level in stage.recompute or ("none",)}
         return levels.pop() if len(levels) == 1 else "mixed"
 
+    @property
+    def zero(self) -> int | str:
+        """The ZeRO level of all parameters that are split over dp, 0 where none is; "mixed" where they differ."""
+        levels = {label for s in self.stages for key, label in s.choices.items() if key.startswith("zero:")}
+        return "mixed" if len(levels) > 1 else int(next(iter(levels), "0"))
+
     def labels(self, stage: int) -> tuple[str, ...]:
         """Names of the segments that a stage runs, in order."""
         return self.segment_labels[self.stages[stage].first_segment : self.stages[stage].last_segment]

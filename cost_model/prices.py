@@ -55,8 +55,8 @@ class StagePrice:
     """Seconds of a stage's parts on its slowest rank.
 
     to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next stage;
-    step_collectives_s: each collective of ``StepWork`` in order; optimizer_s: the whole update; delay_s: the part of
-    a transfer to the next stage that an empty message takes as well.
+    step_collectives_s, step_gathers_s: each collective of ``StepWork`` in order; optimizer_s: the whole update;
+    delay_s: the part of a transfer to the next stage that an empty message takes as well.
     """
 
     forward: BlockPrice
@@ -64,6 +64,7 @@ class StagePrice:
     to_next_s: float
     from_next_s: float
     step_collectives_s: tuple[float, ...]
+    step_gathers_s: tuple[float, ...]
     optimizer_s: float
     optimizer_kinds_s: Mapping[str, float] = field(hash=False)
     delay_s: float = 0.0
@@ -128,6 +129,7 @@ class _Pricer:
             to_next_s=self._transfer_s(stage, stage + 1),
             from_next_s=self._transfer_s(stage + 1, stage),
             step_collectives_s=tuple(self._collective_s(stage, c) for c in own.step.collectives),
+            step_gathers_s=tuple(self._blocking_s(stage, "the step", c) for c in own.step.gathers),
             optimizer_s=sum(optimizer.values()),
             optimizer_kinds_s=dict(optimizer),
             delay_s=self._transfer_s(stage, stage + 1, empty=True),
@@ -146,7 +148,7 @@ class _Pricer:
         compute = communication = 0.0
         for instruction in block.instructions:
             if instruction.collective is not None:
-                seconds = self._blocking_s(stage, block, instruction.collective)
+                seconds = self._blocking_s(stage, block.name, instruction.collective)
                 communication += seconds
                 kinds[instruction.collective.kind] += seconds
             if instruction.cost is not None or instruction.collective is None:
@@ -168,10 +170,10 @@ class _Pricer:
 
         return price_s
 
-    def _blocking_s(self, stage: int, block: Block, collective: Collective) -> float:
-        """A collective inside a block; one that spans stages would have no common moment there."""
+    def _blocking_s(self, stage: int, where: str, collective: Collective) -> float:
+        """A collective that a stage waits for by itself; one that spans stages would have no common moment there."""
         if collective_stages(self.program, collective.axis, stage) != (stage,):
-            raise VerificationError("block_collectives", f"{block.name}: {collective} spans stages")
+            raise VerificationError("block_collectives", f"{where}: {collective} spans stages")
         return self._collective_s(stage, collective)
 
     def _collective_s(self, stage: int, collective: Collective) -> float:

@@ -103,13 +103,94 @@ class ParameterShard:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flattened parameter, which lie at ``offset`` of a rank's part of a bucket."""
+
+    parameter: str
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one dtype laid out in a row, of which each of ``dp`` ranks owns an equal part (ZeRO).
+
+    zero: what a rank holds of its part alone: 1 the optimizer state, 2 gradients too, 3 parameters too.
+    parameters: (name, elements) in order; numel: all of them, padded to a multiple of dp.
+    trainable: whether they have gradients; varying: whether these are summed over the tp axis too; tied: as in
+    ``ParameterShard``.
+    """
+
+    name: str
+    zero: int
+    dtype: str
+    dp: int
+    parameters: tuple[tuple[str, int], ...]
+    trainable: bool
+    varying: bool
+    tied: str | None
+
+    @property
+    def numel(self) -> int:
+        return -(-sum(count for _, count in self.parameters) // self.dp) * self.dp
+
+    @property
+    def meta(self) -> TensorMeta:
+        return TensorMeta((self.numel,), self.dtype)
+
+    @property
+    def part(self) -> TensorMeta:
+        """What one rank owns."""
+        return TensorMeta((self.numel // self.dp,), self.dtype)
+
+    @property
+    def weights(self) -> TensorMeta:
+        """The parameters that a rank holds."""
+        return self.part if self.zero == 3 else self.meta
+
+    @property
+    def gradients(self) -> TensorMeta | None:
+        """The gradient buffer that a rank holds."""
+        return None if not self.trainable else self.meta if self.zero == 1 else self.part
+
+    def offsets(self) -> dict[str, int]:
+        """Where each parameter begins."""
+        offsets, end = {}, 0
+        for name, count in self.parameters:
+            offsets[name] = end
+            end += count
+        return offsets
+
+    def pieces(self, index: int) -> tuple[Piece, ...]:
+        """What rank ``index`` of the dp axis owns."""
+        first, last = index * self.numel // self.dp, (index + 1) * self.numel // self.dp
+        found = []
+        for (name, count), begin in zip(self.parameters, self.offsets().values(), strict=True):
+            start, stop = max(first, begin), min(last, begin + count)
+            if start < stop:
+                found.append(Piece(name, start - begin, stop - begin, start - first))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class StepWork:
-    """Work done once per step on each rank of a stage: gradient reduction, then the optimizer."""
+    """Work done once per step on each rank of a stage: gradient reduction, the optimizer, gathering of parameters.
+
+    optimized_bytes: sizes of the tensors that the optimizer updates, each of which has state of its own; None where
+    these are the trainable parameters.
+    """
 
     collectives: tuple[Collective, ...]
     optimizer_costs: tuple[OpCost, ...]
     optimizer_state_bytes: int
     optimizer_workspace_bytes: int
+    gathers: tuple[Collective, ...] = ()
+    optimized_bytes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +204,7 @@ class StageProgram:
     sent / received: the activation that crosses the cut after / before this stage (None at the ends);
     the gradient that comes back has the same meta.
     persistent: values kept for the whole step beside parameters (batch inputs, step constants).
+    buckets: parameters whose state is split over the dp axis; the others have state on every replica.
     """
 
     stage: int
@@ -135,6 +217,7 @@ class StageProgram:
     parameters: tuple[ParameterShard, ...]
     persistent: tuple[Value, ...]
     step: StepWork
+    buckets: tuple[Bucket, ...] = ()
 
 
 @dataclass(frozen=True)

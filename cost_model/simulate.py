@@ -287,7 +287,8 @@ def _run_schedule(program: Program, prices: Sequence[StagePrice], streams: bool)
 
 
 def _run_step_work(program: Program, ranks: Sequence[_Rank]) -> None:
-    """Once per step: every stage's collectives in its own order, those between stages together, then the optimizer."""
+    """Once per step: every stage's collectives in its own order, those between stages together; then each stage by
+    itself its optimizer and the gathering of its parameters."""
     left = [
         deque(zip(stage.step.collectives, rank.price.step_collectives_s, strict=True))
         for stage, rank in zip(program.stages, ranks, strict=True)
@@ -303,6 +304,8 @@ def _run_step_work(program: Program, ranks: Sequence[_Rank]) -> None:
         raise VerificationError("step_collectives", f"stages wait for each other: {stuck}")
     for rank in ranks:
         rank.optimize()
+        for collective, seconds in zip(program.stages[rank.stage].step.gathers, rank.price.step_gathers_s, strict=True):
+            rank.reduce(collective, seconds, rank.now)
 
 
 def _reduce_together(
@@ -347,9 +350,9 @@ def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
     for block in (rank.price.forward, rank.price.backward):
         for kind, seconds in block.kinds_s.items():
             kinds[kind] += seconds * program.microbatches
-    for collective, seconds in zip(
-        program.stages[rank.stage].step.collectives, rank.price.step_collectives_s, strict=True
-    ):
+    work = program.stages[rank.stage].step
+    priced = (*rank.price.step_collectives_s, *rank.price.step_gathers_s)
+    for collective, seconds in zip((*work.collectives, *work.gathers), priced, strict=True):
         kinds[collective.kind] += seconds
     for kind, seconds in rank.price.optimizer_kinds_s.items():
         kinds[kind] += seconds

@@ -22,6 +22,7 @@ RUNTIME_CALLS = {
     "autopar.attention.default": "kernels.attention",
     "autopar.attention_backward.default": "kernels.attention_backward",
     "autopar.count_labels.default": "kernels.count_labels",
+    "autopar.put.default": "kernels.put",
 }
 _INDENT = "    "
 _WIDTH = 120

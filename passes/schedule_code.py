@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cost_model.program import Collective
 from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step
+from cost_model.tensor import DTYPE_BYTES
 from passes.codegen import Sources, new_names, render_function, returns_named
 from passes.graph import ModelGraph
 from passes.joint import trace_values
@@ -31,15 +33,58 @@ class Reduction:
     start: int
     stop: int
 
+    @property
+    def collective(self) -> Collective:
+        return Collective("all_reduce", self.axis, (self.stop - self.start) * DTYPE_BYTES[self.dtype])
 
-def render_step(steps: Sequence[Step], reductions: Sequence[Reduction], *, sends: bool, doc: str) -> str:
-    """``def step(run)``: the stage's schedule, gradient reduction, optimizer."""
+    def __str__(self) -> str:
+        return f'run.reduce_gradients("{self.axis}", "{self.dtype}", {self.start}, {self.stop})'
+
+
+@dataclass(frozen=True)
+class PartStep:
+    """What is done once per step with a rank's part of a bucket.
+
+    kind: "reduce_scatter" (gradients become the part's sum), "all_reduce" (the part's gradients are summed over
+    another axis), "all_gather" (parameters, from the parts of all ranks). nbytes: as in ``Collective``.
+    """
+
+    kind: str
+    axis: str
+    bucket: str
+    nbytes: int
+
+    @property
+    def collective(self) -> Collective:
+        return Collective(self.kind, self.axis, self.nbytes)
+
+    def __str__(self) -> str:
+        return f'run.{PART_CALLS[self.kind]}("{self.axis}", "{self.bucket}")'
+
+
+PART_CALLS = {
+    "reduce_scatter": "scatter_gradients",
+    "all_reduce": "reduce_part",
+    "all_gather": "gather_parameters",
+}
+
+
+def render_step(
+    steps: Sequence[Step],
+    reductions: Sequence[Reduction | PartStep],
+    gathers: Sequence[PartStep],
+    *,
+    sends: bool,
+    doc: str,
+) -> str:
+    """``def step(run)``: the stage's schedule, gradient reduction, optimizer, gathering of parameters."""
     body = [f'"""{doc}"""']
     body += [f"run.{_CALLS[type(s)]}({s.microbatch})" for s in steps]
     if sends:
         body.append("run.wait_sends()")
-    body += [f'run.reduce_gradients("{r.axis}", "{r.dtype}", {r.start}, {r.stop})' for r in reductions]
+    body += [str(r) for r in reductions]
     body.append("run.update_parameters()")
+    body += [str(g) for g in gathers]
     return "def step(run):\n" + "\n".join(f"    {line}" for line in body)
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from passes import vocabulary
 from passes.joint import JointGraph
+from passes.pieces import AMBIENT
 from passes.recompute import remade
 from passes.storage import is_view, renamed, storage_of
 
@@ -110,7 +111,7 @@ class _Split:
         for parameter, name in self.joint.gradients.items():
             if name is not None and parameter in self.parameters:
                 _accumulate(graph, mapped[self.by_name[name]], self.parameters[parameter])
-        return _inputs_first(graph)
+        return inputs_first(graph)
 
     def _remade(self, needed: set[fx.Node], results: list[str]) -> frozenset[fx.Node]:
         """Forward calls that are made again, given what the backward reads of the forward."""
@@ -165,7 +166,7 @@ class _Split:
             mapped[node] = _copy(graph, node, mapped)
         order = [n.name for n in self.forward_nodes if n.name in self.saved]
         graph.output((mapped[self.by_name[self.joint.output]], *(mapped[self.by_name[n]] for n in order)))
-        return _inputs_first(graph)
+        return inputs_first(graph)
 
     def _setup(self) -> fx.Graph:
         results = [self.by_name[name] for name in self.constants]
@@ -178,7 +179,7 @@ class _Split:
                         mapped[operand] = _placeholder(graph, operand)
                 mapped[node] = _copy(graph, node, mapped)
         graph.output(tuple(mapped[r] for r in results))
-        return _inputs_first(graph)
+        return inputs_first(graph)
 
 
 def _drop_detach(joint: JointGraph) -> None:
@@ -246,10 +247,11 @@ def _accumulate(graph: fx.Graph, gradient: fx.Node, parameter: str) -> None:
     else:
         context = graph.inserting_after(gradient)
     with context:
-        graph.call_function(vocabulary.accumulate, (gradient, parameter))
+        made = graph.call_function(vocabulary.accumulate, (gradient, parameter))
+    made.meta["segment"] = gradient.meta.get("segment", AMBIENT)
 
 
-def _inputs_first(graph: fx.Graph) -> fx.Graph:
+def inputs_first(graph: fx.Graph) -> fx.Graph:
     """Placeholders moved to the front, as fx wants them."""
     calls = [n for n in graph.nodes if n.op != "placeholder"]
     if calls:

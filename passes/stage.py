@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cost_model.placement import Partial, Placement, Varying
-from cost_model.program import Block, ParameterShard, Value
+from cost_model.program import Block, Bucket, ParameterShard, Value
 from cost_model.tensor import TensorMeta
 from passes.codegen import Sources, new_names, render_function, render_module, returns, returns_named
 from passes.graph import GraphInput, ModelGraph
@@ -14,7 +14,7 @@ from passes.lower import Function, Storages, lower
 from passes.shard import ShardedStage, shard
 from passes.split import SplitGraphs, split
 from passes.stitch import Templates, stage_joint
-from passes.vocabulary import accumulate
+from passes.zero import finished, make_buckets, shard_name, shard_state
 
 SETUP = "setup"
 FORWARD_SIGNATURE = "params, buffers, constants, batch, step, received, comm, kernels, device"
@@ -34,6 +34,7 @@ class StageCode:
     sent, received: local activation metas at the cuts; exit: how what is sent lies on the axis.
     gradients: parameters that get one, in the order in which
     backward finishes them (a parameter the loss does not reach has none, as on one device).
+    buckets: parameters whose state is split over the dp axis.
     """
 
     source: str
@@ -48,6 +49,7 @@ class StageCode:
     received: TensorMeta | None
     exit: Placement
     gradients: tuple[str, ...]
+    buckets: tuple[Bucket, ...]
 
 
 def build_stage(
@@ -59,26 +61,41 @@ def build_stage(
     last: bool,
     zeros: frozenset[str] = frozenset(),
     recompute: Mapping[int, str] = _SAVE_ALL,
+    dp: int = 1,
+    shared: frozenset[str] = frozenset(),
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
-    recompute: segment -> its level.
+    recompute: segment -> its level. shared: parameters that other stages hold too.
     """
     sharded = shard(model, choices, AXIS, tp, last=last)
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant"))
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter"}
-    return _Builder(sharded, split(joint, invariant, parameters, recompute), last).build()
+    graphs = split(joint, invariant, parameters, recompute)
+    metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
+    buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared)
+    gradients = finished(graphs.backward)
+    return _Builder(sharded, shard_state(graphs, buckets, parameters), last, buckets, gradients).build()
 
 
 class _Builder:
-    def __init__(self, sharded: ShardedStage, graphs: SplitGraphs, last: bool) -> None:
+    def __init__(
+        self,
+        sharded: ShardedStage,
+        graphs: SplitGraphs,
+        last: bool,
+        buckets: tuple[Bucket, ...],
+        gradients: tuple[str, ...],
+    ) -> None:
         self.sharded, self.graphs, self.last = sharded, graphs, last
+        self.buckets, self.gradients = {shard_name(b): b for b in buckets}, gradients
         self.inputs = {i.node: i for i in sharded.graph.inputs}
         self.activation = next((i.node for i in sharded.graph.inputs if i.kind == "activation"), None)
         given = {i.node: i.target for i in sharded.graph.inputs if i.kind == "parameter"}
+        given.update({name: bucket.name for name, bucket in self.buckets.items()})
         self.storages = Storages(given)
         self.names = new_names()
 
@@ -117,7 +134,8 @@ class _Builder:
             sent=None if self.last else self.sharded.graph.tensor(self.sharded.graph.outputs[0]),
             received=self.sharded.graph.tensor(self.activation) if self.activation else None,
             exit=self.sharded.exit,
-            gradients=_finished(backward),
+            gradients=self.gradients,
+            buckets=tuple(self.buckets.values()),
         )
 
     def _returned_gradient(self) -> tuple[str, ...]:
@@ -142,6 +160,8 @@ class _Builder:
 
     def _expression(self, name: str) -> str:
         item = self.inputs.get(name)
+        if name in self.buckets:
+            return f'params["{self.buckets[name].name}"]'
         if item is None:
             return f'constants["{name}"]'
         source = {"parameter": "params", "buffer": "buffers", "constant": "buffers", "batch": "batch", "step": "step"}
@@ -157,12 +177,6 @@ class _Builder:
     def _constant_values(self, *functions: Function) -> tuple[Value, ...]:
         known = {v.storage: v for f in functions for v in f.block.inputs if v.name in self.graphs.constants}
         return tuple(known.values())
-
-
-def _finished(backward: Function) -> tuple[str, ...]:
-    """Parameters in the order of their last accumulation."""
-    names = [str(line.node.args[1]) for line in backward.lines if line.node.target is accumulate]
-    return tuple(reversed(dict.fromkeys(reversed(names))))
 
 
 def parameter_shards(code: StageCode, dp: int, tp: int, tied: Mapping[str, str]) -> tuple[ParameterShard, ...]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.errors import VerificationError
-from cost_model.program import Block, Collective
-from cost_model.tensor import TensorMeta
+from cost_model.program import Block, Bucket, Collective, StepWork
+from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes import vocabulary
 from passes.graph import torch_dtype
 from passes.printed import check_printed
@@ -75,6 +75,9 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
             if item.kind != "activation":
                 kind = "buffer" if item.kind == "constant" else item.kind
                 by_kind[kind][item.target] = fake(code.metas[item.node])
+        for bucket in code.buckets:
+            if bucket.zero == 3:
+                by_kind["parameter"][bucket.name] = fake(bucket.part)
         received = [fake(code.received)] if code.received is not None else []
         kernels, device = torch.ops.autopar, torch.device("cpu")
         constants = namespace["setup"](by_kind["buffer"], RecordingComm(), kernels, device)
@@ -84,8 +87,48 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
         if code.sent is not None:
             saved.append(fake(code.sent))
         grads = {i.target: by_kind["parameter"][i.target] for i in code.inputs if i.kind == "parameter"}
+        grads.update({bucket.name: fake(bucket.part) for bucket in code.buckets})
         namespace["backward"](*common, saved, grads, _check_gradient, backward_comm, kernels, device)
     return forward_comm.calls, backward_comm.calls, output
+
+
+class _RecordingRun:
+    """Stands in for the executor in a printed step and writes down its collectives, before the update and after it."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = {bucket.name: bucket for bucket in buckets}
+        self.before: list[Collective] = []
+        self.after: list[Collective] = []
+        self.calls = self.before
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+    def reduce_gradients(self, axis: str, dtype: str, start: int, stop: int) -> None:
+        self.calls.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[dtype]))
+
+    def scatter_gradients(self, axis: str, bucket: str) -> None:
+        self.calls.append(Collective("reduce_scatter", axis, self.buckets[bucket].meta.nbytes))
+
+    def reduce_part(self, axis: str, bucket: str) -> None:
+        self.calls.append(Collective("all_reduce", axis, self.buckets[bucket].part.nbytes))
+
+    def gather_parameters(self, axis: str, bucket: str) -> None:
+        self.calls.append(Collective("all_gather", axis, self.buckets[bucket].meta.nbytes))
+
+    def update_parameters(self) -> None:
+        self.calls = self.after
+
+
+def verify_step(source: str, buckets: Sequence[Bucket], work: StepWork) -> None:
+    """What the printed step reduces, and gathers after the update, is what is priced, the loss's own sum aside."""
+    namespace: dict[str, Any] = {}
+    exec(compile(source, "<autopar program>", "exec"), namespace)
+    run = _RecordingRun(buckets)
+    namespace["step"](run)
+    priced = ([c for c in work.collectives if c.axis != "world"], list(work.gathers))
+    if (run.before, run.after) != priced:
+        raise VerificationError("priced = run", f"the step reduces {run.before, run.after}, priced {priced}")
 
 
 def _check_gradient(buffer: Tensor, gradient: Tensor) -> None:

@@ -86,6 +86,11 @@ def accumulate(grad: Tensor, parameter: str) -> None:
     """Adds a finished gradient to the parameter's buffer."""
 
 
+@_define("put(Tensor(a!) bucket, Tensor grad, int offset) -> ()")
+def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
+    """Writes a finished gradient to its place in a bucket."""
+
+
 @_define("cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing) -> Tensor")
 def _cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
     return logits.new_empty([], dtype=torch.float32 if logits.dtype in _HALF else logits.dtype)

@@ -29,4 +29,6 @@ def draw_prices(patch: pytest.MonkeyPatch, seed: int) -> None:
 
     patch.setattr(MeshPrices, "op_time_s", op_time_s)
     patch.setattr(MeshPrices, "conversion_s", property(lambda prices: conversion_s))
-    patch.setattr(MeshPrices, "parameter_time_s", lambda prices, meta, place: draw("parameter", meta, str(place)))
+    patch.setattr(
+        MeshPrices, "parameter_time_s", lambda prices, meta, place, *zero: draw("parameter", meta, str(place), *zero)
+    )

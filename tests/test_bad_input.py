@@ -239,7 +239,6 @@ def test_more_stages_than_the_model_has_segments() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"zero": 3}, "zero=3 is not supported yet; use zero=0"),
         ({"schedule": "zero_bubble"}, "schedule='zero_bubble' .* use '1f1b' or 'gpipe'"),
         ({"virtual_stages": 2}, "virtual_stages=2 .* use virtual_stages=1"),
         ({"sequence_parallel": True}, "sequence_parallel=True .* the planner decides"),

@@ -78,6 +78,12 @@ class ThreadComm(Comm):
         mine = self.index(axis)
         return self._meet(axis, x, lambda parts: torch.stack([_parts(p, size, dim, outer)[mine] for p in parts]).sum(0))
 
+    def reduce_scatter_(self, x: Tensor, axis: str) -> Tensor:
+        return self._mine(x, axis).copy_(self.reduce_scatter(x, axis, len(self._axes[axis]), 0, 1))
+
+    def all_gather_(self, x: Tensor, axis: str) -> Tensor:
+        return x.copy_(self.all_gather(self._mine(x, axis), axis, len(self._axes[axis]), 0, 1))
+
     def all_to_all(self, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
         mine = self.index(axis)
 

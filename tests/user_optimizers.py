@@ -195,3 +195,13 @@ class Splitting(Optimizer):
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         groups = [{"params": [p]} for p in params[0]["params"]] if isinstance(params[0], dict) else params
         super().__init__(groups, {"lr": lr})
+
+
+class MatricesDecay(SGD):
+    """Weight decay by the number of dims: shards of a matrix decay as it does, its flattened pieces do not."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_((p.grad + 0.1 * p * (p.ndim > 1)) * group["lr"])

@@ -132,35 +132,61 @@ class MeshPrices:
 
         return seconds
 
-    def parameter_step_s(self, meta: TensorMeta, placement: Placement) -> float:
-        """Gradient reduction and optimizer once per step, at the rates of the whole model's buffers."""
-        nbytes = local_meta(meta, placement, self.tp).nbytes
-        group = self._reduce_group(isinstance(placement, Varying))
-        reduce_rate = 0.0
-        if len(group) > 1:
-            reduce_rate = (
-                self.cluster.collective_time_s("all_reduce", self.parameter_bytes, group) / self.parameter_bytes
-            )
-        return nbytes * (reduce_rate + self._optimizer_rate)
+    def parameter_step_s(self, meta: TensorMeta, placement: Placement, zero: int = 0) -> float:
+        """Gradient reduction, optimizer and gathering once per step, at the rates of the whole model's buffers."""
+        nbytes, varying = local_meta(meta, placement, self.tp).nbytes, isinstance(placement, Varying)
+        if zero == 0:
+            return nbytes * (self._rate_s("all_reduce", "dp_tp" if varying else "dp") + self._optimizer_rate)
+        part = self._optimizer_rate + (self._rate_s("all_reduce", "tp") if varying else 0.0)
+        scattered = self._rate_s("reduce_scatter", "dp") if zero == 1 else 0.0
+        gathered = self._rate_s("all_gather", "dp") if zero < 3 else 0.0
+        return nbytes * (part / self.dp + scattered + gathered)
+
+    @cached_property
+    def _rate_s(self) -> Callable[[str, str], float]:
+        """Seconds per byte of a large collective over an axis."""
+        ranks = {
+            "dp": tuple(range(0, self.dp * self.tp, self.tp)),
+            "tp": tuple(range(self.tp)),
+            "dp_tp": tuple(range(self.dp * self.tp)),
+        }
+
+        @functools.cache
+        def rate_s(kind: str, axis: str) -> float:
+            if len(ranks[axis]) == 1:
+                return 0.0
+            return self.cluster.collective_time_s(kind, self.parameter_bytes, ranks[axis]) / self.parameter_bytes
+
+        return rate_s
 
     @cached_property
     def _optimizer_rate(self) -> float:
         return sum(map(self.op_s, self.optimizer.costs)) / max(self.parameter_bytes, 1)
 
-    def _reduce_group(self, varying: bool) -> tuple[int, ...]:
-        if varying:
-            return tuple(range(self.dp * self.tp))
-        return tuple(range(0, self.dp * self.tp, self.tp))
-
-    def parameter_time_s(self, meta: TensorMeta, placement: Placement) -> float:
-        """Adding its gradient to the buffer, once per microbatch."""
+    def parameter_time_s(self, meta: TensorMeta, placement: Placement, trainable: bool = True, zero: int = 0) -> float:
+        """Once per microbatch: its gradient added to the buffer, after a reduction from level 2 on; at level 3 the
+        parameter gathered for forward and for backward."""
         nbytes = local_meta(meta, placement, self.tp).nbytes
-        return self.op_s(OpCost("elementwise", 0.0, 3.0 * nbytes, meta.dtype))
+        gathers = 2 * nbytes * self._rate_s("all_gather", "dp") if zero == 3 else 0.0
+        if not trainable:
+            return gathers
+        added = self.op_s(OpCost("elementwise", 0.0, 3.0 * nbytes / (self.dp if zero > 1 else 1), meta.dtype))
+        if zero < 2:
+            return added
+        packed = self.op_s(OpCost("copy", 0.0, 3.0 * nbytes, meta.dtype))
+        return gathers + added + packed + nbytes * self._rate_s("reduce_scatter", "dp")
 
-    def parameter_state_bytes(self, meta: TensorMeta, placement: Placement, trainable: bool) -> float:
-        """Weight, gradient and optimizer state."""
-        copies = 2.0 + self.optimizer.state_bytes / max(self.parameter_bytes, 1) if trainable else 1.0
-        return local_meta(meta, placement, self.tp).nbytes * copies
+    def parameter_state_bytes(self, meta: TensorMeta, placement: Placement, trainable: bool, zero: int = 0) -> float:
+        """Weight, gradient and optimizer state, each split over dp from level 3, 2 and 1 on."""
+        state = self.optimizer.state_bytes / max(self.parameter_bytes, 1)
+        copies = ((1.0, 3), (1.0, 2), (state, 1)) if trainable else ((1.0, 3),)
+        held = sum(copy / (self.dp if zero >= level else 1) for copy, level in copies)
+        return local_meta(meta, placement, self.tp).nbytes * held
+
+    def fastest_zero(self, meta: TensorMeta, placement: Placement) -> int:
+        """Of the levels that cost no time in a microbatch, 0 and 1, the faster; 0 where they are equal."""
+        whole, split = (self.parameter_step_s(meta, placement, zero) for zero in (0, 1))
+        return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
     def transfer_s(self, meta: TensorMeta, placement: Placement) -> float:
         """An activation to the next stage and its gradient back."""

@@ -24,10 +24,11 @@ NONE = "none"
 class Saving:
     """Ways to save memory that a search may choose from, each in the order that breaks ties.
 
-    recompute: levels of a segment.
+    recompute: levels of a segment; zero: levels of a parameter, none where the faster of 0 and 1 is taken.
     """
 
     recompute: tuple[str, ...] = (NONE,)
+    zero: tuple[int, ...] = ()
 
 
 SAVE_ALL = Saving()

@@ -7,7 +7,7 @@ several users is shared).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,7 @@ from passes.segment import Segment, segment
 from passes.shard import form_key, input_key, op_key
 from passes.specialise import BatchMismatchError, specialise
 from passes.trace import Traced
+from passes.zero import zero_key
 
 EXIT = "exit"
 
@@ -66,7 +67,8 @@ class LocalModel:
 class ModelSpace:
     """What the search asks: a chain for each (dp, tp, microbatch size); None where the batch cannot be split so.
 
-    sharded: False keeps every parameter whole (an optimizer that is not elementwise).
+    sharded: False keeps every parameter whole (an optimizer that is not elementwise); divisible: False keeps its state
+    on every replica (one that treats pieces of a flattened parameter otherwise than the parameter).
     """
 
     def __init__(
@@ -78,8 +80,10 @@ class ModelSpace:
         parameter_bytes: int,
         *,
         sharded: bool,
+        divisible: bool,
     ) -> None:
         self.traced, self.analysis, self.cluster = traced, analysis, cluster
+        self.divisible = divisible
         self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
         self._models: dict[int, LocalModel | None] = {}
         self._chains: dict[tuple[int, int, int, Saving], Chain | None] = {}
@@ -111,7 +115,7 @@ class ModelSpace:
         return self._chains[key]
 
     def _chain(self, local: LocalModel, dp: int, tp: int, saving: Saving) -> Chain:
-        prices = MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes())
+        prices = self.mesh_prices(dp, tp)
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
         for index, part in enumerate(local.segments):
@@ -131,6 +135,9 @@ class ModelSpace:
 
         sequence = tuple(kinds[part.kind] for part in local.segments)
         return Chain(tuple(graphs), sequence, cut_s, lambda first, last: inputs)
+
+    def mesh_prices(self, dp: int, tp: int) -> MeshPrices:
+        return MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes())
 
     def _reduced_bytes(self) -> int:
         whole = self.traced.global_graph
@@ -209,11 +216,14 @@ class _SegmentGraph:
 
     def build(self, prices: MeshPrices, saving: Saving) -> FactorGraph:
         """The graph on a mesh: ``prices`` differ from those of the ops in dp alone."""
-        steps = tuple(self._parameter(name, prices) for name in self.part.parameters)
+        zero = {name: self._zero_levels(name, prices, saving) for name in self.part.parameters}
+        steps = tuple(self._parameter(name, prices, levels) for name, levels in zero.items())
         entry = None if self.part.entry is None else input_key(self.part.entry)
         shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.shared)
         levels = saving.recompute
         domains = self.domains if levels == (NONE,) else {**self.domains, RECOMPUTE: levels}
+        free = {zero_key(name): tuple(map(str, known)) for name, known in zero.items() if len(known) > 1}
+        domains = {**domains, **free} if free else domains
         return FactorGraph(domains, (*self._at_levels(levels), *steps), entry, self.exit, shared)
 
     def _meta(self, tensor: str) -> TensorMeta:
@@ -255,14 +265,29 @@ class _SegmentGraph:
             shards = tuple(Shard(d) for d, e in enumerate(meta.shape) if e % self.tp == 0 and e > 1)
         return (REPLICATE, VARYING, *(shards if self.sharded else ()))
 
-    def _parameter(self, name: str, prices: MeshPrices) -> Factor:
+    def _zero_levels(self, name: str, prices: MeshPrices, saving: Saving) -> tuple[int, ...]:
+        """What the search chooses from: nothing where the fastest is taken, and not twice for one parameter."""
+        if prices.dp == 1:
+            return (0,)
+        first = name not in self.local.shared or self._is_first_holder(name)
+        return saving.zero if len(saving.zero) < 2 or first else (0,)
+
+    def _parameter(self, name: str, prices: MeshPrices, levels: tuple[int, ...]) -> Factor:
+        """[placement] or, with several levels, [placement, level]"""
         meta, places = self._meta(name), self.labels[name]
         trainable = name in self.local.trainable
         weight = 1.0 if name not in self.local.shared or self._is_first_holder(name) else 0.0
-        state = [weight * prices.parameter_state_bytes(meta, p, trainable) for p in places]
-        step = [weight * prices.parameter_step_s(meta, p) if trainable else 0.0 for p in places]
-        time = [prices.parameter_time_s(meta, p) if trainable else 0.0 for p in places]
-        return Factor((input_key(name),), time_s=np.array(time), step_s=np.array(step), state_bytes=np.array(state))
+
+        def costs(place: Placement, zero: int) -> tuple[float, float, float]:
+            time_s = prices.parameter_time_s(meta, place, trainable, zero) if trainable or zero else 0.0
+            step_s = weight * prices.parameter_step_s(meta, place, zero) if trainable else 0.0
+            return time_s, step_s, weight * prices.parameter_state_bytes(meta, place, trainable, zero)
+
+        chosen = [levels or (prices.fastest_zero(meta, place) if trainable else 0,) for place in places]
+        table = np.array([[costs(p, zero) for zero in known] for p, known in zip(places, chosen, strict=True)])
+        several = len(levels) > 1
+        parts = [table[..., k] if several else table[:, 0, k] for k in range(3)]
+        return Factor((input_key(name), *([zero_key(name)] if several else [])), *parts)
 
     def _is_first_holder(self, name: str) -> bool:
         """A shared parameter's state is counted in the first segment that holds it; copies are found exactly later."""
@@ -392,6 +417,30 @@ class PinnedSpace:
 
     space: ModelSpace
     recompute: str | None = None
+    zero: int | None = None
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
-        return self.space.chain(dp, tp, microbatch_size, Saving((self.recompute or NONE,)))
+        """Unless pinned otherwise nothing is recomputed, and only optimizer state is split, where that is faster."""
+        zero = () if self.zero is None else (self.zero,)
+        zero = zero if self.space.divisible else (0,)
+        return self.space.chain(dp, tp, microbatch_size, Saving((self.recompute or NONE,), zero))
+
+    def zero_levels(
+        self, segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]], dp: int, tp: int, local: LocalModel
+    ) -> dict[str, int]:
+        """The level of each parameter, by node, where it is not 0; the first segment that holds it decides.
+
+        segments: each with its representative and the latter's assignment.
+        """
+        levels: dict[str, int] = {}
+        prices = self.space.mesh_prices(dp, tp)
+        for part, like, assignment in segments:
+            for name, known in zip(part.parameters, like.parameters, strict=True):
+                trainable = name in local.trainable
+                if name in levels or dp == 1 or not self.space.divisible:
+                    continue
+                place = parse_placement(assignment[input_key(known)])
+                fastest = prices.fastest_zero(local.model.tensor(name), place) if trainable else 0
+                level = int(assignment.get(zero_key(known), fastest if self.zero is None else self.zero))
+                levels[name] = level if trainable or level == 3 else 0
+        return {name: level for name, level in levels.items() if level}

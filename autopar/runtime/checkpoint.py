@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
+from autopar.runtime.layout import Layout, Piece
 from cost_model.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -44,70 +44,22 @@ if TYPE_CHECKING:
 Tree = Any
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a rank's shard lies in the whole tensor.
-
-    shape: of the whole; dim: None where the rank holds all of it, else dim = outer x size x inner and the rank holds
-    place ``index`` of ``size``. writes: whether this rank is the one that writes it.
-    """
-
-    shape: tuple[int, ...]
-    dim: int | None
-    outer: int
-    index: int
-    size: int
-    writes: bool
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        return tuple(n // self.size if d == self.dim else n for d, n in enumerate(self.shape))
-
-    def pieces(self, key: str, local: Tensor) -> Iterator[Piece]:
-        """The shard as blocks of the whole: one, or one per ``outer``."""
-        if self.dim is None:
-            yield Piece(key, self.shape, (0,) * len(self.shape), local)
-            return
-        extent = self.shape[self.dim] // self.outer // self.size
-        for block in range(self.outer):
-            first = (block * self.size + self.index) * extent
-            offsets = tuple(first if d == self.dim else 0 for d in range(len(self.shape)))
-            yield Piece(key, self.shape, offsets, local.narrow(self.dim, block * extent, extent))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block of the whole tensor called ``key`` that begins at ``offsets``; local: a view of this rank's memory."""
-
-    key: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    local: Tensor
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)
-
-
 def save(executor: RankExecutor, folder: str) -> None:
     """Write what this rank is the writer of; all ranks take part, and the metadata is written last."""
-    layouts = _layouts(executor)
-    tensors = [(key, name, tensor) for key, name, tensor in _held(executor) if layouts[name].writes]
-    pieces = [p for key, name, tensor in tensors for p in _placed(layouts[name], key, tensor)]
+    pieces = [p for key, layout, tensor in _held(executor) if layout.writes for p in layout.pieces(key, tensor)]
     save_state({}, storage_writer=FileSystemWriter(folder), planner=_Writer(pieces))
 
 
 def load(executor: RankExecutor, folder: str, states: Tree) -> None:
     """Read this rank's shards; states: parameter -> optimizer state -> (whole shape, dtype), or a plain value."""
     _make_states(executor, states)
-    layouts = _layouts(executor)
-    pieces = [p for key, name, tensor in _held(executor) for p in _placed(layouts[name], key, tensor)]
+    pieces = [p for key, layout, tensor in _held(executor) for p in layout.pieces(key, tensor)]
     load_state({}, storage_reader=FileSystemReader(folder), planner=_Reader(pieces))
 
 
 def described_states(executor: RankExecutor) -> Tree:
     """parameter -> optimizer state -> (whole shape, dtype) of a tensor, or the plain value itself."""
-    layouts, described = _layouts(executor), {}
+    layouts, described = _updated_layouts(executor), {}
     for name, state in _states(executor).items():
         found = described[name] = dict[str, Tree]()
         for kind, value in state.items():
@@ -123,25 +75,38 @@ def _layouts(executor: RankExecutor) -> dict[str, Layout]:
     return {name: Layout(**described) for name, described in executor.spec["layouts"].items()}
 
 
+def _updated_layouts(executor: RankExecutor) -> dict[str, Layout]:
+    """Of what the optimizer updates: of parameters in buckets that is a piece, which this rank alone writes for its
+    place on the other axes."""
+    layouts = _layouts(executor)
+    found = {name: layouts[name] for name in executor.updated if name in layouts}
+    for name, span in executor.spans.items():
+        if name in layouts:
+            found[name] = replace(layouts[name], span=span, writes=layouts[name].writes_pieces)
+    return found
+
+
 def _states(executor: RankExecutor) -> dict[str, dict[str, Any]]:
     """Parameter -> its optimizer state."""
     if executor.optimizer is None:
         return {}
-    names = {id(parameter): name for name, parameter in executor.params.items()}
+    names = {id(parameter): name for name, parameter in executor.updated.items()}
     return {names[id(parameter)]: state for parameter, state in executor.optimizer.state.items()}
 
 
-def _held(executor: RankExecutor) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, parameter or buffer it belongs to, tensor) of all that is saved, alike on every rank that holds it."""
-    for name in executor.spec["layouts"]:
-        held = executor.params if name in executor.params else executor.buffers
-        yield f"model/{name}", name, held[name]
+def _held(executor: RankExecutor) -> Iterator[tuple[str, Layout, Tensor]]:
+    """(key, layout, tensor) of all that is saved."""
+    updated = _updated_layouts(executor)
+    for name, layout in _layouts(executor).items():
+        if name in executor.params or name in executor.buffers:
+            yield f"model/{name}", layout, (executor.params if name in executor.params else executor.buffers)[name]
+    for name, piece in executor.parts().items():
+        yield f"model/{name}", updated[name], piece
     for name, state in _states(executor).items():
-        yield from ((f"optimizer/{name}/{kind}", name, v) for kind, v in state.items() if isinstance(v, Tensor))
-
-
-def _placed(layout: Layout, key: str, tensor: Tensor) -> Iterator[Piece]:
-    return _state_layout(layout, tensor, key).pieces(key, tensor)
+        for kind, value in state.items():
+            if isinstance(value, Tensor):
+                key = f"optimizer/{name}/{kind}"
+                yield key, _state_layout(updated[name], value, key), value
 
 
 def _state_layout(layout: Layout, tensor: Tensor, what: str) -> Layout:
@@ -152,11 +117,11 @@ def _state_layout(layout: Layout, tensor: Tensor, what: str) -> Layout:
     shape = tuple(tensor.shape)
     if shape == layout.local_shape:
         return layout
-    if layout.dim is None or tensor.numel() == 1:
-        return Layout(shape, None, 1, 0, 1, layout.writes)
+    if (layout.dim is None and layout.span is None) or tensor.numel() == 1:
+        return Layout(shape, None, 1, 0, 1, layout.writes and layout.is_first)
     raise UnsupportedError(
         f"optimizer state {what} has the shape {shape} beside a shard of {layout.local_shape}, so that no other plan "
-        "could load it; pin tp=1 to save checkpoints with this optimizer"
+        "could load it; pin tp=1 and zero=0 to save checkpoints with this optimizer"
     )
 
 
@@ -173,8 +138,8 @@ def _make_states(executor: RankExecutor, states: Tree) -> None:
     """Empty optimizer state as the checkpoint has it, whether or not the optimizer has made its own yet."""
     if executor.optimizer is None:
         return
-    layouts = _layouts(executor)
-    names = {id(parameter): name for name, parameter in executor.params.items()}
+    layouts = _updated_layouts(executor)
+    names = {id(parameter): name for name, parameter in executor.updated.items()}
     executor.optimizer.state.clear()
     for group in executor.optimizer.param_groups:
         on_device = bool(group.get("capturable") or group.get("fused"))

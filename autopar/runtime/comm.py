@@ -10,7 +10,21 @@ from torch import Tensor
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _gather_into: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_into: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_scatter_native: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def scatter_sum(out: Tensor, x: Tensor, group: dist.ProcessGroup, received: Tensor | None = None) -> None:
+    """``out``: this rank's part of the sum of flat ``x`` over a group; it may lie in ``x``.
+
+    gloo's own reduce_scatter is an all_reduce of a copy; exchanging parts and adding them moves half of that and takes
+    half of the time. received: a buffer for the parts, of the size of ``x``.
+    """
+    if x.device.type != "cpu":
+        _scatter_native(out, x, group=group)
+        return
+    received = torch.empty_like(x) if received is None else received
+    dist.all_to_all_single(received, x, group=group)
+    torch.sum(received.view(-1, out.numel()), 0, out=out)
 
 
 class Comm:
@@ -50,9 +64,32 @@ class Comm:
     def reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
         """This rank's shard of the sum of ``x`` over the axis."""
         parts = self._staged(_parts(x, size, dim, outer), 0)
-        out = self._fresh(parts.shape[1:], x)
-        _scatter_into(out.view(-1), parts.view(-1), group=self._groups[axis])
-        return out.clone() if self.stage_buffers else out
+        out = x.new_empty(parts.shape[1:])
+        self._scatter(out.view(-1), parts.view(-1), axis)
+        return out
+
+    def reduce_scatter_(self, x: Tensor, axis: str) -> Tensor:
+        """This rank's part of ``x``, overwritten by its sum over the axis; the rest of ``x`` is undefined."""
+        mine = self._mine(x, axis)
+        self._scatter(mine, self._staged(x, 0), axis)
+        return mine
+
+    def _scatter(self, out: Tensor, x: Tensor, axis: str) -> None:
+        """With persistent buffers as much is allocated for a moment as without."""
+        received = self._buffer(x.shape, x, 1) if self.stage_buffers else None
+        moment = torch.empty_like(x) if self.stage_buffers else None
+        scatter_sum(out, x, self._groups[axis], received)
+        del moment
+
+    def all_gather_(self, x: Tensor, axis: str) -> Tensor:
+        """``x``, each part of it taken from the rank whose part it is."""
+        source = self._staged(self._mine(x, axis), 0)
+        target = self._fresh(x.shape, x) if self.stage_buffers else x
+        _gather_into(target, source, group=self._groups[axis])
+        return x if target is x else x.copy_(target)
+
+    def _mine(self, x: Tensor, axis: str) -> Tensor:
+        return x.view(len(self._axes[axis]), -1)[self.index(axis)]
 
     def all_to_all(self, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
         """``split_dim`` is split over the axis, ``concat_dim`` made whole."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.runtime import kernels
+from autopar.runtime.buckets import HeldBucket
 from autopar.runtime.comm import Comm
 from autopar.runtime.measure import measure
 from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
@@ -37,6 +38,11 @@ class RankExecutor:
         axes = {name: ranks for name, (ranks, _) in self.groups.items()}
         self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
         self.flat, self.grads = _gradient_buffers(payload["gradients"], self.params)
+        self.updated = {name: self.params[name] for name in self.grads}
+        self.buckets = {b["name"]: HeldBucket(b, self.dp_index, self.device) for b in payload.pop("buckets")}
+        for name, bucket in self.buckets.items():
+            self._hold(name, bucket)
+        self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
         self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
         self.optimizer = self._optimizer()
         self.events: list[tuple[str, float, float]] | None = None
@@ -45,9 +51,18 @@ class RankExecutor:
     def _optimizer(self) -> torch.optim.Optimizer | None:
         if self.spec["optimizer"] is None:
             return None
-        for name, grad in self.grads.items():
-            self.params[name].grad = grad
-        return build(OptimizerSpec.from_tree(self.spec["optimizer"]), {n: self.params[n] for n in self.grads})
+        for name, parameter in self.updated.items():
+            parameter.grad = self.grads[name]
+        for bucket in self.buckets.values():
+            self.updated.update(bucket.updated())
+        return build(OptimizerSpec.from_tree(self.spec["optimizer"]), self.updated)
+
+    def _hold(self, name: str, bucket: HeldBucket) -> None:
+        """A bucket's rows where forward and backward look for them."""
+        self.params.update(bucket.params or {name: bucket.weights})
+        if bucket.gradients is not None:
+            self.flat[name] = bucket.gradients
+            self.grads.update(bucket.grads or {name: bucket.gradients})
 
     def _reset(self) -> None:
         self.batch: dict[str, Tensor] = {}
@@ -154,6 +169,19 @@ class RankExecutor:
         part = self.flat[buffer][start:stop]
         self._timed("reduce", 0, lambda: self.comm.all_reduce_(part, axis, "sum"))
 
+    def scatter_gradients(self, axis: str, bucket: str) -> None:
+        """This rank's part of a bucket's gradients becomes their sum over an axis."""
+        self._timed("reduce", 0, lambda: self.comm.reduce_scatter_(self.flat[bucket], axis))
+
+    def reduce_part(self, axis: str, bucket: str) -> None:
+        """Sum this rank's part of a bucket's gradients over another axis than that which it is split over."""
+        part = self.buckets[bucket].part(self.flat[bucket])
+        self._timed("reduce", 0, lambda: self.comm.all_reduce_(part, axis, "sum"))
+
+    def gather_parameters(self, axis: str, bucket: str) -> None:
+        """All of a bucket's parameters, from the ranks that updated them."""
+        self._timed("reduce", 0, lambda: self.comm.all_gather_(self.buckets[bucket].weights, axis))
+
     def update_parameters(self) -> None:
         """One optimizer step on this rank's shards."""
         if self.optimizer is not None:
@@ -203,13 +231,16 @@ class RankExecutor:
     # --- state
 
     def state(self, _: Tree = None) -> Tree:
-        """Local shards of parameters and buffers by the model's names."""
-        return {"params": {k: v.cpu() for k, v in self.params.items()}, "stage": self.stage}
+        """Local shards of parameters by the model's names; all ranks must be asked at once."""
+        alone = {name: value for name, value in self.params.items() if name not in self.buckets}
+        with torch.no_grad():
+            whole = {name: v for bucket in self.buckets.values() for name, v in bucket.whole(self.comm).items()}
+        return {"params": {k: v.cpu() for k, v in {**alone, **whole}.items()}, "stage": self.stage}
 
     def configure(self, groups: Tree) -> None:
         """Set options of the optimizer's groups, by their place in the user's optimizer."""
         if self.optimizer is not None:
-            set_group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.grads, groups)
+            set_group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.updated, groups)
 
     def training_state(self, _: Tree = None) -> Tree:
         """What a checkpoint says beside tensors: options of groups, and what state the optimizer has."""
@@ -217,7 +248,7 @@ class RankExecutor:
 
         groups: Tree = {}
         if self.optimizer is not None:
-            groups = group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.grads)
+            groups = group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.updated)
         return {"groups": groups, "states": checkpoint.described_states(self)}
 
     def save(self, folder: str) -> None:
@@ -233,6 +264,11 @@ class RankExecutor:
         checkpoint.load(self, request["folder"], request["states"])
         self.configure(request["groups"])
         self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
+
+    def parts(self) -> dict[str, Tensor]:
+        """This rank's piece of each parameter that no rank holds whole."""
+        split = [bucket for bucket in self.buckets.values() if bucket.zero == 3]
+        return {name: piece for bucket in split for name, piece in bucket.own(bucket.weights).items()}
 
     def release(self) -> None:
         """Let go of every process group."""

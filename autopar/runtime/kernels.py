@@ -60,3 +60,8 @@ def attention_backward(
 def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """How many labels are not ignored, float32 scalar (exact below 2^24 labels, then rounded as float32 is)."""
     return (labels != ignore_index).sum().to(torch.float32)
+
+
+def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
+    """Write a gradient, flattened, at an offset of a bucket."""
+    bucket[offset : offset + grad.numel()].view(grad.shape).copy_(grad)

@@ -331,26 +331,31 @@ _STEPS = 3
 _LR = 0.1
 _TOLERANCE = 1e-10  # of the largest value: rounding in float64; updates that see the whole differ in the first digits
 _PROBE, _PROBE_SHAPE = "probe", (6, 4)
+_PROBE_CUT = 9  # neither at the end of a row nor in the middle
 
 
-def is_elementwise(optimizer: Factory | OptimizerSpec) -> bool:
+def is_elementwise(optimizer: Factory | OptimizerSpec, *, flat: bool = False) -> bool:
     """Whether updating the shards of a parameter one by one is updating the parameter, found by doing both.
 
     Every group's options are tried on a float64 matrix split along either dim, over three steps, at a learning rate
-    large enough to tell. Errors: those of ``capture``.
+    large enough to tell. flat: whether that also holds of pieces of the flattened parameter. Errors: of ``capture``.
     """
     if isinstance(optimizer, OptimizerSpec):
-        return all(_is_elementwise(optimizer, group) for group in optimizer.groups)
+        return all(_is_elementwise(optimizer, group, flat) for group in optimizer.groups)
     spec = capture(optimizer, {_PROBE: (_PROBE_SHAPE, torch.float64)})
-    return spec is None or is_elementwise(spec)
+    return spec is None or is_elementwise(spec, flat=flat)
 
 
-def _is_elementwise(spec: OptimizerSpec, group: ParameterGroup) -> bool:
+def _is_elementwise(spec: OptimizerSpec, group: ParameterGroup, flat: bool) -> bool:
     alone = replace(spec, groups=(replace(group, names=(_PROBE,)),))
     drawn = torch.randn(1 + _STEPS, *_PROBE_SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn *= torch.linspace(1, 9, drawn[0].numel(), dtype=torch.float64).view(_PROBE_SHAPE)
     whole = _updated(alone, drawn)
     halved = [torch.cat([_updated(alone, half) for half in drawn.chunk(2, 1 + dim)], dim) for dim in (0, 1)]
+    if flat:
+        row = drawn.flatten(1)
+        pieces = [_updated(alone, piece) for piece in (row[:, :_PROBE_CUT], row[:, _PROBE_CUT:])]
+        halved.append(torch.cat(pieces).view(_PROBE_SHAPE))
     return all(torch.allclose(whole, other, rtol=0, atol=_TOLERANCE * float(whole.abs().max())) for other in halved)
 
 

@@ -42,7 +42,13 @@ def _accumulate_price(call: OpCall) -> OpCost:
     return sweep("elementwise", *call.inputs, *call.inputs, *call.inputs)
 
 
+def _put_price(call: OpCall) -> OpCost:
+    """Reads the gradient and writes its place in the bucket."""
+    return sweep("copy", call.inputs[1], call.inputs[1])
+
+
 register_priced("autopar.accumulate.default", _accumulate_price)
+register_priced("autopar.put.default", _put_price)
 register_priced("autopar.all_reduce.default autopar.forward_end.default", unpriced)
 register_priced("autopar.all_gather.default", _gather_price)
 register_priced("autopar.reduce_scatter.default", _scatter_price)

@@ -1,0 +1,69 @@
+"""Buckets on one rank: parameters in a row whose state is split over the dp axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.runtime.comm import Comm
+
+Tree = Any
+
+
+class HeldBucket:
+    """What a rank holds of a bucket. ``described``: a tree made by ``autopar.payload``.
+
+    weights: all parameters in a row, or at level 3 this rank's part of the row; gradients: likewise, from level 2 on
+    the part alone, None where nothing is trained; params, grads: views of single parameters into whole rows.
+    """
+
+    def __init__(self, described: Tree, index: int, device: torch.device) -> None:
+        self.zero, self.dp, self.index = described["zero"], described["dp"], index
+        self.parameters: list[tuple[str, list[int], int]] = described["parameters"]
+        self.pieces: list[tuple[str, int, int, int]] = described["pieces"]
+        self.weights: Tensor = described["weights"].to(device)
+        self.part_numel = self.weights.numel() if self.zero == 3 else self.weights.numel() // self.dp
+        count = self.weights.numel() if self.zero == 1 else self.part_numel
+        self.gradients = self.weights.new_zeros(count) if described["trainable"] else None
+        self.params = {} if self.zero == 3 else self._views(self.weights)
+        self.grads = self._views(self.gradients) if self.zero == 1 and self.gradients is not None else {}
+
+    def updated(self) -> dict[str, Tensor]:
+        """The pieces of parameters that this rank updates, with their gradients."""
+        if self.gradients is None:
+            return {}
+        found = self.own(self.weights)
+        for name, gradient in self.own(self.gradients).items():
+            found[name].grad = gradient
+        return found
+
+    def own(self, row: Tensor) -> dict[str, Tensor]:
+        """This rank's piece of each parameter that it has one of, as a view of a row."""
+        part = self.part(row)
+        return {name: part[at : at + stop - start] for name, at, start, stop in self.pieces}
+
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """Elements [start, stop) of each flattened parameter that are this rank's piece."""
+        return {name: (start, stop) for name, _, start, stop in self.pieces}
+
+    def part(self, row: Tensor) -> Tensor:
+        """This rank's part of a row; a row that is one already is given back."""
+        first = self.index * self.part_numel
+        return row if row.numel() == self.part_numel else row[first : first + self.part_numel]
+
+    def whole(self, comm: Comm) -> Mapping[str, Tensor]:
+        """Every parameter whole; at level 3 all ranks of the dp axis must ask at once."""
+        if self.zero < 3:
+            return self.params
+        return self._views(comm.all_gather(self.weights, "dp", self.dp, 0, 1))
+
+    def _views(self, row: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, shape, offset in self.parameters:
+            count = int(torch.Size(shape).numel())
+            found[name] = row[offset : offset + count].view(shape)
+        return found

@@ -1,0 +1,68 @@
+"""Step work: how a stage's gradients are laid out and reduced once per step, and its parameters gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cost_model.program import Bucket, ParameterShard
+from passes.schedule_code import PartStep, Reduction
+from passes.stage import StageCode
+
+Layout = tuple[tuple[str, tuple[str, ...]], ...]
+"""(dtype, parameters in order) of each flat gradient buffer."""
+
+
+def gradient_layout(code: StageCode, shards: tuple[ParameterShard, ...]) -> tuple[Layout, tuple[Reduction, ...]]:
+    """Flat buffers by dtype of the gradients outside buckets; within each, runs of one reduction axis, in the order
+    backward finishes gradients."""
+    order = {name: k for k, name in enumerate(code.gradients)}
+    bucketed = {name for bucket in code.buckets for name, _ in bucket.parameters}
+    trainable = sorted(
+        (s for s in shards if s.trainable and s.name not in bucketed),
+        key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
+    )
+    layout: dict[str, list[str]] = {}
+    offsets: dict[str, int] = {}
+    runs: dict[tuple[str, str], tuple[int, int]] = {}
+    for shard in trainable:
+        dtype = shard.meta.dtype
+        start = offsets.get(dtype, 0)
+        offsets[dtype] = start + shard.meta.numel
+        layout.setdefault(dtype, []).append(shard.name)
+        axes = [shard.reduce_axis, f"tied:{shard.tied}" if shard.tied else None]
+        for axis in (a for a in axes if a):
+            known = runs.get((axis, dtype), (start, start))
+            runs[(axis, dtype)] = (known[0], offsets[dtype])
+    ordered = sorted(runs.items(), key=lambda item: item[0])
+    reductions = tuple(Reduction(axis, dtype, *span) for (axis, dtype), span in ordered)
+    return tuple((d, tuple(n)) for d, n in layout.items()), reductions
+
+
+def reductions_of(
+    code: StageCode, alone: tuple[Reduction, ...], tied: Mapping[str, str]
+) -> tuple[Reduction | PartStep, ...]:
+    """All reductions of a step in order: within the stage, then between stages, where all must come in one order."""
+    found: list[Reduction | PartStep] = list(alone)
+    for bucket in code.buckets:
+        if bucket.trainable:
+            found += _reductions_of_bucket(bucket, tied)
+    return tuple(
+        sorted(found, key=lambda r: (r.axis.startswith("tied:"), r.axis if r.axis.startswith("tied:") else ""))
+    )
+
+
+def _reductions_of_bucket(bucket: Bucket, tied: Mapping[str, str]) -> list[PartStep]:
+    found = [PartStep("reduce_scatter", "dp", bucket.name, bucket.meta.nbytes)] if bucket.zero == 1 else []
+    if bucket.varying:
+        found.append(PartStep("all_reduce", "tp", bucket.name, bucket.part.nbytes))
+    if bucket.tied in tied:
+        found.append(PartStep("all_reduce", f"tied:{bucket.tied}", bucket.name, bucket.part.nbytes))
+    return found
+
+
+def gathers_of(code: StageCode, *, has_optimizer: bool) -> tuple[PartStep, ...]:
+    """Parameters that every rank holds, of which each rank has updated its part; none without an optimizer."""
+    if not has_optimizer:
+        return ()
+    updated = [b for b in code.buckets if b.trainable and b.zero < 3]
+    return tuple(PartStep("all_gather", "dp", b.name, b.meta.nbytes) for b in updated)

@@ -1,0 +1,190 @@
+"""Zero: parameters whose state is split over the dp axis, and what of it a stage's blocks must say.
+
+A parameter at level 3 is gathered where a segment first uses it, in forward and again in backward, and dies with its
+last use there. A gradient at level 2 or 3 goes into a bucket that lives as long as its segment's backward takes, is
+reduced and scattered, and the rank's part is added to what the rank keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cost_model.placement import Placement, Varying
+from cost_model.program import Bucket
+from cost_model.tensor import TensorMeta
+from passes import vocabulary
+from passes.graph import GraphInput, torch_dtype
+from passes.pieces import segment_of
+from passes.split import SplitGraphs, inputs_first
+
+aten = torch.ops.aten
+AXIS = "dp"
+
+
+def zero_key(node: str) -> str:
+    return f"zero:{node}"
+
+
+# --- Which parameters lie together
+
+
+def make_buckets(
+    graphs: SplitGraphs,
+    inputs: Sequence[GraphInput],
+    placements: Mapping[str, Placement],
+    metas: Mapping[str, TensorMeta],
+    choices: Mapping[str, str],
+    mesh: tuple[int, int],
+    shared: Collection[str],
+) -> tuple[Bucket, ...]:
+    """Buckets of parameters with one level, dtype and way to be reduced; from level 2 on, of the same segments too.
+
+    choices: as in ``StagePlan``. mesh: (dp, tp). shared: parameters, by node, that other stages hold too; each has a
+    bucket of its own, so that its parts lie alike in all of them. Without a gradient a parameter is split at level 3
+    only.
+    """
+    dp, tp = mesh
+    order = {name: index for index, name in enumerate(finished(graphs.backward))}
+    used = _segments_of(graphs)
+    members: dict[tuple[int, tuple[int, ...], str, bool, bool, str | None], list[GraphInput]] = {}
+    for item in sorted(inputs, key=lambda i: order.get(i.target, -1)):
+        level = int(choices.get(zero_key(item.node), "0"))
+        trainable = item.target in order
+        if item.kind == "parameter" and dp > 1 and (level == 3 or (level and trainable)):
+            varying = tp > 1 and trainable and isinstance(placements[item.node], Varying)
+            tied = item.target if item.node in shared else None
+            where = used.get(item.node, ()) if level > 1 else ()
+            key = (level, where, metas[item.node].dtype, trainable, varying, tied)
+            members.setdefault(key, []).append(item)
+    found = []
+    for number, ((level, _, dtype, trainable, varying, tied), items) in enumerate(members.items()):
+        parameters = tuple((i.target, metas[i.node].numel) for i in items)
+        name = f"zero{level}/{number}"
+        found.append(Bucket(name, level, dtype, dp, parameters, trainable, varying, tied))
+    return tuple(found)
+
+
+def finished(backward: fx.Graph) -> tuple[str, ...]:
+    """Parameters in the order in which their gradients are complete."""
+    names = [str(n.args[1]) for n in backward.nodes if n.target is vocabulary.accumulate]
+    return tuple(reversed(dict.fromkeys(reversed(names))))
+
+
+def _segments_of(graphs: SplitGraphs) -> dict[str, tuple[int, ...]]:
+    """Placeholder -> segments that use it."""
+    found: dict[str, set[int]] = {}
+    for graph in (graphs.forward, graphs.backward):
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                found.setdefault(node.name, set()).update(segment_of(u) for u in node.users if u.op != "output")
+    return {name: tuple(sorted(segments)) for name, segments in found.items()}
+
+
+# --- What the blocks say
+
+
+def shard_state(graphs: SplitGraphs, buckets: Sequence[Bucket], parameters: Mapping[str, str]) -> SplitGraphs:
+    """The graphs with gathers, buckets and reductions written out. parameters: placeholder -> the model's name."""
+    for bucket in buckets:
+        if bucket.zero == 3:
+            for graph in (graphs.forward, graphs.backward):
+                _gather(graph, bucket, parameters)
+        if bucket.zero > 1 and bucket.trainable:
+            _scatter(graphs.backward, bucket)
+    return replace(graphs, forward=inputs_first(graphs.forward), backward=inputs_first(graphs.backward))
+
+
+def shard_name(bucket: Bucket) -> str:
+    """The variable that holds a rank's part of a bucket's parameters."""
+    return bucket.name.replace("/", "_")
+
+
+def _gather(graph: fx.Graph, bucket: Bucket, parameters: Mapping[str, str]) -> None:
+    """Each segment that uses a parameter of the bucket gathers it before the first such use."""
+    offsets = bucket.offsets()
+    whole = {
+        n: offsets[parameters[n.name]]
+        for n in graph.nodes
+        if parameters.get(n.name) in offsets and n.op == "placeholder"
+    }
+    if not whole:
+        return
+    users: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if any(o in whole for o in node.all_input_nodes):
+            users.setdefault(segment_of(node), []).append(node)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        shard = graph.placeholder(shard_name(bucket))
+    _describe(shard, bucket.part, ("input", shard.name))
+    for segment, uses in users.items():
+        with graph.inserting_before(uses[0]):
+            full = graph.call_function(vocabulary.all_gather, (shard, AXIS, bucket.dp, 0, 1))
+            _describe(full, bucket.meta, ("gathered", full.name), segment, _label(uses[0]))
+            for node, offset in whole.items():
+                if any(node in use.all_input_nodes for use in uses):
+                    _unpack(graph, node, full, offset, uses)
+    for node in whole:
+        graph.erase_node(node)
+
+
+def _unpack(graph: fx.Graph, parameter: fx.Node, full: fx.Node, offset: int, uses: list[fx.Node]) -> None:
+    value = parameter.meta["val"]
+    args = (full, list(value.shape), list(value.contiguous().stride()), offset)
+    view = graph.call_function(aten.as_strided.default, args)
+    view.meta = {**full.meta, "val": value}
+    for use in uses:
+        use.replace_input_with(parameter, view)
+
+
+def _scatter(graph: fx.Graph, bucket: Bucket) -> None:
+    """Finished gradients go into the bucket; after the last of them it is reduced."""
+    offsets = bucket.offsets()
+    done = [n for n in graph.nodes if n.target is vocabulary.accumulate and n.args[1] in offsets]
+    gradients = [n.args[0] for n in done]
+    segment = max(segment_of(n) for n in done)
+    row = _row(graph, bucket, done, segment)
+    with graph.inserting_before(done[-1]):
+        part = graph.call_function(vocabulary.reduce_scatter, (row, AXIS, bucket.dp, 0, 1))
+        _describe(part, bucket.part, ("scattered", part.name), segment, _label(gradients[-1]))
+        kept = graph.call_function(vocabulary.accumulate, (part, bucket.name))
+        kept.meta = {"segment": segment, "label": _label(gradients[-1])}
+    for node in done:
+        graph.erase_node(node)
+
+
+def _row(graph: fx.Graph, bucket: Bucket, done: list[fx.Node], segment: int) -> fx.Node:
+    """All gradients of the bucket in a row; a single one that needs no padding is one already."""
+    first = done[0].args[0]
+    assert isinstance(first, fx.Node)
+    if len(done) == 1 and first.meta["val"].numel() == bucket.numel and first.meta["val"].is_contiguous():
+        with graph.inserting_before(done[0]):
+            row = graph.call_function(aten.view.default, (first, [bucket.numel]))
+        _describe(row, bucket.meta, first.meta["storage"], segment, _label(first))
+        return row
+    with graph.inserting_before(done[0]):
+        row = graph.call_function(aten.zeros.default, ([bucket.numel],))
+    row.kwargs = {"dtype": torch_dtype(bucket.dtype), "device": torch.device("cpu")}
+    _describe(row, bucket.meta, ("bucket", row.name), segment, _label(first))
+    for node in done:
+        gradient, name = node.args
+        assert isinstance(gradient, fx.Node)
+        with graph.inserting_before(node):
+            put = graph.call_function(vocabulary.put, (row, gradient, bucket.offsets()[str(name)]))
+        put.meta = {"segment": segment, "label": _label(gradient)}
+    return row
+
+
+def _label(node: object) -> str:
+    return str(node.meta.get("label", "")) if isinstance(node, fx.Node) else ""
+
+
+def _describe(node: fx.Node, meta: TensorMeta, storage: object, segment: int = -1, label: str = "") -> None:
+    """Meta of a new contiguous value."""
+    with FakeTensorMode():
+        value = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+    node.meta = {"val": value, "storage": storage, "segment": segment, "label": label}
