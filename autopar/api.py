@@ -27,6 +27,9 @@ def compile(
     precision: Precision | None = None,
     plan: Plan | None = None,
     scheduler: SchedulerFactory | None = None,
+    max_grad_norm: float | None = None,
+    timeout_s: float | None = None,
+    local_batches: bool = False,
 ) -> Executable:
     """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
 
@@ -35,10 +38,24 @@ def compile(
     optimizer: a callable that takes parameters; None: gradients only. parallelism: pins; None is the planner's.
     memory_cap: bytes per device ("30GiB"); default: the device's memory less a reserve. plan: an earlier plan.
     scheduler: a callable that takes the optimizer, e.g. functools.partial(CosineAnnealingLR, T_max=1000); every step
-    advances it.
+    advances it. max_grad_norm: gradients are clipped to this norm over all ranks in every step.
+    timeout_s: how long a rank waits for another before it gives up; default: torch's.
+    local_batches: under a launcher, each rank passes to ``step`` the samples of its replica only, replica
+    ``exe.data_parallel_rank`` of ``exe.data_parallel_size``; ``inputs`` is one global batch all the same.
     Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError.
     """
-    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, scheduler)
+    options = Options.of(
+        loss_fn,
+        optimizer,
+        parallelism,
+        memory_cap,
+        precision,
+        plan,
+        scheduler,
+        max_grad_norm,
+        timeout_s,
+        local_batches,
+    )
     executable = Executable(model, cluster, options)
     if inputs is not None:
         executable.prepare(inputs)
@@ -56,10 +73,25 @@ def estimate(
     memory_cap: str | int | None = None,
     precision: Precision | None = None,
     plan: Plan | None = None,
+    scheduler: SchedulerFactory | None = None,
+    max_grad_norm: float | None = None,
+    timeout_s: float | None = None,
+    local_batches: bool = False,
 ) -> Estimate:
     """Time and memory of the program that ``compile`` would run; no devices, no weights, nothing is run.
 
     Keywords and errors as for ``compile``.
     """
-    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan)
+    options = Options.of(
+        loss_fn,
+        optimizer,
+        parallelism,
+        memory_cap,
+        precision,
+        plan,
+        scheduler,
+        max_grad_norm,
+        timeout_s,
+        local_batches,
+    )
     return plan_model(model, cluster, inputs, options).estimate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cost_model.errors import BatchError
-from passes.trace import BatchSpec
+from passes.trace import BatchSpec, is_batched
 
 _NEXT = "compile again with this batch as inputs"
 
@@ -31,6 +32,17 @@ def check_batch(found: BatchSpec, planned: BatchSpec) -> None:
             raise BatchError(
                 f"batch input {path!r} is {_described(leaf)} but the plan is for {_described(leaves[path])}; {_NEXT}"
             )
+
+
+def rows_of_replica(planned: BatchSpec, dp: int) -> BatchSpec:
+    """The spec of one replica's part of a global batch: its share of every leaf that holds samples."""
+    leaves = tuple(
+        torch.empty((leaf.shape[0] // dp, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+        if isinstance(leaf, Tensor) and is_batched(tuple(leaf.shape), planned.size)
+        else leaf
+        for leaf in planned.leaves
+    )
+    return replace(planned, leaves=leaves, size=planned.size // dp)
 
 
 def _kind(spec: BatchSpec) -> str:

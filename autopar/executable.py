@@ -1,17 +1,19 @@
-"""Executable: a compiled model that trains on its cluster, whoever drives the ranks."""
+"""Executable: training as its user knows it, on whatever ranks the plan has."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from autopar.batch import check_batch
 from autopar.checkpoint import (
     check_fits,
     driver_file,
@@ -22,107 +24,59 @@ from autopar.checkpoint import (
     set_random_states,
     write_driver,
 )
-from autopar.link import Linked
-from autopar.options import Options, SchedulerFactory, check_target
+from autopar.engine import Engine
+from autopar.options import Options, SchedulerFactory
 from autopar.parameter_groups import ParameterGroups, advance, make_scheduler
-from autopar.payload import model_tensors, rank_batch, rank_payload
-from autopar.planning import Planned, plan_model
-from autopar.ranks import Ranks, agree_with_rank_0, decided, is_main, process_index, start_ranks, under_launcher
-from autopar.runtime.comm import join_shards
+from autopar.ranks import decided, process_index
 from autopar.runtime.optim import OptimizerSpec
+from autopar.step_trace import step_trace
 from cost_model.cluster import Cluster
-from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
-from cost_model.estimate import Estimate
-from cost_model.placement import Shard, parse_placement
-from cost_model.plan import Plan
-from passes.trace import batch_spec
+from cost_model.errors import ConfigError, NonFiniteLossError
 
 
-class Executable:
-    """A model compiled for a cluster.
+@dataclass(frozen=True)
+class StepRecord:
+    """One update of the parameters, as a hook gets it.
 
-    plan, estimate: what was chosen and what it should cost (BatchError before the first batch is known);
-    step(batch): one training step, the same mean loss on every rank; code(rank): that rank's program;
-    full_state_dict(): whole parameters and buffers by the model's own names; close(): end the ranks.
-    Usable as a context manager. notes: everything that was decided silently elsewhere.
+    step: how many there have been; loss: the mean over what was accumulated for it; samples: in all ranks;
+    seconds: since the batch was handed over, accumulation included; learning_rates: of each group, as used;
+    grad_norm: before clipping, None where nothing was clipped.
+    """
+
+    step: int
+    loss: float
+    samples: int
+    seconds: float
+    learning_rates: tuple[float, ...]
+    grad_norm: float | None
+
+
+Hook = Callable[[StepRecord], None]
+
+
+class Executable(Engine):
+    """A model compiled for a cluster: an engine that trains.
+
+    step(batch): one training step, the same mean loss on every rank; with ``update=False`` gradients are only
+    accumulated, for ``update()``. eval_step(batch): the loss alone. save(folder), load(folder): checkpoints.
+    optimizer, scheduler: learning rates. add_hook: told of every step.
     """
 
     def __init__(self, model: nn.Module, cluster: Cluster, options: Options) -> None:
-        check_target(model, cluster)
-        self._model, self._cluster, self._options = model, cluster, options
-        self._planned: Planned | None = None
-        self._ranks: Ranks | None = None
+        super().__init__(model, cluster, options)
         self._groups: ParameterGroups | None = None
         self._scheduler: LRScheduler | None = None
+        self._hooks: list[Hook] = []
         self._steps = 0
-        self._loaded, self._closed = False, False
-
-    @property
-    def is_main(self) -> bool:
-        """True in a plain process and on rank 0 of a launched job."""
-        return is_main()
-
-    @property
-    def cluster(self) -> Cluster:
-        return self._cluster
-
-    @property
-    def planned(self) -> Planned:
-        """Plan, estimate and program together; BatchError before the first batch is known."""
-        if self._planned is None:
-            raise BatchError("nothing is planned yet: pass inputs to autopar.compile, or call step(batch) once")
-        return self._planned
-
-    @property
-    def plan(self) -> Plan:
-        return self.planned.plan
-
-    @property
-    def estimate(self) -> Estimate:
-        return self.planned.estimate
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.estimate.notes
-
-    @property
-    def _linked(self) -> Linked:
-        return self.planned.linked
+        self._pending = _Pending()
 
     def prepare(self, inputs: Any) -> None:
-        """Plan for this global batch and verify the program; done by the first ``step`` if not before."""
-        self._check_open()
-        if under_launcher():
-            self._planned = self._agreed(inputs)
-        else:
-            self._planned = plan_model(self._model, self._cluster, inputs, self._options)
-        self._linked.verify()
+        super().prepare(inputs)
         self._groups, self._scheduler = _groups_and_scheduler(self.planned.optimizer, self._options.scheduler)
-
-    def _agreed(self, inputs: Any) -> Planned:
-        """The plan of rank 0; without one, nothing is left joined."""
-        self._running()
-        try:
-            return plan_model(self._model, self._cluster, inputs, self._options, agree_with_rank_0)
-        except AutoparError:
-            self._stop()
-            raise
-
-    def code(self, rank: int) -> str:
-        """The Python program of one rank."""
-        if not 0 <= rank < self._cluster.num_devices:
-            raise ConfigError(f"there is no rank {rank}: ranks are 0..{self._cluster.num_devices - 1}")
-        return self._linked.source(rank)
-
-    def summary(self) -> str:
-        """Plan and estimate as text."""
-        from autopar.report import plan_text
-
-        return plan_text(self.planned, self._cluster)
 
     @property
     def steps(self) -> int:
-        """Steps taken so far, those before a loaded checkpoint included."""
+        """Updates so far, those before a loaded checkpoint included."""
         return self._steps
 
     @property
@@ -135,102 +89,129 @@ class Executable:
 
     @property
     def scheduler(self) -> LRScheduler | None:
-        """The scheduler of ``compile(..., scheduler=)``, which every step advances."""
+        """The scheduler of ``compile(..., scheduler=)``, which every update advances."""
         return self._scheduler
 
-    def step(self, batch: Any) -> float:
+    @property
+    def grad_norm(self) -> float:
+        """Norm of all gradients, before clipping, in the last step that clipped; NaN where none did."""
+        return float(self.call("gradient_norm")[0])
+
+    def add_hook(self, hook: Hook) -> Callable[[], None]:
+        """Call a function with a StepRecord after every update, in this process; returns what takes it away again."""
+        self._hooks.append(hook)
+        return lambda: self._hooks.remove(hook)
+
+    # --- Steps
+
+    def step(self, batch: Any, *, update: bool = True) -> float:
         """Forward, backward and optimizer on one global batch; returns the global mean loss.
 
-        Errors: BatchError for another batch than planned, WorkerError when a rank fails, ClosedError afterwards.
+        update=False: gradients add up and parameters stay until ``update()`` or a step that updates, which takes the
+        mean over all batches since the last update. Errors: BatchError for another batch than planned, WorkerError
+        when a rank fails, ClosedError afterwards, NonFiniteLossError.
         """
-        self._check_open()
-        if self._planned is None:
-            self.prepare(batch)
-        tensors = self.batch_tensors(batch)
-        if not self._loaded:
-            self._load().check_same("batch", tensors, "pass the same global batch on every rank: autopar splits it")
+        begin = time.perf_counter()
+        if self._pending.is_clipped:
+            raise ConfigError("clip_grad_norm_ has reduced the gradients already; call update() before the next batch")
+        parts = self.sent_parts(batch)
         self._send_changed_options()
-        loss = float(self.call("step", self.parts(tensors))[0])
+        if update and not self._pending.losses:
+            return self._stepped(float(self.call("step", parts)[0]), begin)
+        loss = float(self.call("accumulate", parts)[0])
+        self._accumulated(loss, begin)
+        if update:
+            self.update()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Clip what ``step(batch, update=False)`` accumulated to a norm over all ranks; returns the norm before.
+
+        Every parameter counts once, whoever holds copies of it. To clip in every step, and have it in the estimate,
+        pass ``max_grad_norm`` to compile. Errors: ConfigError where nothing has been accumulated.
+        """
+        self._check_accumulated("clip_grad_norm_")
+        self._pending.is_clipped = True
+        return float(self.call_alike("clip", float(max_norm))[0])
+
+    def update(self) -> None:
+        """Update the parameters with the mean of the accumulated gradients; ConfigError where there are none."""
+        begin = time.perf_counter()
+        self._check_accumulated("update")
+        self._send_changed_options()
+        self.call("update")
+        self._pending.seconds += time.perf_counter() - begin
+        self._updated(self._pending.is_clipped or self._options.max_grad_norm is not None)
+
+    def eval_step(self, batch: Any) -> float:
+        """The global mean loss of a batch, parameters, gradients and everything else left as they are.
+
+        The program is that of the forward that was compiled, in the mode (train or eval) the model was in.
+        Errors: those of ``step``.
+        """
+        return float(self.call("evaluate", self.sent_parts(batch))[0])
+
+    def trace(self, path: str | os.PathLike[str], batch: Any) -> float:
+        """A step on a batch, measured: writes it as a Chrome trace beside the estimated one, with the same names.
+
+        It trains as ``step`` does; all ranks of a job call it, and rank 0 writes. Returns the loss.
+        """
+        begin = time.perf_counter()
+        if self._pending.losses:
+            raise ConfigError("gradients are accumulated, and what is traced is a whole step; call update() before")
+        parts = self.sent_parts(batch)
+        self._send_changed_options()
+        ranks = self.call("trace", parts)
+        if self.is_main:
+            trace = step_trace(self.planned.linked.program, self.cluster, ranks)
+            Path(path).write_text(json.dumps(trace))
+        return self._stepped(float(ranks[0]["loss"]), begin)
+
+    def _stepped(self, loss: float, begin: float) -> float:
+        """What follows a whole step."""
+        self._accumulated(loss, begin)
+        self._updated(self._options.max_grad_norm is not None)
+        return loss
+
+    def _accumulated(self, loss: float, begin: float) -> None:
+        if not math.isfinite(loss):
+            self._discard()
+            raise NonFiniteLossError(self._steps, loss)
+        self._pending.add(loss, time.perf_counter() - begin)
+
+    def _updated(self, clipped: bool) -> None:
+        """Schedulers, hooks, and the count, after an update."""
+        pending, self._pending = self._pending, _Pending()
         self._steps += 1
+        loss = sum(pending.losses) / len(pending.losses)
+        rates = () if self._groups is None else tuple(float(g.get("lr", math.nan)) for g in self._groups.param_groups)
         if self._groups is not None:
             self._groups.step()
         if self._scheduler is not None:
             advance(self._scheduler, loss)
-        return loss
+        if self._hooks:
+            samples = len(pending.losses) * self.plan.batch
+            norm = self.grad_norm if clipped else None
+            record = StepRecord(self._steps, loss, samples, pending.seconds, rates, norm)
+            for hook in tuple(self._hooks):
+                hook(record)
 
     def _send_changed_options(self) -> None:
         changes = {} if self._groups is None else self._groups.changes()
         if changes:
-            self.call("configure", self._to_all(changes))
+            self.call_alike("configure", changes)
 
-    def batch_tensors(self, batch: Any) -> dict[str, Tensor]:
-        """The batch's tensor leaves by path, checked against the plan."""
-        found, planned = batch_spec(batch), self._linked.traced.spec
-        check_batch(found, planned)
-        return found.tensors()
-
-    def parts(self, batch: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """What each rank fed by this process reads of a global batch."""
-        hosted = self._running().hosted
-        return {rank: rank_batch(self._linked, rank, batch) for rank in hosted}
-
-    def call(self, method: str, payloads: Mapping[int, Any] | None = None) -> list[Any]:
-        """Call a method on every rank, with a payload for each that this process feeds; load the program if need be."""
+    def _check_accumulated(self, what: str) -> None:
         self._check_open()
-        ranks = self._running() if self._loaded else self._load()
-        return ranks.call(method, payloads or self._to_all(None))
+        if not self._pending.losses:
+            raise ConfigError(f"there are no gradients for {what}(): call step(batch, update=False) before")
 
-    def _to_all(self, payload: Any) -> dict[int, Any]:
-        return dict.fromkeys(self._running().hosted, payload)
+    def _discard(self) -> None:
+        """Forget what was accumulated."""
+        self._pending = _Pending()
+        self.call("discard")
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the executable is closed; compile again to train on")
-
-    def _running(self) -> Ranks:
-        if self._ranks is None:
-            self._ranks = start_ranks(self._cluster)
-        return self._ranks
-
-    def _load(self) -> Ranks:
-        """Give every rank its program and its shards of the weights; all processes must hold the same weights."""
-        tensors = model_tensors(self._model, self._linked)
-        ranks = self._running()
-        seeded = "call torch.manual_seed before building the model, or load one checkpoint, on every rank"
-        ranks.check_same("model", tensors, seeded)
-        optimizer = self.planned.optimizer
-        saved = self._model.state_dict().keys()
-        ranks.load({r: rank_payload(self._linked, r, tensors, optimizer, self._device(r), saved) for r in ranks.hosted})
-        self._loaded = True
-        return ranks
-
-    def _device(self, rank: int) -> str:
-        if self._cluster.backend == "gloo":
-            return "cpu"
-        return f"cuda:{torch.cuda.current_device() if under_launcher() else rank}"
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers, trained so far, by every name of the model's own state dict."""
-        current = dict(self._model.state_dict())
-        if not self._loaded:
-            return {name: tensor.detach().clone() for name, tensor in current.items()}
-        trained = self._gathered()
-        aliases = self._linked.traced.aliases
-        return {n: trained.get(aliases.get(n, n), t).detach().clone() for n, t in current.items()}
-
-    def _gathered(self) -> dict[str, Tensor]:
-        """Parameters joined from the shards of every stage's first replica."""
-        states = self.call("state")
-        whole: dict[str, Tensor] = {}
-        for stage, part in enumerate(self._linked.stages):
-            ranks = [self._linked.program.devices[(stage, 0, t)] for t in range(self.plan.tp)]
-            for shard in part.shards:
-                if shard.name in states[ranks[0]]["params"]:
-                    pieces = [states[r]["params"][shard.name] for r in ranks]
-                    place = parse_placement(shard.placement)
-                    split = isinstance(place, Shard) and self.plan.tp > 1
-                    whole[shard.name] = join_shards(pieces, place.dim, place.outer) if split else pieces[0]  # type: ignore[union-attr]
-        return whole
+    # --- Checkpoints
 
     def save(self, folder: str | os.PathLike[str], extra: Any = None) -> None:
         """Write a checkpoint that any plan of the same model and optimizer can load; all ranks of a job call it.
@@ -240,6 +221,8 @@ class Executable:
         new one is. Errors: CheckpointError, ConfigError for an extra that cannot be kept, UnsupportedError.
         """
         self._check_open()
+        if self._pending.losses:
+            raise ConfigError("gradients are accumulated that a checkpoint does not keep; call update() before")
         self._send_changed_options()
         state = self._described()
         ranks = self.call("training_state")
@@ -250,13 +233,14 @@ class Executable:
         content, root = driver_file(state), Path(folder).resolve()
         name = decided(lambda: new_part(root, self._steps))
         write_driver(root / name, process_index(), content)
-        self.call("save", self._to_all(str(root / name)))
+        self.call_alike("save", str(root / name))
         decided(lambda: publish(root, name))
 
     def load(self, folder: str | os.PathLike[str]) -> Any:
         """Go on from the newest complete checkpoint in a folder, whatever plan wrote it; returns its ``extra``.
 
-        All ranks of a job call it. Errors: CheckpointError where there is none, or one of another model or optimizer.
+        Gradients accumulated before are forgotten. All ranks of a job call it. Errors: CheckpointError where there is
+        none, or one of another model or optimizer.
         """
         self._check_open()
         root = Path(folder).resolve()
@@ -265,7 +249,8 @@ class Executable:
         saved = read_driver(part, process_index())
         check_fits(part, saved, here)
         request = {"folder": str(part), "states": saved["states"], "groups": saved["groups"]}
-        self.call("load", self._to_all(request))
+        self.call_alike("load", request)
+        self._discard()
         if self._groups is not None:
             self._groups.restore(saved["groups"])
         if self._scheduler is not None:
@@ -288,21 +273,18 @@ class Executable:
             "scheduler": None if self._scheduler is None else type(self._scheduler).__name__,
         }
 
-    def close(self) -> None:
-        """End all ranks; may be called again."""
-        self._closed = True
-        self._stop()
 
-    def _stop(self) -> None:
-        if self._ranks is not None:
-            ranks, self._ranks = self._ranks, None
-            ranks.close()
+class _Pending:
+    """What has been accumulated since the last update."""
 
-    def __enter__(self) -> Executable:
-        return self
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        self.is_clipped = False
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def add(self, loss: float, seconds: float) -> None:
+        self.losses.append(loss)
+        self.seconds += seconds
 
 
 def _groups_and_scheduler(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from autopar.gradient_norm import NORM, clip_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import gathers_of, gradient_layout, reductions_of
@@ -68,6 +69,16 @@ class LinkedStage:
         read = (i for i in (*self.code.inputs, *self.prologue_inputs) if i.kind == "batch")
         return {i: i.batched and i.target not in whole for i in read}
 
+    @property
+    def metas(self) -> dict[str, TensorMeta]:
+        """Of each parameter and buffer, as this stage's ranks hold it."""
+        return {shard.name: shard.meta for shard in self.shards}
+
+    @property
+    def gathered(self) -> tuple[GraphInput, ...]:
+        """Batch inputs that hold samples and are read whole all the same."""
+        return tuple(i for i, own_rows in self.batch_inputs.items() if i.batched and not own_rows)
+
 
 @dataclass(frozen=True, eq=False)
 class Linked:
@@ -77,6 +88,8 @@ class Linked:
     plan: Plan
     stages: tuple[LinkedStage, ...]
     program: Program
+    max_grad_norm: float | None = None
+    local_batches: bool = False
 
     @cached_property
     def coordinates(self) -> dict[int, tuple[int, int, int]]:
@@ -97,7 +110,8 @@ class Linked:
         for stage, priced in zip(self.stages, self.program.stages, strict=True):
             verify_emitted(stage.code)
             rank = self.program.devices[(priced.stage, 0, 0)]
-            verify_step(self.source(rank), stage.code.buckets, priced.step)
+            fed = {i.target: self.traced.global_graph.tensor(i.node).nbytes for i in stage.gathered}
+            verify_step(self.source(rank), stage.code.buckets, fed, priced.step)
 
     def source(self, rank: int) -> str:
         """The module that a rank runs."""
@@ -108,13 +122,21 @@ class Linked:
 class Linker:
     """Rewrites plans of one model; traces of equal segments and optimizer prices are kept between plans.
 
-    device_kind: "cpu" or "cuda", where the optimizer runs.
+    device_kind: "cpu" or "cuda", where the optimizer runs. max_grad_norm: what every step clips gradients to.
+    local_batches: whether a rank is given the rows of its replica only, whatever it reads.
     """
 
     def __init__(
-        self, traced: Traced, analysis: BatchAnalysis, optimizer: OptimizerSpec | None, device_kind: str
+        self,
+        traced: Traced,
+        analysis: BatchAnalysis,
+        optimizer: OptimizerSpec | None,
+        device_kind: str,
+        max_grad_norm: float | None = None,
+        local_batches: bool = False,
     ) -> None:
         self.traced, self.analysis = traced, analysis
+        self.max_grad_norm, self.local_batches = max_grad_norm, local_batches
         self.optimizer, self.device_kind = optimizer, device_kind
         self._templates: Templates = {}
         self._prices: dict[tuple[tuple[str, TensorMeta], ...], OptimizerPrice] = {}
@@ -138,10 +160,18 @@ class Linker:
             pp=plan.pp,
             microbatches=plan.microbatches,
             schedule=plan.schedule,
-            stages=tuple(_stage_program(self.traced, s, i, plan, self._price(s)) for i, s in enumerate(stages)),
+            stages=tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)),
             devices=device_map(plan),
         )
-        return Linked(self.traced, plan, stages, program)
+        return Linked(self.traced, plan, stages, program, self.max_grad_norm, self.local_batches)
+
+    def _stage_program(self, stage: LinkedStage, index: int, plan: Plan) -> StageProgram:
+        price = self._price(stage)
+        clips = self.max_grad_norm is not None
+        costs = (*clip_costs(stage), *price.costs) if clips else price.costs
+        rows = stage.gathered if self.local_batches and plan.dp > 1 else ()
+        fed = [Collective("all_gather", "dp", self.traced.global_graph.tensor(i.node).nbytes) for i in rows]
+        return _stage_program(self.traced, stage, index, plan, replace(price, costs=costs), fed, clips=clips)
 
     def _code(
         self,
@@ -218,10 +248,20 @@ def _link_stage(
     return LinkedStage(code, shards, layout, reductions, gathers, source, ops, graph.inputs if graph else ())
 
 
-def _stage_program(traced: Traced, stage: LinkedStage, index: int, plan: Plan, price: OptimizerPrice) -> StageProgram:
+def _stage_program(
+    traced: Traced,
+    stage: LinkedStage,
+    index: int,
+    plan: Plan,
+    price: OptimizerPrice,
+    fed: Sequence[Collective],
+    *,
+    clips: bool,
+) -> StageProgram:
     code = stage.code
-    collectives = [r.collective for r in stage.reductions]
+    collectives = [*fed, *(r.collective for r in stage.reductions)]
     if plan.dp * plan.tp * plan.pp > 1:
+        collectives += [NORM] if clips else []
         collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
     return StageProgram(
         stage=index,
@@ -260,7 +300,16 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
     plan, linked_stage = linked.plan, linked.stages[stage]
     steps = stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches)
     doc = f"{plan.schedule}, {plan.microbatches} microbatch(es) of {plan.microbatch_size}."
-    step = render_step(steps, linked_stage.reductions, linked_stage.gathers, sends=plan.pp > 1, doc=doc)
+    step = render_step(
+        steps,
+        linked_stage.reductions,
+        linked_stage.gathers,
+        sends=plan.pp > 1,
+        doc=doc,
+        max_grad_norm=linked.max_grad_norm,
+        gathered=[i.target for i in linked_stage.gathered] if linked.local_batches and plan.dp > 1 else (),
+        dp=plan.dp,
+    )
     labels = plan.segment_labels[plan.stages[stage].first_segment : plan.stages[stage].last_segment]
     header = (
         f'"""Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {plan.dp}, '

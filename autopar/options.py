@@ -29,6 +29,9 @@ class Options:
     memory_cap_bytes: int | None = None
     plan: Plan | None = None
     scheduler: SchedulerFactory | None = None
+    max_grad_norm: float | None = None
+    timeout_s: float | None = None
+    local_batches: bool = False
 
     @staticmethod
     def of(
@@ -39,6 +42,9 @@ class Options:
         precision: Precision | None,
         plan: Plan | None,
         scheduler: SchedulerFactory | None = None,
+        max_grad_norm: float | None = None,
+        timeout_s: float | None = None,
+        local_batches: bool = False,
     ) -> Options:
         """Checked options; ConfigError or UnsupportedError with a next move."""
         for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer), ("scheduler", scheduler)):
@@ -50,7 +56,14 @@ class Options:
             raise ConfigError(f"plan must be an autopar.Plan (see Plan.load), not {type(plan).__name__}")
         _check_supported(parallelism or Parallelism(), precision)
         cap = None if memory_cap is None else parse_bytes(memory_cap)
-        return Options(loss_fn, optimizer, parallelism or Parallelism(), cap, plan, scheduler)
+        if timeout_s is not None and not timeout_s > 0:
+            raise ConfigError(f"timeout_s must be above 0 seconds, or None for torch's default, not {timeout_s!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping, not {max_grad_norm!r}")
+        norm = None if max_grad_norm is None else float(max_grad_norm)
+        return Options(
+            loss_fn, optimizer, parallelism or Parallelism(), cap, plan, scheduler, norm, timeout_s, local_batches
+        )
 
 
 def check_target(model: object, cluster: object) -> None:

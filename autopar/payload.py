@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.gradient_norm import norm_spans
 from autopar.link import Linked, LinkedStage
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
@@ -37,6 +38,7 @@ def rank_payload(
     optimizer: OptimizerSpec | None,
     device: str,
     saved: Collection[str],
+    timeout_s: float | None,
 ) -> dict[str, Any]:
     """The tree that ``RankExecutor`` is built from; saved: names of the parameters and buffers of a checkpoint."""
     stage, dp, tp = linked.coordinates[rank]
@@ -57,6 +59,7 @@ def rank_payload(
     return {
         "source": linked.source(rank),
         "device": device,
+        "timeout_s": timeout_s,
         "stage": stage,
         "dp_index": dp,
         "buckets": [_bucket(bucket, dp, {n: params.pop(n) for n, _ in bucket.parameters}) for bucket in code.buckets],
@@ -68,6 +71,7 @@ def rank_payload(
             if n in saved
         },
         "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
+        "norm_spans": norm_spans(linked, stage, dp),
         "groups": groups(linked),
         "optimizer": None if optimizer is None else optimizer.to_tree(),
         "batch": tuple(i.target for i in part.batch_inputs),
@@ -101,10 +105,15 @@ def _bucket(bucket: Bucket, index: int, parameters: Mapping[str, Tensor]) -> dic
 
 
 def rank_batch(linked: Linked, rank: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a rank reads of a global batch: the leaves of its stage, and of them the rows of its replica."""
+    """What a rank reads of a batch: the leaves of its stage, and of them the rows of its replica.
+
+    Of a batch that holds only those rows, they are all of it.
+    """
     stage, dp, _ = linked.coordinates[rank]
     rows = linked.plan.microbatches * linked.plan.microbatch_size
     inputs = linked.stages[stage].batch_inputs
+    if linked.local_batches:
+        return {i.target: batch[i.target] for i in inputs}
     return {
         i.target: batch[i.target].narrow(0, dp * rows, rows) if own else batch[i.target] for i, own in inputs.items()
     }
@@ -154,7 +163,9 @@ def groups(linked: Linked) -> dict[str, list[list[int]]]:
     tied = sorted({s.tied: stage.stage for stage in program.stages for s in stage.parameters if s.tied}.items())
     for name, stage in tied:
         made[f"tied:{name}"] = [list(g) for g in axis_groups(program, f"tied:{name}", stage)]
+    everyone = list(range(program.num_devices))
+    if len(everyone) > 1:
+        made["world"] = [everyone]
     if program.pp > 1:
-        everyone = list(range(program.num_devices))
         made["forward"], made["backward"] = [everyone], [list(everyone)]
     return made

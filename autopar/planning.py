@@ -109,7 +109,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
-        self._linker = Linker(self.traced, self.analysis, self.optimizer, self.cluster.devices[0].kind)
+        kind, options = self.cluster.devices[0].kind, self.options
+        self._linker = Linker(
+            self.traced, self.analysis, self.optimizer, kind, options.max_grad_norm, options.local_batches
+        )
 
     @staticmethod
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:

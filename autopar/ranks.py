@@ -8,6 +8,8 @@ import datetime
 import hashlib
 import os
 import sys
+import time
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -24,6 +26,9 @@ from cost_model.errors import AutoparError, ConfigError, WorldSizeError
 
 Answer = TypeVar("Answer")
 _SAMPLES = 64  # of each tensor, to tell one initialisation from another
+ANSWERED_ALIKE = ("step", "accumulate", "evaluate", "clip", "gradient_norm", "configure", "update", "discard")
+"""Methods whose answer is the same on every rank, so that none has to be collected."""
+_RETRY = datetime.timedelta(seconds=0.2)
 _EXIT_TIMEOUT = datetime.timedelta(seconds=5)  # how long a script that has ended waits for those of other ranks
 
 
@@ -38,8 +43,8 @@ class Ranks(Protocol):
     def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
         """The results of a method by rank; payloads: of every hosted rank."""
 
-    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
-        """Refuse tensors that differ between processes; ConfigError."""
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
+        """Refuse tensors that differ between processes that say the same ``among``; ConfigError on all of them."""
 
     def close(self) -> None:
         """Leave; called once."""
@@ -79,7 +84,7 @@ class LocalRanks:
     def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
         return self.pool.call(method, [payloads[rank] for rank in self.hosted])
 
-    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
         """There is one process."""
 
     def close(self) -> None:
@@ -100,14 +105,17 @@ class LaunchedRank:
 
     def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
         mine = getattr(self.executor, method)(payloads[self.rank])
-        return [mine] * self.world_size if method == "step" else _from_all(mine)
+        return [mine] * self.world_size if method in ANSWERED_ALIKE else _from_all(mine)
 
-    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
-        first, *others = _from_all({name: _digest(tensor) for name, tensor in tensors.items()})
-        for rank, digests in enumerate(others, start=1):
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
+        firsts: dict[int, tuple[int, dict[str, str]]] = {}
+        for rank, (group, digests) in enumerate(_from_all((among, {n: _digest(t) for n, t in tensors.items()}))):
+            first_rank, first = firsts.setdefault(group, (rank, digests))
             differing = sorted(name for name in first if digests.get(name) != first[name])
             if differing:
-                raise ConfigError(f"rank {rank} has another {what} than rank 0 ({differing[0]!r} differs); {advice}")
+                raise ConfigError(
+                    f"rank {rank} has another {what} than rank {first_rank} ({differing[0]!r} differs); {advice}"
+                )
 
     def release(self) -> None:
         """Let go of the process groups of the program, which live as long as anybody refers to them."""
@@ -126,8 +134,8 @@ class _LaunchedGroup:
     finalizes aborts the process ("terminate called without an active exception"). Only the end of the last reference
     to a group ends its threads, so executables that were never closed let go of theirs when the script ends.
 
-    Each group that autopar makes has keys of its own in the launcher's store, which outlives groups: a second group
-    under the same keys would read where the ranks of the first one listened.
+    Each group that autopar makes has keys of its own in the launcher's store, which outlives groups and, where the
+    launcher restarts a job, processes: under the same keys a rank would read where those of another group listened.
     """
 
     users = 0
@@ -135,6 +143,7 @@ class _LaunchedGroup:
     made = 0
     is_ours = False
     store: Any = None
+    token = ""
     keys: Any = None
 
     @classmethod
@@ -154,10 +163,12 @@ class _LaunchedGroup:
 
     @classmethod
     def _make(cls, backend: str) -> None:
-        cls.store = cls.store or next(dist.rendezvous("env://"))[0]  # type: ignore[attr-defined]
-        cls.made += 1
-        cls.keys = dist.PrefixStore(f"autopar_{cls.made}", cls.store)  # type: ignore[attr-defined]
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if cls.store is None:
+            cls.store = next(dist.rendezvous("env://"))[0]  # type: ignore[attr-defined]
+            cls.token = _common_token(cls.store, rank, world_size)
+        cls.made += 1
+        cls.keys = dist.PrefixStore(f"autopar/{cls.token}/{cls.made}", cls.store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=cls.keys, rank=rank, world_size=world_size)
         cls.is_ours = True
 
@@ -193,6 +204,30 @@ class _LaunchedGroup:
     def _destroy(cls) -> None:
         dist.destroy_process_group()
         cls.is_ours = False
+
+
+def _common_token(store: Any, rank: int, world_size: int) -> str:
+    """A name that the processes of this very start of a job have in common, and no earlier one had.
+
+    Launchers do not number the restarts of a job alike on all nodes, and what earlier processes wrote is still there.
+    So rank 0 makes up a name, the others answer to it with names of their own, and rank 0 repeats those: who finds its
+    own among them knows that it has not read an old one.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("autopar/first", mine)
+        store.set(f"autopar/{mine}/0", mine)
+        answers = [store.get(f"autopar/{mine}/{other}").decode() for other in range(world_size)]
+        store.set(f"autopar/{mine}/all", " ".join(answers))
+        return mine
+    while True:
+        first: str = store.get("autopar/first").decode()
+        store.set(f"autopar/{first}/{rank}", mine)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"autopar/{first}/all"], _RETRY)
+            if store.get(f"autopar/{first}/all").decode().split()[rank] == mine:
+                return first
+        time.sleep(_RETRY.total_seconds())
 
 
 def agree_with_rank_0(decide: Callable[[], Answer]) -> Answer:

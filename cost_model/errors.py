@@ -163,6 +163,29 @@ class WorkerError(AutoparError):
         super().__init__(f"rank {rank} {message}{tail}")
 
 
+class NonFiniteLossError(AutoparError):
+    """The loss is NaN or infinite. Attributes: step (updates before it), loss."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        self.step, self.loss = step, loss
+        super().__init__(
+            f"the loss is {loss} after {step} update(s), and gradients from it are worth nothing: load the last "
+            "checkpoint, and lower the learning rate, clip gradients (max_grad_norm), or look at the batch"
+        )
+
+
+class CollectiveTimeoutError(AutoparError):
+    """A rank waited too long for another. Attributes: rank (that waited), timeout_s (None: torch's default)."""
+
+    def __init__(self, rank: int, timeout_s: float | None) -> None:
+        self.rank, self.timeout_s = rank, timeout_s
+        waited = "too long" if timeout_s is None else f"{timeout_s:g} s"
+        super().__init__(
+            f"rank {rank} waited {waited} for another rank, which is stuck, far behind, or not in this step; "
+            "look at what the other ranks do, or compile with a longer timeout_s"
+        )
+
+
 class CheckpointError(AutoparError):
     """A checkpoint is missing, incomplete, or of another model or optimizer. Attributes: path."""
 

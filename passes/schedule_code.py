@@ -22,6 +22,7 @@ _CALLS = {
     SendBackward: "send_backward",
     RecvBackward: "receive_backward",
 }
+_FORWARDS = (Forward, SendForward, RecvForward)
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,40 @@ def render_step(
     *,
     sends: bool,
     doc: str,
+    max_grad_norm: float | None = None,
+    gathered: Sequence[str] = (),
+    dp: int = 1,
 ) -> str:
-    """``def step(run)``: the stage's schedule, gradient reduction, optimizer, gathering of parameters."""
-    body = [f'"""{doc}"""']
-    body += [f"run.{_CALLS[type(s)]}({s.microbatch})" for s in steps]
-    if sends:
-        body.append("run.wait_sends()")
-    body += [str(r) for r in reductions]
-    body.append("run.update_parameters()")
-    body += [str(g) for g in gathers]
-    return "def step(run):\n" + "\n".join(f"    {line}" for line in body)
+    """``def step(run)`` and its parts: the stage's schedule, gradient reduction, the update with the gathering of
+    parameters; and the schedule's forward half alone, for evaluation.
+
+    gathered: leaves of the batch that ``feed`` makes whole before, over dp replicas.
+    """
+    wait = ["run.wait_sends()"] if sends else []
+    clip = [] if max_grad_norm is None else [f"run.clip_gradients({max_grad_norm!r})"]
+    forwards = [line for step in steps if type(step) in _FORWARDS for line in _forward_lines(step)]
+    functions = {
+        "feed": ("Batch inputs of all replicas.", [f'run.gather_rows("{name}", {dp})' for name in gathered]),
+        "accumulate": (doc, [_line(step) for step in steps] + wait),
+        "reduce": ("Gradients of all ranks.", list(map(str, reductions))),
+        "update": ("Parameters.", [*clip, "run.update_parameters()", *map(str, gathers)]),
+        "step": ("One training step.", ["accumulate(run)", "reduce(run)", "update(run)"]),
+        "evaluate": ("The loss alone.", forwards + wait),
+    }
+    return "\n\n\n".join(_function(name, doc, lines) for name, (doc, lines) in functions.items())
+
+
+def _function(name: str, doc: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"def {name}(run):", f'    """{doc}"""', *(f"    {line}" for line in lines)])
+
+
+def _line(step: Step) -> str:
+    return f"run.{_CALLS[type(step)]}({step.microbatch})"
+
+
+def _forward_lines(step: Step) -> list[str]:
+    """What a forward keeps for its backward is dropped at once where there is none."""
+    return [_line(step), f"run.forget({step.microbatch})"] if type(step) is Forward else [_line(step)]
 
 
 def render_prologue(model: ModelGraph | None) -> tuple[str, dict[str, str]]:

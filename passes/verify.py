@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,14 +95,17 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
 class _RecordingRun:
     """Stands in for the executor in a printed step and writes down its collectives, before the update and after it."""
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        self.buckets = {bucket.name: bucket for bucket in buckets}
+    def __init__(self, buckets: Sequence[Bucket], fed: Mapping[str, int]) -> None:
+        self.buckets, self.fed = {bucket.name: bucket for bucket in buckets}, fed
         self.before: list[Collective] = []
         self.after: list[Collective] = []
         self.calls = self.before
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
+
+    def gather_rows(self, name: str, size: int) -> None:
+        self.calls.append(Collective("all_gather", "dp", self.fed[name]))
 
     def reduce_gradients(self, axis: str, dtype: str, start: int, stop: int) -> None:
         self.calls.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[dtype]))
@@ -120,11 +123,13 @@ class _RecordingRun:
         self.calls = self.after
 
 
-def verify_step(source: str, buckets: Sequence[Bucket], work: StepWork) -> None:
-    """What the printed step reduces, and gathers after the update, is what is priced, the loss's own sum aside."""
+def verify_step(source: str, buckets: Sequence[Bucket], fed: Mapping[str, int], work: StepWork) -> None:
+    """What the printed step gathers of its batch, reduces, and gathers after the update, is what is priced, sums of
+    single numbers aside. fed: bytes of the leaves of a batch."""
     namespace: dict[str, Any] = {}
     exec(compile(source, "<autopar program>", "exec"), namespace)
-    run = _RecordingRun(buckets)
+    run = _RecordingRun(buckets, fed)
+    namespace["feed"](run)
     namespace["step"](run)
     priced = ([c for c in work.collectives if c.axis != "world"], list(work.gathers))
     if (run.before, run.after) != priced:

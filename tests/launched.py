@@ -6,23 +6,35 @@ A rank leaves what it saw in FOLDER/rank<n>.pt.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
+import itertools
 import os
+import random
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from models import example_gpt
 from parity import SGD, cpu_cluster
 from regression import BATCH, TWO, Regression
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.optim.lr_scheduler import StepLR
 
 import autopar
-from cost_model.errors import AutoparError
+from autopar.runtime.executor import RankExecutor
+from cost_model.errors import AutoparError, CheckpointError
 
 RANK = int(os.environ["RANK"])
 STEPS = 3
+RESUMED_STEPS = 8
+RANDOM_DEATHS = 20
 NEVER_CLOSED: list[Any] = []
 
 
@@ -33,11 +45,11 @@ def say_what_is_left() -> None:
     print(f"rank {RANK} left with {len(names)} thread(s), {sum('gloo' in name for name in names)} of gloo", flush=True)
 
 
-def compiled(batch: Any = BATCH, *, model: Any = None, cluster: Any = TWO, memory_cap: Any = None, **pins: Any) -> Any:
+def compiled(batch: Any = BATCH, *, model: Any = None, cluster: Any = TWO, **keywords: Any) -> Any:
     """The same executable on every rank, unless a test wants another."""
-    parallelism = autopar.Parallelism(**pins)
+    pins = {name: keywords.pop(name) for name in ("dp", "tp", "pp") if name in keywords}
     chosen = Regression() if model is None else model
-    return autopar.compile(chosen, cluster, batch, optimizer=SGD, parallelism=parallelism, memory_cap=memory_cap)
+    return autopar.compile(chosen, cluster, batch, optimizer=SGD, parallelism=autopar.Parallelism(**pins), **keywords)
 
 
 def save(seen: dict[str, Any]) -> None:
@@ -113,5 +125,102 @@ def fails() -> None:
             exe.step(BATCH)
 
 
+def goes_on() -> None:
+    """Trains on from the newest checkpoint, saving every second step; MODE is "resumes:RANK:WHEN" a rank is killed.
+
+    WHEN: a method to die in, in the first run of the script alone; "random": at any moment, in every run but the last.
+    """
+    _, rank, when = sys.argv[1].split(":")
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if when == "random":
+        _die_at_random(attempt)
+    elif attempt == 0 and int(rank) == RANK:
+        _die_in(when)
+    folder, log = Path(sys.argv[2]), (Path(sys.argv[2]) / "losses.txt").open("a")
+    with compiled(dp=2, scheduler=functools.partial(StepLR, step_size=2, gamma=0.5)) as exe:
+        if (folder / "run").exists():
+            with contextlib.suppress(CheckpointError):  # it died before the first was complete
+                exe.load(folder / "run")
+        while exe.steps < RESUMED_STEPS:
+            step, loss = exe.steps, exe.step(BATCH)
+            if RANK == 0:
+                print(step, repr(loss), file=log, flush=True)
+            if exe.steps % 2 == 0:
+                exe.save(folder / "run")
+
+
+def _die_in(method: str) -> None:
+    """Be killed in the fifth call of a method of the executor, or in the second while a checkpoint is written."""
+    owner: Any = FileSystemWriter if method == "write_data" else RankExecutor
+    original, calls = getattr(owner, method), itertools.count(1)
+
+    def deadly(*args: Any, **keywords: Any) -> Any:
+        if next(calls) == (2 if method == "write_data" else 5):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **keywords)
+
+    setattr(owner, method, deadly)
+
+
+def _die_at_random(attempt: int) -> None:
+    """One of the ranks, up to a second after training could have begun."""
+    draw = random.Random(attempt)
+    victim, delay_s = draw.randrange(2), draw.uniform(0.0, 1.0)
+    if attempt < RANDOM_DEATHS and victim == RANK:
+        begun, original = threading.Event(), RankExecutor.step
+
+        def step(self: RankExecutor, batch: Any) -> float:
+            begun.set()
+            time.sleep(0.1)
+            return original(self, batch)
+
+        def die() -> None:
+            begun.wait()
+            time.sleep(delay_s)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        RankExecutor.step = step  # type: ignore[method-assign]
+        threading.Thread(target=die, daemon=True).start()
+
+
+def uses() -> None:
+    """What training needs, with the answers of this rank."""
+    with compiled(dp=2, max_grad_norm=0.5) as exe:
+        losses = [exe.step(BATCH), exe.step(BATCH, update=False), exe.step(BATCH, update=False)]
+        norms = [exe.grad_norm, exe.clip_grad_norm_(0.25)]
+        exe.update()
+        exe.save(Path(sys.argv[2]) / "run", extra={"epoch": 3})
+        losses += [exe.eval_step(BATCH), exe.trace(Path(sys.argv[2]) / f"trace{RANK}.json", BATCH)]
+    with compiled(tp=2, max_grad_norm=0.5) as exe:
+        extra = exe.load(Path(sys.argv[2]) / "run")
+        losses += [exe.step(BATCH)]
+        steps = exe.steps
+    seen = {"losses": losses, "norms": norms, "extra": extra, "steps": steps}
+    save({**seen, **own_rows("dp"), "tp": own_rows("tp")})
+
+
+def labelled() -> tuple[Any, dict[str, Any]]:
+    """A GPT and a batch with most labels of the first samples ignored."""
+    model, batch = example_gpt(n_layer=1)
+    batch["targets"][:3, 2:] = -100
+    return model, batch
+
+
+def own_rows(axis: str) -> dict[str, Any]:
+    """Training on the samples of this rank's replica, on devices that do not count upwards."""
+    model, batch = labelled()
+    shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
+    pins = autopar.Parallelism(**{axis: 2}, placement=(1, 0))
+    with autopar.compile(model, TWO, shapes, optimizer=SGD, parallelism=pins, local_batches=True) as exe:
+        place = exe.data_parallel_rank, exe.data_parallel_size
+        mine = {name: tensor.chunk(place[1])[place[0]] for name, tensor in batch.items()}
+        wrong = {name: tensor + RANK for name, tensor in mine.items()} if axis == "tp" else batch
+        errors = [_error(lambda: exe.step(wrong))]
+        losses = [exe.step(mine) for _ in range(STEPS)]
+        gathers = exe.code(0).count("run.gather_rows(")
+    return {"place": place, "local": losses, "errors": errors, "gathers": gathers}
+
+
 if __name__ == "__main__":
-    {"trains": trains, "refuses": refuses, "dies": dies, "fails": fails}[sys.argv[1]]()
+    modes = {"trains": trains, "refuses": refuses, "dies": dies, "fails": fails, "uses": uses, "resumes": goes_on}
+    modes[sys.argv[1].partition(":")[0]]()

@@ -30,7 +30,7 @@ class SharedRanks:
     def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
         return self.pool.call(method, [payloads[rank] for rank in self.hosted])
 
-    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
         """There is one process."""
 
     def close(self) -> None:

@@ -60,6 +60,18 @@ def test_a_killed_worker_is_named_soon_and_closes_the_executable() -> None:
                 use()
 
 
+def test_a_stuck_worker_ends_the_step_after_the_timeout() -> None:
+    before = workers()
+    parallelism = autopar.Parallelism(dp=2)
+    with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD, parallelism=parallelism, timeout_s=2) as exe:
+        exe.step(BATCH)
+        started = [pid for pid in workers() if pid not in before]
+        os.kill(started[1], signal.SIGSTOP)
+        with pytest.raises(WorkerError, match=r"rank 0 raised CollectiveTimeoutError: rank 0 waited 2 s for another"):
+            exe.step(BATCH)
+        assert all_gone(started)
+
+
 @pytest.mark.parametrize("pins", [{"dp": 2}, {"pp": 2}], ids=str)
 def test_an_error_in_generated_code_shows_the_line(pins: dict[str, int]) -> None:
     model, batch = example_gpt(n_layer=1, tied=False)

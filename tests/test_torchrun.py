@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import example_gpt
 from parity import SGD, largest_error, reference
 from processes import all_gone, descendants
 from regression import BATCH, Regression
@@ -23,13 +24,14 @@ TESTS = Path(__file__).resolve().parent
 TIMEOUT_S = 120.0
 
 
-def finish(mode: str, folder: Path) -> tuple[int, str]:
+def finish(mode: str, folder: Path, restarts: int = 0, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
     """torchrun --nproc-per-node 2 launched.py MODE FOLDER: exit code and output; it must leave no process.
 
     On a port of its own, so that other jobs may run beside it.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join((str(TESTS.parent), str(TESTS)))
+    launcher += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    paths = os.pathsep.join((str(TESTS.parent), str(TESTS), str(TESTS.parent / "examples")))
     with (folder / "output.txt").open("w") as output:
         job = subprocess.Popen(
             [*launcher, str(TESTS / "launched.py"), mode, str(folder)],
@@ -38,16 +40,16 @@ def finish(mode: str, folder: Path) -> tuple[int, str]:
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    ranks = _watch(job)
+    ranks = _watch(job, timeout_s)
     text = (folder / "output.txt").read_text()
     assert len(ranks) >= 2 and all_gone(ranks), text
     return job.returncode, text
 
 
-def _watch(job: subprocess.Popen[bytes]) -> list[int]:
+def _watch(job: subprocess.Popen[bytes], timeout_s: float) -> list[int]:
     """Every process that a job started; those of a job that does not end are killed."""
     started: list[int] = []
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while job.poll() is None:
         started += [pid for pid in descendants(job.pid) if pid not in started]
         time.sleep(0.1)
@@ -113,3 +115,92 @@ def test_every_rank_gets_the_same_error_and_may_go_on_until_one_ends_the_job(tmp
 def test_a_rank_that_is_gone_ends_the_job(tmp_path: Path, mode: str, reason: str) -> None:
     code, output = finish(mode, tmp_path)
     assert code != 0 and reason in output
+
+
+def test_training_features_on_every_rank(tmp_path: Path) -> None:
+    code, output = finish("uses", tmp_path)
+    assert code == 0, output
+    model = Regression()
+    optimizer = SGD(model.parameters())
+    losses, norms = [], []
+    for batches, max_norm in ((1, 0.5), (2, 0.25), (1, 0.5)):
+        optimizer.zero_grad()
+        for _ in range(batches):
+            loss = model(**BATCH)
+            (loss / batches).backward()
+            losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+        optimizer.step()
+    for seen in seen_by_ranks(tmp_path):
+        assert seen["losses"] == pytest.approx([*losses, losses[3], losses[3]], rel=1e-5)
+        assert seen["norms"] == pytest.approx(norms[:2], rel=1e-5)
+        assert (seen["extra"], seen["steps"]) == ({"epoch": 3}, 3)
+    assert [path.name for path in tmp_path.glob("trace*.json")] == ["trace0.json"]
+    check_own_rows(seen_by_ranks(tmp_path))
+
+
+def labelled() -> tuple[Any, dict[str, Any]]:
+    """As in launched.py, which cannot be imported here."""
+    model, batch = example_gpt(n_layer=1)
+    batch["targets"][:3, 2:] = -100
+    return model, batch
+
+
+def check_own_rows(ranks: list[dict[str, Any]]) -> None:
+    """Ranks that load the samples of their replica train what one device trains on all of them.
+
+    The labels, which are counted over the whole batch, are gathered; shards of one replica must be given the same.
+    """
+    model, batch = labelled()
+    expected, _ = reference(model, batch, SGD)
+    for rank, seen in enumerate(ranks):
+        assert seen["place"] == (1 - rank, 2) and seen["tp"]["place"] == (0, 1)
+        assert seen["local"] == pytest.approx(expected, rel=1e-5) and seen["tp"]["local"] == pytest.approx(
+            expected, rel=1e-5
+        )
+        assert (seen["gathers"], seen["tp"]["gathers"]) == (1, 0)
+        assert "int64[8, 16] but the plan is for int64[4, 16]" in seen["errors"][0]["message"]
+        assert "rank 1 has another batch than rank 0 ('idx' differs)" in seen["tp"]["errors"][0]["message"]
+
+
+def check_curve(folder: Path) -> None:
+    """Every step was taken, those before a death perhaps twice, and always with the loss of a run that never died."""
+    lines = [line.split() for line in (folder / "losses.txt").read_text().splitlines()]
+    taken = [(int(step), float(loss)) for step, loss in lines]
+    model = Regression()
+    optimizer = SGD(model.parameters())
+    rates = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = model(**BATCH)
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        found = {loss for number, loss in taken if number == step}
+        assert len(found) == 1 and found.pop() == pytest.approx(float(loss.detach()), rel=1e-5), (step, taken)
+    repeated = [one for one, following in zip(taken, taken[1:], strict=False) if following[0] <= one[0]]
+    assert all(one[0] - following[0] < 2 for one, following in zip(taken, taken[1:], strict=False)), repeated
+
+
+def test_a_job_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    """Rank 0 is killed while it writes the second one."""
+    code, output = finish("resumes:0:write_data", tmp_path, restarts=1)
+    assert code == 0 and "exitcode: -9" in output, output
+    check_curve(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("when", ["forward", "backward", "reduce_gradients", "update_parameters", "save"])
+def test_a_job_goes_on_wherever_a_rank_is_killed(tmp_path: Path, rank: int, when: str) -> None:
+    code, output = finish(f"resumes:{rank}:{when}", tmp_path, restarts=1)
+    assert code == 0, output
+    check_curve(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_job_goes_on_after_deaths_at_random_moments(tmp_path: Path) -> None:
+    code, output = finish("resumes:0:random", tmp_path, restarts=21, timeout_s=1000)
+    assert code == 0, output
+    check_curve(tmp_path)

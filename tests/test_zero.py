@@ -113,7 +113,7 @@ def test_a_step_that_reduces_otherwise_than_priced_is_found() -> None:
     found = planned(1, dp=2).linked
     stage, code = found.program.stages[0], found.stages[0].code
     source = found.source(0)
-    verify_step(source, code.buckets, stage.step)
+    verify_step(source, code.buckets, {}, stage.step)
     for old, new in (
         ('run.gather_parameters("dp", "zero1/0")', "pass"),
         ('run.scatter_gradients("dp", "zero1/0")', "pass"),
@@ -121,7 +121,7 @@ def test_a_step_that_reduces_otherwise_than_priced_is_found() -> None:
     ):
         assert old in source
         with pytest.raises(VerificationError, match="the step reduces"):
-            verify_step(source.replace(old, new), code.buckets, stage.step)
+            verify_step(source.replace(old, new), code.buckets, {}, stage.step)
 
 
 # --- It trains as one device does

@@ -22,6 +22,7 @@ from autopar.runtime import executor
 from autopar.runtime.comm import Comm, _join, _parts
 
 TIMEOUT_S = 60.0
+LOSSES = ("step", "accumulate", "evaluate")
 
 
 class Wires:
@@ -98,13 +99,13 @@ class ThreadExecutor(executor.RankExecutor):
 
     wires: Wires
 
-    def _receive(self, meta: str, source: int, direction: str) -> Tensor:
+    def _receive(self, meta: str, source: int, direction: str, microbatch: int) -> Tensor:
         shape, dtype = self.spec[meta]
         tensor = self.wires.wire(source, self.rank, direction).get(timeout=TIMEOUT_S)
         assert tuple(tensor.shape) == tuple(shape) and str(tensor.dtype) == f"torch.{dtype}", (meta, tensor.shape)
         return tensor
 
-    def _send(self, tensor: Tensor, target: int, direction: str) -> None:
+    def _send(self, tensor: Tensor, target: int, direction: str, microbatch: int) -> None:
         self.wires.wire(self.rank, target, direction).put(tensor.clone(memory_format=torch.contiguous_format))
 
     def _wait(self, direction: str) -> None:
@@ -141,9 +142,9 @@ class ThreadRanks:
         if errors:
             raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
         results = [f.result() for f in futures]
-        return [sum(results)] * len(results) if method == "step" else results
+        return [sum(results)] * len(results) if method in LOSSES else results
 
-    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str) -> None:
+    def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
         """There is one process."""
 
     def close(self) -> None:

@@ -5,23 +5,44 @@ Receives plain data only (source text, tensors, numbers), so it runs the same in
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import linecache
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 
 from autopar.runtime import kernels
 from autopar.runtime.buckets import HeldBucket
 from autopar.runtime.comm import Comm
-from autopar.runtime.measure import measure
+from autopar.runtime.measure import measure, traced_step
 from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
+from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
+WORLD_REDUCTION = "all_reduce world"
+ONCE = -1  # the microbatch of what is done once per step
+_CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+
+
+class Event(NamedTuple):
+    """Something a rank did, from start to end on its own clock, seconds.
+
+    label: its name in the trace of the estimate, where that is another.
+    """
+
+    name: str
+    microbatch: int
+    label: str
+    start_s: float
+    end_s: float
 
 
 class RankExecutor:
@@ -35,6 +56,7 @@ class RankExecutor:
         self.params: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
         self.buffers: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
         self.groups = _groups(payload["groups"], rank)
+        _limit_waiting([group for _, group in self.groups.values()], payload["timeout_s"])
         axes = {name: ranks for name, (ranks, _) in self.groups.items()}
         self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
         self.flat, self.grads = _gradient_buffers(payload["gradients"], self.params)
@@ -45,7 +67,8 @@ class RankExecutor:
         self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
         self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
         self.optimizer = self._optimizer()
-        self.events: list[tuple[str, float, float]] | None = None
+        self.events: list[Event] | None = None
+        self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
         self._reset()
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
@@ -72,23 +95,71 @@ class RankExecutor:
         self.outgoing: dict[int, Tensor] = {}
         self.grad_received: dict[int, Tensor] = {}
         self.grad_outgoing: dict[int, Tensor] = {}
-        self.sending: dict[str, tuple[Any, Tensor]] = {}
+        self.sending: dict[str, tuple[Any, Tensor, int]] = {}
         self.loss: Tensor | None = None
 
     # --- the step, as the generated program calls it
 
     def step(self, batch: Tree) -> float:
         """One training step on this rank's part of the global batch; returns the global mean loss."""
-        with torch.no_grad():
+        with torch.no_grad(), self._named_timeouts():
             self._begin(batch)
             self.module.step(self)
             return self._finish()
 
-    def _begin(self, batch: Mapping[str, Tensor]) -> None:
+    def accumulate(self, batch: Tree) -> float:
+        """Forward and backward alone; gradients add up until ``update``, which takes their mean."""
+        with torch.no_grad(), self._named_timeouts():
+            self._begin(batch)
+            self.module.accumulate(self)
+            self.accumulated += 1
+            return self._finish()
+
+    def clip(self, max_norm: float) -> float:
+        """Reduce what has been accumulated, and clip it; returns the norm before."""
+        with torch.no_grad(), self._named_timeouts():
+            self._reduce_accumulated()
+            self.clip_gradients(max_norm)
+        return self.grad_norm
+
+    def gradient_norm(self, _: Tree = None) -> float:
+        """Of the last step that clipped; NaN before."""
+        return self.grad_norm
+
+    def update(self, _: Tree = None) -> None:
+        """Update the parameters with what has been accumulated."""
+        with torch.no_grad(), self._named_timeouts():
+            self._reduce_accumulated()
+            self.module.update(self)
+        self.discard()
+
+    def discard(self, _: Tree = None) -> None:
+        """Forget what has been accumulated."""
+        self.accumulated, self.reduced = 0, False
+
+    def evaluate(self, batch: Tree) -> float:
+        """The global mean loss of this rank's part of a batch, and nothing else."""
+        with torch.no_grad(), self._named_timeouts():
+            self._begin(batch, keep=True)
+            self.module.evaluate(self)
+            return self._finish()
+
+    def _reduce_accumulated(self) -> None:
+        if self.reduced:
+            return
+        self.module.reduce(self)
+        self.reduced = True
+        if self.accumulated > 1:
+            for buffer in self.flat.values():
+                buffer.mul_(1 / self.accumulated)
+
+    def _begin(self, batch: Mapping[str, Tensor], *, keep: bool = False) -> None:
+        """keep: leave the gradients as they are."""
         self._reset()
         self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
+        self.module.feed(self)
         self.step_values = self.module.prologue(self.batch, self.buffers, kernels, self.device)
-        if self.spec["microbatches"] > 1:
+        if self.spec["microbatches"] > 1 and self.accumulated == 0 and not keep:
             for buffer in self.flat.values():
                 buffer.zero_()
 
@@ -98,10 +169,16 @@ class RankExecutor:
             loss.copy_(self.loss)
         if self.world_size > 1:
             loss = loss.to(self.device)
-            dist.all_reduce(loss)
+            self._timed("loss", ONCE, lambda: dist.all_reduce(loss), WORLD_REDUCTION)
         value = float(loss)
         self._reset()
         return value
+
+    def gather_rows(self, name: str, size: int) -> None:
+        """A leaf of the global batch, from the rows that replicas were given."""
+        rows = self.batch[name]
+        whole = self._timed("feed", ONCE, lambda: self.comm.all_gather(rows, "dp", size, 0, 1), "all_gather dp")
+        self.batch[name] = whole
 
     def forward(self, microbatch: int) -> None:
         """Run ``forward`` on one microbatch and keep what its backward reads."""
@@ -131,7 +208,7 @@ class RankExecutor:
         saved = self.saved.pop(microbatch)
         if not self.spec["is_last"]:
             saved.append(self.grad_received.pop(microbatch))
-        accumulate = _store if self.spec["microbatches"] == 1 else _add
+        accumulate = _store if self.spec["microbatches"] == 1 and self.accumulated == 0 else _add
         gradient = self._timed(
             "backward",
             microbatch,
@@ -145,19 +222,19 @@ class RankExecutor:
 
     def receive_forward(self, microbatch: int) -> None:
         """Wait for the activation of a microbatch from the stage before."""
-        self.received[microbatch] = self._receive("received", self.spec["previous"], "forward")
+        self.received[microbatch] = self._receive("received", self.spec["previous"], "forward", microbatch)
 
     def receive_backward(self, microbatch: int) -> None:
         """Wait for the gradient of a microbatch from the stage after."""
-        self.grad_received[microbatch] = self._receive("sent", self.spec["next"], "backward")
+        self.grad_received[microbatch] = self._receive("sent", self.spec["next"], "backward", microbatch)
 
     def send_forward(self, microbatch: int) -> None:
         """Start sending an activation to the stage after."""
-        self._send(self.outgoing.pop(microbatch), self.spec["next"], "forward")
+        self._send(self.outgoing.pop(microbatch), self.spec["next"], "forward", microbatch)
 
     def send_backward(self, microbatch: int) -> None:
         """Start sending a gradient to the stage before."""
-        self._send(self.grad_outgoing.pop(microbatch), self.spec["previous"], "backward")
+        self._send(self.grad_outgoing.pop(microbatch), self.spec["previous"], "backward", microbatch)
 
     def wait_sends(self) -> None:
         """Wait until everything sent has left."""
@@ -167,25 +244,48 @@ class RankExecutor:
     def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int) -> None:
         """Sum elements [start, stop) of a flat gradient buffer over an axis."""
         part = self.flat[buffer][start:stop]
-        self._timed("reduce", 0, lambda: self.comm.all_reduce_(part, axis, "sum"))
+        self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(part, axis, "sum"), f"all_reduce {axis}")
+
+    def clip_gradients(self, max_norm: float) -> None:
+        """Scale all gradients so that their norm over all ranks is at most this, as torch.nn.utils does."""
+        squares = self._timed("optimizer", ONCE, self._sum_of_squares)
+        if "world" in self.groups:
+            self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(squares, "world", "sum"), WORLD_REDUCTION)
+        norm = squares.sqrt()
+        scale = torch.clamp(max_norm / (norm + _CLIP_EPSILON), max=1.0)
+        self._timed("optimizer", ONCE, lambda: [buffer.mul_(scale) for buffer in self.flat.values()])
+        self.grad_norm = float(norm)
+
+    def _sum_of_squares(self) -> Tensor:
+        """Of this rank's gradients, each divided by how many ranks hold it."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for buffer, start, stop, copies in self.spec["norm_spans"]:
+            total += torch.linalg.vector_norm(self.flat[buffer][start:stop]).double().square() / copies
+        return total
+
+    def forget(self, microbatch: int) -> None:
+        """Drop what a forward kept for a backward that does not come."""
+        del self.saved[microbatch]
 
     def scatter_gradients(self, axis: str, bucket: str) -> None:
         """This rank's part of a bucket's gradients becomes their sum over an axis."""
-        self._timed("reduce", 0, lambda: self.comm.reduce_scatter_(self.flat[bucket], axis))
+        row = self.flat[bucket]
+        self._timed("reduce", ONCE, lambda: self.comm.reduce_scatter_(row, axis), f"reduce_scatter {axis}")
 
     def reduce_part(self, axis: str, bucket: str) -> None:
         """Sum this rank's part of a bucket's gradients over another axis than that which it is split over."""
         part = self.buckets[bucket].part(self.flat[bucket])
-        self._timed("reduce", 0, lambda: self.comm.all_reduce_(part, axis, "sum"))
+        self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(part, axis, "sum"), f"all_reduce {axis}")
 
     def gather_parameters(self, axis: str, bucket: str) -> None:
         """All of a bucket's parameters, from the ranks that updated them."""
-        self._timed("reduce", 0, lambda: self.comm.all_gather_(self.buckets[bucket].weights, axis))
+        row = self.buckets[bucket].weights
+        self._timed("reduce", ONCE, lambda: self.comm.all_gather_(row, axis), f"all_gather {axis}")
 
     def update_parameters(self) -> None:
         """One optimizer step on this rank's shards."""
         if self.optimizer is not None:
-            self._timed("optimizer", 0, self.optimizer.step)
+            self._timed("optimizer", ONCE, self.optimizer.step)
 
     def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
@@ -195,25 +295,25 @@ class RankExecutor:
         step = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.step_values.items()}
         return batch, step
 
-    def _receive(self, meta: str, source: int, direction: str) -> Tensor:
+    def _receive(self, meta: str, source: int, direction: str, microbatch: int) -> Tensor:
         shape, dtype = self.spec[meta]
         buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
         group = self.groups[direction][1]
-        self._timed(f"receive_{direction}", 0, lambda: dist.recv(buffer, src=source, group=group))
+        self._timed(f"receive_{direction}", microbatch, lambda: dist.recv(buffer, src=source, group=group))
         return buffer
 
-    def _send(self, tensor: Tensor, target: int, direction: str) -> None:
+    def _send(self, tensor: Tensor, target: int, direction: str, microbatch: int) -> None:
         self._wait(direction)
         contiguous = tensor.contiguous()
         work = dist.isend(contiguous, dst=target, group=self.groups[direction][1])
-        self.sending[direction] = (work, contiguous)
+        self.sending[direction] = (work, contiguous, microbatch)
 
     def _wait(self, direction: str) -> None:
         if direction in self.sending:
-            work, _ = self.sending.pop(direction)
-            self._timed(f"send_{direction}", 0, work.wait)
+            work, _, microbatch = self.sending.pop(direction)
+            self._timed(f"send_{direction}", microbatch, work.wait)
 
-    def _timed(self, name: str, microbatch: int, run: Callable[[], Any]) -> Any:
+    def _timed(self, name: str, microbatch: int, run: Callable[[], Any], label: str = "") -> Any:
         """Run, and while measuring note when."""
         if self.events is None:
             return run()
@@ -221,8 +321,18 @@ class RankExecutor:
         start = time.perf_counter()
         result = run()
         self._synchronise()
-        self.events.append((name, start, time.perf_counter()))
+        self.events.append(Event(name, microbatch, label, start, time.perf_counter()))
         return result
+
+    @contextlib.contextmanager
+    def _named_timeouts(self) -> Iterator[None]:
+        """CollectiveTimeoutError for what gloo says when another rank did not come."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "timed out" in str(error).lower():
+                raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"]) from error
+            raise
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -275,6 +385,11 @@ class RankExecutor:
         self.groups.clear()
         self.comm.release()
 
+    def trace(self, batch: Tree) -> Tree:
+        """A step that trains, with what this rank did in it from when all ranks were ready."""
+        loss, start_s, events = traced_step(self, batch)
+        return {"loss": loss, "stage": self.stage, "start_s": start_s, "events": [tuple(event) for event in events]}
+
     def measure(self, request: Tree) -> Tree:
         """Time and memory of this rank, for ``compare``."""
         return measure(self, request)
@@ -298,14 +413,29 @@ def _load(source: str) -> SimpleNamespace:
 
 
 def _groups(described: Mapping[str, list[list[int]]], rank: int) -> dict[str, tuple[list[int], Any]]:
-    """name -> (ranks, process group) of this rank; every rank makes every group, in the same order."""
+    """name -> (ranks, process group) of this rank; every rank makes every group, in the same order.
+
+    "world" is the default group, which torch.distributed calls None.
+    """
     mine: dict[str, tuple[list[int], Any]] = {}
     for name, members in described.items():
         for ranks in members:
-            group = dist.new_group(ranks) if len(ranks) > 1 else None
+            group = _new_group(ranks) if len(ranks) > 1 and name != "world" else None
             if rank in ranks:
                 mine[name] = (ranks, group)
     return mine
+
+
+def _new_group(ranks: list[int]) -> Any:
+    """In the order given, which is that of the axis: a placement need not count upwards."""
+    return dist.new_group(ranks) if ranks == sorted(ranks) else dist.new_group(ranks, sort_ranks=False)
+
+
+def _limit_waiting(groups: Sequence[Any], timeout_s: float | None) -> None:
+    """Bound the collectives of the default group (None) and others, once everybody has joined them."""
+    if timeout_s is not None and dist.is_initialized():
+        for group in dict.fromkeys((None, *groups)):
+            set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
 
 def _gradient_buffers(

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from autopar.runtime.comm import Comm
 
 if TYPE_CHECKING:
-    from autopar.runtime.executor import RankExecutor
+    from autopar.runtime.executor import Event, RankExecutor
 
 Tree = Any
 PHASE_STEPS = 3
@@ -68,16 +68,29 @@ def _phases(executor: RankExecutor, batch: Tree) -> dict[str, float]:
     for _ in range(PHASE_STEPS):
         seconds, events = _step_with_events(executor, batch)
         totals[STEP] += seconds
-        for name, start, end in events:
-            totals[name] += end - start
+        for event in events:
+            totals[event.name] += event.end_s - event.start_s
     return {name: total / PHASE_STEPS for name, total in totals.items()}
 
 
-def _step_with_events(executor: RankExecutor, batch: Tree) -> tuple[float, list[tuple[str, float, float]]]:
-    events: list[tuple[str, float, float]] = []
+def _step_with_events(executor: RankExecutor, batch: Tree) -> tuple[float, list[Event]]:
+    events: list[Event] = []
     executor.events = events
     try:
         return _timed_step(executor, batch), events
+    finally:
+        executor.events = None
+
+
+def traced_step(executor: RankExecutor, batch: Tree) -> tuple[float, float, list[Event]]:
+    """(loss, when it began, what was done) of one step from the moment all ranks are ready."""
+    events: list[Event] = []
+    if executor.world_size > 1:
+        dist.barrier()
+    start_s = time.perf_counter()
+    executor.events = events
+    try:
+        return executor.step(batch), start_s, events
     finally:
         executor.events = None
 
@@ -120,9 +133,9 @@ def _kinds(executor: RankExecutor, batch: Tree, kinds: Tree) -> dict[str, float]
         kind = op_kind(event, known)
         if kind is not None:
             totals[kind] += (event.device_time_total if executor.device.type == "cuda" else event.cpu_time_total) * 1e-6
-    for name, start, end in events:
-        if name.startswith(RECEIVE):
-            totals[RECEIVE] += end - start
+    for timed in events:
+        if timed.name.startswith(RECEIVE):
+            totals[RECEIVE] += timed.end_s - timed.start_s
     totals[OUTSIDE] = max(0.0, seconds - sum(totals.values()))
     return dict(totals)
 

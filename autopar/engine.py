@@ -1,0 +1,234 @@
+"""Engine: a compiled model and the ranks that run it, whoever drives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from autopar.batch import check_batch, rows_of_replica
+from autopar.link import Linked
+from autopar.options import Options, check_target
+from autopar.payload import model_tensors, rank_batch, rank_payload
+from autopar.planning import Planned, plan_model
+from autopar.ranks import Ranks, agree_with_rank_0, is_main, process_index, start_ranks, under_launcher
+from autopar.runtime.comm import join_shards
+from cost_model.cluster import Cluster
+from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
+from cost_model.estimate import Estimate
+from cost_model.placement import Shard, parse_placement
+from cost_model.plan import Plan
+from passes.trace import batch_spec
+
+
+class Engine:
+    """A model, its plan, and the ranks that hold its program and its shards.
+
+    plan, estimate: what was chosen and what it should cost (BatchError before the first batch is known);
+    code(rank): that rank's program; full_state_dict(): whole parameters and buffers by the model's own names;
+    close(): end the ranks. Usable as a context manager. notes: everything that was decided silently elsewhere.
+    """
+
+    def __init__(self, model: nn.Module, cluster: Cluster, options: Options) -> None:
+        check_target(model, cluster)
+        self._model, self._cluster, self._options = model, cluster, options
+        self._planned: Planned | None = None
+        self._ranks: Ranks | None = None
+        self._loaded, self._closed = False, False
+
+    @property
+    def is_main(self) -> bool:
+        """True in a plain process and on rank 0 of a launched job."""
+        return is_main()
+
+    @property
+    def cluster(self) -> Cluster:
+        return self._cluster
+
+    @property
+    def planned(self) -> Planned:
+        """Plan, estimate and program together; BatchError before the first batch is known."""
+        if self._planned is None:
+            raise BatchError("nothing is planned yet: pass inputs to autopar.compile, or call step(batch) once")
+        return self._planned
+
+    @property
+    def plan(self) -> Plan:
+        return self.planned.plan
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.planned.estimate
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.estimate.notes
+
+    @property
+    def _linked(self) -> Linked:
+        return self.planned.linked
+
+    def prepare(self, inputs: Any) -> None:
+        """Plan for this global batch and verify the program; done by the first ``step`` if not before."""
+        self._check_open()
+        if self._options.local_batches and not under_launcher():
+            raise ConfigError(
+                "this process feeds all ranks, so it needs whole batches: use local_batches under torchrun"
+            )
+        if under_launcher():
+            self._planned = self._agreed(inputs)
+        else:
+            self._planned = plan_model(self._model, self._cluster, inputs, self._options)
+        self._linked.verify()
+
+    def _agreed(self, inputs: Any) -> Planned:
+        """The plan of rank 0; without one, nothing is left joined."""
+        self._running()
+        try:
+            return plan_model(self._model, self._cluster, inputs, self._options, agree_with_rank_0)
+        except AutoparError:
+            self._stop()
+            raise
+
+    def code(self, rank: int) -> str:
+        """The Python program of one rank."""
+        if not 0 <= rank < self._cluster.num_devices:
+            raise ConfigError(f"there is no rank {rank}: ranks are 0..{self._cluster.num_devices - 1}")
+        return self._linked.source(rank)
+
+    def summary(self) -> str:
+        """Plan and estimate as text."""
+        from autopar.report import plan_text
+
+        return plan_text(self.planned, self._cluster)
+
+    def batch_tensors(self, batch: Any) -> dict[str, Tensor]:
+        """The batch's tensor leaves by path, checked against the plan."""
+        found, planned = batch_spec(batch), self._linked.traced.spec
+        if self._options.local_batches:
+            planned = rows_of_replica(planned, self.plan.dp)
+        check_batch(found, planned)
+        return found.tensors()
+
+    def sent_parts(self, batch: Any) -> dict[int, dict[str, Tensor]]:
+        """``parts`` of a batch that has been checked, everything planned and loaded for it."""
+        self._check_open()
+        if self._planned is None:
+            if self._options.local_batches:
+                raise BatchError(
+                    "a batch of one replica says nothing of the global one: pass inputs to autopar.compile"
+                )
+            self.prepare(batch)
+        tensors = self.batch_tensors(batch)
+        if not self._loaded:
+            self._check_batches(self._load(), tensors)
+        return self.parts(tensors)
+
+    def _check_batches(self, ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
+        """Once: that ranks were given the same batch, or those of a replica the same part."""
+        if not self._options.local_batches:
+            ranks.check_same("batch", tensors, "pass the same global batch on every rank: autopar splits it")
+            return
+        advice = "pass the same samples on all ranks of a replica: those with one exe.data_parallel_rank"
+        ranks.check_same("batch", tensors, advice, self.data_parallel_rank)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many parts the samples of a step are loaded in: the replicas with local_batches, else one."""
+        return self.plan.dp if self._options.local_batches else 1
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of these parts this process loads."""
+        return self._linked.coordinates[process_index()][1] if self._options.local_batches else 0
+
+    def parts(self, batch: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """What each rank fed by this process reads of a global batch."""
+        hosted = self._running().hosted
+        return {rank: rank_batch(self._linked, rank, batch) for rank in hosted}
+
+    def call(self, method: str, payloads: Mapping[int, Any] | None = None) -> list[Any]:
+        """Call a method on every rank, with a payload for each that this process feeds; load the program if need be."""
+        self._check_open()
+        ranks = self._running() if self._loaded else self._load()
+        return ranks.call(method, payloads or self._to_all(None))
+
+    def call_alike(self, method: str, payload: Any) -> list[Any]:
+        """Call a method on every rank with the same payload."""
+        return self.call(method, self._to_all(payload))
+
+    def _to_all(self, payload: Any) -> dict[int, Any]:
+        return dict.fromkeys(self._running().hosted, payload)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the executable is closed; compile again to train on")
+
+    def _running(self) -> Ranks:
+        if self._ranks is None:
+            self._ranks = start_ranks(self._cluster)
+        return self._ranks
+
+    def _load(self) -> Ranks:
+        """Give every rank its program and its shards of the weights; all processes must hold the same weights."""
+        tensors = model_tensors(self._model, self._linked)
+        ranks = self._running()
+        seeded = "call torch.manual_seed before building the model, or load one checkpoint, on every rank"
+        ranks.check_same("model", tensors, seeded)
+        saved, timeout_s = self._model.state_dict().keys(), self._options.timeout_s
+        ranks.load(
+            {
+                rank: rank_payload(
+                    self._linked, rank, tensors, self.planned.optimizer, self._device(rank), saved, timeout_s
+                )
+                for rank in ranks.hosted
+            }
+        )
+        self._loaded = True
+        return ranks
+
+    def _device(self, rank: int) -> str:
+        if self._cluster.backend == "gloo":
+            return "cpu"
+        return f"cuda:{torch.cuda.current_device() if under_launcher() else rank}"
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Whole parameters and buffers, trained so far, by every name of the model's own state dict."""
+        current = dict(self._model.state_dict())
+        if not self._loaded:
+            return {name: tensor.detach().clone() for name, tensor in current.items()}
+        trained = self._gathered()
+        aliases = self._linked.traced.aliases
+        return {n: trained.get(aliases.get(n, n), t).detach().clone() for n, t in current.items()}
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """Parameters joined from the shards of every stage's first replica."""
+        states = self.call("state")
+        whole: dict[str, Tensor] = {}
+        for stage, part in enumerate(self._linked.stages):
+            ranks = [self._linked.program.devices[(stage, 0, t)] for t in range(self.plan.tp)]
+            for shard in part.shards:
+                if shard.name in states[ranks[0]]["params"]:
+                    pieces = [states[r]["params"][shard.name] for r in ranks]
+                    place = parse_placement(shard.placement)
+                    split = isinstance(place, Shard) and self.plan.tp > 1
+                    whole[shard.name] = join_shards(pieces, place.dim, place.outer) if split else pieces[0]  # type: ignore[union-attr]
+        return whole
+
+    def close(self) -> None:
+        """End all ranks; may be called again."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._ranks is not None:
+            ranks, self._ranks = self._ranks, None
+            ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

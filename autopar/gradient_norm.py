@@ -1,0 +1,70 @@
+"""The norm of all gradients of a program whose ranks hold copies of some: what each rank adds, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from cost_model.ops import OpCall, price_of
+from cost_model.placement import Shard, parse_placement
+from cost_model.program import Collective, OpCost
+from cost_model.tensor import TensorMeta
+
+if TYPE_CHECKING:
+    from autopar.link import Linked, LinkedStage
+
+NORM = Collective("all_reduce", "world", 8)
+"""Of the sum of squares, one float64, in every step that clips."""
+
+
+def norm_spans(linked: Linked, stage: int, dp_index: int) -> list[tuple[str, int, int, int]]:
+    """(gradient buffer, start, stop, copies) of neighbours alike; copies: how many ranks hold the same gradient.
+
+    Replicas hold the same where ZeRO does not split it, and so do the shards of the tp axis where a parameter is whole,
+    and the stages that a tied parameter is in. A rank counts its squares divided by the copies.
+    """
+    part, dp = linked.stages[stage], linked.plan.dp
+    copies = _copies(linked, part)
+    found: list[tuple[str, int, int, int]] = []
+    for buffer, names in part.layout:
+        end = 0
+        for count, run in groupby(names, lambda name: dp * copies[name]):
+            start, end = end, end + sum(part.metas[name].numel for name in run)
+            found.append((buffer, start, end, count))
+    for bucket in part.code.buckets:
+        own = dp_index * bucket.part.numel if bucket.zero == 1 else 0  # where its part begins in the buffer it holds
+        pieces = bucket.pieces(dp_index) if bucket.trainable else ()
+        for count, group in groupby(pieces, lambda piece: copies[piece.parameter]):
+            neighbours = list(group)
+            first, last = neighbours[0], neighbours[-1]
+            found.append((bucket.name, own + first.offset, own + last.offset + last.numel, count))
+    return found
+
+
+def _copies(linked: Linked, part: LinkedStage) -> dict[str, int]:
+    """Parameter -> ranks of one replica that hold the same gradient of it."""
+    tp = linked.plan.tp
+    held = [{shard.name for shard in other.shards} for other in linked.stages]
+    return {
+        shard.name: (1 if isinstance(parse_placement(shard.placement), Shard) else tp)
+        * (sum(shard.name in names for names in held) if shard.tied else 1)
+        for shard in part.shards
+        if shard.trainable
+    }
+
+
+def clip_costs(part: LinkedStage) -> Iterator[OpCost]:
+    """Reading every gradient for the norm, and scaling it."""
+    alone = [(dtype, sum(part.metas[name].numel for name in names)) for dtype, names in part.layout]
+    for dtype, count in alone:
+        yield from _norm_and_scale(TensorMeta((count,), dtype), TensorMeta((count,), dtype))
+    for bucket in part.code.buckets:
+        if bucket.gradients is not None:
+            yield from _norm_and_scale(bucket.part, bucket.gradients)
+
+
+def _norm_and_scale(read: TensorMeta, scaled: TensorMeta) -> Iterator[OpCost]:
+    norm = OpCall("aten.sum.default", (read,), (TensorMeta((), read.dtype),), {})
+    scale = OpCall("aten.mul_.Scalar", (scaled,), (scaled,), {})
+    yield from (cost for cost in (price_of(norm), price_of(scale)) if cost is not None)
