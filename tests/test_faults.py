@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from models import example_gpt
-from parity import SGD, cpu_cluster
+from parity import SGD, cpu_cluster, reference
 from processes import all_gone, descendants
 from regression import BATCH, TWO, Regression
 
@@ -58,6 +58,27 @@ def test_a_killed_worker_is_named_soon_and_closes_the_executable() -> None:
         for use in (lambda: exe.step(BATCH), exe.full_state_dict):
             with pytest.raises(ClosedError, match="rank 1 was killed by signal 9.*compile again"):
                 use()
+
+
+def test_a_worker_killed_while_checkpoints_are_written_leaves_the_last_whole_one(tmp_path: Path) -> None:
+    before, losses = workers(), []
+    with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD) as exe:
+        losses.append(exe.step(BATCH))
+        exe.save(tmp_path)
+        started = [pid for pid in workers() if pid not in before]
+        threading.Timer(0.2, os.kill, (started[0], signal.SIGKILL)).start()
+        begin = time.monotonic()
+        with pytest.raises(WorkerError, match=r"rank 0 was killed by signal 9"):
+            while time.monotonic() < begin + 30.0:
+                losses.append(exe.step(BATCH))
+                exe.save(tmp_path)
+    with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD, parallelism=autopar.Parallelism(pp=2)) as exe:
+        exe.load(tmp_path)
+        loss = exe.step(BATCH)
+        assert 1 <= exe.steps - 1 <= len(losses)
+    expected, _ = reference(Regression(), BATCH, SGD, len(losses) + 1)
+    assert losses == pytest.approx(expected[:-1], rel=1e-4, abs=1e-7)
+    assert loss == pytest.approx(expected[exe.steps - 1], rel=1e-4, abs=1e-7)
 
 
 def test_a_stuck_worker_ends_the_step_after_the_timeout() -> None:
