@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autopar.runtime.executor import Event
+from autopar.runtime.measure import Event
 from cost_model.cluster import Cluster
 from cost_model.program import Program
 from cost_model.simulate import STREAMS, chrome_trace, simulate

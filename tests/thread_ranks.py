@@ -123,7 +123,7 @@ class ThreadRanks:
 
     def load(self, payloads: Mapping[int, Any]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(executor, "_groups", _groups)
+            patch.setattr(executor, "make_groups", _groups)
             patch.setattr(executor, "Comm", lambda rank, axes, groups: ThreadComm(self.wires, rank, axes))
             self.executors = [ThreadExecutor(rank, 1, copy.deepcopy(payloads[rank])) for rank in self.hosted]
         for each in self.executors:

@@ -1,4 +1,4 @@
-"""Buckets on one rank: parameters in a row whose state is split over the dp axis."""
+"""Rows on one rank: flat gradient buffers, and buckets of parameters whose state is split over the dp axis."""
 
 from __future__ import annotations
 
@@ -67,3 +67,21 @@ class HeldBucket:
             count = int(torch.Size(shape).numel())
             found[name] = row[offset : offset + count].view(shape)
         return found
+
+
+def gradient_buffers(
+    layout: tuple[tuple[str, tuple[str, ...]], ...], params: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One flat buffer per dtype, in the given order of parameters, and each parameter's view into it."""
+    flat: dict[str, Tensor] = {}
+    views: dict[str, Tensor] = {}
+    for dtype, names in layout:
+        total = sum(params[n].numel() for n in names)
+        first = params[names[0]]
+        flat[dtype] = torch.zeros(total, dtype=first.dtype, device=first.device)
+        offset = 0
+        for name in names:
+            count = params[name].numel()
+            views[name] = flat[dtype][offset : offset + count].view(params[name].shape)
+            offset += count
+    return flat, views

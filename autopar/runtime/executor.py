@@ -6,43 +6,28 @@ Receives plain data only (source text, tensors, numbers), so it runs the same in
 from __future__ import annotations
 
 import contextlib
-import datetime
 import linecache
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 
 from autopar.runtime import kernels
-from autopar.runtime.buckets import HeldBucket
+from autopar.runtime.buckets import HeldBucket, gradient_buffers
 from autopar.runtime.comm import Comm
-from autopar.runtime.measure import measure, traced_step
+from autopar.runtime.groups import limit_waiting, make_groups
+from autopar.runtime.measure import ONCE, Event, measure, traced_step
 from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
 WORLD_REDUCTION = "all_reduce world"
-ONCE = -1  # the microbatch of what is done once per step
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
-
-
-class Event(NamedTuple):
-    """Something a rank did, from start to end on its own clock, seconds.
-
-    label: its name in the trace of the estimate, where that is another.
-    """
-
-    name: str
-    microbatch: int
-    label: str
-    start_s: float
-    end_s: float
 
 
 class RankExecutor:
@@ -55,11 +40,11 @@ class RankExecutor:
         self.module = _load(payload["source"])
         self.params: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
         self.buffers: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
-        self.groups = _groups(payload["groups"], rank)
-        _limit_waiting([group for _, group in self.groups.values()], payload["timeout_s"])
+        self.groups = make_groups(payload["groups"], rank)
+        limit_waiting([group for _, group in self.groups.values()], payload["timeout_s"])
         axes = {name: ranks for name, (ranks, _) in self.groups.items()}
         self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
-        self.flat, self.grads = _gradient_buffers(payload["gradients"], self.params)
+        self.flat, self.grads = gradient_buffers(payload["gradients"], self.params)
         self.updated = {name: self.params[name] for name in self.grads}
         self.buckets = {b["name"]: HeldBucket(b, self.dp_index, self.device) for b in payload.pop("buckets")}
         for name, bucket in self.buckets.items():
@@ -410,47 +395,3 @@ def _load(source: str) -> SimpleNamespace:
     namespace: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), namespace)
     return SimpleNamespace(**{k: v for k, v in namespace.items() if not k.startswith("__")})
-
-
-def _groups(described: Mapping[str, list[list[int]]], rank: int) -> dict[str, tuple[list[int], Any]]:
-    """name -> (ranks, process group) of this rank; every rank makes every group, in the same order.
-
-    "world" is the default group, which torch.distributed calls None.
-    """
-    mine: dict[str, tuple[list[int], Any]] = {}
-    for name, members in described.items():
-        for ranks in members:
-            group = _new_group(ranks) if len(ranks) > 1 and name != "world" else None
-            if rank in ranks:
-                mine[name] = (ranks, group)
-    return mine
-
-
-def _new_group(ranks: list[int]) -> Any:
-    """In the order given, which is that of the axis: a placement need not count upwards."""
-    return dist.new_group(ranks) if ranks == sorted(ranks) else dist.new_group(ranks, sort_ranks=False)
-
-
-def _limit_waiting(groups: Sequence[Any], timeout_s: float | None) -> None:
-    """Bound the collectives of the default group (None) and others, once everybody has joined them."""
-    if timeout_s is not None and dist.is_initialized():
-        for group in dict.fromkeys((None, *groups)):
-            set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
-
-
-def _gradient_buffers(
-    layout: tuple[tuple[str, tuple[str, ...]], ...], params: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One flat buffer per dtype, in the given order of parameters, and each parameter's view into it."""
-    flat: dict[str, Tensor] = {}
-    views: dict[str, Tensor] = {}
-    for dtype, names in layout:
-        total = sum(params[n].numel() for n in names)
-        first = params[names[0]]
-        flat[dtype] = torch.zeros(total, dtype=first.dtype, device=first.device)
-        offset = 0
-        for name in names:
-            count = params[name].numel()
-            views[name] = flat[dtype][offset : offset + count].view(params[name].shape)
-            offset += count
-    return flat, views

@@ -6,7 +6,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from autopar.runtime.comm import Comm
 
 if TYPE_CHECKING:
-    from autopar.runtime.executor import Event, RankExecutor
+    from autopar.runtime.executor import RankExecutor
 
 Tree = Any
 PHASE_STEPS = 3
@@ -26,6 +26,20 @@ RECEIVE = "receive"
 OTHER = "other"
 OUTSIDE = "outside ops"
 _ROOT = "autopar.step"
+ONCE = -1  # the microbatch of what is done once per step
+
+
+class Event(NamedTuple):
+    """Something a rank did, from start to end on its own clock, seconds.
+
+    label: its name in the trace of the estimate, where that is another.
+    """
+
+    name: str
+    microbatch: int
+    label: str
+    start_s: float
+    end_s: float
 
 
 def measure(executor: RankExecutor, request: Tree) -> Tree:
