@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from autopar.planner.space import LocalModel, ModelSpace, renaming
+from autopar.report import bytes_text
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
 from cost_model.plan import Parallelism, Plan, StagePlan
@@ -72,6 +73,21 @@ def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) 
         raise BatchError(
             f"{share} cannot be cut into microbatches of {size}; microbatch_size can be {', '.join(fits[-6:])}"
         )
+
+
+# --- What a plan should not leave unsaid
+
+
+def plan_notes(plan: Plan, cap_bytes: int, cluster: Cluster) -> tuple[str, ...]:
+    """A cap that the devices do not have, and devices that all do the same."""
+    notes = []
+    smallest = min(device.memory_bytes for device in cluster.devices)
+    if cap_bytes > smallest:
+        notes.append(f"the memory cap of {bytes_text(cap_bytes)} is more than a device's {bytes_text(smallest)}")
+    shards = any("S(" in label for stage in plan.stages for label in stage.choices.values())
+    if plan.tp > 1 and not shards:
+        notes.append(f"nothing is split along tp: the {plan.tp} devices of each tp group do the same work")
+    return tuple(notes)
 
 
 # --- A plan from elsewhere

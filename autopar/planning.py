@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from autopar.checks import check_pins, check_plan, check_trains
+from autopar.checks import check_pins, check_plan, check_trains, plan_notes
 from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
@@ -23,7 +23,8 @@ from autopar.planner.search import Infeasible, Pins, Solution, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.progress import planning_progress
-from autopar.runtime.optim import OptimizerSpec, capture, is_elementwise
+from autopar.runtime.optim import OptimizerSpec, capture
+from autopar.runtime.probe import is_elementwise, is_separable
 from cost_model.cluster import Cluster
 from cost_model.errors import InfeasiblePlanError, UnsupportedError
 from cost_model.estimate import Estimate
@@ -151,7 +152,8 @@ class Job:
 
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""
-        plan, linked, notes = decision.plan, self.linked(decision.plan), (*self.notes, *decision.notes)
+        plan, linked = decision.plan, self.linked(decision.plan)
+        notes = (*self.notes, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
         estimate = estimate_program(linked.program, self.cluster, plan, notes, decision.search_s, decision.gap)
         return Planned(plan, estimate, linked, self.optimizer)
 
@@ -176,9 +178,14 @@ class Job:
             one_of_each = {name: meta for meta, name in reversed(tuple(sample.items()))}
             price = price_optimizer(self.optimizer, one_of_each, device=self.cluster.devices[0].kind)
         priced_bytes = sum(m.nbytes for m in sample)
-        sharded = self.optimizer is None or is_elementwise(self.optimizer)
+        sharded = self.optimizer is None or (self.separable and is_elementwise(self.optimizer))
         if not sharded:
             self.notes = (*self.notes, "the optimizer is not elementwise: parameters are not split along tp")
+        if not self.separable:
+            self.notes = (
+                *self.notes,
+                "the optimizer couples parameters (a norm over all?): all are on every rank, pp=1",
+            )
         return ModelSpace(
             self.traced,
             self.analysis,
@@ -186,8 +193,25 @@ class Job:
             price,
             max(priced_bytes, 1),
             sharded=sharded,
-            divisible=self.optimizer is None or is_elementwise(self.optimizer, flat=True),
+            divisible=self.optimizer is None or (sharded and is_elementwise(self.optimizer, flat=True)),
         )
+
+    @cached_property
+    def separable(self) -> bool:
+        """Whether stages may update their parameters apart."""
+        return self.optimizer is None or is_separable(self.optimizer)
+
+    def _stages(self, pinned: int | None) -> int | None:
+        """The pin of pp, one for an optimizer that needs all parameters. Errors: UnsupportedError."""
+        if self.separable:
+            return pinned
+        if pinned not in (None, 1):
+            assert self.optimizer is not None
+            raise UnsupportedError(
+                f"pp={pinned} splits the parameters over stages, but {self.optimizer.path} updates one by what it sees "
+                "of others (a norm over all gradients?); leave pp None"
+            )
+        return 1
 
     def solve(self) -> Solution:
         """The search's answer. Errors: InfeasiblePlanError."""
@@ -204,7 +228,7 @@ class Job:
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,
-                pins=Pins(pins.dp, pins.tp, pins.pp, pins.microbatch_size, pins.schedule),
+                pins=Pins(pins.dp, pins.tp, self._stages(pins.pp), pins.microbatch_size, pins.schedule),
                 confirm=self._peaks,
                 progress=report,
             )
@@ -284,6 +308,7 @@ class Job:
     def _check(self, plan: Plan) -> None:
         """A given plan must be for this model, cluster and batch, and fit."""
         check_plan(plan, self.space, self.options.parallelism)
+        self._stages(plan.pp)
         cap = self.options.memory_cap_bytes
         cap = plan.memory_cap_bytes if cap is None else cap
         needed = max(peak.memory.total_bytes for peak in self._stage_peaks(plan))

@@ -75,6 +75,7 @@ class LocalRanks:
     """All ranks as worker processes of this one."""
 
     def __init__(self, cluster: Cluster) -> None:
+        _check_devices(cluster)
         self.pool = WorkerPool(cluster.num_devices, backend=cluster.backend)
         self.hosted: Sequence[int] = range(cluster.num_devices)
 
@@ -89,6 +90,16 @@ class LocalRanks:
 
     def close(self) -> None:
         self.pool.close()
+
+
+def _check_devices(cluster: Cluster) -> None:
+    """ConfigError where a cluster of CUDA devices is not this machine."""
+    needed = sum(device.kind == "cuda" for device in cluster.devices)
+    if needed > torch.cuda.device_count():
+        raise ConfigError(
+            f"cluster {cluster.name!r} has {needed} CUDA device(s) and this machine {torch.cuda.device_count()}: start "
+            "the script there under torchrun, use autopar.estimate, or run on autopar.Cluster.local(n)"
+        )
 
 
 class LaunchedRank:

@@ -8,18 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from autopar.planning import Planned
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
 from cost_model.placement import Placement, Replicate, Shard, Varying, parse_placement
 from cost_model.plan import Plan, folded, split_number
 from cost_model.program import Block, Collective, ParameterShard, Program, StageProgram
+
+if TYPE_CHECKING:
+    from autopar.planning import Planned
 
 WIDTH = 100
 _MIB = 2**20

@@ -26,6 +26,7 @@ from passes.clean import clean
 from passes.detach import detach
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
+from passes.watch import ValueWatch, check_hooks, no_own_backward
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 _DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -70,9 +71,11 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model = model
         self._loss_fn, self._spec = loss_fn, spec
+        self.watch = ValueWatch()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        outputs = self.model(*args, **kwargs)
+        with self.watch.over(self.model):
+            outputs = self.model(*args, **kwargs)
         if self._loss_fn is None:
             return find_loss(outputs)
         return _scalar(self._loss_fn(outputs, kwargs if self._spec.is_kwargs else args), "loss_fn")
@@ -171,17 +174,21 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
 
 
 def _traced(wrapped: _WithLoss, spec: BatchSpec) -> Traced:
+    check_hooks(wrapped.model)
     aliases = alias_map(wrapped.model)
     graph, constants = _export(wrapped, spec, spec.size, aliases)
     other_size = _second_size(spec.size)
-    notes: tuple[str, ...] = ()
+    notes = wrapped.watch.notes
     other = None
     if other_size is not None:
         try:
             with _stack_traces(False):
                 other, _ = _export(wrapped, spec, other_size, aliases)
         except TraceError as error:
-            notes = (f"the batch cannot be split: the model does not trace at batch {other_size} ({error.args[0]})",)
+            notes = (
+                *notes,
+                f"the batch cannot be split: the model does not trace at batch {other_size} ({error.args[0]})",
+            )
     merge_equal([graph] if other is None else [graph, other])
     return Traced(graph, other, aliases, constants, spec, notes)
 
@@ -232,7 +239,8 @@ def _export(
     batch = _fake_inputs(spec, size, device)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        exported = torch.export.export(module, args, kwargs, strict=False)
+        with no_own_backward():
+            exported = torch.export.export(module, args, kwargs, strict=False)
     except AutoparError:
         raise
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line

@@ -17,6 +17,7 @@ from models import example_gpt
 from parity import ADAMW, SGD, cpu_cluster
 from regression import BATCH, TWO, Regression, estimate
 from torch import Tensor, nn
+from user_optimizers import Limiting
 
 import autopar
 from autopar.planner.search import Configuration, Infeasible, Solution
@@ -274,6 +275,37 @@ def test_an_unknown_device_or_cluster_offers_the_nearest() -> None:
         )
     with pytest.raises(UnknownNameError, match="did you mean 'dgx2-v100-32gb'"):
         autopar.Cluster.load("dgx2-v100-32g")
+
+
+def test_an_optimizer_that_couples_parameters_keeps_them_in_one_stage() -> None:
+    clipped = functools.partial(Limiting, lr=0.1)
+    found = estimate(Regression(), optimizer=clipped)
+    assert found.plan.pp == 1 and any("couples parameters" in note for note in found.notes)
+    held = [text for key, text in found.plan.stages[0].choices.items() if key.startswith("input:")]
+    assert not any("S(" in text for text in held)
+    with pytest.raises(UnsupportedError, match=r"pp=2 splits the parameters.*Limiting.*leave pp None"):
+        estimate(Regression(), optimizer=clipped, pp=2)
+    given = estimate(Regression(), pp=2).plan
+    with pytest.raises(UnsupportedError, match=r"pp=2 splits the parameters"):
+        estimate(Regression(), optimizer=clipped, plan=given)
+
+
+def test_a_cap_beyond_the_device_and_idle_devices_are_said() -> None:
+    notes = estimate(Regression(), memory_cap="1PiB", tp=2).notes
+    assert any("the memory cap of 1024 TiB is more than a device's" in note for note in notes)
+    assert not any("do the same work" in note for note in notes)
+    odd = {name: torch.zeros(7, 3) for name in ("x", "y")}
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+    alone = estimate(model, (odd["x"],), loss_fn=lambda outputs, _: outputs.pow(2).mean(), tp=2)
+    assert any("the 2 devices of each tp group do the same work" in note for note in alone.notes)
+
+
+def test_a_cluster_of_gpus_is_not_run_on_a_machine_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cluster = autopar.Cluster.load("p3.8xlarge", num_devices=4)
+    with autopar.compile(Regression(), cluster, BATCH) as exe:
+        with pytest.raises(ConfigError, match=r"4 CUDA device\(s\) and this machine 1.*autopar.estimate"):
+            exe.step(BATCH)
 
 
 def test_parameters_stay_whole_under_an_optimizer_that_is_not_elementwise() -> None:

@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from autopar.runtime.channel import decode, encode
-from autopar.runtime.optim import OptimizerSpec, build, capture, is_elementwise
+from autopar.runtime.optim import OptimizerSpec, build, capture
+from autopar.runtime.probe import is_elementwise, is_separable
 from cost_model.errors import ConfigError, UnsupportedError
 
 HERE = Path(__file__).resolve().parent
@@ -277,3 +278,17 @@ def test_own_optimizers_are_judged_by_what_they_do() -> None:
     assert is_elementwise(partial(own.Signed, lr=0.1))
     assert not is_elementwise(own.Trusting)
     assert not is_elementwise(captured(own.Trusting))
+    assert not is_elementwise(own.Limiting)
+
+
+@pytest.mark.parametrize(
+    "factory", [*ELEMENTWISE.values(), torch.optim.Adafactor, own.Trusting], ids=[*ELEMENTWISE, "adafactor", "trusting"]
+)
+def test_most_optimizers_update_each_parameter_by_itself(factory: Any) -> None:
+    assert is_separable(captured(factory))
+
+
+@pytest.mark.parametrize("factory", [own.Clipping, own.Limiting, own.Adding], ids=lambda kind: kind.__name__)
+def test_what_couples_parameters_is_found(factory: Any) -> None:
+    """``Limiting`` does so at large gradients only."""
+    assert is_separable(captured(factory)) == (factory is own.Adding)

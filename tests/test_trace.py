@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +353,67 @@ def test_seven_billion_parameters_on_the_meta_device() -> None:
     assert int(calls) > 500
     assert float(seconds) < 30
     assert int(resident_kib) < 2 * 2**20
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class _Odd(nn.Module):
+    """Does one odd thing in forward."""
+
+    def __init__(self, odd: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.odd, self.calls = nn.Linear(4, 4), odd, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(self, self.inner(x)).pow(2).mean()
+
+
+def _hooked(model: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient * 0.1)
+    return h
+
+
+def _counted(model: Any, h: torch.Tensor) -> torch.Tensor:
+    model.calls += 1
+    return h * model.calls
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [(lambda _, h: _Own.apply(h), "_Own is an autograd.Function"), (_hooked, r"gradient hook on a tensor \[8, 4\]")],
+    ids=["function", "tensor hook"],
+)
+def test_a_backward_of_the_users_own_is_refused(odd: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        trace(_Odd(odd), (torch.zeros(8, 4),))
+    assert torch.autograd.Function.apply.__qualname__ == "Function.apply" and torch.Tensor.register_hook is REGISTER
+
+
+REGISTER = torch.Tensor.register_hook
+
+
+@pytest.mark.parametrize("where", ["module", "parameter"])
+def test_backward_hooks_are_refused(where: str) -> None:
+    model = _Odd(lambda _, h: h)
+    if where == "module":
+        model.inner.register_full_backward_hook(lambda *_: None)
+    else:
+        model.inner.weight.register_hook(lambda gradient: gradient * 0.1)
+    with pytest.raises(UnsupportedError, match=f"{where} 'inner.*' has a backward hook"):
+        trace(model, (torch.zeros(8, 4),))
+
+
+def test_values_that_forward_changes_are_noted() -> None:
+    notes = trace(_Odd(_counted), (torch.zeros(8, 4),)).notes
+    assert any("'calls'" in note for note in notes)
+    assert any("random" in note for note in trace(_Odd(lambda _, h: h * random.random()), (torch.zeros(8, 4),)).notes)
+    assert not trace(_Odd(lambda _, h: h), (torch.zeros(8, 4),)).notes

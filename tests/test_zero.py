@@ -20,7 +20,7 @@ from user_optimizers import MatricesDecay, by_ndim
 import autopar
 from autopar.options import Options
 from autopar.planning import Planned, plan_model
-from autopar.runtime.optim import is_elementwise
+from autopar.runtime.probe import is_elementwise
 from cost_model.errors import ConfigError, ParallelismError, UnsupportedError, VerificationError
 from cost_model.plan import Parallelism
 from cost_model.program import Bucket, Collective

@@ -141,6 +141,15 @@ class Clipping(Optimizer):
             p.addcdiv_(p.grad, total)
 
 
+class Limiting(SGD):
+    """Clips by the norm of all gradients, which is rarely reached."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 1e4)
+        return super().step(closure)
+
+
 class TwoPasses(Optimizer):
     """All means, then all parameters; nothing is kept in between."""
 

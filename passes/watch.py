@@ -1,0 +1,88 @@
+"""Watch: what a trace would lose without a word is refused or noted: backwards and hooks of the user's own, and
+Python values that forward changes or draws."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from torch import nn
+
+from cost_model.errors import UnsupportedError
+
+_MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_REGISTER = ("register_hook", "register_post_accumulate_grad_hook")
+_NUMBERS = (bool, int, float)
+
+
+def check_hooks(model: nn.Module) -> None:
+    """UnsupportedError where gradients of modules or parameters go through the user's own hooks."""
+    owners = [("module", name or "itself", m, _MODULE_HOOKS) for name, m in model.named_modules()]
+    owners += [("parameter", name, p, _TENSOR_HOOKS) for name, p in model.named_parameters()]
+    for what, name, owner, attributes in owners:
+        if any(getattr(owner, attribute, None) for attribute in attributes):
+            raise UnsupportedError(
+                f"{what} {name!r} has a backward hook, which a program made ahead of time does not call; "
+                "remove it, and state what it does in forward or in the optimizer"
+            )
+
+
+@contextmanager
+def no_own_backward() -> Iterator[None]:
+    """While a model is traced: UnsupportedError from autograd Functions and from hooks on tensors.
+
+    Only the forward of either is traced, and its derivative would take the place of the user's backward.
+    """
+
+    def refuse_function(cls: type, *_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"{cls.__qualname__} is an autograd.Function: its backward is lost when a model is traced; state it with "
+            "differentiable calls (a straight-through estimator: x + (f(x) - x).detach())"
+        )
+
+    def refuse_hook(tensor: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(
+            f"forward puts a gradient hook on a tensor {list(tensor.shape)}, which is lost when a model is traced; "
+            "state what it does in forward or in the optimizer"
+        )
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function)):
+        with mock.patch.object(torch.Tensor, _REGISTER[0], refuse_hook):
+            with mock.patch.object(torch.Tensor, _REGISTER[1], refuse_hook):
+                yield
+
+
+class ValueWatch:
+    """Python values that forward changes or draws, as notes. torch.export puts changed attributes back, so that the
+    traced function itself has to look."""
+
+    def __init__(self) -> None:
+        self.notes: tuple[str, ...] = ()
+
+    @contextmanager
+    def over(self, model: nn.Module) -> Iterator[None]:
+        """Around one run of forward."""
+        before, drawn = _numbers(model), random.getstate()
+        yield
+        found = [
+            f"forward changes the number {name!r}: every step uses the value it had when the model was traced"
+            for name, value in _numbers(model).items()
+            if before.get(name, value) != value
+        ]
+        if random.getstate() != drawn:
+            found.append("forward draws from Python's random: every step uses what was drawn when it was traced")
+        self.notes = tuple(found)
+
+
+def _numbers(model: nn.Module) -> dict[str, bool | int | float]:
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, _NUMBERS) and not name.startswith("_")
+    }
