@@ -112,7 +112,8 @@ class LaunchedRank:
         self.executor: RankExecutor | None = None
 
     def load(self, payloads: Mapping[int, Any]) -> None:
-        self.executor = RankExecutor(self.rank, self.world_size, payloads[self.rank])
+        own = {part: {n: t.clone() for n, t in payloads[self.rank][part].items()} for part in ("params", "buffers")}
+        self.executor = RankExecutor(self.rank, self.world_size, {**payloads[self.rank], **own})
 
     def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
         mine = getattr(self.executor, method)(payloads[self.rank])

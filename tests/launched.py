@@ -65,13 +65,22 @@ def trains() -> None:
         first |= {"is_main": exe.is_main, "plan": exe.plan.to_json(), "notes": exe.notes}
     left_by_close = not dist.is_initialized()
     dist.init_process_group("gloo")
-    with compiled(None, dp=2) as exe:
+    model = Regression()
+    with compiled(None, model=model, dp=2) as exe:
         second = [exe.step(BATCH) for _ in range(STEPS)]
     kept_by_close = dist.is_initialized()
     dist.destroy_process_group()
     NEVER_CLOSED.append(compiled(dp=2))
     NEVER_CLOSED[0].step(BATCH)
-    save({"first": first, "second": second, "left_by_close": left_by_close, "kept_by_close": kept_by_close})
+    save(
+        {
+            "first": first,
+            "second": second,
+            "left_by_close": left_by_close,
+            "kept_by_close": kept_by_close,
+            "model": model.state_dict(),
+        }
+    )
 
 
 def refuses() -> None:

@@ -74,6 +74,7 @@ def test_both_ranks_train_what_one_device_trains(tmp_path: Path) -> None:
         assert seen["first"]["losses"] == pytest.approx(losses, rel=1e-5)
         assert seen["second"] == pytest.approx(losses, rel=1e-5)
         assert largest_error(seen["first"]["state"], trained.state_dict()) < 1e-5
+        assert largest_error(seen["model"], Regression().state_dict()) == 0, "the script's own model is left as it was"
         assert (seen["first"]["is_main"], seen["left_by_close"], seen["kept_by_close"]) == (rank == 0, True, True)
     one, two = seen_by_ranks(tmp_path)
     assert all(torch.equal(one["first"]["state"][name], tensor) for name, tensor in two["first"]["state"].items())
