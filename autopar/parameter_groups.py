@@ -27,31 +27,38 @@ class ParameterGroups(Optimizer):
         shared = {n: v for n, v in spec.arguments.items() if all(n in group.options for group in spec.groups)}
         super().__init__(groups, dict(shared))
         self._names = [tuple(group.options) for group in spec.groups]
-        self._sent = self._trees()
+        self._sent = self._copies()
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: ranks update the parameters. Schedulers ask that it is called before they are."""
 
     def changes(self) -> dict[int, Any]:
-        """Options of groups that have changed since they were last asked for, as ``set_group_options`` takes them."""
-        now = self._trees()
-        changed = {index: tree for index, tree in now.items() if not _same(tree, self._sent[index])}
-        self._sent = now
+        """Options that have changed since they were last asked for, by group, as ``set_group_options`` takes them.
+
+        Those alone: optimizers that count in their groups do so on the ranks.
+        """
+        before, self._sent = self._sent, self._copies()
+        changed = {}
+        for index, (old, new) in enumerate(zip(before, self._sent, strict=True)):
+            other = {name: value for name, value in new.items() if not _same(value, old[name])}
+            if other:
+                changed[index] = options_to_tree(other)
         return changed
 
     def restore(self, groups: Mapping[int, Any]) -> None:
         """Take options that ranks hold already."""
         for index, tree in groups.items():
             self.param_groups[index].update(options_from_tree(tree))
-        self._sent = self._trees()
+        self._sent = self._copies()
 
-    def _trees(self) -> dict[int, Any]:
-        groups = enumerate(zip(self.param_groups, self._names, strict=True))
-        return {index: options_to_tree({name: group[name] for name in names}) for index, (group, names) in groups}
+    def _copies(self) -> list[dict[str, Any]]:
+        """The options of each group, as plain values of their own."""
+        groups = zip(self.param_groups, self._names, strict=True)
+        return [options_from_tree(options_to_tree({name: group[name] for name in names})) for group, names in groups]
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two trees of plain values and tensors are equal."""
+    """Whether two plain values are equal."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, Mapping) and isinstance(other, Mapping):

@@ -13,6 +13,7 @@ from parity import ADAMW, SGD, cpu_cluster
 from regression import BATCH, TWO, Regression
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
+from user_optimizers import Counting
 
 import autopar
 from autopar.checkpoint import LATEST
@@ -122,6 +123,18 @@ def test_groups_can_be_changed_by_hand_and_by_schedulers_of_ones_own(tmp_path: P
         rates.step()
         if step == 1:
             update.param_groups[1]["momentum"] = 0.5
+
+
+def test_what_an_optimizer_counts_in_its_groups_is_its_own(tmp_path: Path) -> None:
+    """Neither a scheduler, which sends learning rates, nor a checkpoint resets it."""
+    halving = functools.partial(StepLR, step_size=1, gamma=0.5)
+    with compiled(Regression(), BATCH, 2, optimizer=Counting, scheduler=halving, dp=2) as exe:
+        losses = [exe.step(BATCH) for _ in range(3)]
+        exe.save(tmp_path)
+    with compiled(Regression(), BATCH, 2, optimizer=Counting, scheduler=halving, pp=2) as exe:
+        exe.load(tmp_path)
+        losses += [exe.step(BATCH) for _ in range(2)]
+    assert losses == pytest.approx(one_device(Regression(), BATCH, lambda p: Counting(list(p)), halving, 5), rel=1e-5)
 
 
 def test_random_states_of_data_loading_go_on(tmp_path: Path) -> None:

@@ -214,3 +214,19 @@ class MatricesDecay(SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 p.sub_((p.grad + 0.1 * p * (p.ndim > 1)) * group["lr"])
+
+
+class Counting(SGD):
+    """Slows down by a count that it keeps in its groups."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.setdefault("count", 0)
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            given, group["lr"] = group["lr"], group["lr"] / group["count"]
+            super().step()
+            group["lr"] = given
