@@ -20,7 +20,7 @@ from passes.graph import ModelGraph
 from passes.specialise import BatchMismatchError, specialise
 from passes.trace import Traced
 
-_LARGEST_ELEMENTS = 2**22  # computed in about a tenth of a second
+_LARGEST_ELEMENTS = 2**21  # computed in about a twentieth of a second
 
 
 def check_constant(
