@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -60,6 +61,29 @@ def test_a_killed_worker_is_named_soon_and_closes_the_executable() -> None:
                 use()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pins", [{"dp": 2}, {"tp": 2}, {"pp": 2, "microbatch_size": 2}], ids=str)
+def test_a_worker_killed_at_any_moment_is_named_soon(pins: dict[str, int]) -> None:
+    """In forward, backward, transfers, reduction or update, as it comes; never the rank that only lost it."""
+    model, batch = example_gpt()
+    draw = random.Random(str(pins))
+    for _ in range(7):
+        victim, before = draw.randrange(2), workers()
+        parallelism = autopar.Parallelism(**pins)
+        with autopar.compile(model, cpu_cluster(2), batch, optimizer=SGD, parallelism=parallelism) as exe:
+            exe.step(batch)
+            started = [pid for pid in workers() if pid not in before]
+            delay_s = draw.uniform(0.0, 0.2)
+            threading.Timer(delay_s, os.kill, (started[victim], signal.SIGKILL)).start()
+            begin = time.monotonic()
+            with pytest.raises(WorkerError, match=rf"^rank {victim} was killed by signal 9"):
+                while time.monotonic() < begin + 30.0:
+                    exe.step(batch)
+            assert time.monotonic() < begin + delay_s + 5.0
+            assert all_gone(started)
+
+
+@pytest.mark.slow
 def test_a_worker_killed_while_checkpoints_are_written_leaves_the_last_whole_one(tmp_path: Path) -> None:
     before, losses = workers(), []
     with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD) as exe:

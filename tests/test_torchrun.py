@@ -183,6 +183,7 @@ def check_curve(folder: Path) -> None:
     assert all(one[0] - following[0] < 2 for one, following in zip(taken, taken[1:], strict=False)), repeated
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
     """Rank 0 is killed while it writes the second one."""
     code, output = finish("resumes:0:write_data", tmp_path, restarts=1)
