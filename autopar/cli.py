@@ -1,4 +1,4 @@
-"""The command line: autopar estimate | plan | compare | explain MODEL --cluster C, thin over the library."""
+"""The command line, thin over the library: autopar estimate | plan | compare | explain MODEL, autopar profile."""
 
 from __future__ import annotations
 
@@ -74,20 +74,30 @@ class Explain(Command):
     """What a plan is bound by, and the best plans of other kinds; nothing is run."""
 
 
+@dataclass(frozen=True)
+class ProfileCommand:
+    """Measure this machine's ranks and links, all at once; the result is kept and --cluster local uses it."""
+
+    num_devices: Annotated[int, arg(metavar="N", help="ranks to measure at the same time")]
+    save: Annotated[Path | None, arg(metavar="FILE", help="write the measured cluster to this TOML file too")] = None
+    json: Annotated[bool, arg(help="print JSON and nothing else on standard output")] = False
+
+
 _COMMANDS = (
     Annotated[Estimate, subcommand("estimate")]
     | Annotated[PlanCommand, subcommand("plan")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[ProfileCommand, subcommand("profile")]
 )
 
 
-def _parse(argv: Sequence[str]) -> Command:
+def _parse(argv: Sequence[str]) -> Command | ProfileCommand:
     """The command; SystemExit (0 for help, 2 for a wrong line) as tyro raises it."""
     parsed = tyro.cli(
         cast(Any, _COMMANDS), args=argv, prog="autopar", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    return cast(Command, parsed)
+    return cast(Command | ProfileCommand, parsed)
 
 
 # --- The user's model
@@ -187,22 +197,24 @@ def _made(spec: str, factory: Callable[[], Any]) -> Loaded:
 
 @dataclass(frozen=True)
 class Answer:
-    """text for people, tree for JSON, and the plan that --save writes."""
+    """text for people, tree for JSON, and the plan that --save writes, if there is one."""
 
     text: str
     tree: dict[str, Any]
-    plan: Plan
+    plan: Plan | None
 
 
-def run(command: Command) -> Answer:
+def run(command: Command | ProfileCommand) -> Answer:
     """Do what a command asks. Errors: every AutoparError."""
     if command.save is not None and not command.save.absolute().parent.is_dir():
         raise ConfigError(f"cannot save to {str(command.save)!r}: its folder does not exist; make it first")
+    if isinstance(command, ProfileCommand):
+        return _profile(command)
     keywords = _keywords(command)
     cluster = _cluster(command)
     with loaded(command.model) as user:
         answer = _RUNS[type(command)](command, cluster, user, {**keywords, "loss_fn": user.loss_fn})
-    if command.save is not None:
+    if command.save is not None and answer.plan is not None:
         _save(answer.plan, command.save)
     return answer
 
@@ -262,6 +274,13 @@ def _explain(command: Command, cluster: autopar.Cluster, user: Loaded, keywords:
     return Answer(found.summary(), found.as_dict(), found.chosen.plan)
 
 
+def _profile(command: ProfileCommand) -> Answer:
+    from autopar.profile import profile
+
+    found = profile(command.num_devices, command.save)
+    return Answer(found.summary(), found.as_dict(), None)
+
+
 _Run = Callable[[Command, autopar.Cluster, Loaded, dict[str, Any]], Answer]
 _RUNS: dict[type[Command], _Run] = {Estimate: _estimate, PlanCommand: _plan, Compare: _compare, Explain: _explain}
 
@@ -296,7 +315,7 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails at exit
 
 
-def _parsed_with_json(line: Sequence[str]) -> Command:
+def _parsed_with_json(line: Sequence[str]) -> Command | ProfileCommand:
     """As ``_parse``, with a wrong line reported on standard output too."""
     said = io.StringIO()
     try:

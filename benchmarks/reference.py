@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reference_a64fx import A64fx
 from reference_autodist import AutoDistPipeline, AutoDistTensor
+from reference_megatron import Megatron
 from reference_networks import Networks
 from reference_tables import Prediction, Table
 
-TABLES: tuple[type[Table], ...] = (AutoDistTensor, AutoDistPipeline, Networks)
+TABLES: tuple[type[Table], ...] = (AutoDistTensor, AutoDistPipeline, Megatron, Networks, A64fx)
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "reference"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,10 @@ _BLOCK = {
     "form:add_1": "R",
     "form:linear_3": "R",
 }
+_FUSED = {**{key: label for key, label in _BLOCK.items() if key[3:7] not in ("dete", "gt", "gt_1", "gt_2", "mask")}}
+_FUSED |= {"op:mul": "S(1) -> S(1)", "op:mul_1": "R -> R", "op:mul_2": "R -> R"}
+for _gone in ("op:mul_3", "form:softmax", "form:linear_1", "form:linear_3"):
+    del _FUSED[_gone]
 _ENDS = {
     "op:embedding": "S(0) V -> P",
     "op:add": "P P -> P",
@@ -134,7 +138,7 @@ class Builder:
         ends = _stage_ends(parts, layout.cuts)
         microbatches, rest = divmod(self.batch, layout.dp * layout.microbatch)
         assert not rest, layout
-        choices = _choices(parts) if layout.tp > 1 else [{} for _ in parts]
+        choices = _choices(parts, _FUSED if self.shape.fused else _BLOCK) if layout.tp > 1 else [{} for _ in parts]
         stages = tuple(
             StagePlan(first, last, {k: v for own in choices[first:last] for k, v in own.items()})
             for first, last in zip((0, *ends), ends, strict=False)
@@ -172,18 +176,18 @@ def _stage_ends(parts: tuple[Segment, ...], cuts: tuple[int, ...]) -> tuple[int,
     return (*ends[:-1], len(parts))
 
 
-def _choices(parts: tuple[Segment, ...]) -> list[Mapping[str, str]]:
+def _choices(parts: tuple[Segment, ...], block: Mapping[str, str]) -> list[Mapping[str, str]]:
     first = next(part for part in parts if _is_block(part))
-    return [_of_block(first, part) if _is_block(part) else _of_end(part) for part in parts]
+    return [_of_block(first, part, block) if _is_block(part) else _of_end(part) for part in parts]
 
 
 def _is_block(part: Segment) -> bool:
     return any(node.startswith("softmax") for node in part.nodes)
 
 
-def _of_block(first: Segment, part: Segment) -> dict[str, str]:
+def _of_block(first: Segment, part: Segment, block: Mapping[str, str]) -> dict[str, str]:
     rename = renaming(first, part)
-    return {rename(variable): label for variable, label in _BLOCK.items()}
+    return {rename(variable): label for variable, label in block.items()}
 
 
 def _of_end(part: Segment) -> dict[str, str]:
@@ -193,3 +197,13 @@ def _of_end(part: Segment) -> dict[str, str]:
         if (label := _ENDS.get(f"op:{base}")) is not None:
             found[f"op:{node}"] = label
     return found
+
+
+def stretched(program: Program, pp: int) -> Program:
+    """A pipeline of three stages with its middle one repeated: equal stages are built once."""
+    assert program.pp == 3 and pp >= 3
+    first, middle, last = program.stages
+    inner = tuple(replace(middle, stage=stage) for stage in range(1, pp - 1))
+    cells = [(s, d, t) for s in range(pp) for d in range(program.dp) for t in range(program.tp)]
+    devices = {cell: index for index, cell in enumerate(cells)}
+    return replace(program, pp=pp, stages=(first, *inner, replace(last, stage=pp - 1)), devices=devices)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
-_ROUNDS, _STEP, _ENOUGH = 60, 1e-3, 1e-7
+_ROUNDS, _STEP, _ENOUGH = 30, 1e-3, 1e-5
 
 
 def fit(

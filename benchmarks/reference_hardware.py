@@ -102,20 +102,30 @@ class Work:
 
     def __init__(self, program: Program, *, streams: bool = False) -> None:
         self.program, self.streams = program, streams
-        self.stages = [_StageWork.of(stage) for stage in program.stages]
+        self.stages: list[_StageWork] = []
+        self.equal: list[int] = []  # for each stage, the first one with the same work
+        for stage in program.stages:
+            blocks = [(s.forward.instructions, s.backward.instructions, s.step) for s in program.stages]
+            own = blocks[len(self.equal)]
+            same = next(k for k, other in enumerate(blocks) if all(a is b for a, b in zip(other, own, strict=True)))
+            self.equal.append(same)
+            self.stages.append(_StageWork.of(stage) if same == len(self.stages) else self.stages[same])
 
     def seconds(self, cluster: Cluster) -> float:
         """Equal to ``simulate(program, cluster, streams=streams).step_time_s``."""
+        return step_time_s(self.program, self.prices(cluster), streams=self.streams)
+
+    def prices(self, cluster: Cluster) -> list[StagePrice]:
+        """Equal to ``price_stages(program, cluster)``, but for kinds."""
         known: dict[tuple[int, int], StagePrice] = {}
         prices = []
         for index, work in enumerate(self.stages):
             place = self.program.devices[index, 0, 0]
-            same = next((k for k in range(index) if self.stages[k] == work), index)
-            key = (same if cluster.matrix is None else index, id(cluster.devices[place]))
+            key = (self.equal[index] if cluster.matrix is None else index, id(cluster.devices[place]))
             if key not in known:
                 known[key] = self._price(work, index, cluster, cluster.devices[place])
             prices.append(replace(known[key], **self._transfers(index, cluster)))
-        return step_time_s(self.program, prices, streams=self.streams)
+        return prices
 
     def _price(self, work: _StageWork, index: int, cluster: Cluster, device: Device) -> StagePrice:
         def messages_s(collectives: Iterable[tuple[Collective, int]]) -> float:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Extents of a GPT. vocab 0: no embedding of tokens and no head; the loss is a mean over the last activation."""
+    """Extents of a GPT. vocab 0: no embedding of tokens and no head; the loss is a mean over the last activation.
+
+    fused: scale, mask and softmax in one kernel and masks of dropout that are not kept, as Megatron-LM has them.
+    """
 
     layers: int
     hidden: int
@@ -24,6 +27,7 @@ class Shape:
     seq: int
     vocab: int
     dropout: bool = True
+    fused: bool = False
 
 
 class Dropout(nn.Module):
@@ -34,23 +38,40 @@ class Dropout(nn.Module):
         return x * keep
 
 
+class FusedDropout(nn.Module):
+    """Reads x and writes the product; its mask is drawn inside and drawn again backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.9
+
+
+def _dropout(shape: Shape) -> nn.Module:
+    if not shape.dropout:
+        return nn.Identity()
+    return FusedDropout() if shape.fused else Dropout()
+
+
 class Attention(nn.Module):
     """Causal self-attention whose scores, probabilities and mask are tensors in memory."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.width = shape.heads, shape.hidden
+        self.heads, self.width, self.fused = shape.heads, shape.hidden, shape.fused
         self.qkv = nn.Linear(shape.hidden, 3 * shape.hidden)
         self.out = nn.Linear(shape.hidden, shape.hidden)
-        self.dropout: nn.Module = Dropout() if shape.dropout else nn.Identity()
+        self.dropout = _dropout(shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        time = x.size(1)
         query, key, value = (self._heads(part) for part in self.qkv(x).split(self.width, dim=2))
-        future = torch.ones(time, time, dtype=torch.bool, device=x.device).triu(1)
-        scores = (query * 0.125) @ key.transpose(2, 3)
-        weights = self.dropout(F.softmax(scores.masked_fill(future, -1e4), dim=3))
+        weights = self.dropout(F.softmax(self._scores(query, key), dim=3))
         return self.out((weights @ value).transpose(1, 2).flatten(2))
+
+    def _scores(self, query: Tensor, key: Tensor) -> Tensor:
+        if self.fused:
+            return query @ key.transpose(2, 3)
+        time = query.size(2)
+        future = torch.ones(time, time, dtype=torch.bool, device=query.device).triu(1)
+        return ((query * 0.125) @ key.transpose(2, 3)).masked_fill(future, -1e4)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -64,7 +85,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(shape.hidden), nn.LayerNorm(shape.hidden)
         self.attention = Attention(shape)
         self.up, self.down = nn.Linear(shape.hidden, 4 * shape.hidden), nn.Linear(4 * shape.hidden, shape.hidden)
-        self.dropout: nn.Module = Dropout() if shape.dropout else nn.Identity()
+        self.dropout = _dropout(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x)))

@@ -96,9 +96,10 @@ def _freeing(forward: Block, dropped: Collection[str]) -> Block:
 def _with_forward(stage: StageProgram, chosen: Collection[int], outside: Collection[str]) -> tuple[Instruction, ...]:
     """The backward, with each chosen segment's forward before its first instruction."""
     again: dict[int, list[Instruction]] = {segment: [] for segment in chosen}
+    made = _made_by_segment(stage.forward)
     for instruction in stage.forward.instructions:
         if instruction.segment in chosen:
-            frees = tuple(s for s in instruction.frees if s not in outside and _is_own(stage, s, instruction.segment))
+            frees = tuple(s for s in instruction.frees if s not in outside and made.get(s) == instruction.segment)
             again[instruction.segment].append(replace(instruction, frees=frees))
     instructions: list[Instruction] = []
     for instruction in stage.backward.instructions:
@@ -106,7 +107,3 @@ def _with_forward(stage: StageProgram, chosen: Collection[int], outside: Collect
         instructions.append(instruction)
     assert not again, again
     return tuple(instructions)
-
-
-def _is_own(stage: StageProgram, storage: str, segment: int) -> bool:
-    return _made_by_segment(stage.forward).get(storage) == segment
