@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,10 +115,7 @@ def _fitted(program: Program, cap_bytes: float) -> Program | None:
         if low > len(blocks):
             return None
         stages.append(recomputed_stage(stage, blocks[:low]))
-    made = Program(
-        program.dp, program.tp, program.pp, program.microbatches, program.schedule, tuple(stages), program.devices
-    )
-    return synchronised(made)
+    return synchronised(replace(program, stages=tuple(stages)))
 
 
 def _divisors(count: int) -> list[int]:

@@ -142,6 +142,7 @@ class Work:
             to_next_s=0.0,
             from_next_s=0.0,
             step_collectives_s=tuple(self._message_s(c, index, cluster) for c in work.once_collectives),
+            step_gathers_s=tuple(self._message_s(c, index, cluster) for c in work.gathers),
             optimizer_s=_ops_s(device, work.once),
             optimizer_kinds_s={},
         )
@@ -181,11 +182,14 @@ class _StageWork:
     backward: _BlockWork
     once: Counter[OpCost]
     once_collectives: tuple[Collective, ...]
+    gathers: tuple[Collective, ...]
 
     @staticmethod
     def of(stage: StageProgram) -> _StageWork:
         forward, backward = _BlockWork.of(stage.forward), _BlockWork.of(stage.backward)
-        return _StageWork(forward, backward, Counter(stage.step.optimizer_costs), stage.step.collectives)
+        return _StageWork(
+            forward, backward, Counter(stage.step.optimizer_costs), stage.step.collectives, stage.step.gathers
+        )
 
 
 def _ops_s(device: Device, costs: Counter[OpCost]) -> float:
