@@ -65,6 +65,11 @@ def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) 
     dp, size = pins.dp or 1, pins.microbatch_size or 1
     if analysis.reason is not None and (dp > 1 or pins.microbatch_size not in (None, batch)):
         raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
+    if analysis.synchronised and pins.microbatch_size not in (None, batch // dp):
+        raise ParallelismError(
+            f"batch norm needs the statistics of the whole batch, so each of dp={dp} replicas has one microbatch, of "
+            f"{batch // dp} samples; leave microbatch_size None"
+        )
     if batch % dp:
         raise BatchError(f"a batch of {batch} does not divide among dp={dp} replicas; change the batch or dp")
     if (batch // dp) % size:

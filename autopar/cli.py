@@ -1,4 +1,4 @@
-"""The command line, thin over the library: autopar estimate | plan | compare | explain MODEL, autopar profile."""
+"""The command line, thin over the library: autopar estimate | plan | compare | explain MODEL, profile, coverage."""
 
 from __future__ import annotations
 
@@ -83,21 +83,31 @@ class ProfileCommand:
     json: Annotated[bool, arg(help="print JSON and nothing else on standard output")] = False
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """Every op that may be split, with its factor map on an example call."""
+
+    json: Annotated[bool, arg(help="print JSON and nothing else on standard output")] = False
+
+
 _COMMANDS = (
     Annotated[Estimate, subcommand("estimate")]
     | Annotated[PlanCommand, subcommand("plan")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Explain, subcommand("explain")]
     | Annotated[ProfileCommand, subcommand("profile")]
+    | Annotated[Coverage, subcommand("coverage")]
 )
 
+AnyCommand = Command | ProfileCommand | Coverage
 
-def _parse(argv: Sequence[str]) -> Command | ProfileCommand:
+
+def _parse(argv: Sequence[str]) -> AnyCommand:
     """The command; SystemExit (0 for help, 2 for a wrong line) as tyro raises it."""
     parsed = tyro.cli(
         cast(Any, _COMMANDS), args=argv, prog="autopar", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    return cast(Command | ProfileCommand, parsed)
+    return cast(AnyCommand, parsed)
 
 
 # --- The user's model
@@ -204,8 +214,10 @@ class Answer:
     plan: Plan | None
 
 
-def run(command: Command | ProfileCommand) -> Answer:
+def run(command: AnyCommand) -> Answer:
     """Do what a command asks. Errors: every AutoparError."""
+    if isinstance(command, Coverage):
+        return _coverage()
     if command.save is not None and not command.save.absolute().parent.is_dir():
         raise ConfigError(f"cannot save to {str(command.save)!r}: its folder does not exist; make it first")
     if isinstance(command, ProfileCommand):
@@ -217,6 +229,12 @@ def run(command: Command | ProfileCommand) -> Answer:
     if command.save is not None and answer.plan is not None:
         _save(answer.plan, command.save)
     return answer
+
+
+def _coverage() -> Answer:
+    from autopar.coverage import coverage_text, coverage_tree
+
+    return Answer(coverage_text(), coverage_tree(), None)
 
 
 def _keywords(command: Command) -> dict[str, Any]:
@@ -315,7 +333,7 @@ def _show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails at exit
 
 
-def _parsed_with_json(line: Sequence[str]) -> Command | ProfileCommand:
+def _parsed_with_json(line: Sequence[str]) -> AnyCommand:
     """As ``_parse``, with a wrong line reported on standard output too."""
     said = io.StringIO()
     try:

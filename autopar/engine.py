@@ -209,6 +209,7 @@ class Engine:
         whole: dict[str, Tensor] = {}
         for stage, part in enumerate(self._linked.stages):
             ranks = [self._linked.program.devices[(stage, 0, t)] for t in range(self.plan.tp)]
+            whole.update(states[ranks[0]]["changed"])
             for shard in part.shards:
                 if shard.name in states[ranks[0]]["params"]:
                     pieces = [states[r]["params"][shard.name] for r in ranks]

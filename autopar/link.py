@@ -98,8 +98,8 @@ class Linked:
 
     @cached_property
     def first_holder(self) -> dict[str, int]:
-        """Parameter, buffer or constant -> the first stage that holds it."""
-        holders: dict[str, int] = {}
+        """Parameter, buffer or constant -> the first stage that holds it; every stage holds the counters."""
+        holders = dict.fromkeys(self.traced.counters, 0)
         for index, stage in enumerate(self.stages):
             for item in (*stage.code.inputs, *stage.prologue_inputs):
                 holders.setdefault(item.target, index)
@@ -182,7 +182,7 @@ class Linker:
         zeros: frozenset[str] = frozenset(),
     ) -> StageCode:
         stage, whole = plan.stages[index], self.traced.global_graph.batch
-        cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole)
+        cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole, plan.dp)
         return build_stage(
             cut,
             stage.choices,
@@ -293,7 +293,10 @@ def _persistent(traced: Traced, stage: LinkedStage, dp: int) -> tuple[Value, ...
         meta = whole.tensor(item.node)
         metas[item.node] = replace(meta, shape=(meta.shape[0] // dp, *meta.shape[1:])) if own_rows else meta
     values = [Value(name, meta, name, meta.nbytes) for name, meta in metas.items()]
-    return (*values, *stage.code.constants)
+    code = stage.code
+    changed = [(i.target, code.metas[i.node]) for i in code.inputs if i.target in code.updates]
+    values += [Value(f"new {name}", meta, f"new {name}", meta.nbytes) for name, meta in changed]
+    return (*values, *code.constants)
 
 
 def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str:
@@ -309,6 +312,8 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
         max_grad_norm=linked.max_grad_norm,
         gathered=[i.target for i in linked_stage.gathered] if linked.local_batches and plan.dp > 1 else (),
         dp=plan.dp,
+        changed=linked_stage.code.updates,
+        counters=linked.traced.counters,
     )
     labels = plan.segment_labels[plan.stages[stage].first_segment : plan.stages[stage].last_segment]
     header = (

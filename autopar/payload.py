@@ -16,6 +16,7 @@ from cost_model.errors import ConfigError
 from cost_model.placement import REPLICATE, Placement, Shard
 from cost_model.prices import axis_groups
 from cost_model.program import Bucket
+from passes.graph import GraphInput
 
 
 def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
@@ -54,6 +55,8 @@ def rank_payload(
             if i.kind in ("buffer", "constant")
         }
     )
+    counters = {n: (GraphInput(n, "buffer", n, False, False), REPLICATE) for n in linked.traced.counters}
+    held = {**counters, **held}
     params = {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"}
     neighbours = {name: _neighbour(linked, stage + step, dp, tp) for name, step in (("previous", -1), ("next", 1))}
     return {
@@ -70,6 +73,8 @@ def rank_payload(
             for n, (i, p) in held.items()
             if n in saved
         },
+        "updates": code.updates,
+        "changes": (*code.updates, *linked.traced.counters),
         "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
         "norm_spans": norm_spans(linked, stage, dp),
         "groups": groups(linked),

@@ -323,7 +323,16 @@ def _analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[st
     analysis, notes = check_constant(traced, analysis, {**dict(model.named_buffers()), **traced.constants})
     if analysis.reason is not None:
         notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
+    if analysis.synchronised:
+        notes = (*notes, _synchronised_note(len(analysis.synchronised)))
     return analysis, notes
+
+
+def _synchronised_note(count: int) -> str:
+    return (
+        f"the statistics of {count} batch norm(s) are those of the global batch, as on one device: replicas exchange "
+        "them (an all_gather forward, an all_reduce backward), and each replica has one microbatch"
+    )
 
 
 def _unpriced(model: ModelGraph) -> tuple[str, ...]:

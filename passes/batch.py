@@ -33,14 +33,17 @@ class BatchAnalysis:
     hoisted: ambient nodes to compute once per step from the global batch, in execution order.
     sliced: those of them that have the batch as dim 0 and are sliced per microbatch like inputs.
     shared: (user, operand) pairs where a value that knows no batch joins a sum over it: scaled by local / global.
-    constant: (ambient node, dim) pairs assumed equal along the batch, to be checked by evaluation.
+    synchronised: calls that need statistics of all samples, which replicas exchange; each has one microbatch then.
+    constant: (ambient node, dim, outer) assumed equal along the batch, where the dim is outer x batch x inner; to be
+    checked by evaluation.
     """
 
     reason: str | None
     hoisted: tuple[str, ...] = ()
     sliced: frozenset[str] = frozenset()
     shared: frozenset[tuple[str, str]] = frozenset()
-    constant: tuple[tuple[str, int], ...] = ()
+    constant: tuple[tuple[str, int, int], ...] = ()
+    synchronised: frozenset[str] = frozenset()
 
 
 class _CannotSplit(Exception):
@@ -63,6 +66,7 @@ class _Sized:
         return "made for the batch's size"
 
 
+BATCH_NORM = "autopar.batch_norm.default"
 Place = Placement | _Global | _Sized
 _GLOBAL, _SIZED = _Global(), _Sized()
 
@@ -88,7 +92,8 @@ class _Analysis:
         self.hoisted: dict[str, None] = {}
         self.sliced: set[str] = set()
         self.shared: set[tuple[str, str]] = set()
-        self.constant: dict[tuple[str, int], None] = {}
+        self.synchronised: set[str] = set()
+        self.constant: dict[tuple[str, int, int], None] = {}
         for node, item in zip(self.sizes.placeholders(), model.inputs, strict=True):
             if item.kind == "batch" and item.batched:
                 self.places[item.node] = Shard(0)
@@ -139,6 +144,9 @@ class _Analysis:
 
     def _active(self, node: fx.Node) -> tuple[Place, ...]:
         operands, places = self._operands(node)
+        if str(node.target) == BATCH_NORM and places[0] == Shard(0):
+            self.synchronised.add(node.name)
+            return (Shard(0),)
         if any(isinstance(p, Partial) for p in places):
             return self._linear(node, operands, places)
         if any(isinstance(p, Shard) for p in places):
@@ -190,7 +198,7 @@ class _Analysis:
             self.sliced.add(operand.name)
         elif isinstance(wanted, Shard) and place == _SIZED:
             self.sizes.check(operand, (wanted,))
-            self.constant[(operand.name, wanted.dim)] = None
+            self.constant[(operand.name, wanted.dim, wanted.outer)] = None
         elif wanted == VARYING and place in (_GLOBAL, _SIZED):
             self._hoist_whole(operand)
         else:
@@ -231,7 +239,14 @@ class _Analysis:
 
     def result(self) -> BatchAnalysis:
         order = tuple(n.name for n in self.model.nodes() if n.name in self.hoisted)
-        return BatchAnalysis(None, order, frozenset(self.sliced), frozenset(self.shared), tuple(self.constant))
+        return BatchAnalysis(
+            None,
+            order,
+            frozenset(self.sliced),
+            frozenset(self.shared),
+            tuple(self.constant),
+            frozenset(self.synchronised),
+        )
 
 
 def _along(rule: FactorMap, found: tuple[str, int] | None) -> Strategy | None:

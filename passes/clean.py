@@ -7,8 +7,8 @@ global batch's, so that shards and microbatches simply add up.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
 from passes import vocabulary  # noqa: F401  (registers torch.ops.autopar)
 from passes.calls import schema_arguments
-from passes.dependence import ancestors
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
+from passes.restate import HALF, REWRITES
 from passes.rewriter import GraphBuilder
 
 aten = torch.ops.aten
@@ -30,10 +30,9 @@ _DROPPED = {
 }
 _INACTIVE = {aten.scaled_dot_product_attention.default}
 """Ops tagged as random that draw nothing by the time they are kept (dropout_p is 0)."""
-_HALF = ("float16", "bfloat16")
 
 
-class _Clean:
+class Cleaner:
     """State of one run: the graph being built and where each old node went."""
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class _Clean:
             return self._plain(node)
         if node.target in _DROPPED:
             return None
-        rewrite = _REWRITES.get(node.target)
+        rewrite = REWRITES.get(node.target)
         if rewrite is not None:
             result = rewrite(self, node, {k: self.operand(v) for k, v in schema_arguments(node).items()})
             if result is not NotImplemented:
@@ -112,8 +111,8 @@ class _Clean:
     def summed(self, node: fx.Node, source: fx.Node, dims: Any = None, keepdim: bool = False) -> fx.Node:
         """A sum, in float32 for half types, whose range and precision a long sum leaves."""
         meta = self.tensor(source)
-        dtype = "float32" if meta.dtype in _HALF else meta.dtype
-        wide = {"dtype": torch.float32} if meta.dtype in _HALF else {}
+        dtype = "float32" if meta.dtype in HALF else meta.dtype
+        wide = {"dtype": torch.float32} if meta.dtype in HALF else {}
         if not dims and not keepdim:
             made = self.call(aten.sum.default, (source,), TensorMeta((), dtype), like=node, **wide)
         else:
@@ -135,191 +134,9 @@ class _Clean:
         return made
 
 
-Rewrite = Callable[[_Clean, fx.Node, dict[str, Any]], Any]
-_REWRITES: dict[Any, Rewrite] = {}
-
-
-def _rewrites(*targets: Any) -> Callable[[Rewrite], Rewrite]:
-    def register(function: Rewrite) -> Rewrite:
-        _REWRITES.update(dict.fromkeys(targets, function))
-        return function
-
-    return register
-
-
-@_rewrites(aten.detach_.default, aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.alias.default)
-def _identity(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    return next(iter(a.values()))
-
-
-@_rewrites(aten.contiguous.default)
-def _contiguous(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    value = node.args[0].meta.get("val")  # type: ignore[union-attr]
-    return a["self"] if value is not None and value.is_contiguous() else NotImplemented
-
-
-@_rewrites(
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default
-)
-def _cast(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Only the dtype counts: devices belong to the runtime."""
-    meta = meta_of(node.meta["val"])
-    assert isinstance(meta, TensorMeta)
-    return run.cast(node, a["self"], meta.dtype)
-
-
-@_rewrites(aten.dropout.default)
-def _dropout(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    if not a["train"] or a["p"] == 0:
-        return a["input"]
-    raise UnsupportedError(
-        f"dropout with p={a['p']} is not supported yet: build the model with dropout 0 or call model.eval()"
-    )
-
-
-@_rewrites(aten.slice.Tensor)
-def _slice(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    extent = run.tensor(a["self"]).shape[a["dim"]]
-    whole = (a["start"] or 0) == 0 and (a["end"] is None or a["end"] >= extent) and a["step"] == 1
-    return a["self"] if whole else NotImplemented
-
-
-@_rewrites(
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-)
-def _view(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    """view -> reshape with its shape spelled out: local strides may not allow the view, local sizes may be 1."""
-    meta, source = meta_of(node.meta["val"]), a["self"]
-    assert isinstance(meta, TensorMeta)
-    if source.target is aten.reshape.default:
-        source = source.args[0]
-    if run.tensor(source).shape == meta.shape:
-        return source
-    return run.call(aten.reshape.default, (source, list(meta.shape)), meta, like=node)
-
-
-@_rewrites(aten.reshape.default)
-def _reshape(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    return _view(run, node, a)
-
-
-@_rewrites(aten.scaled_dot_product_attention.default)
-def _attention(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Fused attention as our op; key and value heads repeated for grouped queries.
-
-    Its kernels give no gradient of the mask, so attention with a learned mask stays as it is.
-    """
-    query, key, value = a["query"], a["key"], a["value"]
-    meta = run.tensor(query)
-    if a["dropout_p"]:
-        raise UnsupportedError(
-            f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()"
-        )
-    is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
-    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
-        return NotImplemented
-    if a["enable_gqa"]:
-        repeat = meta.shape[1] // run.tensor(key).shape[1]
-        key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
-    batch, heads, length, _ = meta.shape
-    outputs: Meta = (meta, TensorMeta((batch, heads, length), "float32" if meta.dtype != "float64" else "float64"))
-    mask = _additive(run, node, a["attn_mask"], meta.dtype)
-    args = (query, key, value, mask, a["is_causal"], a["scale"])
-    made = run.call(torch.ops.autopar.attention.default, args, outputs, like=node)
-    return run.call(operator.getitem, (made, 0), meta, like=node)
-
-
-def _additive(run: _Clean, node: fx.Node, mask: fx.Node | None, dtype: str) -> fx.Node | None:
-    """A boolean mask as what kernels take: 0 where attention is allowed, -inf elsewhere."""
-    if mask is None or run.tensor(mask).dtype != "bool":
-        return mask
-    shape = run.tensor(mask).shape
-    made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
-    return run.cast(node, made, dtype)
-
-
-def _repeat_heads(run: _Clean, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:
-    meta = run.tensor(x)
-    batch, heads, length, width = meta.shape
-    for target, arg, shape in (
-        (aten.unsqueeze.default, 2, (batch, heads, 1, length, width)),
-        (aten.expand.default, [batch, heads, repeat, length, width], (batch, heads, repeat, length, width)),
-        (aten.reshape.default, [batch, heads * repeat, length, width], (batch, heads * repeat, length, width)),
-    ):
-        x = run.call(target, (x, arg), TensorMeta(shape, meta.dtype), like=node)
-    return x
-
-
-@_rewrites(aten.cross_entropy_loss.default)
-def _cross_entropy(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    """mean -> sum / count of labels that are not ignored; both add up over shards and microbatches."""
-    logits, labels = a["self"], a["target"]
-    plain = a["weight"] is None and a["reduction"] in (1, 2) and not run.tensor(labels).is_floating
-    if not plain or len(run.tensor(logits).shape) != 2:
-        return NotImplemented
-    dtype = run.tensor(logits).dtype
-    wide = TensorMeta((), "float32" if dtype in _HALF else dtype)
-    args = (logits, labels, a["ignore_index"], a["label_smoothing"])
-    total = run.call(torch.ops.autopar.cross_entropy_sum.default, args, wide, like=node)
-    if a["reduction"] == 2:
-        return run.cast(node, total, dtype)
-    counted = TensorMeta((), "float32")
-    count = run.call(torch.ops.autopar.count_labels.default, (labels, a["ignore_index"]), counted, like=node)
-    mean = run.call(aten.div.Tensor, (total, run.cast(node, count, wide.dtype)), wide, like=node)
-    return run.cast(node, mean, dtype)
-
-
-@_rewrites(aten.mean.default, aten.mean.dim)
-def _mean(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    source, meta = a["self"], meta_of(node.meta["val"])
-    assert isinstance(meta, TensorMeta)
-    if a.get("dtype") is not None:
-        source = run.cast(node, source, meta.dtype)
-    return _divided(run, node, run.summed(node, source, a.get("dim"), a.get("keepdim", False)), source, meta)
-
-
-def _divided(run: _Clean, node: fx.Node, total: fx.Node, source: fx.Node, meta: TensorMeta) -> fx.Node:
-    """A sum of all of ``source`` made a mean by the count of the whole tensor."""
-    count = run.tensor(source).numel // max(meta.numel, 1)
-    scaled = run.call(aten.mul.Tensor, (total, 1.0 / max(count, 1)), run.tensor(total), like=node)
-    return run.cast(node, scaled, meta.dtype)
-
-
-@_rewrites(aten.mse_loss.default)
-def _mse(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    if run.tensor(a["self"]).shape != run.tensor(a["target"]).shape:
-        return NotImplemented
-    meta, result = run.tensor(a["self"]), meta_of(node.meta["val"])
-    assert isinstance(result, TensorMeta)
-    difference = run.call(aten.sub.Tensor, (a["self"], a["target"]), meta, like=node)
-    square = run.call(aten.pow.Tensor_Scalar, (difference, 2), meta, like=node)
-    if a["reduction"] == 0:
-        return square
-    total = run.summed(node, square)
-    return run.cast(node, total, meta.dtype) if a["reduction"] == 2 else _divided(run, node, total, square, result)
-
-
-@_rewrites(aten.broadcast_tensors.default)
-def _broadcast(run: _Clean, node: fx.Node, a: dict[str, Any]) -> Any:
-    metas = meta_of(node.meta["val"])
-    assert isinstance(metas, tuple)
-    made = []
-    for source, meta in zip(a["tensors"], metas, strict=True):
-        assert meta is not None
-        is_whole = run.tensor(source).shape == meta.shape
-        made.append(source if is_whole else run.call(aten.expand.default, (source, list(meta.shape)), meta, like=node))
-    return made
-
-
-def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: int) -> ModelGraph:
-    """The exported graph in autopar's vocabulary, dead code removed, its one output the loss."""
-    run = _Clean()
+def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: int, output: int = 0) -> ModelGraph:
+    """The exported graph in autopar's vocabulary, dead code removed, its one output the loss (number ``output``)."""
+    run = Cleaner()
     inputs = []
     for node in module.graph.nodes:
         if node.op != "placeholder":
@@ -332,8 +149,8 @@ def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: in
         made = run.built.placeholder(f"{node.name}_" if node.name in RESERVED else node.name, meta)
         run.mapped[node] = made
         run.trainable |= {made} if entry.trainable else set()
-        inputs.append(GraphInput(made.name, entry.kind, entry.target, entry.trainable, entry.batched))
-    loss = run.run(module.graph, module)[0]
+        inputs.append(replace(entry, node=made.name))
+    loss = run.run(module.graph, module)[output]
     graph = run.built.graph
     graph.output((loss,))
     graph.eliminate_dead_code()

@@ -23,6 +23,8 @@ RUNTIME_CALLS = {
     "autopar.attention_backward.default": "kernels.attention_backward",
     "autopar.count_labels.default": "kernels.count_labels",
     "autopar.put.default": "kernels.put",
+    "autopar.experts.default": "kernels.experts",
+    "autopar.experts_backward.default": "kernels.experts_backward",
 }
 _INDENT = "    "
 _WIDTH = 120

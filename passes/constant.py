@@ -32,7 +32,7 @@ def check_constant(
     """
     if analysis.reason is not None or not analysis.constant or traced.other is None:
         return analysis, ()
-    names = [name for name, _ in analysis.constant]
+    names = [name for name, _, _ in analysis.constant]
     known = {n: b for n, b in buffers.items() if not b.is_meta}
     unknown = _unknown(traced.global_graph, names, known)
     if unknown is not None:
@@ -44,11 +44,18 @@ def check_constant(
         () if batches[0] == traced.global_graph.batch else (f"{names[0]} was compared for {batches[0]} samples only",)
     )
     at_sizes = [_values(specialise(traced, batch), names, known) for batch in batches]
-    for name, dim in analysis.constant:
-        first = at_sizes[0][name].narrow(dim, 0, 1)
-        if not all(torch.equal(values[name], first.expand_as(values[name])) for values in at_sizes):
+    for name, dim, outer in analysis.constant:
+        seen = [_by_sample(values[name], dim, outer, b) for values, b in zip(at_sizes, batches, strict=True)]
+        first = seen[0].narrow(dim + 1, 0, 1)
+        if not all(first.shape[dim + 2] == v.shape[dim + 2] and torch.equal(v, first.expand_as(v)) for v in seen):
             return replace(analysis, reason=f"{name} tells the samples of a batch apart, or batches of two sizes"), ()
     return analysis, notes
+
+
+def _by_sample(value: Tensor, dim: int, outer: int, batch: int) -> Tensor:
+    """``dim`` seen as outer x batch x inner."""
+    inner = value.shape[dim] // (outer * batch)
+    return value.reshape(*value.shape[:dim], outer, batch, inner, *value.shape[dim + 1 :])
 
 
 def _batches(traced: Traced, names: list[str]) -> list[int]:

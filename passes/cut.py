@@ -12,37 +12,52 @@ from passes.dependence import ancestors
 from passes.graph import GraphInput, ModelGraph
 from passes.pieces import AMBIENT
 from passes.rewriter import GraphBuilder
-from passes.segment import Segment
+from passes.segment import Segment, carried_values
 
 _KIND_ORDER = {"parameter": 0, "buffer": 1, "constant": 2, "batch": 3, "step": 4, "activation": 5}
 
 
 def cut_stage(
-    model: ModelGraph, segments: tuple[Segment, ...], first: int, last: int, analysis: BatchAnalysis, global_batch: int
+    model: ModelGraph,
+    segments: tuple[Segment, ...],
+    first: int,
+    last: int,
+    analysis: BatchAnalysis,
+    global_batch: int,
+    replicas: int = 1,
 ) -> ModelGraph:
     """Segments [first, last) as a graph of their own.
 
     Its inputs are what those segments use: parameters, batch inputs, step constants and, unless it is the first
-    stage, the activation of the stage before; its output is the activation sent or the loss.
+    stage, the activation of the stage before and what is carried beside it; its outputs are the activation sent and
+    what is carried on, or the loss. Nodes of carried values have ``meta["carried"]``.
+    replicas: over which statistics of the batch are synchronised.
     """
     chosen = {name for s in segments[first:last] for name in s.nodes}
     numbers = {name: first + i for i, s in enumerate(segments[first:last]) for name in s.nodes}
     by_name = {n.name: n for n in model.graph.nodes}
     entry = segments[first].entry
-    inputs = _stage_inputs(model, by_name, chosen, entry, analysis)
+    received = (*([entry] if entry else []), *segments[first].carried)
+    inputs = _stage_inputs(model, by_name, chosen, received, analysis)
+    carried = carried_values(segments)
     built = GraphBuilder()
     mapped: dict[fx.Node, Any] = {by_name[i.node]: built.placeholder(i.node, model.metas[i.node]) for i in inputs}
-    exit_name = segments[last - 1].exit
-    for node in ancestors([by_name[exit_name]]) if chosen else []:
+    after = segments[last].carried if last < len(segments) else ()
+    exits = [by_name[name] for name in (segments[last - 1].exit, *after)]
+    for node in ancestors(exits) if chosen else []:
         if node in mapped or node.op != "call_function" or not _needed(node, chosen, mapped):
             continue
         copied = built.copy(node, mapped, model.metas[node.name])
         copied.meta["segment"] = numbers.get(node.name, AMBIENT)
+        copied.meta["carried"] = node.name in carried
+        if node.name in analysis.synchronised:
+            copied.args = (*copied.args[:-1], replicas)
         _scale_shared(built, node, copied, mapped, analysis, model.batch / global_batch)
         mapped[node] = copied
-    built.graph.output((mapped[by_name[exit_name]],))
+    outputs = tuple(mapped[node] for node in exits)
+    built.graph.output(outputs)
     built.graph.eliminate_dead_code()
-    return ModelGraph(built.graph, built.metas, inputs, (mapped[by_name[exit_name]].name,), model.batch)
+    return ModelGraph(built.graph, built.metas, inputs, tuple(n.name for n in outputs), model.batch)
 
 
 def _needed(node: fx.Node, chosen: set[str], mapped: dict[fx.Node, Any]) -> bool:
@@ -51,27 +66,31 @@ def _needed(node: fx.Node, chosen: set[str], mapped: dict[fx.Node, Any]) -> bool
 
 
 def _stage_inputs(
-    model: ModelGraph, by_name: dict[str, fx.Node], chosen: set[str], entry: str | None, analysis: BatchAnalysis
+    model: ModelGraph,
+    by_name: dict[str, fx.Node],
+    chosen: set[str],
+    received: tuple[str, ...],
+    analysis: BatchAnalysis,
 ) -> tuple[GraphInput, ...]:
-    """Walk back from the stage's calls, stopping at the activation received and at step constants."""
-    stops = {*analysis.hoisted, *([entry] if entry else [])}
+    """Walk back from the stage's calls, stopping at the activations received and at step constants."""
+    stops = {*analysis.hoisted, *received}
     known = {i.node: i for i in model.inputs}
     found: dict[str, GraphInput] = {}
     seen: set[fx.Node] = set()
-    stack = [by_name[name] for name in chosen]
+    stack = [by_name[name] for name in (*chosen, *received)]
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
         if node.name in stops:
-            kind = "activation" if node.name == entry else "step"
+            kind = "activation" if node.name in received else "step"
             found[node.name] = GraphInput(node.name, kind, node.name, False, node.name in analysis.sliced)
         elif node.op == "placeholder":
             found[node.name] = known[node.name]
         else:
             stack.extend(node.all_input_nodes)
-    order = {n.name: i for i, n in enumerate(model.graph.nodes)}
+    order = {n.name: i for i, n in enumerate(model.graph.nodes)} | {name: i for i, name in enumerate(received)}
     return tuple(sorted(found.values(), key=lambda i: (_KIND_ORDER[i.kind], order[i.node])))
 
 

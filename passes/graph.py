@@ -28,6 +28,7 @@ class GraphInput:
     from the global batch) or "activation" (received from the stage before).
     target: the model's own name for parameters and buffers; the leaf's path for batch inputs.
     batched: dim 0 is the batch.
+    changes: a buffer that a step gives a new value, which takes the place of a gradient (see ``batch_norm``).
     """
 
     node: str
@@ -35,6 +36,12 @@ class GraphInput:
     target: str
     trainable: bool
     batched: bool
+    changes: bool = False
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether backward gives it one, or a new value in place of one."""
+        return self.trainable or self.changes or self.kind == "activation"
 
 
 @dataclass(frozen=True)

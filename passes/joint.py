@@ -47,12 +47,26 @@ class Runner(fx.Interpreter):
     def __init__(self, model: ModelGraph) -> None:
         super().__init__(torch.nn.Module(), graph=model.graph)
         self.model = model
+        self.differentiated: set[str] = set()
+
+    def check_reached(self, name: str) -> None:
+        """VerificationError where a value without a gradient leads to the output through values that have one."""
+        found, by_name = {name}, {n.name: n for n in self.model.graph.nodes}
+        for node in self.model.nodes():
+            if node.name in self.differentiated and any(o.name in found for o in node.all_input_nodes):
+                found.add(node.name)
+        if self.model.outputs[0] in found:
+            users = ", ".join(str(u.target) for u in by_name[name].users)
+            raise VerificationError("gradient", f"autograd loses the gradient of {name} on its way through {users}")
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(DIFFERENTIABLE.get(target, target), args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        parts = result if isinstance(result, tuple | list) else (result,)
+        if any(isinstance(t, torch.Tensor) and t.requires_grad for t in parts):
+            self.differentiated.add(n.name)
         expected = self.model.metas.get(n.name)
         if isinstance(expected, TensorMeta) and not is_getitem(n):
             found = tuple(result.shape)
@@ -98,7 +112,11 @@ def trace_joint(model: ModelGraph, *, last: bool) -> JointGraph:
             example.append(_gradient_like(model))
         with mode:
             module = make_fx(joint)(*example)
-    return _describe(module, model, wanted, last)
+    described = _describe(module, model, wanted, last)
+    for name, gradient in described.gradients.items():
+        if gradient is None:
+            runner.check_reached(name)
+    return described
 
 
 @contextmanager
@@ -108,7 +126,7 @@ def _keep_source() -> Iterator[None]:
 
 
 def _differentiated(model: ModelGraph) -> list[int]:
-    return [i for i, item in enumerate(model.inputs) if item.trainable or item.kind == "activation"]
+    return [i for i, item in enumerate(model.inputs) if item.has_gradient]
 
 
 def _fake(model: ModelGraph, index: int, requires_grad: bool) -> torch.Tensor:

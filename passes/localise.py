@@ -72,6 +72,32 @@ def _cross_entropy(strategy: Strategy, args: tuple[Any, ...], axis: str, size: i
     return vocabulary.vocabulary_cross_entropy, (args[0], args[1], args[2], axis, size), {}
 
 
+def _grouped_convolution(target: Any, position: int) -> Callable[[Strategy, tuple[Any, ...], str, int], Call | None]:
+    """``args[position]`` is the number of groups; where they are split, each rank has its share of them."""
+
+    def localised(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+        groups, place = args[position] if len(args) > position else 1, strategy.inputs[1]
+        if groups == 1 or not (isinstance(place, Shard) and place.dim == 0 and place.outer < groups):
+            return None
+        return target, (*args[:position], groups // size, *args[position + 1 :]), {}
+
+    return localised
+
+
+def _group_norm(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+    place = strategy.inputs[0]
+    if not (isinstance(place, Shard) and place.dim == 1):
+        return None
+    return aten.group_norm.default, (args[0], args[1] // size, *args[2:]), {}
+
+
+def _experts(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+    place = strategy.inputs[3]
+    if not (isinstance(place, Shard) and place.dim == 0):
+        return None
+    return vocabulary.shard_of_experts, (*args, axis, size), {}
+
+
 _SIZES: dict[Any, Callable[[tuple[Any, ...], Meta], tuple[Any, ...]]] = {
     aten.reshape.default: _shape,
     aten.expand.default: _shape,
@@ -80,5 +106,22 @@ _SIZES: dict[Any, Callable[[tuple[Any, ...], Meta], tuple[Any, ...]]] = {
 }
 _ALGORITHMS: dict[Any, Callable[[Strategy, tuple[Any, ...], str, int], Call | None]] = {
     aten.embedding.default: _embedding,
+    aten.group_norm.default: _group_norm,
+    torch.ops.autopar.experts.default: _experts,
     torch.ops.autopar.cross_entropy_sum.default: _cross_entropy,
+    **{
+        target: _grouped_convolution(target, position)
+        for target, position in (
+            (aten.conv1d.default, 6),
+            (aten.conv2d.default, 6),
+            (aten.conv3d.default, 6),
+            (aten.conv1d.padding, 6),
+            (aten.conv2d.padding, 6),
+            (aten.conv3d.padding, 6),
+            (aten.conv_transpose1d.default, 6),
+            (aten.conv_transpose2d.input, 6),
+            (aten.conv_transpose3d.input, 6),
+            (aten.convolution.default, 8),
+        )
+    },
 }

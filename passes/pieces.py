@@ -40,7 +40,11 @@ def segment_of(node: fx.Node) -> int:
 
 
 def _is_chain(model: ModelGraph, of: dict[fx.Node, int], numbers: list[int]) -> bool:
-    """Every segment takes one value, from the segment right before; ambient values take none."""
+    """Every segment takes one value, from the segment right before (the first: what is received); ambient values take
+    none."""
+    received = {i.node for i in model.inputs if i.kind == "activation"}
+    if any(o.name in received and s != numbers[0] for n, s in of.items() for o in n.all_input_nodes):
+        return False
     before = dict(zip(numbers[1:], numbers, strict=False))
     crossing: dict[int, set[fx.Node]] = {}
     for node, segment in of.items():
@@ -90,7 +94,7 @@ def _ambient(model: ModelGraph, of: dict[fx.Node, int], wanted: tuple[str, ...])
 def piece_key(piece: ModelGraph, *, last: bool) -> str:
     """Equal for pieces whose traces are equal up to names."""
     names = {i.node: f"i{k}" for k, i in enumerate(piece.inputs)}
-    lines = [f"{names[i.node]} {i.kind} {i.trainable} {piece.metas[i.node]}" for i in piece.inputs]
+    lines = [f"{names[i.node]} {i.kind} {i.trainable} {i.changes} {piece.metas[i.node]}" for i in piece.inputs]
     for index, node in enumerate(piece.nodes()):
         args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Plain(names[n.name]))
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")

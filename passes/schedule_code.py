@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_model.program import Collective
@@ -70,6 +70,9 @@ PART_CALLS = {
 }
 
 
+NO_COUNTERS: Mapping[str, int | float] = {}
+
+
 def render_step(
     steps: Sequence[Step],
     reductions: Sequence[Reduction | PartStep],
@@ -80,18 +83,23 @@ def render_step(
     max_grad_norm: float | None = None,
     gathered: Sequence[str] = (),
     dp: int = 1,
+    changed: Sequence[str] = (),
+    counters: Mapping[str, int | float] = NO_COUNTERS,
 ) -> str:
     """``def step(run)`` and its parts: the stage's schedule, gradient reduction, the update with the gathering of
     parameters; and the schedule's forward half alone, for evaluation.
 
-    gathered: leaves of the batch that ``feed`` makes whole before, over dp replicas.
+    gathered: leaves of the batch that ``feed`` makes whole before, over dp replicas. changed: buffers that backward
+    gave a new value; counters: buffers to which a number is added.
     """
+    kept = [f'run.update_buffer("{name}")' for name in changed]
+    kept += [f'run.count("{name}", {step})' for name, step in counters.items()]
     wait = ["run.wait_sends()"] if sends else []
     clip = [] if max_grad_norm is None else [f"run.clip_gradients({max_grad_norm!r})"]
     forwards = [line for step in steps if type(step) in _FORWARDS for line in _forward_lines(step)]
     functions = {
         "feed": ("Batch inputs of all replicas.", [f'run.gather_rows("{name}", {dp})' for name in gathered]),
-        "accumulate": (doc, [_line(step) for step in steps] + wait),
+        "accumulate": (doc, [_line(step) for step in steps] + wait + kept),
         "reduce": ("Gradients of all ranks.", list(map(str, reductions))),
         "update": ("Parameters.", [*clip, "run.update_parameters()", *map(str, gathers)]),
         "step": ("One training step.", ["accumulate(run)", "reduce(run)", "update(run)"]),

@@ -1,15 +1,22 @@
-"""Segment: the forward graph as a chain, cut where one activation is live, equal blocks found by structure."""
+"""Segment: the forward graph as a chain, cut where one activation is live, equal blocks found by structure.
+
+Values that live long (an encoder's output that every decoder layer reads, a skip connection over half a network) do
+not stand in the way of cuts: they are carried along, whole on every rank, beside the one activation.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from cost_model.tensor import TensorMeta
 from passes.dependence import active_nodes, batch_nodes, receiving_nodes
 from passes.graph import ModelGraph
+
+LONG = 12
+"""Calls with parameters over which a value must live to be carried: more than any sublayer's residual spans."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,8 @@ class Segment:
 
     kind: segments of equal structure share it; nodes: names in execution order; entry: the one activation that
     comes in (None for the first); exit: the one that goes out (the loss for the last); label: for people.
+    carried: the other values that come in, for this segment (``reads``, in the order of their first use) or for later
+    ones; gives: values made here that later segments than the next read.
     """
 
     kind: str
@@ -26,6 +35,14 @@ class Segment:
     exit: str
     label: str
     parameters: tuple[str, ...] = field(default=())
+    carried: tuple[str, ...] = field(default=())
+    reads: tuple[str, ...] = field(default=())
+    gives: tuple[str, ...] = field(default=())
+
+
+def carried_values(segments: tuple[Segment, ...]) -> frozenset[str]:
+    """Everything that crosses some cut beside the one activation; it is whole on every rank wherever it is."""
+    return frozenset(name for part in segments for name in part.carried)
 
 
 def segment(model: ModelGraph) -> tuple[Segment, ...]:
@@ -35,11 +52,22 @@ def segment(model: ModelGraph) -> tuple[Segment, ...]:
     if not nodes:
         return ()
     params = {i.node for i in model.inputs if i.kind == "parameter"}
-    atoms = _merge_free(_atoms(nodes, _cuttable(model)), params)
-    shared = _shared_parameters(atoms, params)
-    kinds = [_fingerprint(model, atom, params, active, shared) for atom in atoms]
-    groups = _fold(kinds)
-    return _segments(model, atoms, groups, params, active, shared)
+    atoms = _merge_free(_atoms(model, nodes, params), params)
+    facts = _Facts(model, params, active, _shared_parameters(atoms, params), _carried(atoms))
+    groups = _fold([_fingerprint(facts, atom) for atom in atoms])
+    runs = [[n for atom in atoms[start:end] for n in atom] for start, end in groups]
+    return _segments(replace(facts, carried=_carried(runs)), runs)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """model: and what is known of its nodes by name: parameters, active calls, tied parameters, carried values."""
+
+    model: ModelGraph
+    params: set[str]
+    active: frozenset[str]
+    shared: frozenset[str]
+    carried: frozenset[str]
 
 
 def _cuttable(model: ModelGraph) -> frozenset[str]:
@@ -49,19 +77,45 @@ def _cuttable(model: ModelGraph) -> frozenset[str]:
     return (receiving_nodes(model) & batch_nodes(model) & floating) - detached
 
 
-def _atoms(nodes: list[fx.Node], cuttable: frozenset[str]) -> list[list[fx.Node]]:
-    """Runs of calls between the places where exactly one activation is live."""
+def _atoms(model: ModelGraph, nodes: list[fx.Node], params: set[str]) -> list[list[fx.Node]]:
+    """Runs of calls between the places where exactly one activation is live beside what lives long."""
+    cuttable = _cuttable(model)
     position = {n: i for i, n in enumerate(nodes)}
     last_use = {n: max((position[u] for u in n.users if u in position), default=position[n]) for n in nodes}
+    long = _long_lived(model, nodes, last_use, params)
     atoms: list[list[fx.Node]] = [[]]
     live: set[fx.Node] = set()
     for i, node in enumerate(nodes):
         atoms[-1].append(node)
         live.add(node)
         live = {n for n in live if last_use[n] > i}
-        if live == {node} and node.name in cuttable and i + 1 < len(nodes):
-            atoms.append([])
+        if node in live and live - long <= {node} and node.name in cuttable and i + 1 < len(nodes):
+            if all(model.tensor(n.name).dtype == model.tensor(node.name).dtype for n in live):
+                atoms.append([])
     return atoms
+
+
+def _long_lived(
+    model: ModelGraph, nodes: list[fx.Node], last_use: dict[fx.Node, int], params: set[str]
+) -> frozenset[fx.Node]:
+    """Floating tensors that live over more than ``LONG`` calls with parameters."""
+    before = [0]
+    for node in nodes:
+        before.append(before[-1] + any(o.name in params for o in node.all_input_nodes))
+    long = (n for i, n in enumerate(nodes) if before[last_use[n] + 1] - before[i + 1] > LONG)
+    metas = ((n, model.metas[n.name]) for n in long)
+    return frozenset(n for n, meta in metas if isinstance(meta, TensorMeta) and meta.is_floating)
+
+
+def _carried(runs: list[list[fx.Node]]) -> frozenset[str]:
+    """Values that a later run of calls reads, other than the last value of a run that only the next one reads."""
+    number = {n: k for k, run in enumerate(runs) for n in run}
+    found: set[str] = set()
+    for node, own in number.items():
+        last = max((number[u] for u in node.users if u in number), default=own)
+        if last > own + (node is runs[own][-1]):
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _merge_free(atoms: list[list[fx.Node]], params: set[str]) -> list[list[fx.Node]]:
@@ -85,10 +139,12 @@ def _shared_parameters(atoms: list[list[fx.Node]], params: set[str]) -> frozense
     return frozenset(name for name, index in seen.items() if index < 0)
 
 
-def _fingerprint(
-    model: ModelGraph, atom: list[fx.Node], params: set[str], active: frozenset[str], shared: frozenset[str]
-) -> str:
-    """Equal for atoms that run the same calls on the same shapes; a tied parameter counts by name."""
+def _fingerprint(facts: _Facts, atom: list[fx.Node], before: str = "") -> str:
+    """Equal for atoms that run the same calls on the same shapes; a tied parameter counts by name.
+
+    before: what else tells atoms apart.
+    """
+    model, params, active = facts.model, facts.params, facts.active
     local = {n: f"%{i}" for i, n in enumerate(atom)}
     outside: dict[fx.Node, str] = {}
 
@@ -97,16 +153,17 @@ def _fingerprint(
             return local[node]
         if node not in outside:
             kind = "parameter" if node.name in params else "activation" if node.name in active else "ambient"
-            identity = node.name if node.name in shared else ""
+            identity = node.name if node.name in facts.shared else "carried" if node.name in facts.carried else ""
             outside[node] = f"{kind}{len(outside)}{identity}{model.metas[node.name]}{_trainable(model, node)}"
         return outside[node]
 
-    lines = []
+    lines = [before]
     for node in atom:
         args = fx.map_arg(node.args, lambda n: _Named(name(n)))
         kwargs = fx.map_arg(dict(node.kwargs), lambda n: _Named(name(n)))
         used_later = any(u not in local for u in node.users)
-        lines.append(f"{node.target}{args}{kwargs}{model.metas[node.name]}{used_later}")
+        carried = node.name in facts.carried
+        lines.append(f"{node.target}{args}{kwargs}{model.metas[node.name]}{used_later}{carried}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
@@ -140,24 +197,35 @@ def _fold(kinds: list[str]) -> list[tuple[int, int]]:
     return before + blocks + after
 
 
-def _segments(
-    model: ModelGraph,
-    atoms: list[list[fx.Node]],
-    groups: list[tuple[int, int]],
-    params: set[str],
-    active: frozenset[str],
-    shared: frozenset[str],
-) -> tuple[Segment, ...]:
+def _segments(facts: _Facts, runs: list[list[fx.Node]]) -> tuple[Segment, ...]:
     segments: list[Segment] = []
-    for start, end in groups:
-        nodes = [n for atom in atoms[start:end] for n in atom]
+    last_run = {n.name: k for k, nodes in enumerate(runs) for o in nodes for n in o.all_input_nodes}
+    alive: dict[str, None] = {}
+    for number, nodes in enumerate(runs):
         entry = segments[-1].exit if segments else None
-        used = dict.fromkeys(o.name for n in nodes for o in n.all_input_nodes if o.name in params)
-        kind = _fingerprint(model, nodes, params, active, shared)
+        operands = dict.fromkeys(o.name for n in nodes for o in n.all_input_nodes)
+        carried = tuple(name for name in alive if last_run[name] >= number and name != entry)
+        gives = [n.name for n in nodes if n.name in facts.carried]
+        alive.update(dict.fromkeys(gives))
         segments.append(
-            Segment(kind, tuple(n.name for n in nodes), entry, nodes[-1].name, _label(nodes, model), tuple(used))
+            Segment(
+                kind=_fingerprint(facts, nodes, _entry_text(facts, entry)),
+                nodes=tuple(n.name for n in nodes),
+                entry=entry,
+                exit=nodes[-1].name,
+                label=_label(nodes, facts.model),
+                parameters=tuple(name for name in operands if name in facts.params),
+                carried=carried,
+                reads=tuple(name for name in operands if name in carried),
+                gives=tuple(gives),
+            )
         )
     return tuple(segments)
+
+
+def _entry_text(facts: _Facts, entry: str | None) -> str:
+    """Of what comes in, whether it is used or not."""
+    return "first" if entry is None else f"{facts.model.metas[entry]}{entry in facts.carried}"
 
 
 def _label(nodes: list[fx.Node], model: ModelGraph) -> str:

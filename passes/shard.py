@@ -56,7 +56,8 @@ class _Shard:
     def __init__(self, model: ModelGraph, choices: Mapping[str, str], axis: str, size: int) -> None:
         self.model, self.choices, self.axis, self.size = model, choices, axis, size
         self.active = active_nodes(model)
-        self.placed_inputs = {i.node for i in model.inputs if i.kind in ("parameter", "activation")}
+        self.changed = {i.node for i in model.inputs if i.changes}
+        self.placed_inputs = self.changed | {i.node for i in model.inputs if i.kind in ("parameter", "activation")}
         self.built = GraphBuilder()
         self.mapped: dict[fx.Node, fx.Node] = {}
         self.places: dict[fx.Node, Placement] = {}
@@ -69,15 +70,20 @@ class _Shard:
                 self._input(node)
             elif node.op == "call_function":
                 self._call(node)
+                if node.meta.get("carried") and node.name in self.active:
+                    self.mapped[node] = self._form(node, REPLICATE, node)
+                    self.places[node] = REPLICATE
                 if "segment" in node.meta:
                     self.mapped[node].meta.setdefault("segment", node.meta["segment"])
         exit_node = next(n for n in self.model.graph.nodes if n.name == self.model.outputs[0])
         target = REPLICATE if last else self.places[exit_node]
         out = self._form(exit_node, target, exit_node)
-        self.built.graph.output((out,))
+        by_name = {n.name: n for n in self.model.graph.nodes}
+        outs = (out, *(self.mapped[by_name[name]] for name in self.model.outputs[1:]))
+        self.built.graph.output(outs)
         self.built.graph.eliminate_dead_code()
         inputs = self.model.inputs
-        graph = ModelGraph(self.built.graph, self.built.metas, inputs, (out.name,), self.model.batch)
+        graph = ModelGraph(self.built.graph, self.built.metas, inputs, tuple(n.name for n in outs), self.model.batch)
         places = {n.name: self.places[n] for n in self.model.graph.nodes if n.op == "placeholder"}
         return ShardedStage(graph, places, target)
 
@@ -138,6 +144,8 @@ class _Shard:
     def _operand(self, operand: fx.Node, wanted: Placement, user: fx.Node) -> fx.Node:
         if operand.name not in self.active and operand.name not in self.placed_inputs:
             return self._ambient(operand, wanted, user)
+        if operand.name in self.changed and not isinstance(wanted, Shard):
+            return self.mapped[operand]  # its new value is whole on every rank, no sum
         form = self.choices.get(form_key(operand.name))
         return self._form(operand, wanted, user, parse_placement(form) if form else None)
 

@@ -51,9 +51,7 @@ class _Stitch:
         self.model, self.templates, self.last = model, templates, last
         self.graph = fx.Graph()
         self.nodes: dict[str, fx.Node] = {}
-        self.gradients: dict[str, fx.Node | None] = {
-            i.node: None for i in model.inputs if i.trainable or i.kind == "activation"
-        }
+        self.gradients: dict[str, fx.Node | None] = {i.node: None for i in model.inputs if i.has_gradient}
 
     def run(self, zeros: frozenset[str]) -> JointGraph:
         grad_in = self._placeholders()

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from torch.utils import _pytree as pytree
 from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError, UnsupportedError
 from passes.clean import clean
 from passes.detach import detach
+from passes.experts import traceable_experts
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
+from passes.mutations import changed_buffers
 from passes.watch import ValueWatch, check_hooks, no_own_backward
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -54,6 +56,7 @@ class Traced:
 
     aliases: every name of a shared parameter or buffer -> the one name the graph uses.
     constants: tensors made from Python values inside the model, by target.
+    counters: buffers to which every step adds a number.
     """
 
     global_graph: ModelGraph
@@ -62,6 +65,7 @@ class Traced:
     constants: Mapping[str, torch.Tensor] = field(hash=False)
     spec: BatchSpec
     notes: tuple[str, ...]
+    counters: Mapping[str, int | float] = field(hash=False, default_factory=dict)
 
 
 class _WithLoss(nn.Module):
@@ -165,7 +169,7 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
     wrapped = _WithLoss(model, loss_fn, spec)
     wrapped.training = model.training  # not train(): the model's parts may each be in a mode of their own
     try:
-        with _stack_traces(sources):
+        with _stack_traces(sources), traceable_experts(model):
             return _traced(wrapped, spec)
     except UnsupportedError:
         if sources:
@@ -176,21 +180,21 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
 def _traced(wrapped: _WithLoss, spec: BatchSpec) -> Traced:
     check_hooks(wrapped.model)
     aliases = alias_map(wrapped.model)
-    graph, constants = _export(wrapped, spec, spec.size, aliases)
+    graph, constants, counters = _export(wrapped, spec, spec.size, aliases)
     other_size = _second_size(spec.size)
     notes = wrapped.watch.notes
     other = None
     if other_size is not None:
         try:
             with _stack_traces(False):
-                other, _ = _export(wrapped, spec, other_size, aliases)
+                other, *_ = _export(wrapped, spec, other_size, aliases)
         except TraceError as error:
             notes = (
                 *notes,
                 f"the batch cannot be split: the model does not trace at batch {other_size} ({error.args[0]})",
             )
     merge_equal([graph] if other is None else [graph, other])
-    return Traced(graph, other, aliases, constants, spec, notes)
+    return Traced(graph, other, aliases, constants, spec, notes, counters)
 
 
 @contextmanager
@@ -233,7 +237,8 @@ def is_batched(shape: tuple[int, ...], batch: int) -> bool:
 
 def _export(
     module: _WithLoss, spec: BatchSpec, size: int, aliases: Mapping[str, str]
-) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
+) -> tuple[ModelGraph, dict[str, torch.Tensor], dict[str, int | float]]:
+    """The graph, its constants and its counters."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     batch = _fake_inputs(spec, size, device)
@@ -247,21 +252,9 @@ def _export(
         _check_arguments(module.model, args, kwargs)
         raise _trace_error(error, module.model) from error
     exported = functional(exported)
-    _check_pure(exported.graph_signature)
-    return _to_model_graph(exported, spec, size, aliases)
-
-
-def _check_pure(signature: torch.export.ExportGraphSignature) -> None:
-    """UnsupportedError where forward changes the model or its inputs: each part of a batch would change its own."""
-    changed = [*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()]
-    if changed:
-        raise UnsupportedError(
-            f"forward changes {changed[0].removeprefix('model.')!r}, which a program of many ranks and microbatches "
-            "cannot keep as one device does: call eval() on that module (batch norm), or change it outside of forward"
-        )
-    if signature.user_inputs_to_mutate:
-        name = next(iter(signature.user_inputs_to_mutate.values()))
-        raise UnsupportedError(f"forward changes its input {name!r} in place; work on a copy of it")
+    changed = changed_buffers(exported)
+    graph, constants = _to_model_graph(exported, spec, size, aliases, changed.statistics)
+    return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -321,7 +314,11 @@ def _has_source(cls: type) -> bool:
 
 
 def _to_model_graph(
-    exported: torch.export.ExportedProgram, spec: BatchSpec, size: int, aliases: Mapping[str, str]
+    exported: torch.export.ExportedProgram,
+    spec: BatchSpec,
+    size: int,
+    aliases: Mapping[str, str],
+    statistics: frozenset[str],
 ) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Name inputs, merge tied parameters, drop what is not a tensor, and clean."""
     graph = exported.graph_module.graph
@@ -339,8 +336,10 @@ def _to_model_graph(
             if first is not node:
                 node.replace_all_uses_with(first)
                 continue
-        described[node.name] = entry
-    return clean(exported.graph_module, described, size), constants
+        described[node.name] = replace(entry, changes=str(item.target).removeprefix("model.") in statistics)
+    kinds = torch.export.graph_signature.OutputKind
+    loss = [s.kind for s in exported.graph_signature.output_specs].index(kinds.USER_OUTPUT)
+    return clean(exported.graph_module, described, size, loss), constants
 
 
 def _describe(node: fx.Node, item: Any, paths: Any, size: int, aliases: Mapping[str, str]) -> GraphInput:

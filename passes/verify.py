@@ -88,6 +88,7 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
             saved.append(fake(code.sent))
         grads = {i.target: by_kind["parameter"][i.target] for i in code.inputs if i.kind == "parameter"}
         grads.update({bucket.name: fake(bucket.part) for bucket in code.buckets})
+        grads |= {name: by_kind["buffer"][name] for name in code.updates}
         namespace["backward"](*common, saved, grads, _check_gradient, backward_comm, kernels, device)
     return forward_comm.calls, backward_comm.calls, output
 

@@ -101,6 +101,31 @@ def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return labels.new_empty([], dtype=torch.float32)
 
 
+@_define(
+    "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float momentum, "
+    "float eps, int replicas) -> Tensor"
+)
+def _batch_norm(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_define(
+    "experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, str activation, int total) -> Tensor"
+)
+def _experts(x: Tensor, *rest: Any) -> Tensor:
+    return _like(x)
+
+
+@_define(
+    "experts_backward(Tensor grad, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, "
+    "str activation, int total) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _experts_backward(
+    grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(x), _like(weights), _like(gate_up), _like(down)
+
+
 @_define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor)")
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
@@ -237,6 +262,90 @@ class _Attention(Function):
         return dq, dk, dv, None, None, None
 
 
+class _BatchNorm(Function):
+    """Normalised by statistics of the samples of all replicas; the "gradient" of a running statistic is its new value.
+
+    Replicas exchange means and variances forward (one all_gather) and two sums backward (one all_reduce).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        replicas: int,
+    ) -> Any:
+        count = x.numel() // x.shape[1] * replicas
+        if replicas == 1:
+            out, mean, scale = torch.ops.aten.native_batch_norm.default(x, weight, bias, None, None, True, 0.0, eps)
+            variance = scale.pow(-2) - eps
+        else:
+            variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+            parts = all_gather(torch.stack([mean, variance]).unsqueeze(0), "dp", replicas, 0, 1)
+            means, variances = parts.unbind(1)
+            mean = means.mean(0)
+            variance = variances.mean(0) + (means - mean).square().mean(0)
+            scale = (variance + eps).rsqrt()
+            out = torch.ops.aten.native_batch_norm.default(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        new_mean = None if running_mean is None else torch.lerp(running_mean, mean, momentum)
+        unbiased = variance * (count / max(count - 1, 1))
+        new_var = None if running_var is None else torch.lerp(running_var, unbiased, momentum)
+        ctx.save_for_backward(x, weight, mean, scale, new_mean, new_var)
+        ctx.options = (bias is not None, eps, replicas, count)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, mean, scale, new_mean, new_var = ctx.saved_tensors
+        has_bias, eps, replicas, count = ctx.options
+        if replicas == 1:
+            wanted = [True, weight is not None, has_bias]
+            given = (grads[0], x, weight, None, None, mean, scale, True, eps, wanted)
+            dx, dw, db = torch.ops.aten.native_batch_norm_backward.default(*given)
+        else:
+            dims, along = [d for d in range(x.ndim) if d != 1], [1, -1, *[1] * (x.ndim - 2)]
+            centred = x - mean.view(along)
+            db = grads[0].sum(dims)
+            product = (grads[0] * centred).sum(dims)
+            dw = product * scale
+            sums = all_reduce(torch.stack([db, product]), "dp", "sum") / count
+            of_mean, of_scale = sums.unbind(0)
+            factor = scale if weight is None else scale * weight
+            shift = (of_scale * scale * scale).view(along)
+            dx = (grads[0] - of_mean.view(along) - centred * shift) * factor.view(along)
+        return dx, None if weight is None else dw, db if has_bias else None, new_mean, new_var, None, None, None
+
+
+class _Experts(Function):
+    """What is between the two products is computed again in backward: only the operands are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: str,
+        total: int,
+    ) -> Any:
+        ctx.save_for_backward(x, index, weights, gate_up, down)
+        ctx.options = (activation, total)
+        return torch.ops.autopar.experts.default(x, index, weights, gate_up, down, activation, total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        made = torch.ops.autopar.experts_backward.default(grads[0], *ctx.saved_tensors, *ctx.options)
+        dx, dweights, dgate_up, ddown = made
+        return dx, None, dweights, dgate_up, ddown, None, None
+
+
 class _VocabularyCrossEntropy(Function):
     """Sum of cross entropies of logits sharded along the classes: two all_reduces of [n], the logits stay sharded."""
 
@@ -312,6 +421,47 @@ def attention(
     return _Attention.apply(q, k, v, mask, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    replicas: int,
+) -> Tensor:
+    """Batch norm in training of x [n, c, ...]; running statistics are not written, see ``_BatchNorm``."""
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, replicas)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str, total: int
+) -> Tensor:
+    """Gated experts: sum over j of weights[t, j] * down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])), e = index[t, j].
+
+    x [t, h], index and weights [t, k], gate_up [e, 2 i, h], down [e, h, i]; total: experts of all ranks.
+    An index of -1 names an expert of another rank and adds nothing.
+    """
+    return _Experts.apply(x, index, weights, gate_up, down, activation, total)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def shard_of_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    total: int,
+    axis: str,
+    size: int,
+) -> Tensor:
+    """``experts`` of which each rank of an axis holds consecutive ones; the result is Partial."""
+    local: Tensor = shard_ids(index, axis, size, gate_up.shape[0])
+    return experts(x, local, weights, gate_up, down, activation, total)
+
+
 def cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
     """Sum over rows of the cross entropy of logits [n, classes] against labels [n]; in float32 for half types."""
     reduction = "none" if logits.dtype in _HALF else "sum"
@@ -339,6 +489,8 @@ def vocabulary_embedding(weight: Tensor, ids: Tensor, padding_idx: int, axis: st
 
 
 DIFFERENTIABLE = {
+    torch.ops.autopar.experts.default: experts,
+    torch.ops.autopar.batch_norm.default: batch_norm,
     torch.ops.autopar.attention.default: attention,
     torch.ops.autopar.cross_entropy_sum.default: cross_entropy_sum,
 }

@@ -42,10 +42,30 @@ def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return (labels != ignore_index).sum()
 
 
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, replicas: int) -> Tensor:
+    dims = [d for d in range(x.ndim) if d != 1]
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    scale = (variance + eps).rsqrt()
+    along = [1, -1, *[1] * (x.ndim - 2)]
+    return (x - mean.view(along)) * (scale * weight).view(along) + bias.view(along)
+
+
+def experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str, total: int
+) -> Tensor:
+    """Every expert for every token, then those that were not asked for times zero; -1 is asked of nobody."""
+    gate, up = torch.einsum("th,eih->tei", x, gate_up).chunk(2, -1)
+    made = torch.einsum("tei,ehi->teh", torch.nn.functional.silu(gate) * up, down)
+    asked = index.unsqueeze(-1) == torch.arange(gate_up.shape[0])
+    return torch.einsum("teh,tke,tk->th", made, asked.to(x.dtype), weights)
+
+
 REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.attention.default": attention,
     "autopar.cross_entropy_sum.default": cross_entropy_sum,
     "autopar.count_labels.default": count_labels,
+    "autopar.batch_norm.default": batch_norm,
+    "autopar.experts.default": experts,
 }
 
 
@@ -107,12 +127,25 @@ class Case:
             return resized(self, tensors[0], shapes)
         replacements = iter(tensors)
         values = pytree.tree_map(lambda v: next(replacements) if isinstance(v, Tensor) else v, self.arguments)
+        if shapes is not None:
+            values |= local_groups(self, tensors, shapes)
         if self.name in REFERENCES:
             return tensors_in(REFERENCES[self.name](**values))
         function = function_of(self.name)
         positional = [values[a.name] for a in function._schema.arguments if not a.kwarg_only]
         named = {a.name: values[a.name] for a in function._schema.arguments if a.kwarg_only}
         return tensors_in(function(*positional, **named))
+
+
+def local_groups(case: Case, tensors: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> dict[str, int]:
+    """The number of groups of channels that local shapes leave."""
+    if "group_norm" in case.name:
+        whole = case.tensors[0].shape[1]
+        return {"num_groups": case.arguments["num_groups"] * tensors[0].shape[1] // whole}
+    if "groups" not in case.arguments:
+        return {}
+    of_groups = shapes[0] if "transpose" in case.name else tensors[0].shape
+    return {"groups": of_groups[1] // tensors[1].shape[1]}
 
 
 def _reshaped(case: Case, x: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from more_draws import MORE
 
 Tensor = torch.Tensor
 
@@ -21,6 +22,11 @@ class Draw:
 
     def pick(self, *options: Any) -> Any:
         return self.data.draw(st.sampled_from(options))
+
+    def order(self, count: int) -> list[int]:
+        """A permutation of 0 .. count - 1."""
+        left = list(range(count))
+        return [left.pop(self.pick(*range(len(left)))) for _ in range(count)]
 
     def size(self) -> int:
         return self.pick(4, 6, 3, 2, 1)
@@ -169,7 +175,7 @@ def _transpose(d: Draw) -> tuple[Any, ...]:
 
 def _permute(d: Draw) -> tuple[Any, ...]:
     x = d.any(1, 4)
-    return x, d.data.draw(st.permutations(list(range(x.ndim))))
+    return x, d.order(x.ndim)
 
 
 def _select(d: Draw) -> tuple[Any, ...]:
@@ -387,11 +393,13 @@ DRAWN: list[tuple[str, int, Callable[[Draw], tuple[Any, ...]]]] = [
 
 """(ops, examples each, their positional arguments, a last dict being keyword arguments)"""
 CALLS = {
-    name if name.startswith("autopar.") else f"aten.{name}": draw for names, _, draw in DRAWN for name in names.split()
+    name if name.startswith("autopar.") else f"aten.{name}": draw
+    for names, _, draw in (*DRAWN, *MORE)
+    for name in names.split()
 }
 EXAMPLES = {
     name if name.startswith("autopar.") else f"aten.{name}": count
-    for names, count, _ in DRAWN
+    for names, count, _ in (*DRAWN, *MORE)
     for name in names.split()
 }
 

@@ -80,6 +80,19 @@ def _kinds(self: Any) -> None:
     self.kinds = nn.Embedding(2, 12).double()
 
 
+def _picked(self: Any, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """One of the parts of each sample, by its own number."""
+    parts = self.body(x).view(x.size(0), 3, 4)
+    return F.mse_loss(parts[torch.arange(x.size(0)), t.clamp(0, 11) // 4], y[:, :4])
+
+
+def _mask_of_groups(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Windows of all samples in one dim, the batch outermost: their masks repeat from sample to sample."""
+    windows = self.body(x).view(x.size(0) * 3, 4)
+    masked = torch.arange(12.0, dtype=x.dtype).view(3, 4).repeat(x.size(0), 1)
+    return F.mse_loss(windows * masked, y.view(-1, 4))
+
+
 SPLIT: dict[str, Case] = {
     "mse": lambda: (Net(), inputs()),
     "sum of squares": _forward(lambda self, x, y: (self.body(x) - y).pow(2).sum() / 100),
@@ -92,6 +105,13 @@ SPLIT: dict[str, Case] = {
     "softmax of weights over the batch": _forward(_softmax_of_weights, m=mask()),
     "mask made inside": _forward(_made_mask),
     "two losses": _forward(_two_losses),
+    "batch norm that evaluates": _forward(
+        lambda self, x, y: F.mse_loss(self.n(self.a(x)), y),
+        lambda s: s.add_module("n", nn.BatchNorm1d(12).double().eval()),
+    ),
+    "rows picked by number": _forward(_picked, t=labels()),
+    "a mask for groups of rows": _forward(_mask_of_groups),
+    "the same repeated": _forward(lambda self, x, y: F.mse_loss(self.a(x) + self.b.bias.repeat(x.size(0), 1), y)),
     "weight decay in the loss": _forward(_weight_decay),
     "normalised weight": _forward(lambda self, x, y: F.mse_loss(x @ F.normalize(self.a.weight, dim=1).t(), y)),
     "pairs of samples": _forward(_pairs),
@@ -102,10 +122,7 @@ SPLIT: dict[str, Case] = {
     ),
 }
 WHOLE: dict[str, tuple[Case, str]] = {
-    "batch norm that evaluates": (
-        _forward(lambda self, x, y: F.mse_loss(self.n(self.a(x)), y), lambda s: s.add_module("n", nn.BatchNorm1d(12).double().eval())),
-        "no rule",
-    ),
+    "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.cdist(self.a(x)[None], y[None])[0], x @ y.T)), "no rule"),
     "centred over the batch": (_forward(lambda self, x, y: F.mse_loss(x - self.a(x).mean(0), y)), "sum over the batch with its samples"),
     "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
     "softmax over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).softmax(0), y)), "mixes samples"),
@@ -172,7 +189,7 @@ def test_terms_without_a_batch_are_shared_out() -> None:
 
 def test_a_mask_alike_for_all_samples_is_made_per_part() -> None:
     analysis = analysed(*SPLIT["mask made inside"]())
-    assert [dim for _, dim in analysis.constant] == [0]
+    assert [dim for _, dim, _ in analysis.constant] == [0]
     assert len(analysis.hoisted) == 1, "its sum counts all samples"
 
 

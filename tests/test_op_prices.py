@@ -24,6 +24,7 @@ from cost_model.program import OpCost
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 
 sys.path.append(str(Path(__file__).parent))
+from backward_calls import BACKWARD
 from op_calls import Case, describe, function_of, named_arguments
 from op_draws import CALLS, drawn_arguments
 
@@ -140,7 +141,7 @@ def filled_call(name: str) -> OpCall:
     """A real call with arguments by hand, or else made up from the schema."""
     function = function_of(name)
     required = [a for a in function._schema.arguments if not a.has_default_value()]
-    positional = HAND_MADE.get(name.removeprefix("aten."))
+    positional = {**HAND_MADE, **BACKWARD}.get(name.removeprefix("aten."))
     if positional is None:
         positional = tuple(FILLERS[str(a.type)]() for a in required if not a.kwarg_only)
     kwargs = {a.name: FILLERS[str(a.type)]() for a in required if a.kwarg_only}
@@ -165,6 +166,10 @@ LOCAL = {
     "ids": TensorMeta((4,), "int64"),
     "heads": TensorMeta((2, 3, 5, 4), "float32"),
     "lse": TensorMeta((2, 3, 5), "float32"),
+    "ids2": TensorMeta((4, 2), "int64"),
+    "routing": TensorMeta((4, 2), "float32"),
+    "gate_up": TensorMeta((2, 16, 6), "float32"),
+    "down": TensorMeta((2, 6, 8), "float32"),
 }
 OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "all_reduce": ("x", "x", {"op": "sum"}),
@@ -175,6 +180,8 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "shard_ids": ("ids", "ids", {"size": 2, "extent": 8}),
     "forward_end": ("x", "x", {}),
     "accumulate": ("x", "", {"parameter": "w"}),
+    "put": ("gathered x", "", {"offset": 0}),
+    "experts_backward": ("x x ids2 routing gate_up down", "x routing gate_up down", {"activation": "silu", "total": 4}),
     "attention_backward": ("heads heads heads heads heads lse", "heads heads heads", {"is_causal": False}),
 }
 

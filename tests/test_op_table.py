@@ -98,8 +98,13 @@ def backward(outputs: list[Tensor], inputs: list[Tensor], upstream: list[Tensor]
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 
-def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.detach().clone().requires_grad_(t.is_floating_point()) for t in tensors]
+NO_GRADIENT = {"aten.batch_norm.default": (3, 4), "aten.soft_margin_loss.default": (1,)}
+"""Operands torch gives no gradient of."""
+
+
+def leaves(tensors: Sequence[Tensor], name: str = "") -> list[Tensor]:
+    wanted = [t.is_floating_point() and i not in NO_GRADIENT.get(name, ()) for i, t in enumerate(tensors)]
+    return [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
 
 
 Run = tuple[list[list[Tensor]], list[list[Tensor | None]]]
@@ -110,7 +115,7 @@ def run_ranks(case: Case, strategy: Strategy, size: int, upstream: list[Tensor])
     placed = [values(t, p, size) for t, p in zip(case.tensors, strategy.inputs, strict=True)]
     ups = [gradients(g, p, size) for g, p in zip(upstream, strategy.outputs, strict=True)]
     shapes = [local_shape(tuple(o.shape), p, size) for o, p in zip(case.outputs, strategy.outputs, strict=True)]
-    ranks = [leaves([p[rank] for p in placed]) for rank in range(size)]
+    ranks = [leaves([p[rank] for p in placed], case.name) for rank in range(size)]
     if strategy.inside:
         assert case.name == "autopar.cross_entropy_sum.default"
         return vocabulary_cross_entropy(case, strategy, ranks, ups[0])
@@ -118,12 +123,20 @@ def run_ranks(case: Case, strategy: Strategy, size: int, upstream: list[Tensor])
     for rank, inputs in enumerate(ranks):
         if case.name == "aten.embedding.default" and strategy.factor == "v":
             outputs.append([vocabulary_lookup(case, strategy, inputs, size, rank)])
+        elif case.name == "autopar.experts.default" and strategy.factor == "e":
+            outputs.append(case.run([inputs[0], own_experts(inputs[1], inputs[3].shape[0], rank), *inputs[2:]]))
         else:
             outputs.append(case.run(inputs, shapes))
     for out, shape in zip([o for rank in outputs for o in rank], shapes * size, strict=True):
         assert tuple(out.shape) == shape
     grads = [backward(outputs[r], ranks[r], [u[r] for u in ups]) for r in range(size)]
     return outputs, grads
+
+
+def own_experts(index: Tensor, held: int, rank: int) -> Tensor:
+    """Indices among the experts that a rank holds; -1 for others."""
+    local = index - rank * held
+    return local.masked_fill((local < 0) | (local >= held), -1)
 
 
 def vocabulary_lookup(case: Case, strategy: Strategy, inputs: list[Tensor], size: int, rank: int) -> Tensor:
@@ -159,7 +172,7 @@ def vocabulary_cross_entropy(case: Case, strategy: Strategy, ranks: list[list[Te
 
 def check(case: Case, strategy: Strategy, size: int) -> None:
     """Outputs and gradients of the ranks mean the whole ones."""
-    inputs = leaves(case.tensors)
+    inputs = leaves(case.tensors, case.name)
     outputs = case.run(inputs)
     upstream = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs]
     expected = backward(outputs, inputs, upstream)

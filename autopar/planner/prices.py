@@ -188,10 +188,10 @@ class MeshPrices:
         whole, split = (self.parameter_step_s(meta, placement, zero) for zero in (0, 1))
         return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
-    def transfer_s(self, meta: TensorMeta, placement: Placement) -> float:
-        """An activation to the next stage and its gradient back."""
+    def transfer_s(self, meta: TensorMeta, placement: Placement, carried_bytes: int = 0) -> float:
+        """An activation, with what is carried beside it, to the next stage and the gradients back."""
         stride = self.dp * self.tp
         if stride >= self.cluster.num_devices:
             return 0.0
-        nbytes = local_meta(meta, placement, self.tp).nbytes
+        nbytes = local_meta(meta, placement, self.tp).nbytes + carried_bytes
         return self.cluster.transfer_time_s(nbytes, 0, stride) + self.cluster.transfer_time_s(nbytes, stride, 0)

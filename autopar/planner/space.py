@@ -27,7 +27,7 @@ from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.dependence import active_nodes
 from passes.graph import ModelGraph
-from passes.segment import Segment, segment
+from passes.segment import Segment, carried_values, segment
 from passes.shard import form_key, input_key, op_key
 from passes.specialise import BatchMismatchError, specialise
 from passes.trace import Traced
@@ -52,6 +52,10 @@ class LocalModel:
             twice |= seen & set(part.parameters)
             seen |= set(part.parameters)
         return frozenset(twice)
+
+    @cached_property
+    def carried(self) -> frozenset[str]:
+        return carried_values(self.segments)
 
     @cached_property
     def ambient(self) -> frozenset[str]:
@@ -108,6 +112,8 @@ class ModelSpace:
 
     def chain(self, dp: int, tp: int, microbatch_size: int, saving: Saving = SAVE_ALL) -> Chain | None:
         """The chain with these ways to save memory to choose from."""
+        if self.analysis.synchronised and dp * microbatch_size != self.traced.global_graph.batch:
+            return None
         key = (dp, tp, microbatch_size, saving)
         if key not in self._chains:
             local = self.local_model(microbatch_size)
@@ -130,8 +136,9 @@ class ModelSpace:
         inputs = self._input_bytes() // dp
 
         def cut_s(position: int, label: str) -> float:
-            exit_name = local.segments[position - 1].exit
-            return prices.transfer_s(local.model.tensor(exit_name), parse_placement(label))
+            before, after = local.segments[position - 1], local.segments[position]
+            carried = sum(local.model.tensor(name).nbytes for name in after.carried)
+            return prices.transfer_s(local.model.tensor(before.exit), parse_placement(label), carried)
 
         sequence = tuple(kinds[part.kind] for part in local.segments)
         return Chain(tuple(graphs), sequence, cut_s, lambda first, last: inputs)
@@ -178,7 +185,10 @@ class _SegmentGraph:
         for name in part.parameters:
             self._placed(name, self._parameter_places(name))
         if part.entry is not None:
-            self._placed(part.entry, boundary_placements(self._meta(part.entry), tp))
+            self._placed(part.entry, self._boundary(part.entry))
+        self.held: dict[str, str] = {}
+        for name in (*part.reads, *part.gives):
+            self._hold(name)
         for tensor, tensor_users in self.users.items():
             self._redistributions(tensor, tensor_users)
         self.exit = self._exit()
@@ -228,6 +238,18 @@ class _SegmentGraph:
 
     def _meta(self, tensor: str) -> TensorMeta:
         return self.local.model.tensor(tensor)
+
+    def _boundary(self, name: str) -> tuple[Placement, ...]:
+        """Placements of an activation at a cut; one that is carried on is whole."""
+        return (REPLICATE,) if name in self.local.carried else boundary_placements(self._meta(name), self.tp)
+
+    def _hold(self, name: str) -> None:
+        """A carried value is whole on every rank: one that is made here is brought into that form."""
+        variable = f"carried:{name}"
+        self.domains[variable] = (str(REPLICATE),)
+        if name in self.space.values:
+            self._pair(name, self._source(name), (variable, (REPLICATE,)), saves=False, kept=True)
+        self.held[name] = variable
 
     def _op(self, op: PlannedOp) -> None:
         times = np.array([self.prices.op_time_s(op.call, s) for s in op.strategies])
@@ -300,6 +322,8 @@ class _SegmentGraph:
 
     def _source(self, tensor: str) -> tuple[str, tuple[Placement, ...]]:
         """(variable, placement under each of its labels) of where a tensor comes from."""
+        if tensor in self.held:
+            return self.held[tensor], (REPLICATE,)
         if tensor in self.labels:
             return input_key(tensor), self.labels[tensor]
         op_name, index = self.space.values[tensor]
@@ -308,7 +332,7 @@ class _SegmentGraph:
     def _redistributions(self, tensor: str, users: list[tuple[PlannedOp, int]]) -> None:
         variable, places = self._source(tensor)
         kept = self._kept_by_source(tensor)
-        if len(users) > 1 and self.tp > 1:
+        if len(users) > 1 and self.tp > 1 and tensor not in self.held:
             forms = self._forms(tensor, places)
             self.domains[form_key(tensor)] = tuple(map(str, forms))
             self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=False, kept=kept)
@@ -385,7 +409,7 @@ class _SegmentGraph:
         if self.last:
             self._pair(self.part.exit, (variable, places), self._whole_loss(), saves=False, kept=True)
             return None
-        ends = boundary_placements(self._meta(self.part.exit), self.tp)
+        ends = self._boundary(self.part.exit)
         self.domains[EXIT] = tuple(map(str, ends))
         allowed = np.array([[0.0 if a == b else np.inf for b in ends] for a in places])
         self.factors.append(Factor((variable, EXIT), time_s=allowed))
@@ -401,6 +425,7 @@ def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]
     names: Mapping[str, str] = {
         **dict(zip(representative.nodes, instance.nodes, strict=True)),
         **dict(zip(representative.parameters, instance.parameters, strict=True)),
+        **dict(zip(representative.reads, instance.reads, strict=True)),
         **({representative.entry: instance.entry} if representative.entry and instance.entry else {}),
     }
 

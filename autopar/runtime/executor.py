@@ -50,6 +50,8 @@ class RankExecutor:
         for name, bucket in self.buckets.items():
             self._hold(name, bucket)
         self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
+        self.updates = {name: torch.zeros_like(self.buffers[name]) for name in payload["updates"]}
+        self.targets = {**self.grads, **self.updates}
         self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
         self.optimizer = self._optimizer()
         self.events: list[Event] | None = None
@@ -199,7 +201,7 @@ class RankExecutor:
             microbatch,
             lambda: self.module.backward(
                 self.params, self.buffers, self.constants, *self._slices(microbatch),
-                saved, self.grads, accumulate, self.comm, kernels, self.device,
+                saved, self.targets, accumulate, self.comm, kernels, self.device,
             ),
         )  # fmt: skip
         if self.spec["received"] is not None:
@@ -272,6 +274,15 @@ class RankExecutor:
         if self.optimizer is not None:
             self._timed("optimizer", ONCE, self.optimizer.step)
 
+    def update_buffer(self, name: str) -> None:
+        """Give a buffer the value that backward found for it."""
+        self.buffers[name].copy_(self.updates[name])
+        self.updates[name].zero_()
+
+    def count(self, name: str, step: float) -> None:
+        """Add to a counter."""
+        self.buffers[name] += step
+
     def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
         size = self.spec["microbatch_size"]
@@ -330,7 +341,9 @@ class RankExecutor:
         alone = {name: value for name, value in self.params.items() if name not in self.buckets}
         with torch.no_grad():
             whole = {name: v for bucket in self.buckets.values() for name, v in bucket.whole(self.comm).items()}
-        return {"params": {k: v.cpu() for k, v in {**alone, **whole}.items()}, "stage": self.stage}
+        changed = {k: v.cpu() for k, v in self.buffers.items() if k in self.spec["changes"]}
+        params = {k: v.cpu() for k, v in {**alone, **whole}.items()}
+        return {"params": params, "changed": changed, "stage": self.stage}
 
     def configure(self, groups: Tree) -> None:
         """Set options of the optimizer's groups, by their place in the user's optimizer."""

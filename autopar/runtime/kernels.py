@@ -7,6 +7,7 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def attention(
@@ -65,3 +66,67 @@ def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
     """Write a gradient, flattened, at an offset of a bucket."""
     bucket[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
+
+
+def experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str, total: int
+) -> Tensor:
+    """Gated experts (see ``passes.vocabulary.experts``): one pair of products for each expert that has tokens."""
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for expert in range(gate_up.shape[0]):
+        tokens, places = torch.where(index == expert)
+        if len(tokens):
+            gate, up = torch.mm(x[tokens], gate_up[expert].t()).chunk(2, 1)
+            made = torch.mm(_activated(gate, activation) * up, down[expert].t())
+            out.index_add_(0, tokens, made * weights[tokens, places].unsqueeze(1))
+    return out
+
+
+def experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    total: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, gate_up and down."""
+    made = tuple(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x, weights, gate_up, down))
+    dx, dweights, dgate_up, ddown = made
+    for expert in range(gate_up.shape[0]):
+        tokens, places = torch.where(index == expert)
+        if not len(tokens):
+            continue
+        taken, above = x[tokens], grad[tokens]
+        gate, up = torch.mm(taken, gate_up[expert].t()).chunk(2, 1)
+        active = _activated(gate, activation)
+        inner, share = active * up, weights[tokens, places].unsqueeze(1)
+        dinner = torch.mm(above, down[expert])
+        dweights[tokens, places] = (dinner * inner).sum(1)
+        torch.mm((above * share).t(), inner, out=ddown[expert])
+        dinner = dinner * share
+        dgate = _activation_gradient(dinner * up, gate, active, activation)
+        dboth = torch.cat([dgate, dinner * active], 1)
+        torch.mm(dboth.t(), taken, out=dgate_up[expert])
+        dx.index_add_(0, tokens, torch.mm(dboth, gate_up[expert]))
+    return dx, dweights, dgate_up, ddown
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    if activation == "relu":
+        return torch.relu(gate)
+    return torch.nn.functional.gelu(gate, approximate=_GELU[activation])
+
+
+def _activation_gradient(grad: Tensor, gate: Tensor, active: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        made: Tensor = _aten.silu_backward(grad, gate)
+    elif activation == "relu":
+        made = _aten.threshold_backward(grad, active, 0)
+    else:
+        made = _aten.gelu_backward(grad, gate, approximate=_GELU[activation])
+    return made

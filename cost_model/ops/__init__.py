@@ -5,15 +5,19 @@ fails when one is incomplete or when an op's factor map does not hold under exec
 """
 
 from cost_model.ops import (
+    activations,
     attention,
     collectives,
+    convolution,
     elementwise,
     factories,
     gather,
     loss,
     matmul,
     norm,
+    order,
     reduce,
+    spatial,
     views,
 )
 from cost_model.ops.table import OPS, Op, OpCall, Ref, entry_of, price_of
@@ -23,8 +27,10 @@ __all__ = [
     "Op",
     "OpCall",
     "Ref",
+    "activations",
     "attention",
     "collectives",
+    "convolution",
     "elementwise",
     "entry_of",
     "factories",
@@ -32,7 +38,9 @@ __all__ = [
     "loss",
     "matmul",
     "norm",
+    "order",
     "price_of",
     "reduce",
+    "spatial",
     "views",
 ]

@@ -181,45 +181,46 @@ def _dropout_backward(call: OpCall) -> tuple[OpCost, ...]:
     return () if _is_inactive_dropout(call) else gradient_of("ooo")(call)
 
 
-def _register(
+def elementwise(
     names: str, kind: str, linear: Linear, backward: Backward, saves: Saves = saves_nothing, flops: float = 1.0
 ) -> None:
+    """Entries of elementwise ATen ops, given by name and overload."""
     work = TRANSCENDENTAL_FLOPS if kind == "transcendental" else flops
     for name in names.split():
         register(Op(f"aten.{name}", aligned(linear), pass_of(kind, work), backward, saves))
 
 
-_register("add.Tensor", "elementwise", _jointly, gradient_of(""))
-_register("sub.Tensor", "elementwise", _jointly, _difference_backward(1))
-_register("rsub.Tensor", "elementwise", _jointly, _difference_backward(0))
-_register("add.Scalar sub.Scalar", "elementwise", nowhere_linear, no_backward)
-_register("rsub.Scalar", "elementwise", nowhere_linear, gradient_of("oo"))
-_register("mul.Tensor mul.Scalar", "elementwise", _each, _mul_backward, _other_operands)
-_register("div.Tensor div.Scalar", "elementwise", linear_in_first, _div_backward, _other_operands)
-_register("neg.default", "elementwise", linear_in_first, gradient_of("oo"))
-_register("abs.default", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0"))
-_register("sqrt.default", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("out0"))
-_register("rsqrt.default", "elementwise", nowhere_linear, gradient_of("oo oo ooo"), saving("out0"))
-_register("reciprocal.default", "elementwise", nowhere_linear, gradient_of("ooo oo ooo"), saving("out0"))
-_register("relu.default", "elementwise", nowhere_linear, gradient_of("ooo"), saving("out0"))
-_register("clamp.default", "elementwise", nowhere_linear, gradient_of("om om mmm omo"), saving("in0"))
+elementwise("add.Tensor", "elementwise", _jointly, gradient_of(""))
+elementwise("sub.Tensor", "elementwise", _jointly, _difference_backward(1))
+elementwise("rsub.Tensor", "elementwise", _jointly, _difference_backward(0))
+elementwise("add.Scalar sub.Scalar", "elementwise", nowhere_linear, no_backward)
+elementwise("rsub.Scalar", "elementwise", nowhere_linear, gradient_of("oo"))
+elementwise("mul.Tensor mul.Scalar", "elementwise", _each, _mul_backward, _other_operands)
+elementwise("div.Tensor div.Scalar", "elementwise", linear_in_first, _div_backward, _other_operands)
+elementwise("neg.default", "elementwise", linear_in_first, gradient_of("oo"))
+elementwise("abs.default", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0"))
+elementwise("sqrt.default", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("out0"))
+elementwise("rsqrt.default", "elementwise", nowhere_linear, gradient_of("oo oo ooo"), saving("out0"))
+elementwise("reciprocal.default", "elementwise", nowhere_linear, gradient_of("ooo oo ooo"), saving("out0"))
+elementwise("relu.default", "elementwise", nowhere_linear, gradient_of("ooo"), saving("out0"))
+elementwise("clamp.default", "elementwise", nowhere_linear, gradient_of("om om mmm omo"), saving("in0"))
 _EXTREMUM = gradient_of("oo oom omoo oom omo")
-_register("maximum.default minimum.default", "elementwise", nowhere_linear, _EXTREMUM, saving("in0", "in1"))
-_register("exp.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("out0"))
-_register("log.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("in0"))
-_register("tanh.default sigmoid.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("out0"))
-_register("gelu.default silu.default", "transcendental", nowhere_linear, gradient_of("tooo"), saving("in0"))
-_register("erf.default", "transcendental", nowhere_linear, gradient_of("oo oo too oo ooo"), saving("in0"))
-_register("cos.default", "transcendental", nowhere_linear, gradient_of("too oo ooo"), saving("in0"))
-_register("sin.default", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0"))
-_register(
+elementwise("maximum.default minimum.default", "elementwise", nowhere_linear, _EXTREMUM, saving("in0", "in1"))
+elementwise("exp.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("out0"))
+elementwise("log.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("in0"))
+elementwise("tanh.default sigmoid.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("out0"))
+elementwise("gelu.default silu.default", "transcendental", nowhere_linear, gradient_of("tooo"), saving("in0"))
+elementwise("erf.default", "transcendental", nowhere_linear, gradient_of("oo oo too oo ooo"), saving("in0"))
+elementwise("cos.default", "transcendental", nowhere_linear, gradient_of("too oo ooo"), saving("in0"))
+elementwise("sin.default", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0"))
+elementwise(
     "where.self where.ScalarOther where.ScalarSelf where.Scalar masked_fill.Scalar masked_fill.Tensor",
     "elementwise",
     nowhere_linear,
     gradient_of("omo"),
     _mask_of,
 )
-_register(
+elementwise(
     """eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar
     ge.Tensor ge.Scalar logical_and.default logical_or.default logical_not.default bitwise_not.default
     bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar
@@ -233,7 +234,9 @@ register(Op("aten.dropout.default", _dropout_factors, _dropout_price, _dropout_b
 
 register_priced(
     """aten.tanh_backward.default aten.sigmoid_backward.default aten.threshold_backward.default
-    aten.addcmul.default aten.addcdiv.default aten.lerp.Scalar aten.lerp.Tensor aten.sgn.default aten.sign.default
+    aten.leaky_relu_backward.default aten.hardtanh_backward.default aten.hardsigmoid_backward.default
+    aten.hardswish_backward.default aten.hardshrink_backward.default aten.softshrink_backward.default
+    aten.maximum.out aten.minimum.out aten.pow_.Scalar aten.rsqrt_.default aten.abs_.default aten.sign_.default
     aten.add_.Tensor aten.add_.Scalar aten.sub_.Tensor aten.sub_.Scalar aten.mul_.Tensor aten.mul_.Scalar
     aten.div_.Tensor aten.div_.Scalar aten.neg_.default aten.sqrt_.default aten.reciprocal_.default
     aten.addcmul_.default aten.addcdiv_.default aten.lerp_.Scalar aten.lerp_.Tensor aten.clamp_.default
@@ -242,7 +245,9 @@ register_priced(
     pass_of("elementwise"),
 )
 register_priced(
-    "aten.gelu_backward.default aten.silu_backward.default aten.pow.Scalar aten.pow.Tensor_Tensor",
+    """aten.gelu_backward.default aten.silu_backward.default aten.softplus_backward.default aten.elu_backward.default
+    aten.mish_backward.default aten.log_sigmoid_backward.default aten.log_sigmoid_forward.default
+    aten.logit_backward.default aten.glu_backward.default""",
     pass_of("transcendental", TRANSCENDENTAL_FLOPS),
 )
 register_priced("aten.copy_.default", lambda call: sweep("copy", *call.outputs, call.inputs[1]))
@@ -250,8 +255,9 @@ register_priced("aten.zero_.default aten.fill_.Scalar", lambda call: sweep("copy
 
 FOREACH = """add.List add.Scalar add.Tensor sub.List sub.Scalar mul.List mul.Scalar mul.Tensor mul.ScalarList
 div.List div.Scalar div.ScalarList div.Tensor addcmul.Scalar addcdiv.Scalar addcdiv.ScalarList addcdiv.Tensor
-lerp.Scalar lerp.List sqrt.default neg.default maximum.List"""
-UPDATED = ("self", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffer_list")
+add.ScalarList lerp.Scalar lerp.List sqrt.default neg.default abs.default reciprocal.default sign.default
+rsqrt.default maximum.List clamp_max.Scalar clamp_min.Scalar"""
+UPDATED = ("self", "state_sums", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "momentum_buffer_list")
 """Arguments that list ops write in place."""
 ADAM_FLOPS, SGD_FLOPS, FOREACH_FLOPS = 13.0, 4.0, 2.0
 """Per element. Adam: weight decay 2, moments 3 and 4, root 1, bias quotient 1, epsilon 1, step 1 (a fused quotient)."""
@@ -281,4 +287,4 @@ register_priced("aten._foreach_zero_.default aten._foreach_copy_.default", lambd
 register_priced("aten._foreach_pow.ScalarAndTensor aten._foreach_pow.List", _list_price(TRANSCENDENTAL_FLOPS))
 register_priced("aten._foreach_norm.Scalar", _list_price(FOREACH_FLOPS))
 register_priced("aten._fused_adamw_.default aten._fused_adam_.default", _list_price(ADAM_FLOPS))
-register_priced("aten._fused_sgd_.default", _list_price(SGD_FLOPS))
+register_priced("aten._fused_sgd_.default aten._fused_adagrad_.default", _list_price(SGD_FLOPS))

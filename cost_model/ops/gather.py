@@ -7,8 +7,12 @@ from cost_model.ops.table import (
     Op,
     OpCall,
     Ref,
+    dims_of,
+    no_backward,
+    pass_of,
     register,
     register_priced,
+    saves_nothing,
     saving,
     sweep,
 )
@@ -97,10 +101,167 @@ def _indices(call: OpCall) -> tuple[str, ...]:
 register(Op("aten.embedding.default", _embedding_factors, _embedding_price, _embedding_backward, _indices))
 register(Op("aten.index.Tensor", _index_factors, _index_price, _index_backward, _indices))
 
-register_priced("aten.gather.default aten.index_select.default", _index_price)
+
+def _named(call: OpCall, rank: int) -> tuple[list[str], int]:
+    (dim,) = dims_of(call, "dim", rank) or (0,)
+    return [f"a{i}" for i in range(rank)], dim
+
+
+def _taken_factors(call: OpCall) -> FactorMap | None:
+    """index_select: the dim is whole and another extent in the output; the index is whole."""
+    names, dim = _named(call, len(call.inputs[0].shape))
+    out = [*names[:dim], "taken", *names[dim + 1 :]]
+    return parse_map(
+        f"{' '.join(names)}, taken -> {' '.join(out)}", call.inputs, call.outputs, whole=names[dim] if names else ""
+    )
+
+
+def _pointed_factors(call: OpCall) -> FactorMap | None:
+    """gather: output and index have one shape; other dims are parallel where the source is no longer there.
+
+    A dim in which the index is shorter than the source reads a part of it and is whole.
+    """
+    source, index = call.inputs[:2]
+    names, dim = _named(call, len(source.shape))
+    if not names or len(index.shape) != len(names):
+        return None
+    parts = [i for i in range(len(names)) if i == dim or source.shape[i] != index.shape[i]]
+    of_index = " ".join(f"b{i}" if i in parts else n for i, n in enumerate(names))
+    whole = " ".join(f"a{i} b{i}" if i != dim else f"a{i}" for i in parts)
+    return parse_map(f"{' '.join(names)}, {of_index} -> {of_index}", call.inputs, call.outputs, whole=whole)
+
+
+def _scattered_factors(call: OpCall) -> FactorMap | None:
+    """scatter: like gather, the written tensor being both operand and output; the dim and its index are whole."""
+    target, index = call.inputs[:2]
+    names, dim = _named(call, len(target.shape))
+    if not names or len(index.shape) != len(names):
+        return None
+    parts = [i for i in range(len(names)) if i == dim or target.shape[i] != index.shape[i]]
+    of_index = " ".join(f"b{i}" if i in parts else n for i, n in enumerate(names))
+    whole = " ".join(f"a{i} b{i}" for i in parts)
+    values = list(call.inputs[2:])
+    terms = [" ".join(names), of_index]
+    for value in values:
+        if value.shape and value.shape != index.shape:
+            return None
+        terms.append(of_index if value.shape else "")
+    is_linear = call.op.startswith("aten.scatter_add")
+    return parse_map(
+        f"{', '.join(terms)} -> {' '.join(names)}",
+        call.inputs,
+        call.outputs,
+        whole=whole,
+        linear=((0, 2),) if is_linear else (),
+    )
+
+
+def _filled_factors(call: OpCall) -> FactorMap:
+    """index_add, index_copy, index_fill: the dim written to is whole, values have the index's extent there."""
+    names, dim = _named(call, len(call.inputs[0].shape))
+    of_value = " ".join([*names[:dim], "w", *names[dim + 1 :]])
+    terms = [" ".join(names), "w", *[of_value if m.shape else "" for m in call.inputs[2:]]]
+    is_linear = call.op.startswith("aten.index_add") and len(call.inputs) == 3
+    whole = f"{names[dim]} w" if names else ""
+    return parse_map(
+        f"{', '.join(terms)} -> {' '.join(names)}",
+        call.inputs,
+        call.outputs,
+        whole=whole,
+        linear=((0, 2),) if is_linear else (),
+    )
+
+
+def _put_factors(call: OpCall) -> FactorMap | None:
+    """index_put: indexed dims are whole and so are the indices, kept dims parallel; None for masks."""
+    indices = call.args["indices"]
+    assert isinstance(indices, list | tuple)
+    target, *rest = call.inputs
+    tensors, values = rest[:-1], rest[-1]
+    if any(m.dtype in ("bool", "uint8") for m in tensors):
+        return None
+    rank = len(target.shape)
+    indexed = [d for d, term in enumerate(indices) if isinstance(term, Ref)]
+    adjacent = indexed == list(range(indexed[0], indexed[-1] + 1))
+    broadcast = max(len(m.shape) for m in tensors)
+    names = [f"w{d}" if d in indexed else f"a{d}" for d in range(rank)]
+    kept = [names[d] for d in range(rank) if d not in indexed]
+    front = indexed[0] if adjacent else 0
+    spots = [f"i{j}" for j in range(broadcast)]
+    of_value = [*kept[:front], *spots, *kept[front:]]
+    of_value = of_value[len(of_value) - len(values.shape) :]
+    terms = [" ".join(names), *[" ".join(spots[broadcast - len(m.shape) :]) for m in tensors], " ".join(of_value)]
+    whole = " ".join([*(names[d] for d in indexed), *spots])
+    return parse_map(f"{', '.join(terms)} -> {' '.join(names)}", call.inputs, call.outputs, whole=whole)
+
+
+def _scatter_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """The gradient of what was there is copied with the places written to cleared; that of values is gathered."""
+    (out,), values = call.outputs, call.inputs[-1]
+    if not out.is_floating:
+        return ()
+    return sweep("scatter", out, out), sweep("gather", values, values)
+
+
+def _one_hot_factors(call: OpCall) -> FactorMap:
+    return parse_map("... -> ... classes", call.inputs, call.outputs, whole="classes")
+
+
+def _repeated_factors(call: OpCall) -> FactorMap:
+    """repeat_interleave(x, r, dim): the dim is (a) before and (a r) after; r is whole."""
+    copies = call.args["repeats"]
+    assert isinstance(copies, int)
+    if call.args.get("dim") is None:
+        sizes = {f"a{i}": extent for i, extent in enumerate(call.inputs[0].shape)}
+        flat = " ".join(sizes)
+        sizes["r"] = copies
+        return parse_map(f"{flat} -> ({flat} r)", call.inputs, call.outputs, whole="r", linear=((0,),), sizes=sizes)
+    names, dim = _named(call, len(call.inputs[0].shape))
+    out = [*names[:dim], f"({names[dim]} r)", *names[dim + 1 :]]
+    return parse_map(
+        f"{' '.join(names)} -> {' '.join(out)}",
+        call.inputs,
+        call.outputs,
+        whole="r",
+        linear=((0,),),
+        sizes={"r": copies},
+    )
+
+
+def _tiled_factors(call: OpCall) -> FactorMap:
+    """repeat(x, counts): each dim is (r a) after, r whole; new dims stand in front."""
+    rank, out_rank = len(call.inputs[0].shape), len(call.outputs[0].shape)
+    names = [f"a{i}" for i in range(rank)]
+    new = out_rank - rank
+    out = [f"r{i}" for i in range(new)] + [f"(r{new + i} {n})" for i, n in enumerate(names)]
+    whole = " ".join(f"r{i}" for i in range(out_rank))
+    shape = (1,) * new + call.inputs[0].shape
+    sizes = {
+        f"r{i}": out // max(before, 1) for i, (before, out) in enumerate(zip(shape, call.outputs[0].shape, strict=True))
+    }
+    return parse_map(
+        f"{' '.join(names)} -> {' '.join(out)}", call.inputs, call.outputs, whole=whole, linear=((0,),), sizes=sizes
+    )
+
+
+def _summed_back(call: OpCall) -> tuple[OpCost, ...]:
+    (source,), (out,) = call.inputs, call.outputs
+    return (sweep("reduction", source, out, flops=out.numel),) if source.is_floating and out != source else ()
+
+
+register(Op("aten.gather.default", _pointed_factors, _index_price, _index_backward, _indices))
+register(Op("aten.index_select.default", _taken_factors, _index_price, _index_backward, _indices))
+for _name in "scatter.value scatter.src scatter_add.default".split():
+    register(Op(f"aten.{_name}", _scattered_factors, _scatter_price, _scatter_backward, saving("in1")))
+for _name in "index_add.default index_copy.default index_fill.int_Scalar index_fill.int_Tensor".split():
+    register(Op(f"aten.{_name}", _filled_factors, _scatter_price, _scatter_backward, saving("in1")))
+register(Op("aten.index_put.default", _put_factors, _scatter_price, _scatter_backward, saving("in1", "in2")))
+register(Op("aten.one_hot.default", _one_hot_factors, pass_of("scatter", 0.0), no_backward, saves_nothing))
+register(Op("aten.repeat_interleave.self_int", _repeated_factors, pass_of("copy", 0.0), _summed_back, saves_nothing))
+register(Op("aten.repeat.default", _tiled_factors, pass_of("copy", 0.0), _summed_back, saves_nothing))
+
 register_priced(
-    """aten.embedding_dense_backward.default aten.index_put.default aten.index_put_.default
-    aten.scatter.value aten.scatter.src aten.scatter_.value aten.scatter_.src
-    aten.scatter_add.default aten.scatter_add_.default aten.index_add.default aten.index_add_.default""",
+    """aten.embedding_dense_backward.default aten.index_put_.default aten.scatter_.value aten.scatter_.src
+    aten.scatter_add_.default aten.index_add_.default""",
     _scatter_price,
 )

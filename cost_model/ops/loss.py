@@ -93,3 +93,35 @@ register(
 )
 register_priced("aten.nll_loss_forward.default", _nll_price)
 register_priced("aten.nll_loss_backward.default", _nll_backward_price)
+
+
+def _pointwise_factors(call: OpCall) -> FactorMap | None:
+    """Losses of each element; what is reduced inside the op is not split (``clean`` takes the reduction out)."""
+    if call.args.get("reduction") != 0:
+        return None
+    return parse_map(f"{', '.join(['...'] * len(call.inputs))} -> ...", call.inputs, call.outputs)
+
+
+def _pointwise_backward(call: OpCall) -> tuple[OpCost, ...]:
+    out = call.inputs[0]
+    return (sweep("loss_backward", out, out, *call.inputs, flops=4 * out.numel),) if out.is_floating else ()
+
+
+def _pointwise_price(call: OpCall) -> OpCost:
+    return sweep("loss", *call.inputs, *call.outputs, flops=8 * call.inputs[0].numel)
+
+
+POINTWISE = (
+    "binary_cross_entropy_with_logits binary_cross_entropy mse_loss l1_loss smooth_l1_loss huber_loss kl_div "
+    "soft_margin_loss poisson_nll_loss margin_ranking_loss hinge_embedding_loss"
+)
+"""Losses of one number an element, with an argument ``reduction``."""
+for _name in POINTWISE.split():
+    register(
+        Op(f"aten.{_name}.default", _pointwise_factors, _pointwise_price, _pointwise_backward, saving("in0", "in1"))
+    )
+register_priced(
+    """aten.binary_cross_entropy_backward.default aten.mse_loss_backward.default aten.smooth_l1_loss_backward.default
+    aten.huber_loss_backward.default aten.soft_margin_loss_backward.default""",
+    _pointwise_price,
+)

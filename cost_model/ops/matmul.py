@@ -129,5 +129,124 @@ def _baddbmm_price(call: OpCall) -> OpCost:
     return gemm_cost(call, batch, m, n, k)
 
 
+def _addend_map(call: OpCall) -> FactorMap:
+    """The addend broadcasts from the right against [b, m, n]."""
+    addend = " ".join(("b", "m", "n")[3 - len(call.inputs[0].shape) :])
+    return parse_map(f"{addend}, b m k, b k n -> b m n", call.inputs, call.outputs, addends=(0,))
+
+
+def _baddbmm_backward(call: OpCall) -> tuple[OpCost, ...]:
+    (batch, m, k), (_, _, n) = call.inputs[1].shape, call.inputs[2].shape
+    return *_gradients(call, batch, m, n, k), *_bias_gradient(call, call.inputs[0])
+
+
+def _vector_factors(call: OpCall) -> FactorMap:
+    """mv [m, k] x [k], dot [k] x [k], outer [m] x [n]."""
+    notation = {"mv": "m k, k -> m", "dot": "k, k -> ", "outer": "m, n -> m n"}[call.op.split(".")[1]]
+    return parse_map(notation, call.inputs, call.outputs)
+
+
+def _vector_gemm(call: OpCall) -> tuple[int, int, int, int]:
+    left, right = call.inputs[0].shape, call.inputs[1].shape
+    if call.op.startswith("aten.outer"):
+        return 1, left[0], right[0], 1
+    return 1, left[0] if len(left) > 1 else 1, 1, left[-1]
+
+
+register(Op("aten.baddbmm.default", _addend_map, _baddbmm_price, _baddbmm_backward, saving("in1", "in2")))
+for _name in ("aten.mv.default", "aten.dot.default", "aten.outer.default"):
+    register(
+        Op(
+            _name,
+            _vector_factors,
+            lambda call: gemm_cost(call, *_vector_gemm(call)),
+            lambda call: _gradients(call, *_vector_gemm(call)),
+            saving("in0", "in1"),
+        )
+    )
+
+
+def _einsum_factors(call: OpCall) -> FactorMap | None:
+    """The equation is the map; None where an index repeats within an operand or "..." stands for dims."""
+    equation = call.args["equation"]
+    assert isinstance(equation, str)
+    text = equation.replace(" ", "")
+    left, _, right = text.partition("->")
+    terms = left.split(",")
+    is_implicit = "->" not in text
+    if "." in text or is_implicit or any(len(set(term)) < len(term) for term in terms):
+        return None
+    if any(extent == 1 for meta in call.inputs for extent in meta.shape):
+        return None
+    notation = f"{', '.join(' '.join(term) for term in terms)} -> {' '.join(right)}"
+    return parse_map(notation, call.inputs, call.outputs)
+
+
+def _einsum_gemm(call: OpCall) -> tuple[int, int, int, int]:
+    """Every index once: what is in the output as rows, the rest contracted."""
+    equation = call.args["equation"]
+    assert isinstance(equation, str)
+    left, _, right = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, meta in zip(left.split(","), call.inputs, strict=False):
+        sizes.update(zip(term, meta.shape, strict=False))
+    summed = math.prod(extent for name, extent in sizes.items() if name not in right)
+    return 1, call.outputs[0].numel, 1, summed
+
+
+register(
+    Op(
+        "aten.einsum.default",
+        _einsum_factors,
+        lambda call: gemm_cost(call, *_einsum_gemm(call)),
+        lambda call: (gemm_cost(call, *_einsum_gemm(call)),) * len(call.inputs),
+        saving(*(f"in{i}" for i in range(8))),
+    )
+)
 register_priced("aten.addmm_.default", lambda call: gemm_cost(call, *_addmm_gemm(call)))
-register_priced("aten.baddbmm.default aten.baddbmm_.default", _baddbmm_price)
+register_priced("aten.baddbmm_.default", _baddbmm_price)
+
+
+def _experts_factors(call: OpCall) -> FactorMap:
+    """Tokens are parallel; experts, and the features inside each, are summed over. An expert is named by its index."""
+    return parse_map(
+        "t h, t k, t k, e (g i) h, e h i -> t h",
+        call.inputs,
+        call.outputs,
+        whole="h k g",
+        ordered="e",
+        sizes={"g": 2},
+    )
+
+
+def _experts_flops(call: OpCall) -> float:
+    """Three products of a token with each of its experts that are held here, taken to be chosen evenly."""
+    tokens = call.inputs[-4].numel
+    held, wide, width = call.inputs[-2].shape
+    total = call.args["total"]
+    assert isinstance(total, int)
+    return 2.0 * tokens * held / total * (wide * width + wide // 2 * width)
+
+
+def _experts_cost(call: OpCall, times: float) -> OpCost:
+    nbytes = bytes_moved(call) + 2.0 * call.inputs[-4].numel * call.inputs[-2].shape[1] * 4
+    return OpCost("matmul", times * _experts_flops(call), times * nbytes, call.outputs[0].dtype)
+
+
+def _experts_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """Two products for each of the forward's, and the first of those again."""
+    return (_experts_cost(call, EXPERTS_BACKWARD),)
+
+
+EXPERTS_BACKWARD = 2.0 + 2.0 / 3.0
+"""Over forward: gradients of both operands of each product, and the product with gate_up, two thirds, once more."""
+register(
+    Op(
+        "autopar.experts.default",
+        _experts_factors,
+        lambda call: _experts_cost(call, 1.0),
+        _experts_backward,
+        saving("in0", "in1", "in2", "in3", "in4"),
+    )
+)
+register_priced("autopar.experts_backward.default", lambda call: _experts_cost(call, EXPERTS_BACKWARD))

@@ -111,3 +111,64 @@ register_priced(
 register_priced(
     "aten._softmax_backward_data.default aten._log_softmax_backward_data.default", pass_of("softmax_backward", 4.0)
 )
+
+
+def _channel_names(call: OpCall) -> str:
+    """Names of the dims after (batch, channels)."""
+    return " ".join(f"x{i}" for i in range(len(call.inputs[0].shape) - 2))
+
+
+def _grouped_factors(call: OpCall) -> FactorMap:
+    """Channels are (group, rest): groups are parallel, what a group is made of is whole."""
+    spatial, groups = _channel_names(call), call.args.get("num_groups", call.args.get("group"))
+    assert isinstance(groups, int)
+    operands = ", ".join([f"n (g c) {spatial}", *["(g c)"] * (len(call.inputs) - 1)])
+    outs = ", ".join([f"n (g c) {spatial}", *["n g"] * (len(call.outputs) - 1)])
+    return parse_map(f"{operands} -> {outs}", call.inputs, call.outputs, whole=f"c {spatial}", sizes={"g": groups})
+
+
+def _channel_factors(call: OpCall) -> FactorMap:
+    """Statistics over the batch and all positions (whole), unless they are given: then everything is parallel."""
+    spatial = _channel_names(call)
+    operands = ", ".join([f"n c {spatial}", *["c"] * (len(call.inputs) - 1)])
+    outs = ", ".join([f"n c {spatial}", *["c"] * (len(call.outputs) - 1)])
+    whole = f"n {spatial}" if call.op.startswith("autopar") or call.args.get("training") else ""
+    return parse_map(f"{operands} -> {outs}", call.inputs, call.outputs, whole=whole)
+
+
+def _instance_factors(call: OpCall) -> FactorMap | None:
+    """Statistics of each sample and channel; None with running statistics, which mix samples."""
+    if call.args.get("running_mean") is not None:
+        return None
+    spatial = _channel_names(call)
+    operands = ", ".join([f"n c {spatial}", *["c"] * (len(call.inputs) - 1)])
+    return parse_map(f"{operands} -> n c {spatial}", call.inputs, call.outputs, whole=spatial)
+
+
+def _channel_price(call: OpCall) -> OpCost:
+    """Statistics read the input once more than the normalisation itself."""
+    source = call.inputs[0]
+    return sweep("norm", source, *call.inputs, *call.outputs, flops=NORM_FLOPS * source.numel)
+
+
+def _channel_backward(call: OpCall) -> tuple[OpCost, ...]:
+    source = call.inputs[0]
+    moved = [source] * 5 + list(call.inputs[1:]) * 2
+    return (sweep("norm_backward", *moved, flops=2 * NORM_FLOPS * source.numel),)
+
+
+for _name, _factors in (
+    ("aten.group_norm.default", _grouped_factors),
+    ("aten.batch_norm.default", _channel_factors),
+    ("aten.instance_norm.default", _instance_factors),
+):
+    register(Op(_name, _factors, _channel_price, _channel_backward, saving("in0", "in1")))
+register(Op("autopar.batch_norm.default", _channel_factors, _channel_price, _channel_backward, saving("in0", "in1")))
+register_priced(
+    """aten.native_group_norm.default aten.native_batch_norm.default""",
+    _channel_price,
+)
+register_priced(
+    "aten.native_group_norm_backward.default aten.native_batch_norm_backward.default",
+    pass_of("norm_backward", 2 * NORM_FLOPS),
+)

@@ -125,6 +125,43 @@ def _transpose_factors(call: OpCall) -> FactorMap:
     return _permuted(call, order)
 
 
+def _swap_factors(call: OpCall) -> FactorMap:
+    rank = len(call.inputs[0].shape)
+    order, keys = list(range(rank)), ("axis0", "axis1") if "axis0" in call.args else ("dim0", "dim1")
+    (first,), (second,) = dims_of(call, keys[0], rank), dims_of(call, keys[1], rank)
+    order[first], order[second] = second, first
+    return _permuted(call, order)
+
+
+def _move_factors(call: OpCall) -> FactorMap:
+    rank = len(call.inputs[0].shape)
+    (source,), (target,) = dims_of(call, "source", rank), dims_of(call, "destination", rank)
+    order = [d for d in range(rank) if d != source]
+    order.insert(target, source)
+    return _permuted(call, order)
+
+
+def _diagonal_factors(call: OpCall) -> FactorMap:
+    """The two dims of the diagonal are whole; it stands last."""
+    rank = len(call.inputs[0].shape)
+    first, second = dims_of(call, "dim1", rank)[0], dims_of(call, "dim2", rank)[0]
+    names = _letters(rank)
+    out = [n for d, n in enumerate(names) if d not in (first, second)]
+    whole = f"{names[first]} {names[second]} along"
+    return parse_map(
+        f"{' '.join(names)} -> {' '.join(out)} along", call.inputs, call.outputs, whole=whole, linear=FIRST
+    )
+
+
+def _windows_factors(call: OpCall) -> FactorMap:
+    """unfold: windows of a dim, which is whole; their places stand where it stood, their contents last."""
+    rank = len(call.inputs[0].shape)
+    (dim,) = dims_of(call, "dimension", rank)
+    names = _letters(rank)
+    notation = f"{' '.join(names)} -> {_with(names, dim, 'places')} inside"
+    return parse_map(notation, call.inputs, call.outputs, whole=f"{names[dim]} places inside", linear=FIRST)
+
+
 def _permute_factors(call: OpCall) -> FactorMap:
     return _permuted(call, list(dims_of(call, "dims", len(call.inputs[0].shape))))
 
@@ -266,8 +303,12 @@ _register_views(
 )
 _register_views("expand.default", aligned(linear_in_first), _expand_backward)
 _register_views("transpose.int", _transpose_factors, no_backward)
+_register_views("swapaxes.default swapdims.default", _swap_factors, no_backward)
 _register_views("permute.default", _permute_factors, no_backward)
-_register_views("t.default", _t_factors, no_backward)
+_register_views("movedim.int", _move_factors, no_backward)
+_register_views("t.default numpy_T.default", _t_factors, no_backward)
+_register_views("diagonal.default", _diagonal_factors, _padded_gradient)
+_register_views("unfold.default", _windows_factors, _copied_gradient)
 _register_views("select.int", _select_factors, _padded_gradient)
 _register_views("slice.Tensor", _slice_factors, _padded_gradient)
 _register_views("split.Tensor split_with_sizes.default chunk.default", _split_factors, _copied_gradient)
@@ -295,9 +336,22 @@ _register_copies("stack.default", _stack_factors, _copy, no_backward)
 _register_copies("pad.default constant_pad_nd.default", _pad_factors, _copy, _copied_gradient)
 
 register_priced("aten.as_strided.default aten.lift_fresh.default aten.detach_.default", unpriced)
-register_priced("aten.lift_fresh_copy.default aten.flip.default", _copy)
+register_priced("aten.lift_fresh_copy.default", _copy)
+
+
+def _written_factors(call: OpCall) -> FactorMap:
+    """slice_scatter, select_scatter: the dim written to is whole, and its part in the second operand too."""
+    names = _letters(len(call.inputs[0].shape))
+    dim = _dim(call)
+    part = _with(names, dim, "part" if "slice" in call.op else "")
+    notation = f"{' '.join(names)}, {part} -> {' '.join(names)}"
+    return parse_map(notation, call.inputs, call.outputs, whole=f"{names[dim]} part", linear=((0, 1),))
+
+
+_register_copies("slice_scatter.default select_scatter.default", _written_factors, _copy, _copied_gradient)
+
 register_priced(
     """aten.slice_backward.default aten.select_backward.default aten.as_strided_copy.default
-    aten.slice_scatter.default aten.select_scatter.default""",
+    aten.unfold_backward.default aten.diagonal_backward.default""",
     _copy,
 )

@@ -1,0 +1,389 @@
+"""Restate: ops in the forms whose rules are simple.
+
+No-op casts and copies of what is contiguous go; attention, cross entropy, means, losses and repeats are stated in
+other ops. A mean becomes a sum and a product with 1/count, where the count is the global batch's, so that shards and
+microbatches simply add up.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from cost_model.errors import UnsupportedError
+from cost_model.ops.loss import POINTWISE
+from cost_model.tensor import TensorMeta
+from passes.dependence import ancestors
+from passes.graph import Meta, meta_of
+
+if TYPE_CHECKING:
+    from passes.clean import Cleaner
+
+aten = torch.ops.aten
+HALF = ("float16", "bfloat16")
+
+Rewrite = Callable[["Cleaner", fx.Node, dict[str, Any]], Any]
+REWRITES: dict[Any, Rewrite] = {}
+
+
+def rewrites(*targets: Any) -> Callable[[Rewrite], Rewrite]:
+    def register(function: Rewrite) -> Rewrite:
+        REWRITES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+@rewrites(aten.detach_.default, aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.alias.default)
+def _identity(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return next(iter(a.values()))
+
+
+@rewrites(aten.contiguous.default)
+def _contiguous(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    value = node.args[0].meta.get("val")  # type: ignore[union-attr]
+    return a["self"] if value is not None and value.is_contiguous() else NotImplemented
+
+
+@rewrites(
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default
+)
+def _cast(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Only the dtype counts: devices belong to the runtime."""
+    meta = meta_of(node.meta["val"])
+    assert isinstance(meta, TensorMeta)
+    return run.cast(node, a["self"], meta.dtype)
+
+
+@rewrites(aten.dropout.default)
+def _dropout(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    if not a["train"] or a["p"] == 0:
+        return a["input"]
+    raise UnsupportedError(
+        f"dropout with p={a['p']} is not supported yet: build the model with dropout 0 or call model.eval()"
+    )
+
+
+@rewrites(aten.slice.Tensor)
+def _slice(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    extent = run.tensor(a["self"]).shape[a["dim"]]
+    whole = (a["start"] or 0) == 0 and (a["end"] is None or a["end"] >= extent) and a["step"] == 1
+    return a["self"] if whole else NotImplemented
+
+
+@rewrites(
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+def _view(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """view -> reshape with its shape spelled out: local strides may not allow the view, local sizes may be 1."""
+    meta, source = meta_of(node.meta["val"]), a["self"]
+    assert isinstance(meta, TensorMeta)
+    if source.target is aten.reshape.default:
+        source = source.args[0]
+    if run.tensor(source).shape == meta.shape:
+        return source
+    return run.call(aten.reshape.default, (source, list(meta.shape)), meta, like=node)
+
+
+@rewrites(aten.reshape.default)
+def _reshape(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _view(run, node, a)
+
+
+@rewrites(aten.scaled_dot_product_attention.default)
+def _attention(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Fused attention as our op; key and value heads repeated for grouped queries.
+
+    Its kernels give no gradient of the mask, so attention with a learned mask stays as it is.
+    """
+    query, key, value = a["query"], a["key"], a["value"]
+    meta = run.tensor(query)
+    if a["dropout_p"]:
+        raise UnsupportedError(
+            f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()"
+        )
+    is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
+    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
+        return NotImplemented
+    if a["enable_gqa"]:
+        repeat = meta.shape[1] // run.tensor(key).shape[1]
+        key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
+    batch, heads, length, _ = meta.shape
+    outputs: Meta = (meta, TensorMeta((batch, heads, length), "float32" if meta.dtype != "float64" else "float64"))
+    mask = _additive(run, node, a["attn_mask"], meta.dtype)
+    args = (query, key, value, mask, a["is_causal"], a["scale"])
+    made = run.call(torch.ops.autopar.attention.default, args, outputs, like=node)
+    return run.call(operator.getitem, (made, 0), meta, like=node)
+
+
+def _additive(run: Cleaner, node: fx.Node, mask: fx.Node | None, dtype: str) -> fx.Node | None:
+    """A boolean mask as what kernels take: 0 where attention is allowed, -inf elsewhere."""
+    if mask is None or run.tensor(mask).dtype != "bool":
+        return mask
+    shape = run.tensor(mask).shape
+    made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
+    return run.cast(node, made, dtype)
+
+
+def _repeat_heads(run: Cleaner, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:
+    meta = run.tensor(x)
+    batch, heads, length, width = meta.shape
+    for target, arg, shape in (
+        (aten.unsqueeze.default, 2, (batch, heads, 1, length, width)),
+        (aten.expand.default, [batch, heads, repeat, length, width], (batch, heads, repeat, length, width)),
+        (aten.reshape.default, [batch, heads * repeat, length, width], (batch, heads * repeat, length, width)),
+    ):
+        x = run.call(target, (x, arg), TensorMeta(shape, meta.dtype), like=node)
+    return x
+
+
+def _rows(run: Cleaner, node: fx.Node, logits: fx.Node, labels: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Classes last and all other dims flattened: [n, c, ...] and [n, ...] become [rows, c] and [rows]."""
+    meta, rank = run.tensor(logits), len(run.tensor(logits).shape)
+    if rank == 2:
+        return logits, labels
+    order = [0, *range(2, rank), 1]
+    moved = TensorMeta(tuple(meta.shape[d] for d in order), meta.dtype)
+    logits = run.call(aten.permute.default, (logits, order), moved, like=node)
+    count = run.tensor(labels).numel
+    flat = [count, meta.shape[1]]
+    logits = run.call(aten.reshape.default, (logits, flat), TensorMeta(tuple(flat), meta.dtype), like=node)
+    whole = TensorMeta((count,), run.tensor(labels).dtype)
+    return logits, run.call(aten.reshape.default, (labels, [count]), whole, like=node)
+
+
+@rewrites(aten.cross_entropy_loss.default)
+def _cross_entropy(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """mean -> sum / count of labels that are not ignored; both add up over shards and microbatches."""
+    logits, labels = a["self"], a["target"]
+    plain = a["weight"] is None and a["reduction"] in (1, 2) and not run.tensor(labels).is_floating
+    if not plain or len(run.tensor(logits).shape) < 2:
+        return NotImplemented
+    logits, labels = _rows(run, node, logits, labels)
+    dtype = run.tensor(logits).dtype
+    wide = TensorMeta((), "float32" if dtype in HALF else dtype)
+    args = (logits, labels, a["ignore_index"], a["label_smoothing"])
+    total = run.call(torch.ops.autopar.cross_entropy_sum.default, args, wide, like=node)
+    if a["reduction"] == 2:
+        return run.cast(node, total, dtype)
+    counted = TensorMeta((), "float32")
+    count = run.call(torch.ops.autopar.count_labels.default, (labels, a["ignore_index"]), counted, like=node)
+    mean = run.call(aten.div.Tensor, (total, run.cast(node, count, wide.dtype)), wide, like=node)
+    return run.cast(node, mean, dtype)
+
+
+@rewrites(aten.mean.default, aten.mean.dim)
+def _mean(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    source, meta = a["self"], meta_of(node.meta["val"])
+    assert isinstance(meta, TensorMeta)
+    if a.get("dtype") is not None:
+        source = run.cast(node, source, meta.dtype)
+    return _divided(run, node, run.summed(node, source, a.get("dim"), a.get("keepdim", False)), source, meta)
+
+
+def _divided(run: Cleaner, node: fx.Node, total: fx.Node, source: fx.Node, meta: TensorMeta) -> fx.Node:
+    """A sum of all of ``source`` made a mean by the count of the whole tensor."""
+    count = run.tensor(source).numel // max(meta.numel, 1)
+    scaled = run.call(aten.mul.Tensor, (total, 1.0 / max(count, 1)), run.tensor(total), like=node)
+    return run.cast(node, scaled, meta.dtype)
+
+
+@rewrites(aten.mse_loss.default)
+def _mse(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    if run.tensor(a["self"]).shape != run.tensor(a["target"]).shape:
+        return NotImplemented
+    meta, result = run.tensor(a["self"]), meta_of(node.meta["val"])
+    assert isinstance(result, TensorMeta)
+    difference = run.call(aten.sub.Tensor, (a["self"], a["target"]), meta, like=node)
+    square = run.call(aten.pow.Tensor_Scalar, (difference, 2), meta, like=node)
+    if a["reduction"] == 0:
+        return square
+    total = run.summed(node, square)
+    return run.cast(node, total, meta.dtype) if a["reduction"] == 2 else _divided(run, node, total, square, result)
+
+
+@rewrites(aten.broadcast_tensors.default)
+def _broadcast(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    metas = meta_of(node.meta["val"])
+    assert isinstance(metas, tuple)
+    made = []
+    for source, meta in zip(a["tensors"], metas, strict=True):
+        assert meta is not None
+        is_whole = run.tensor(source).shape == meta.shape
+        made.append(source if is_whole else run.call(aten.expand.default, (source, list(meta.shape)), meta, like=node))
+    return made
+
+
+def _averaged(run: Cleaner, node: fx.Node, each: fx.Node, reduction: int) -> Any:
+    """Losses of the elements as the op gives them: as they are (0), their mean (1) or their sum (2)."""
+    result = meta_of(node.meta["val"])
+    assert isinstance(result, TensorMeta)
+    if reduction == 0:
+        return each
+    total = run.summed(node, each)
+    return run.cast(node, total, result.dtype) if reduction == 2 else _divided(run, node, total, each, result)
+
+
+@rewrites(*(getattr(aten, name).default for name in POINTWISE.split() if name not in ("mse_loss", "poisson_nll_loss")))
+def _pointwise_loss(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """The reduction taken out of the op, where it is the mean or the sum of all elements."""
+    shapes = [run.tensor(v).shape for v in a.values() if isinstance(v, fx.Node)]
+    whole = tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    out = TensorMeta(whole, run.tensor(next(iter(a.values()))).dtype)
+    if a["reduction"] == 0:
+        return NotImplemented
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {**a, "reduction": 0}
+    args = tuple(given[arg.name] for arg in schema if not arg.kwarg_only)
+    kwargs = {arg.name: given[arg.name] for arg in schema if arg.kwarg_only}
+    each = run.call(node.target, args, out, like=node, **kwargs)
+    return _averaged(run, node, each, a["reduction"])
+
+
+@rewrites(aten.nll_loss_nd.default, aten.nll_loss.default)
+def _nll(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """The log-probability of each label, gathered; labels that are ignored count nothing."""
+    source, labels = a["self"], a["target"]
+    if a["weight"] is not None or a["reduction"] not in (1, 2) or len(run.tensor(source).shape) < 2:
+        return NotImplemented
+    source, labels = _rows(run, node, source, labels)
+    count, dtype, ids = run.tensor(labels).numel, run.tensor(source).dtype, run.tensor(labels).dtype
+    safe = run.call(aten.clamp_min.default, (labels, 0), TensorMeta((count,), ids), like=node)
+    column = run.call(aten.unsqueeze.default, (safe, 1), TensorMeta((count, 1), ids), like=node)
+    picked = run.call(aten.gather.default, (source, 1, column), TensorMeta((count, 1), dtype), like=node)
+    row = run.call(aten.reshape.default, (picked, [count]), TensorMeta((count,), dtype), like=node)
+    lost = run.call(aten.neg.default, (row,), TensorMeta((count,), dtype), like=node)
+    kept = run.call(aten.ne.Scalar, (labels, a["ignore_index"]), TensorMeta((count,), "bool"), like=node)
+    each = run.call(aten.where.ScalarOther, (kept, lost, 0.0), TensorMeta((count,), dtype), like=node)
+    total = run.summed(node, each)
+    if a["reduction"] == 2:
+        return run.cast(node, total, dtype)
+    counted = TensorMeta((), "float32")
+    number = run.call(torch.ops.autopar.count_labels.default, (labels, a["ignore_index"]), counted, like=node)
+    wide = run.tensor(total)
+    mean = run.call(aten.div.Tensor, (total, run.cast(node, number, wide.dtype)), wide, like=node)
+    return run.cast(node, mean, dtype)
+
+
+@rewrites(aten.repeat.default)
+def _repeat(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Copies side by side along each dim: a dim of copies in front of each, expanded, then merged."""
+    source, counts = a["self"], list(a["repeats"])
+    meta = run.tensor(source)
+    shape = (1,) * (len(counts) - len(meta.shape)) + meta.shape
+    return _expanded(run, node, source, [(count, extent) for count, extent in zip(counts, shape, strict=True)], True)
+
+
+@rewrites(aten.repeat_interleave.self_int)
+def _repeat_interleave(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Each element several times: a dim of copies behind the one named, expanded, then merged."""
+    source, meta = a["self"], run.tensor(a["self"])
+    if a["dim"] is None or not meta.shape:
+        return NotImplemented
+    dim = a["dim"] % len(meta.shape)
+    pairs = [(a["repeats"] if d == dim else 1, extent) for d, extent in enumerate(meta.shape)]
+    return _expanded(run, node, source, pairs, False)
+
+
+def _expanded(run: Cleaner, node: fx.Node, x: fx.Node, pairs: list[tuple[int, int]], copies_first: bool) -> Any:
+    """``pairs``: (copies, extent) of each dim; dims of size 1 are simply expanded."""
+    dtype = run.tensor(x).dtype
+    narrow, wide, merged = [], [], []
+    for count, extent in pairs:
+        merged.append(count * extent)
+        if count == 1 or extent == 1:
+            narrow.append(extent)
+            wide.append(count * extent)
+        else:
+            narrow += [1, extent] if copies_first else [extent, 1]
+            wide += [count, extent] if copies_first else [extent, count]
+    for target, shape in ((aten.reshape.default, narrow), (aten.expand.default, wide), (aten.reshape.default, merged)):
+        if tuple(shape) != run.tensor(x).shape:
+            x = run.call(target, (x, shape), TensorMeta(tuple(shape), dtype), like=node)
+    return x
+
+
+@rewrites(aten.index.Tensor)
+def _index(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """``x[arange(n), i]`` picks one row of each of n samples: a gather along dim 1, in which samples stay apart."""
+    source, indices, meta = a["self"], a["indices"], run.tensor(a["self"])
+    if len(indices) != 2 or any(i is None for i in indices) or not _counts(run, indices[0], meta.shape[0]):
+        return NotImplemented
+    rows, rest = meta.shape[0], meta.shape[2:]
+    at = run.tensor(indices[1])
+    if at.shape != (rows,) or at.is_floating or at.dtype in ("bool", "uint8"):
+        return NotImplemented
+    wrapped = run.call(aten.remainder.Scalar, (indices[1], meta.shape[1]), at, like=node)
+    narrow, wide = [rows] + [1] * (1 + len(rest)), [rows, 1, *rest]
+    index = run.call(aten.reshape.default, (wrapped, narrow), TensorMeta(tuple(narrow), at.dtype), like=node)
+    if wide != narrow:
+        index = run.call(aten.expand.default, (index, wide), TensorMeta(tuple(wide), at.dtype), like=node)
+    taken = run.call(aten.gather.default, (source, 1, index), TensorMeta(tuple(wide), meta.dtype), like=node)
+    return run.call(aten.reshape.default, (taken, [rows, *rest]), TensorMeta((rows, *rest), meta.dtype), like=node)
+
+
+def _counts(run: Cleaner, node: fx.Node, extent: int) -> bool:
+    """Whether a value is arange(extent)."""
+    while node.target in (aten.to.dtype, aten.detach.default):
+        node = node.args[0]  # type: ignore[assignment]
+    if node.target is aten.arange.start and node.args[0] == 0:
+        return bool(node.args[1] == extent)
+    return node.target is aten.arange.default and bool(node.args[0] == extent)
+
+
+@rewrites(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+def _global_pool(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Down to one position: the mean over all positions."""
+    meta, out = run.tensor(a["self"]), meta_of(node.meta["val"])
+    assert isinstance(out, TensorMeta)
+    count = len(a["output_size"])
+    if any(extent != 1 for extent in out.shape[len(out.shape) - count :]):
+        return NotImplemented
+    dims = list(range(len(meta.shape) - count, len(meta.shape)))
+    return _divided(run, node, run.summed(node, a["self"], dims, True), a["self"], out)
+
+
+@rewrites(aten.copy.default, aten.fill.Tensor)
+def _filled(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """What functionalising leaves of an assignment: the values in the shape and dtype of what they replace."""
+    values, meta = a["src"] if "src" in a else a["value"], run.tensor(a["self"])
+    values = run.cast(node, values, meta.dtype)
+    if run.tensor(values).shape == meta.shape:
+        return values
+    return run.call(aten.expand.default, (values, list(meta.shape)), meta, like=node)
+
+
+@rewrites(aten.fill.Scalar)
+def _filled_with_number(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return run.call(aten.full_like.default, (a["self"], a["value"]), run.tensor(a["self"]), like=node)
+
+
+@rewrites(aten._native_batch_norm_legit_functional.default)
+def _functional_batch_norm(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """(output, statistics, new running statistics): the output only; the last become gradients of our op."""
+    return [_batch_norm(run, node, a), None, None, None, None]
+
+
+@rewrites(aten.batch_norm.default)
+def _batch_norm(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    meta = run.tensor(a["input"])
+    tensors = tuple(a[name] for name in ("input", "weight", "bias", "running_mean", "running_var"))
+    if a["training"]:
+        args = (*tensors, a["momentum"], a["eps"], 1)
+        return run.call(torch.ops.autopar.batch_norm.default, args, meta, like=node)
+    return run.call(aten.batch_norm.default, (*tensors, False, a["momentum"], a["eps"], False), meta, like=node)
+
+
+@rewrites(aten._native_batch_norm_legit_no_training.default)
+def _given_batch_norm(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return [_batch_norm(run, node, {**a, "training": False}), None, None]
