@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_model.cluster import Cluster, cluster_names
-from cost_model.device import KINDS, Device, GemmRow, StreamRow, attention_cost, device_names, interpolate
+from cost_model.device import (
+    KINDS,
+    Device,
+    GemmRow,
+    StreamRow,
+    attention_cost,
+    device_from_table,
+    device_names,
+    interpolate,
+)
 from cost_model.errors import ClusterFileError, ConfigError, UnknownNameError, UnsupportedError
-from cost_model.hardware_file import key_lines
+from cost_model.hardware_file import key_lines, parse_table
 from cost_model.program import OpCost
 from cost_model.units import parse_bandwidth, parse_bytes, parse_rate, parse_time
 
@@ -342,3 +352,32 @@ def test_lines_of_nested_arrays() -> None:
     lines = key_lines(text)
     assert (lines["x[0].b"], lines["x[0].y[1].c"], lines["x[1].b"], lines["z.w.d e"]) == (3, 7, 9, 11)
     assert math.prod(lines.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("[256, 128], ", "[256, 0], ", "cost.matmul.tiles"),
+        (
+            "tiles = [[256, 128], [128, 256], [128, 128], [128, 64], [64, 128], [64, 64]]",
+            "tiles = []",
+            "cost.matmul.tiles",
+        ),
+        ("units = 80", "units = 0", "cost.matmul.units"),
+        ("units = 80", "units = 80\nhalf_m = 8", "cost.matmul.half_m"),
+        ("float32 = 0.75", "float32 = 1.75", "cost.matmul.dtype_efficiency.float32"),
+        ("float32 = 0.75", "flaot32 = 0.75", "cost.matmul.dtype_efficiency.flaot32"),
+    ],
+)
+def test_faults_of_tiles_name_key_and_line(old: str, new: str, key: str) -> None:
+    text = (Path(__file__).parents[1] / "cost_model" / "devices" / "v100-sxm2-32gb.toml").read_text()
+    assert old in text
+    with pytest.raises(ClusterFileError) as caught:
+        device_from_table(parse_table(text.replace(old, new), "mine.toml"))
+    assert caught.value.key == key and caught.value.line is not None and caught.value.path == "mine.toml"
+
+
+def test_tensor_cores_and_plain_units_reach_shares_of_their_own() -> None:
+    cost = OpCost("matmul", 2.0 * 8192**3, 0.0, "float16", (1, 8192, 8192, 8192))
+    ratio = V100.op_time_s(replace(cost, dtype="float32")) / V100.op_time_s(cost)
+    assert ratio == pytest.approx((125 * 0.74) / (15.7 * 0.75), rel=1e-3)
