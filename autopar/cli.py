@@ -45,6 +45,8 @@ class Command:
     tp: Annotated[int | None, arg(metavar="N", help="pin the tensor-parallel degree")] = None
     pp: Annotated[int | None, arg(metavar="N", help="pin the number of pipeline stages")] = None
     microbatch_size: Annotated[int | None, arg(metavar="N", help="pin the samples of a microbatch")] = None
+    zero: Annotated[int | None, arg(metavar="LEVEL", help="pin the ZeRO level, 0 to 3")] = None
+    recompute: Annotated[str | None, arg(metavar="LEVEL", help="pin recompute: none, selective or full")] = None
     schedule: Annotated[str | None, arg(metavar="S", help="pin the schedule: 1f1b or gpipe")] = None
     memory_cap: Annotated[str | None, arg(metavar="SIZE", help='memory of each device to use, such as "30GiB"')] = None
     plan: Annotated[Path | None, arg(metavar="FILE", help="use the plan of this file instead of a search")] = None
@@ -239,7 +241,7 @@ def _coverage() -> Answer:
 
 def _keywords(command: Command) -> dict[str, Any]:
     """The keywords of autopar.compile that the line gives."""
-    pins = ("dp", "tp", "pp", "microbatch_size", "schedule")
+    pins = ("dp", "tp", "pp", "microbatch_size", "schedule", "zero", "recompute")
     parallelism = Parallelism(**{name: getattr(command, name) for name in pins})
     plan = None if command.plan is None else Plan.load(command.plan)
     return {"parallelism": parallelism, "memory_cap": command.memory_cap, "plan": plan}

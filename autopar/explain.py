@@ -181,7 +181,7 @@ def _explanation(
 
 def _figures(estimate: Estimate) -> dict[str, Any]:
     plan = estimate.plan
-    names = ("dp", "tp", "pp", "schedule", "microbatch_size", "microbatches")
+    names = ("dp", "tp", "pp", "schedule", "microbatch_size", "microbatches", "zero", "recompute")
     figures = {"step_time_s": estimate.step_time_s, "peak_bytes": estimate.peak_bytes}
     return {**figures, **{name: getattr(plan, name) for name in names}}
 
@@ -203,7 +203,7 @@ def _candidate_row(candidate: Candidate, reference: Estimate) -> tuple[str, ...]
         needed = "" if candidate.needed_bytes is None else f"needs {bytes_text(candidate.needed_bytes)}"
         return candidate.kind, candidate.reason or "", "", "", needed
     plan, slower = estimate.plan, candidate.slowdown(reference) or 0.0
-    text = f"{mesh_text(plan)}, {plan.microbatches} x {plan.microbatch_size}"
+    text = f"{mesh_text(plan)}, {plan.microbatches} x {plan.microbatch_size}{plan.saving_text()}"
     return (
         candidate.kind,
         text,

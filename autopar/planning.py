@@ -241,7 +241,7 @@ class Job:
                 f"zero={pins.zero} splits parameters into pieces, which {self.optimizer.path} does not update as it "
                 "updates whole parameters; use zero=0, or an elementwise optimizer such as torch.optim.AdamW"
             )
-        return PinnedSpace(self.space, pins.recompute, pins.zero or 0)
+        return PinnedSpace(self.space, pins.recompute, pins.zero)
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
         """Exact peak bytes of each stage of the rewritten program."""

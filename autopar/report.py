@@ -17,7 +17,7 @@ from rich.table import Table
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
 from cost_model.placement import Placement, Replicate, Shard, Varying, parse_placement
-from cost_model.plan import Plan, folded, split_number
+from cost_model.plan import RECOMPUTES, Plan, folded, split_number
 from cost_model.program import Block, Collective, ParameterShard, Program, StageProgram
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def _head(estimate: Estimate, cluster: Cluster) -> str:
     return (
         f"autopar plan for {cluster_text(cluster)}\n"
         f"{str(plan).splitlines()[0]}\n"
+        f"{_recompute_text(plan)}"
         f"estimated step {seconds_text(estimate.step_time_s)}, peak memory {bytes_text(estimate.peak_bytes)} "
         f"a device ({share} of the cap of {bytes_text(plan.memory_cap_bytes)})\n"
     )
@@ -152,6 +153,16 @@ def gap_text(gap: float) -> str:
     if gap < 1e-6:
         return "no plan that was searched for has a lower price"
     return f"its price is at most {max(gap, 1e-4):.2%} above a proven lower bound"
+
+
+def _recompute_text(plan: Plan) -> str:
+    """Which segments are recomputed how, a line for each level; nothing where all are alike."""
+    if plan.recompute != "mixed":
+        return ""
+    levels = {index: level for stage in plan.stages for index, level in stage.recompute_levels.items()}
+    kinds = [level for level in RECOMPUTES if level in levels.values()]
+    labels = {kind: [plan.segment_labels[i] for i, level in sorted(levels.items()) if level == kind] for kind in kinds}
+    return "".join(f"recompute {kind}: {folded(found)}\n" for kind, found in labels.items())
 
 
 def _stage_table(estimate: Estimate) -> Group:

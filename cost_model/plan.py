@@ -155,8 +155,13 @@ class Plan:
         """The mesh, the microbatches and each stage's segments; the choices inside stages are left out."""
         count = f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''} of {self.microbatch_size}"
         mesh = f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
-        head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule}"
+        head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule}{self.saving_text()}"
         return "\n".join([head, *(f"stage {stage}: {folded(self.labels(stage))}" for stage in range(self.pp))])
+
+    def saving_text(self) -> str:
+        """What is split over replicas and what is recomputed, after a comma; empty where nothing is."""
+        zero = "" if self.zero == 0 else f", zero {self.zero}"
+        return zero if self.recompute == "none" else f"{zero}, recompute {self.recompute}"
 
     @property
     def recompute(self) -> str:

@@ -7,7 +7,7 @@ reduced and scattered, and the rank's part is added to what the rank keeps.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +24,7 @@ from passes.split import SplitGraphs, inputs_first
 
 aten = torch.ops.aten
 AXIS = "dp"
+BUCKET_BYTES = 64 * 2**20
 
 
 def zero_key(node: str) -> str:
@@ -61,12 +62,24 @@ def make_buckets(
             where = used.get(item.node, ()) if level > 1 else ()
             key = (level, where, metas[item.node].dtype, trainable, varying, tied)
             members.setdefault(key, []).append(item)
-    found = []
-    for number, ((level, _, dtype, trainable, varying, tied), items) in enumerate(members.items()):
+    found: list[Bucket] = []
+    rows = [(key, row) for key, items in members.items() for row in _rows(items, metas, whole=key[0] > 1)]
+    for number, ((level, _, dtype, trainable, varying, tied), items) in enumerate(rows):
         parameters = tuple((i.target, metas[i.node].numel) for i in items)
         name = f"zero{level}/{number}"
         found.append(Bucket(name, level, dtype, dp, parameters, trainable, varying, tied))
     return tuple(found)
+
+
+def _rows(items: list[GraphInput], metas: Mapping[str, TensorMeta], *, whole: bool) -> Iterator[list[GraphInput]]:
+    """Rows of at most ``BUCKET_BYTES``, or of one parameter: what a collective holds besides stays small."""
+    row: list[GraphInput] = []
+    for item in items:
+        if row and not whole and sum(metas[i.node].nbytes for i in (*row, item)) > BUCKET_BYTES:
+            yield row
+            row = []
+        row.append(item)
+    yield row
 
 
 def finished(backward: fx.Graph) -> tuple[str, ...]:

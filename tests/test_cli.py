@@ -207,14 +207,11 @@ def test_explain_lays_the_kinds_side_by_side(folder: Path, capsys: pytest.Captur
 
 def test_explain_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     estimate = ("estimate", "tagger.py:factory", *SHIPPED)
-    data = tree_of(capsys, *estimate, "--dp", "2", "--microbatch-size", "1")["peak_bytes"]
-    split = min(
-        tree_of(capsys, *estimate, pin, "2", "--microbatch-size", "1")["peak_bytes"] for pin in ("--tp", "--pp")
-    )
-    assert split < data
-    cap = str((split + data) // 2)
+    least = ("--microbatch-size", "1", "--recompute", "full", "--zero", "3")
+    kinds = {"data parallel": "--dp", "tensor parallel": "--tp", "pipeline": "--pp"}
+    cap = str(min(tree_of(capsys, *estimate, pin, "2", *least)["peak_bytes"] for pin in kinds.values()))
     tree = tree_of(capsys, "explain", "tagger.py:factory", *SHIPPED, "--memory-cap", cap)
-    parallel = next(row for row in tree["candidates"] if row["kind"] == "data parallel")
+    parallel = next(row for row in tree["candidates"] if row["kind"] in kinds and row["plan"] is None)
     assert parallel["plan"] is None and parallel["needed_bytes"] > int(cap) >= tree["chosen"]["peak_bytes"]
     assert "does not fit under" in parallel["reason"]
     assert main(["explain", "tagger.py:factory", *SHIPPED, "--memory-cap", cap]) == 0

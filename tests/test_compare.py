@@ -69,7 +69,7 @@ def test_real_ranks(pins: dict[str, int]) -> None:
     found = compared(model, batch, **pins)
     check_figures(found, 3)
     assert len(found.stages) == pins.get("pp", 1)
-    communication = {"dp": "all_reduce", "tp": "all_reduce", "pp": "receive"}[next(iter(pins))]
+    communication = {"dp": "reduce_scatter", "tp": "all_reduce", "pp": "receive"}[next(iter(pins))]
     assert found.kinds_s[communication].measured > 0
     assert (found.stages[0].phases_s["transfer"].measured > 0) == ("pp" in pins)
 

@@ -52,8 +52,15 @@ def random_kind(rng: np.random.Generator, entry: bool, exit: bool, tied: bool, s
     )
 
 
+class Unsaving:
+    """A space without ways to trade time for memory."""
+
+    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
+        return ()
+
+
 @dataclass
-class RandomSpace:
+class RandomSpace(Unsaving):
     """A chain of head, block and tail per mesh, each with its own random costs."""
 
     seed: int
@@ -66,6 +73,38 @@ class RandomSpace:
         kinds = tuple(random_kind(rng, *shape, self.step) for shape in shapes)
         cuts = {label: float(rng.integers(0, 5)) for label in LABELS}
         return Chain(kinds, (0, 1, 2), lambda i, label: cuts[label] + i, lambda i, j: 3 * (j - i))
+
+
+class SavingSpace(RandomSpace):
+    """What a segment saves may also be made again; costs of both as random as the others."""
+
+    def _with(self, chain: Chain, labels: tuple[str, ...]) -> Chain:
+        rng = np.random.default_rng([self.seed, 7])
+        kinds = []
+        for graph in chain.kinds:
+            time_s, saved = (rng.integers(1, 30, 2).astype(float) for _ in range(2))
+            time_s[0], saved[1] = 0.0, 0.0
+            factor = Factor(("again",), time_s[: len(labels)], None, None, saved[: len(labels)])
+            domains = {**graph.domains, "again": labels}
+            kinds.append(FactorGraph(domains, (*graph.factors, factor), graph.entry, graph.exit, graph.shared))
+        return replace(chain, kinds=tuple(kinds))
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+        return self._with(super().chain(dp, tp, microbatch_size), ("keep",))
+
+    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
+        base = super().chain(dp, tp, microbatch_size)
+        return [self._with(base, ("keep",)), self._with(base, ("keep", "spare"))]
+
+
+@dataclass
+class Whole:
+    """All plans of a space that saves, for enumeration."""
+
+    space: SavingSpace
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+        return self.space.saving_chains(dp, tp, microbatch_size)[-1]
 
 
 def stage_totals(chain: Chain, tilings: Sequence[tuple[int, int]], chosen: Sequence[dict[str, str]]) -> np.ndarray:
@@ -101,7 +140,7 @@ def agrees(chosen: Sequence[dict[str, str]]) -> bool:
     return len(tied) <= 1 and all(a["out"] == b["in"] for a, b in itertools.pairwise(chosen))
 
 
-def every_plan(space: RandomSpace, pins: Pins) -> list[tuple[float, float]]:
+def every_plan(space: RandomSpace | Whole, pins: Pins) -> list[tuple[float, float]]:
     """(objective, bytes) of every plan of every configuration that is not forbidden."""
     found = []
     for c in configurations(DEVICES, BATCH, pins):
@@ -117,7 +156,7 @@ def every_plan(space: RandomSpace, pins: Pins) -> list[tuple[float, float]]:
     return [plan for plan in found if math.isfinite(plan[0])]
 
 
-def assert_consistent(space: RandomSpace, found: Solution, cap: float) -> None:
+def assert_consistent(space: RandomSpace | Whole, found: Solution, cap: float) -> None:
     """The solution's own figures are those of its assignments, and it fits."""
     c = found.configuration
     chain = space.chain(c.dp, c.tp, c.microbatch_size)
@@ -177,6 +216,27 @@ def test_under_a_cap_the_bound_and_the_gap_are_true(
     assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2))
+def test_ways_to_save_memory_are_taken_where_they_are_needed(seed: int, tightness: float) -> None:
+    """One stage: what the search finds is the best of all plans that fit but for its gap, and it knows its bound."""
+    space, pins = SavingSpace(seed), Pins(pp=1)
+    plans = every_plan(Whole(space), pins)
+    least, most = min(need for _, need in plans), min(plans)[1]
+    cap = int(least - 2 + tightness * (most - least + 4))
+    found = search(space, DEVICES, BATCH, cap_bytes=cap, pins=pins)
+    fitting = [time_s for time_s, need in plans if need <= cap]
+    if not fitting:
+        assert isinstance(found, Infeasible) and found.needed_bytes == least
+        return
+    assert isinstance(found, Solution)
+    assert_consistent(Whole(space), found, cap)
+    assert found.bound_s <= min(fitting) * (1 + 1e-9)
+    assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
+    if cap >= most:
+        assert found.objective_s == pytest.approx(min(plans)[0])
+
+
 def test_the_gap_under_a_cap_is_small_where_segments_are_many() -> None:
     """Prices alone would make all equal segments change plan at once; heads and tails share the change."""
     for tp, part in itertools.product((1, 2), (0.1, 0.3, 0.5, 0.7, 0.9)):
@@ -213,7 +273,7 @@ def test_equal_input_gives_an_equal_answer() -> None:
 
 
 def test_ties_go_to_fewer_stages_then_less_tp_then_larger_microbatches() -> None:
-    class Flat:
+    class Flat(Unsaving):
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             times = (np.full(2, float(microbatch_size * dp)), np.zeros(2))
             kinds = tuple(FactorGraph({"x": LABELS}, (Factor(("x",), time_s),)) for time_s in times)
@@ -302,7 +362,7 @@ def test_an_interruption_returns_the_best_so_far() -> None:
 
 
 def test_an_interruption_before_any_plan_is_passed_on() -> None:
-    class Slow:
+    class Slow(Unsaving):
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             raise KeyboardInterrupt
 
@@ -324,7 +384,7 @@ def test_the_program_of_the_answer_can_be_written(tmp_path: Path) -> None:
 
 
 @dataclass
-class LargeSpace:
+class LargeSpace(Unsaving):
     """Equal blocks between a head and a tail, with chords, up to ``labels`` choices each."""
 
     segments: int = 14
@@ -359,13 +419,13 @@ def test_a_search_over_eight_devices_is_quick(cap: int | None) -> None:
     chains = {(c.dp, c.tp, c.microbatch_size) for c in configurations(8, 32, Pins())}
     known = {mesh: space.chain(*mesh) for mesh in chains}
 
-    class Known:
+    class Known(Unsaving):
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             return known[dp, tp, microbatch_size]
 
     began = time.process_time()
     search(Known(), 8, 32, cap_bytes=cap)
-    assert time.process_time() - began < 1.5
+    assert time.process_time() - began < 2.5  # what does not fit is solved a second time, under the cap
 
 
 def test_a_long_chain_on_many_stages_is_quick() -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import example_gpt
-from parity import ADAMW, check_parity, cpu_cluster
+from parity import ADAMW, check_parity, cpu_cluster, reference
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from user_optimizers import MatricesDecay, by_ndim
@@ -21,7 +21,7 @@ import autopar
 from autopar.options import Options
 from autopar.planning import Planned, plan_model
 from autopar.runtime.probe import is_elementwise
-from cost_model.errors import ConfigError, ParallelismError, UnsupportedError, VerificationError
+from cost_model.errors import ConfigError, InfeasiblePlanError, ParallelismError, UnsupportedError, VerificationError
 from cost_model.plan import Parallelism
 from cost_model.program import Bucket, Collective
 from passes.verify import verify_step
@@ -181,6 +181,52 @@ def test_parity_on_real_ranks() -> None:
     model, batch = example_gpt(torch.float64, tied=True)
     check_parity(model, batch, 2, 1e-8, optimizer=ADAMW, dp=2, zero=1)
     check_parity(model, batch, 4, 1e-8, optimizer=ADAMW, dp=2, pp=2, zero=3, recompute="full", microbatch_size=2)
+
+
+# --- The planner's choice
+
+
+def test_optimizer_state_is_split_where_that_is_faster() -> None:
+    """AdamW on slow ranks: a part of the update saves more than a message costs. Without state there is no reason."""
+    model, batch = example_gpt()
+    chosen = {
+        zero: autopar.estimate(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=Parallelism(dp=2, zero=zero))
+        for zero in (None, 0, 1)
+    }
+    assert chosen[None].plan.zero == 1
+    assert chosen[None].step_time_s == chosen[1].step_time_s < chosen[0].step_time_s
+    assert autopar.estimate(model, cpu_cluster(2), batch, optimizer=None, parallelism=Parallelism(dp=2)).plan.zero == 0
+
+
+@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.parametrize("part", [0.93, 0.8])
+def test_under_a_cap_what_fits_runs_in_it(part: float) -> None:
+    """Two replicas, whole batches: only ZeRO and recompute can save memory, and they do."""
+    model, batch = example_gpt(torch.float64, attention="explicit", n_layer=3)
+    pins = Parallelism(dp=2, tp=1, pp=1, microbatch_size=4)
+    free = autopar.estimate(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins)
+    cap = int(part * free.peak_bytes)
+    expected, _ = reference(model, batch, ADAMW, steps=2)
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins, memory_cap=cap) as exe:
+        plan, estimate = exe.plan, exe.estimate
+        assert estimate.peak_bytes <= cap and estimate.step_time_s >= free.step_time_s
+        assert plan.recompute != "none" or plan.zero not in (0, 1)
+        losses = [exe.step(batch) for _ in range(2)]
+        found = autopar.compare(exe, batch, 1, warmup=0)
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert found.measured_peak_bytes <= cap
+
+
+def test_a_cap_that_nothing_meets() -> None:
+    model, batch = example_gpt(attention="explicit")
+    pins = Parallelism(dp=2, tp=1, pp=1, microbatch_size=4)
+    free = autopar.estimate(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins)
+    given = functools.partial(autopar.estimate, model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins)
+    with pytest.raises(InfeasiblePlanError) as caught:
+        given(memory_cap=free.peak_bytes // 4)
+    needed = caught.value.needed_bytes
+    assert free.peak_bytes // 4 < needed < free.peak_bytes
+    assert given(memory_cap=needed).peak_bytes <= needed
 
 
 # --- What it does not do

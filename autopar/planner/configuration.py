@@ -128,6 +128,17 @@ class ConfigurationSolver:
             best = self._incumbent(pools, best)
         return self._chosen(pools, best, found.proven)
 
+    def needed_bytes(self, columns: Sequence[Column]) -> list[float]:
+        """What each stage of a tiling takes."""
+        reserves = [
+            self.chain.reserve_bytes(c.first, c.last) + extra
+            for c, extra in zip(columns, self.extra_bytes, strict=True)
+        ]
+        return [
+            c.state_bytes + held * c.saved_bytes + reserve
+            for c, held, reserve in zip(columns, self.held, reserves, strict=True)
+        ]
+
     def _first_prices(self) -> None:
         prices = [Price(*weights) for weights in self.objective.free]
         if np.isfinite(self.cap_bytes):

@@ -124,6 +124,11 @@ class SegmentLevels:
     def levels(self, names: Sequence[str]) -> dict[str, Level]:
         return {name: self._level(name) for name in names}
 
+    def again_bytes(self, name: str) -> int:
+        """What the backward reads and a level does not keep, whole."""
+        kept, _ = repeated(self.flow, name, self.needed, self.heavy)
+        return sum(self.flow.nbytes[tensor] or 0 for tensor in self.needed - kept)
+
     def _level(self, name: str) -> Level:
         kept, again = repeated(self.flow, name, self.needed, self.heavy)
         ops = frozenset(op.node for op in self.space.ops if any(t in again for t in self._outputs(op)))

@@ -1,12 +1,15 @@
 """The outer search: meshes, microbatch sizes and labels of shared variables, best bound first.
 
 A unit is one configuration with one label for each shared variable. Units wait in a queue under their
-proven bound; a solved one waits under its objective. The first solved unit to come out, once the caller
-has confirmed that its rewritten program fits, is the answer: nothing left in the queue can beat it.
+proven bound; a solved one waits under its objective. A unit is solved without a cap first: where that fits, no way to
+save memory is worth its time; where it does not, the unit waits again, for a solution under the cap with all of them.
+The first solved unit to come out, once the caller has confirmed that its rewritten program fits, is the answer:
+nothing left in the queue can beat it.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -28,12 +31,17 @@ __all__ = [
 ]  # fmt: skip
 SCHEDULES = ("1f1b", "gpipe")
 MAX_CONFIRMATIONS = 8
+WORTH_TIGHTENING = 0.01
 
 
 class Space(Protocol):
     """What the caller knows: the chain on a mesh at a microbatch size, or None where that is impossible."""
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None: ...
+
+    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
+        """Chains with choices that trade time for memory as well, each with the reserve that its choices need; no plan
+        of theirs is faster than the fastest of ``chain``. None where there are no such choices."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +165,23 @@ def _divisors(number: int, pinned: int | None) -> list[int]:
 
 @dataclass(eq=False)
 class _Unit:
-    """order: breaks ties; bound_s: proven; outcome: once solved; confirmations: how often it was too large."""
+    """order: breaks ties; bound_s: proven; outcome: once solved; confirmations: how often it was too large.
+
+    capped: makes the solvers under the cap while ``solver`` knows of none. loose, tight: extra bytes of its stages
+    under which the plan found was too large, and under which there was none. nearest: the plan that needed least.
+    """
 
     order: tuple[int, ...]
     solver: ConfigurationSolver
     bound_s: float
+    capped: Callable[[], list[ConfigurationSolver]] | None = None
     outcome: Outcome | None = None
     solution: Solution | None = None
     confirmed: bool = False
     confirmations: int = 0
+    loose: list[float] | None = None
+    tight: list[float] | None = None
+    nearest: Infeasible | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -246,11 +262,32 @@ class _Search:
         for number, labels in enumerate(itertools.product(*domains.values())):
             fixed = chain.fixed(dict(zip(domains, labels, strict=True)))
             segments = [self.segments.setdefault(g, Segment(g)) for g in fixed.kinds]
-            solver = ConfigurationSolver(fixed, segments, c, self.cap_bytes)
+            solver = ConfigurationSolver(fixed, segments, c, math.inf)
             unit = _Unit((c.pp, c.tp, -c.microbatch_size, number), solver, solver.quick_bound_s())
+            if math.isfinite(self.cap_bytes):
+                unit.capped = functools.partial(self._capped, c, fixed, dict(zip(domains, labels, strict=True)))
             if math.isfinite(unit.bound_s):
                 self.units.append(unit)
                 self._push(unit)
+
+    def _capped(self, c: Configuration, chain: Chain, labels: Mapping[str, str]) -> list[ConfigurationSolver]:
+        saving = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
+        solvers = []
+        for each in [other.fixed(labels) for other in saving] or [chain]:
+            segments = [self.segments.setdefault(g, Segment(g)) for g in each.kinds]
+            solvers.append(ConfigurationSolver(each, segments, c, self.cap_bytes))
+        return solvers
+
+    def _under_cap(self, unit: _Unit) -> None:
+        """From now on the unit is solved under the cap, with further units for further ways to save memory."""
+        if unit.capped is None:
+            return
+        unit.solver, *others = unit.capped()
+        unit.capped = None
+        for number, solver in enumerate(others, start=1):
+            other = _Unit((*unit.order, number), solver, unit.bound_s)
+            self.units.append(other)
+            self._push(other)
 
     def _key(self, unit: _Unit) -> float:
         """Twelve digits: sums that differ in the last bits are ties."""
@@ -264,9 +301,13 @@ class _Search:
 
     def _solve(self, unit: _Unit) -> None:
         outcome = unit.solver.solve(self._best_s() * (1 + 1e-12))
-        unit.bound_s = max(unit.bound_s, outcome.bound_s)
         unit.outcome = outcome
-        if outcome.choice is not None:
+        if outcome.shortage is not None and self._loosened(unit):
+            return
+        unit.bound_s = max(unit.bound_s, outcome.bound_s)
+        if outcome.choice is not None and unit.capped is not None and not self._is_small(unit, outcome.choice.columns):
+            self._under_cap(unit)
+        elif outcome.choice is not None:
             unit.solution = self._solution(unit, outcome)
         elif outcome.shortage is not None:
             short = outcome.shortage
@@ -274,6 +315,9 @@ class _Search:
         if math.isfinite(unit.bound_s):
             self._push(unit)
         self._report(unit)
+
+    def _is_small(self, unit: _Unit, columns: Sequence[Column]) -> bool:
+        return max(unit.solver.needed_bytes(columns)) <= self.cap_bytes
 
     def _report(self, unit: _Unit) -> None:
         self.solved += 1
@@ -294,8 +338,10 @@ class _Search:
         )
 
     def _fits(self, unit: _Unit) -> bool:
-        """Ask for exact peaks; over the cap, tighten those stages and put the unit back."""
-        assert unit.solution is not None
+        """Ask for exact peaks; over the cap, tighten those stages by what they need beyond their columns, and put the
+        unit back."""
+        assert unit.solution is not None and unit.outcome is not None and unit.outcome.choice is not None
+        columns = unit.outcome.choice.columns
         unit.confirmed = True
         if self.confirm is None or not math.isfinite(self.cap_bytes):
             return True
@@ -303,20 +349,47 @@ class _Search:
         if max(peaks) <= self.cap_bytes:
             return True
         stages, unit.solution, unit.confirmed = unit.solution.stages, None, False
+        found = Infeasible(int(max(peaks)), peaks.index(max(peaks)), unit.solver.configuration, stages)
+        unit.nearest = min(unit.nearest or found, found, key=lambda each: each.needed_bytes)
         unit.confirmations += 1
-        for stage, peak in enumerate(peaks):
-            unit.solver.extra_bytes[stage] += max(0.0, peak - self.cap_bytes)
+        self._under_cap(unit)
+        unit.loose = list(unit.solver.extra_bytes)
+        needed = unit.solver.needed_bytes(columns)
+        beyond = [p - n + extra for p, n, extra in zip(peaks, needed, unit.loose, strict=True)]
+        wanted = [b if p > self.cap_bytes else x for b, p, x in zip(beyond, peaks, unit.loose, strict=True)]
         if unit.confirmations < MAX_CONFIRMATIONS:
-            times = "once" if unit.confirmations == 1 else f"{unit.confirmations} times"
-            unit.notes = (f"the rewritten program needed more than the cap; its stages were tightened {times}",)
-            self._push(unit)
+            self._tighten(unit, wanted)
         else:
-            self._short(unit, int(max(peaks)), peaks.index(max(peaks)), stages)
+            self._short(unit, found.needed_bytes, found.stage, stages)
         return False
 
+    def _tighten(self, unit: _Unit, wanted: list[float]) -> None:
+        """Solve again with so many extra bytes on each stage, less where that is known to leave nothing."""
+        assert unit.loose is not None
+        if unit.tight is not None:
+            half = [(a + b) / 2 for a, b in zip(unit.loose, unit.tight, strict=True)]
+            wanted = half if any(a >= b for a, b in zip(wanted, unit.tight, strict=True)) else wanted
+        unit.solver.extra_bytes[:] = wanted
+        times = "once" if unit.confirmations == 1 else f"{unit.confirmations} times"
+        unit.notes = (f"the rewritten program needed more than the cap; its stages were tightened {times}",)
+        self._push(unit)
+
+    def _loosened(self, unit: _Unit) -> bool:
+        """Whether a unit that was tightened until nothing fits is worth another look: plans differ in what they need
+        beyond their columns, so that one that needs more there may need less in all."""
+        if unit.loose is None or unit.confirmations >= MAX_CONFIRMATIONS:
+            return False
+        unit.tight = list(unit.solver.extra_bytes)
+        if max(b - a for a, b in zip(unit.loose, unit.tight, strict=True)) < WORTH_TIGHTENING * self.cap_bytes:
+            return False
+        unit.confirmations += 1
+        self._tighten(unit, unit.tight)
+        return True
+
     def _short(self, unit: _Unit, needed_bytes: int, stage: int, stages: tuple[StageSolution, ...]) -> None:
-        found = Infeasible(needed_bytes, stage, unit.solver.configuration, stages)
-        self.shortages.append((needed_bytes, unit.order, found))
+        """Nothing fits; the plan that needs least, exactly where one was rewritten."""
+        found = unit.nearest or Infeasible(needed_bytes, stage, unit.solver.configuration, stages)
+        self.shortages.append((found.needed_bytes, unit.order, found))
 
     def _final(self, unit: _Unit, notes: tuple[str, ...]) -> Solution:
         assert unit.solution is not None

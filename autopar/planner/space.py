@@ -22,6 +22,7 @@ from autopar.planner.strategies import OpSpace, PlannedOp, op_space
 from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
+from cost_model.plan import RECOMPUTES
 from cost_model.strategies import strategy_text
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
@@ -141,7 +142,24 @@ class ModelSpace:
             return prices.transfer_s(local.model.tensor(before.exit), parse_placement(label), carried)
 
         sequence = tuple(kinds[part.kind] for part in local.segments)
-        return Chain(tuple(graphs), sequence, cut_s, lambda first, last: inputs)
+        moments = self._momentary_bytes(local, tp, saving)
+
+        def reserve_bytes(first: int, last: int) -> int:
+            return inputs + max(moments[kind] for kind in sequence[first:last])
+
+        return Chain(tuple(graphs), sequence, cut_s, reserve_bytes)
+
+    def _momentary_bytes(self, local: LocalModel, tp: int, saving: Saving) -> list[int]:
+        """Of each kind of segment, what the highest levels hold while its backward runs: what is made again, gradients
+        before they are scattered, and gathered parameters twice, as they arrive and as they lie."""
+        copies = {0: 0, 1: 0, 2: 1, 3: 2}[max(saving.zero, default=0)]
+        found = []
+        for kind in dict.fromkeys(part.kind for part in local.segments):
+            graph = self._graphs[(local.model.batch, tp, kind)]
+            parameters = sum(local.model.tensor(name).nbytes for name in graph.part.parameters)
+            again = 0 if saving.recompute == (NONE,) else graph.segment_levels.again_bytes(saving.recompute[-1])
+            found.append((again + copies * parameters) // tp)
+        return found
 
     def mesh_prices(self, dp: int, tp: int) -> MeshPrices:
         return MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes())
@@ -446,9 +464,21 @@ class PinnedSpace:
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         """Unless pinned otherwise nothing is recomputed, and only optimizer state is split, where that is faster."""
-        zero = () if self.zero is None else (self.zero,)
-        zero = zero if self.space.divisible else (0,)
-        return self.space.chain(dp, tp, microbatch_size, Saving((self.recompute or NONE,), zero))
+        recompute = NONE if self.recompute is None else self.recompute
+        return self.space.chain(dp, tp, microbatch_size, Saving((recompute,), self._zero(())))
+
+    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> list[Chain]:
+        """With all that is not pinned to choose from, up to each level: the higher ones hold more for a moment."""
+        recompute = [RECOMPUTES[: i + 1] for i in range(3)] if self.recompute is None else [(self.recompute,)]
+        zero = list(dict.fromkeys(self._zero(free) for free in ((0, 1), (0, 1, 2, 3)))) if dp > 1 else [(0,)]
+        savings = [Saving(levels, known) for levels in recompute for known in zero]
+        found = [self.space.chain(dp, tp, microbatch_size, saving) for saving in savings]
+        return [chain for chain in found if chain is not None]
+
+    def _zero(self, free: tuple[int, ...]) -> tuple[int, ...]:
+        if not self.space.divisible:
+            return (0,)
+        return free if self.zero is None else (self.zero,)
 
     def zero_levels(
         self, segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]], dp: int, tp: int, local: LocalModel
