@@ -174,20 +174,6 @@ HUGGING_FACE: dict[str, Family] = {
         },
         words,
     ),
-    "bloom": hugging_face(
-        "BloomForCausalLM",
-        {
-            "hidden_size": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "vocab_size": VOCABULARY,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "use_cache": False,
-            **PLAIN_IDS,
-        },
-        words,
-    ),
     "opt": hugging_face(
         "OPTForCausalLM",
         {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, HUGGING_FACE, TRANSFORMERS
@@ -91,14 +92,22 @@ def test_ops_of_the_transformers_families_have_rules() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_tensor_parallelism_splits_matrix_products(family: str) -> None:
-    """Over 95 % of the matrix-multiply flops of one device are really split over two."""
+    """Over 95 % of the matrix-multiply flops of one device are really split over two, where messages cost nothing."""
     model, batch = FAMILIES[family]()
     flops = {}
     for tp in (1, 2):
         pins = autopar.Parallelism(dp=1, tp=tp, pp=1)
-        with autopar.compile(model, cpu_cluster(tp, bandwidth=1e13), batch, parallelism=pins) as exe:
+        with autopar.compile(model, free_cluster(tp), batch, parallelism=pins) as exe:
             flops[tp] = _matmul_flops(exe)
     assert 2 * (1 - flops[2] / flops[1]) > 0.95
+
+
+def free_cluster(num_devices: int) -> autopar.Cluster:
+    """What is split is not a matter of how small a test's messages are."""
+    shape = (num_devices, num_devices)
+    return autopar.Cluster.from_matrix(
+        device="cpu", latency_s=np.full(shape, 1e-12), bandwidth_bytes_per_s=np.full(shape, 1e15)
+    )
 
 
 def _matmul_flops(exe: autopar.Executable) -> float:
