@@ -1,6 +1,6 @@
 """autopar: compile an ordinary PyTorch model into a distributed program, and know beforehand what it costs.
 
-Names load on first use, so that worker processes start quickly.
+Names load on first use, all at once, so that worker processes, which use none, start quickly.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'autopar' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    homes = {home: importlib.import_module(home) for home in dict.fromkeys(_HOMES.values())}
+    return getattr(homes[_HOMES[name]], name)
 
 
 def __dir__() -> list[str]:
