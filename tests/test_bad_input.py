@@ -327,9 +327,10 @@ CAPPED: dict[str, tuple[int, dict[str, Any]]] = {
     "adamw": (2, {"optimizer": ADAMW}),
 }
 SMALL = ("automatic", "tp", "adamw")
+QUICK = ("one device", "tp", "dp", "adamw")
 
 
-@pytest.mark.parametrize("name", CAPPED)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CAPPED])
 def test_the_needed_cap_suffices_and_nine_tenths_of_it_do_not(name: str) -> None:
     devices, keywords = CAPPED[name]
     model, batch = (Regression(), BATCH) if name in SMALL else example_gpt(n_layer=1)

@@ -43,21 +43,28 @@ def _check(seed: int, grids: list[dict[str, int]], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("shared_ranks")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_on_real_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(seed, REAL_GRIDS, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ranks")
-@pytest.mark.parametrize("seed", range(12, 72))
+@pytest.mark.parametrize("seed", range(4, 72))
 def test_more_on_real_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(seed, GRIDS, monkeypatch)
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("seed", range(100, 121))
+@pytest.mark.parametrize("seed", range(100, 108))
 def test_on_threads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check(seed, GRIDS, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("seed", range(108, 121))
+def test_more_on_threads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(seed, GRIDS, monkeypatch)
 
 
