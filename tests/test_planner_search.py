@@ -413,8 +413,11 @@ class LargeSpace(Unsaving):
         return Factor(scope, work * 1e-4 * (1.5 - speed), work * 1e-6 * speed, np.full(shape, 1e5), saved)
 
 
-@pytest.mark.parametrize("cap", [None, 700_000_000, 150_000_000, 1_000])
-def test_a_search_over_eight_devices_is_quick(cap: int | None) -> None:
+@pytest.mark.parametrize(
+    ("cap", "limit_s"),
+    [(None, 1.5), (700_000_000, 1.5), (150_000_000, 1.5), pytest.param(1_000, 2.5, id="nothing fits: solved twice")],
+)
+def test_a_search_over_eight_devices_is_quick(cap: int | None, limit_s: float) -> None:
     space = LargeSpace()
     chains = {(c.dp, c.tp, c.microbatch_size) for c in configurations(8, 32, Pins())}
     known = {mesh: space.chain(*mesh) for mesh in chains}
@@ -425,7 +428,7 @@ def test_a_search_over_eight_devices_is_quick(cap: int | None) -> None:
 
     began = time.process_time()
     search(Known(), 8, 32, cap_bytes=cap)
-    assert time.process_time() - began < 2.5  # what does not fit is solved a second time, under the cap
+    assert time.process_time() - began < limit_s
 
 
 def test_a_long_chain_on_many_stages_is_quick() -> None:
