@@ -121,7 +121,7 @@ class Work:
         prices = []
         for index, work in enumerate(self.stages):
             place = self.program.devices[index, 0, 0]
-            key = (self.equal[index] if cluster.matrix is None else index, id(cluster.devices[place]))
+            key = (self.equal[index] if cluster.network is None else index, id(cluster.devices[place]))
             if key not in known:
                 known[key] = self._price(work, index, cluster, cluster.devices[place])
             prices.append(replace(known[key], **self._transfers(index, cluster)))

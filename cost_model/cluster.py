@@ -15,14 +15,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cost_model.collectives import FLAT, Link, Tier, collective_s, slowest
-from cost_model.device import Device, device_from_table
+from cost_model.collectives import FLAT, Link, Tier, collective_s
+from cost_model.device import Device, device_of
 from cost_model.errors import ConfigError, UnknownNameError
 from cost_model.hardware_file import Table, parse_table, read_path, read_shipped, shipped_names
+from cost_model.network import Network, Rows
+from cost_model.region_file import KEYS as REGION_KEYS
+from cost_model.region_file import devices_and_network
 
 BACKENDS = ("nccl", "gloo", "mpi")
 TRANSFER = "transfer"
-_MATRIX_ROW = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -68,49 +70,23 @@ class Level:
 
 
 @dataclass(frozen=True)
-class PairMatrix:
-    """Latency (seconds) and bandwidth (bytes per second) from each device to each other; diagonals are not read."""
-
-    latency_s: tuple[_MATRIX_ROW, ...]
-    bandwidth_bytes_per_s: tuple[_MATRIX_ROW, ...]
-
-    def link(self, source: int, target: int) -> Link:
-        return Link(self.latency_s[source][target], self.bandwidth_bytes_per_s[source][target])
-
-    def rings(self, devices: tuple[int, ...]) -> tuple[Link, ...]:
-        """The slowest link of each ring that is tried: as given, and the fastest neighbour first."""
-        return self._along(devices), self._along(self._nearest_ring(devices))
-
-    def _along(self, ring: Sequence[int]) -> Link:
-        return slowest(tuple(self.link(a, b) for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)))
-
-    def _nearest_ring(self, devices: tuple[int, ...]) -> tuple[int, ...]:
-        ring, left = [devices[0]], list(devices[1:])
-        while left:
-            here = ring[-1]
-            nearest = max(left, key=lambda other: (self.bandwidth_bytes_per_s[here][other], -other))
-            ring.append(nearest)
-            left.remove(nearest)
-        return tuple(ring)
-
-
-@dataclass(frozen=True)
 class Cluster:
-    """Devices by index, and a network: ``levels`` from innermost to outermost, or a ``matrix`` of pairs.
+    """Devices by index, and what joins them: ``levels`` from innermost to outermost, or a ``network`` of pairs.
 
     Each level's group size is a multiple of the one inside it, and the outermost joins all devices; levels are
-    empty where a matrix is given or where there is one device only. backend: of torch.distributed.
+    empty where a network is given or where there is one device only. backend: of torch.distributed.
     """
 
     name: str
     devices: tuple[Device, ...]
     levels: tuple[Level, ...]
     backend: str
-    matrix: PairMatrix | None = None
+    network: Network | None = None
 
     def __post_init__(self) -> None:
         assert self.devices and self.backend in BACKENDS
-        assert self.matrix is not None or self.num_devices == 1 or self.levels[-1].group_size >= self.num_devices
+        assert self.network is not None or self.num_devices == 1 or self.levels[-1].group_size >= self.num_devices
+        assert self.network is None or len(self.network.node_of) == self.num_devices
         sizes = [level.group_size for level in self.levels]
         assert all(outer % inner == 0 for inner, outer in zip(sizes, sizes[1:], strict=False)), sizes
 
@@ -131,14 +107,19 @@ class Cluster:
 
     @classmethod
     def from_table(cls, table: Table, num_devices: int | None = None) -> Self:
-        table.only(("schema", "name", "source", "device", "num_devices", "backend", "levels"))
+        in_regions = table.has("nodes")
+        own = REGION_KEYS if in_regions else ("device", "num_devices", "levels")
+        table.only(("schema", "name", "source", "backend", *own))
         table.text("source")
-        count = table.count("num_devices") if num_devices is None else _checked_count(num_devices)
         backend = table.text("backend")
         if backend not in BACKENDS:
             table.fail("backend", f"must be one of {', '.join(BACKENDS)}, not {backend!r}")
-        levels = _levels(table, count)
-        return cls(table.text("name"), (_device_of(table),) * count, levels, backend)
+        if in_regions:
+            devices, network = devices_and_network(table)
+            _check_whole(table, len(devices), num_devices)
+            return cls(table.text("name"), devices, (), backend, network)
+        count = table.count("num_devices") if num_devices is None else _checked_count(num_devices)
+        return cls(table.text("name"), (device_of(table),) * count, _levels(table, count), backend)
 
     @classmethod
     def from_matrix(
@@ -165,7 +146,7 @@ class Cluster:
         chosen = backend or ("nccl" if devices[0].kind == "cuda" else "gloo")
         if chosen not in BACKENDS:
             raise UnknownNameError("backend", chosen, BACKENDS)
-        return cls(name, devices, (), chosen, PairMatrix(latency, bandwidth))
+        return cls(name, devices, (), chosen, Network.of_matrix(latency, bandwidth))
 
     @property
     def num_devices(self) -> int:
@@ -186,9 +167,8 @@ class Cluster:
         self._check(devices)
         if len(devices) < 2:
             return 0.0
-        if self.matrix is not None:
-            rings = self.matrix.rings(devices)
-            return min(collective_s(kind, nbytes, (Tier(len(devices), link),)) for link in rings)
+        if self.network is not None:
+            return self.network.collective_s(kind, nbytes, devices, self.backend)
         level = self._level_of(devices)
         curve = level.curve(kind, len(devices))
         return curve.seconds(nbytes) if curve else level.start_s + collective_s(kind, nbytes, self._tiers(devices))
@@ -198,8 +178,8 @@ class Cluster:
         self._check((source, target))
         if source == target:
             return 0.0
-        if self.matrix is not None:
-            return self.matrix.link(source, target).seconds(nbytes)
+        if self.network is not None:
+            return self.network.start_s + self.network.link(source, target).seconds(nbytes)
         level = self._level_of((source, target))
         curve = level.curve(TRANSFER, 2)
         return curve.seconds(nbytes) if curve else level.start_s + level.link.seconds(nbytes)
@@ -211,7 +191,7 @@ class Cluster:
             "devices": [_figures(device) for device in kinds],
             "which": [kinds[device] for device in self.devices],
             "levels": [dataclasses.asdict(level) for level in self.levels],
-            "matrix": None if self.matrix is None else dataclasses.asdict(self.matrix),
+            "network": None if self.network is None else dataclasses.asdict(self.network),
             "backend": self.backend,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -252,15 +232,13 @@ def _checked_count(num_devices: object) -> int:
     return num_devices
 
 
-def _device_of(table: Table) -> Device:
-    """The device that a file names or holds as a table of its own."""
-    if isinstance(table.value("device"), dict):
-        return device_from_table(table.table("device"))
-    name = table.text("device")
-    try:
-        return Device.load(name)
-    except UnknownNameError as error:
-        table.fail("device", f"unknown device {name!r}", error.nearest)
+def _check_whole(table: Table, count: int, num_devices: object) -> None:
+    """A file that lists its nodes has so many devices and no others. Errors: ConfigError."""
+    if num_devices is not None and _checked_count(num_devices) != count:
+        raise ConfigError(
+            f"{table.path} lists nodes of {count} device(s), so num_devices cannot be {num_devices}; leave it out, or "
+            "write a file with other nodes"
+        )
 
 
 def _levels(table: Table, num_devices: int) -> tuple[Level, ...]:
@@ -304,7 +282,7 @@ def _measured(part: Table) -> tuple[Measured, ...]:
     return tuple(curves)
 
 
-def _square(values: ArrayLike, name: str, *, lowest: float | None) -> tuple[_MATRIX_ROW, ...]:
+def _square(values: ArrayLike, name: str, *, lowest: float | None) -> Rows:
     """A square array of finite numbers at least ``lowest`` off the diagonal (None: above zero)."""
     try:
         array = np.asarray(values, dtype=np.float64)

@@ -8,8 +8,10 @@ collective communication operations in MPICH", 2005; the ring as NCCL and gloo r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from cost_model.errors import UnknownNameError
 
@@ -32,6 +34,24 @@ class Link:
 def slowest(links: tuple[Link, ...]) -> Link:
     """The link that a ring over all of these moves at."""
     return Link(max(x.latency_s for x in links), min(x.bandwidth_bytes_per_s for x in links))
+
+
+def ring_s(links: Sequence[Link], nbytes: float, rounds: int) -> float:
+    """Seconds until everyone has the last of ``rounds`` messages of so many bytes, links[i] from rank i to the next.
+
+    Everyone passes on what it received in the round before: a message leaves once it is there and the link is free,
+    and keeps the link busy but for its latency. Over equal links: rounds x (latency + nbytes / bandwidth).
+    """
+    if len(set(links)) == 1:
+        return rounds * links[0].seconds(nbytes)
+    latency_s = np.array([link.latency_s for link in links])
+    busy_s = nbytes / np.array([link.bandwidth_bytes_per_s for link in links])
+    free = np.zeros(len(links))
+    arrived = np.zeros(len(links))
+    for _ in range(rounds):
+        free = np.maximum(free, np.roll(arrived, 1)) + busy_s
+        arrived = free + latency_s
+    return float(arrived.max())
 
 
 def all_reduce_s(ranks: int, nbytes: float, link: Link) -> float:

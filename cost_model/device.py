@@ -263,6 +263,17 @@ def device_from_table(table: Table) -> Device:
     )
 
 
+def device_of(table: Table) -> Device:
+    """The device that a table names under "device", or holds there as a table of its own. Errors: ClusterFileError."""
+    if isinstance(table.value("device"), dict):
+        return device_from_table(table.table("device"))
+    name = table.text("device")
+    try:
+        return Device.load(name)
+    except UnknownNameError as error:
+        table.fail("device", f"unknown device {name!r}", error.nearest)
+
+
 def _sourced(table: Table, name: str, known: Mapping[str, int] | tuple[str, ...], sources: dict[str, str]) -> Table:
     """A sub-table that holds these keys and must say where its figures come from."""
     part = table.table(name)

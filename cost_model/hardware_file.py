@@ -44,8 +44,7 @@ class Table:
         names = sorted(known)
         for name in self.raw:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                self.fail(name, f"unknown key; known: {', '.join(names)}", near[0] if near else None)
+                self.fail(name, f"unknown key; known: {', '.join(names)}", nearest_name(name, names))
 
     def has(self, name: str) -> bool:
         return name in self.raw
@@ -72,6 +71,12 @@ class Table:
         value = self.value(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.fail(name, f"must be a whole number above zero, not {value!r}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.value(name)
+        if not isinstance(value, bool):
+            self.fail(name, f"must be true or false, not {value!r}")
         return value
 
     def nbytes(self, name: str) -> int:
@@ -120,6 +125,12 @@ class Table:
             return parse(value)  # type: ignore[arg-type]  # parse refuses other types by itself
         except ConfigError as error:
             self.fail(name, str(error))
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant."""
+    found = difflib.get_close_matches(name, tuple(known), n=1, cutoff=0.5)
+    return found[0] if found else None
 
 
 def _pair(item: object) -> tuple[float, float] | None:

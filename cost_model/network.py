@@ -1,0 +1,164 @@
+"""A network by pairs: what a message costs from each device to each other one, in regions or in a matrix.
+
+Devices sit on nodes, nodes in regions. A message inside a node takes the node's link, any other one the link of the
+two regions. A matrix is the case of one device a node and one node a region.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from cost_model.collectives import FLAT, Link, ring_s, slowest
+
+Rows = tuple[tuple[float, ...], ...]
+FloatArray = npt.NDArray[np.float64]
+Channel = tuple[int, float, float]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Links of devices by node and region.
+
+    latency_s, bandwidth_bytes_per_s: [region of the sender][region of the receiver], the diagonal between two nodes of
+    one region. regions: their names. region_of: region of each node; node_of: node of each device, counting up.
+    inside: the link within each node, None on nodes of one device. start_s: paid once by each collective and transfer.
+    copy_s_per_byte: what both ends spend on copying a message between nodes to and from the wire, while it is not on
+    the wire (NCCL over sockets); nobody shares it.
+    shares_egress: whether destinations with equal latency and bandwidth share that bandwidth of the sending node, as
+    one traffic class of a shaped interface does; links within a node are never shared.
+    """
+
+    regions: tuple[str, ...]
+    latency_s: Rows
+    bandwidth_bytes_per_s: Rows
+    region_of: tuple[int, ...]
+    node_of: tuple[int, ...]
+    inside: tuple[Link | None, ...]
+    start_s: float = 0.0
+    copy_s_per_byte: float = 0.0
+    shares_egress: bool = False
+
+    def __post_init__(self) -> None:
+        count = len(self.regions)
+        assert len(self.latency_s) == len(self.bandwidth_bytes_per_s) == count
+        assert len(self.region_of) == len(self.inside) == max(self.node_of) + 1 and max(self.region_of) < count
+        assert all(b - a in (0, 1) for a, b in zip(self.node_of, self.node_of[1:], strict=False))
+
+    @classmethod
+    def of_matrix(cls, latency_s: Rows, bandwidth_bytes_per_s: Rows) -> Network:
+        """One device a node, one node a region; diagonals are not read."""
+        every = tuple(range(len(latency_s)))
+        names = tuple(f"device {index}" for index in every)
+        return cls(names, latency_s, bandwidth_bytes_per_s, every, every, (None,) * len(every))
+
+    def region(self, device: int) -> str:
+        return self.regions[self.region_of[self.node_of[device]]]
+
+    def link(self, source: int, target: int, users: int = 1) -> Link:
+        """What each of so many messages that share a channel gets from device to device."""
+        here, there = self.node_of[source], self.node_of[target]
+        inner = self.inside[here]
+        if here == there and inner is not None:
+            return inner
+        between = self._between[self.region_of[here]][self.region_of[there]]
+        users = users if self.shares_egress else 1
+        if users == 1 and not self.copy_s_per_byte:
+            return between
+        return Link(between.latency_s, 1.0 / (users / between.bandwidth_bytes_per_s + self.copy_s_per_byte))
+
+    def channel(self, source: int, target: int) -> Channel | None:
+        """What messages must have in common to share a sending node's bandwidth; None where they share nothing."""
+        if not self.shares_egress or self.node_of[source] == self.node_of[target]:
+            return None
+        link = self._between[self.region_of[self.node_of[source]]][self.region_of[self.node_of[target]]]
+        return self.node_of[source], link.latency_s, link.bandwidth_bytes_per_s
+
+    def together(self, pairs: Sequence[tuple[int, int]]) -> list[Link]:
+        """The links of messages that are sent at one time, each with its share of what they share."""
+        channels = [self.channel(*pair) for pair in pairs]
+        users = Counter(channels)
+        return [self.link(*pair, users[channel]) for pair, channel in zip(pairs, channels, strict=True)]
+
+    def collective_s(self, kind: str, nbytes: float, devices: tuple[int, ...], backend: str) -> float:
+        """Seconds of a collective, with groups like this one at work on the other devices of its nodes.
+
+        A ring in the order of the group; gloo's broadcast is a tree, its reduce_scatter an exchange of parts (as
+        autopar runs it); NCCL may take a tree where it is faster.
+        """
+        if kind == "all_to_all" or (kind == "reduce_scatter" and backend == "gloo"):
+            return self.start_s + self._exchange_s(nbytes, devices)
+        links = self._ring(devices)
+        tree_s = FLAT[kind](len(devices), nbytes, slowest(links))
+        if kind == "broadcast":
+            return self.start_s + tree_s
+        rounds = (2 if kind == "all_reduce" else 1) * (len(devices) - 1)
+        around_s = ring_s(links, nbytes / len(devices), rounds)
+        return self.start_s + (around_s if backend == "gloo" else min(around_s, tree_s))
+
+    @cached_property
+    def latencies_s(self) -> FloatArray:
+        """[device, device]"""
+        return self._by_device(np.array(self.latency_s), "latency_s")
+
+    @cached_property
+    def bandwidths(self) -> FloatArray:
+        """[device, device] bytes per second."""
+        rows = np.array(self.bandwidth_bytes_per_s)
+        with np.errstate(divide="ignore"):
+            rows = 1.0 / (1.0 / rows + self.copy_s_per_byte)
+        return self._by_device(rows, "bandwidth_bytes_per_s")
+
+    @cached_property
+    def _between(self) -> tuple[tuple[Link, ...], ...]:
+        """Links between regions; a diagonal that nothing uses may hold no link."""
+        every = range(len(self.regions))
+        alone = {region for region, count in Counter(self.region_of).items() if count == 1}
+        return tuple(
+            tuple(
+                Link(0.0, 1.0)
+                if a == b and a in alone
+                else Link(self.latency_s[a][b], self.bandwidth_bytes_per_s[a][b])
+                for b in every
+            )
+            for a in every
+        )
+
+    def _by_device(self, rows: FloatArray, inner: str) -> FloatArray:
+        node = np.array(self.node_of)
+        region = np.array(self.region_of)[node]
+        whole: FloatArray = rows[np.ix_(region, region)]
+        for index, link in enumerate(self.inside):
+            if link is not None:
+                own = np.flatnonzero(node == index)
+                whole[np.ix_(own, own)] = getattr(link, inner)
+        return whole
+
+    def _ring(self, devices: tuple[int, ...]) -> tuple[Link, ...]:
+        """Links to the next of the group. Where its nodes have further devices, those are in groups like it."""
+        inside = Counter(self.node_of[device] for device in devices)
+        beside = {node: max(1, self._sizes[node] // count) for node, count in inside.items()}
+        pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
+        return tuple(self.link(a, b, beside[self.node_of[a]]) for a, b in pairs)
+
+    def _exchange_s(self, nbytes: float, devices: tuple[int, ...]) -> float:
+        """All parts leave at once: a sender's own take turns on its link, or on what they share."""
+        part, latest = nbytes / len(devices), 0.0
+        for source in devices:
+            busy: Counter[Channel | None] = Counter()
+            for target in devices:
+                if source != target:
+                    link = self.link(source, target)
+                    busy[self.channel(source, target)] += part / link.bandwidth_bytes_per_s  # type: ignore[assignment]
+                    latest = max(latest, link.latency_s + max(busy.values()))
+        return latest
+
+    @cached_property
+    def _sizes(self) -> Counter[int]:
+        """Devices of each node."""
+        return Counter(self.node_of)
