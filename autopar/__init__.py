@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from autopar.executable import Executable
     from cost_model import errors
     from cost_model.estimate import Estimate
-    from cost_model.plan import Parallelism, Plan, Precision
+    from cost_model.plan import Parallelism, Plan
+    from cost_model.precision import Precision
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOMES = {
     "Estimate": "cost_model.estimate",
     "Parallelism": "cost_model.plan",
     "Plan": "cost_model.plan",
-    "Precision": "cost_model.plan",
+    "Precision": "cost_model.precision",
     "errors": "cost_model",
 }
 __all__ = [

@@ -12,7 +12,8 @@ from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options, Schedu
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
-from cost_model.plan import Parallelism, Plan, Precision
+from cost_model.plan import Parallelism, Plan
+from cost_model.precision import Precision
 
 
 def compile(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cost_model.cluster import Cluster
 from cost_model.errors import ConfigError, UnsupportedError
-from cost_model.plan import Parallelism, Plan, Precision
+from cost_model.plan import Parallelism, Plan
+from cost_model.precision import Precision
 from cost_model.units import parse_bytes
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
@@ -27,6 +28,7 @@ class Options:
     optimizer: OptimizerFactory | None = None
     parallelism: Parallelism = Parallelism()
     memory_cap_bytes: int | None = None
+    precision: Precision = Precision()
     plan: Plan | None = None
     scheduler: SchedulerFactory | None = None
     max_grad_norm: float | None = None
@@ -55,6 +57,10 @@ class Options:
         if plan is not None and not isinstance(plan, Plan):
             raise ConfigError(f"plan must be an autopar.Plan (see Plan.load), not {type(plan).__name__}")
         _check_supported(parallelism or Parallelism(), precision)
+        if precision is not None and not isinstance(precision, Precision):
+            raise ConfigError(f"precision must be an autopar.Precision, not {type(precision).__name__}")
+        if precision is None:
+            precision = Precision() if plan is None else plan.precision
         cap = None if memory_cap is None else parse_bytes(memory_cap)
         if timeout_s is not None and not timeout_s > 0:
             raise ConfigError(f"timeout_s must be above 0 seconds, or None for torch's default, not {timeout_s!r}")
@@ -62,7 +68,16 @@ class Options:
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping, not {max_grad_norm!r}")
         norm = None if max_grad_norm is None else float(max_grad_norm)
         return Options(
-            loss_fn, optimizer, parallelism or Parallelism(), cap, plan, scheduler, norm, timeout_s, local_batches
+            loss_fn,
+            optimizer,
+            parallelism or Parallelism(),
+            cap,
+            precision,
+            plan,
+            scheduler,
+            norm,
+            timeout_s,
+            local_batches,
         )
 
 
@@ -88,7 +103,11 @@ def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
             f"sequence_parallel={pins.sequence_parallel}",
             "sequence_parallel=None: the planner decides",
         ),
-        (precision not in (None, Precision()), f"{precision}", "precision=None and model.to(dtype) before compiling"),
+        (
+            isinstance(precision, Precision) and replace(precision, compute=None) != Precision(),
+            f"precision {precision}",
+            "Precision(compute=...) alone, or model.to(dtype) before compiling",
+        ),
     ]
     for wrong, what, instead in refused:
         if wrong:

@@ -26,7 +26,7 @@ from autopar.progress import planning_progress
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from cost_model.cluster import Cluster
-from cost_model.errors import InfeasiblePlanError, UnsupportedError
+from cost_model.errors import InfeasiblePlanError, PlanMismatchError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
@@ -36,6 +36,7 @@ from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
+from passes.precision import cast
 from passes.segment import Segment
 from passes.trace import Traced, trace
 from passes.zero import zero_key
@@ -117,10 +118,10 @@ class Job:
 
     @staticmethod
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
-        traced = trace(model, inputs, options.loss_fn)
+        traced = cast(trace(model, inputs, options.loss_fn), options.precision)
         analysis, notes = _analysed(traced, model)
         if analysis.reason is not None:  # once more, to say where
-            traced = trace(model, inputs, options.loss_fn, sources=True)
+            traced = cast(trace(model, inputs, options.loss_fn, sources=True), options.precision)
             analysis, notes = _analysed(traced, model)
         whole = traced.global_graph
         check_trains(whole, has_optimizer=options.optimizer is not None)
@@ -272,6 +273,7 @@ class Job:
             placement=pinned or tuple(range(self.cluster.num_devices)),
             stages=_stage_plans(local, solution, self._pinned_space()),
             segment_labels=tuple(s.label for s in local.segments),
+            precision=self.options.precision,
         )
 
     def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:
@@ -307,6 +309,8 @@ class Job:
 
     def _check(self, plan: Plan) -> None:
         """A given plan must be for this model, cluster and batch, and fit."""
+        if plan.precision != self.options.precision:
+            raise PlanMismatchError("precision", str(self.options.precision), str(plan.precision))
         check_plan(plan, self.space, self.options.parallelism)
         self._stages(plan.pp)
         cap = self.options.memory_cap_bytes

@@ -223,7 +223,7 @@ def cluster_names() -> tuple[str, ...]:
 
 def _figures(device: Device) -> dict[str, Any]:
     content = dataclasses.asdict(device)
-    return {name: value for name, value in content.items() if name not in ("name", "sources", "reported_as")}
+    return {name: value for name, value in content.items() if name not in ("name", "sources", "reported_as", "path")}
 
 
 def _checked_count(num_devices: object) -> int:

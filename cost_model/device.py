@@ -167,7 +167,8 @@ class Device:
     takes (context, communication library, interpreter). peak_flops: by dtype; a dtype that is missing is one the
     device cannot compute in. op_overhead_s: the least time between the starts of two small ops.
     rows: one per kind of ``KINDS``. ops: rows of single ops that were measured, by name in the op table; they come
-    before that of their kind. reported_as: names under which torch.cuda reports it. sources: by table.
+    before that of their kind. reported_as: names under which torch.cuda reports it. sources: by table. path: of the
+    file.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Device:
     ops: Mapping[str, StreamRow] = field(default_factory=dict, hash=False)
     reported_as: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
+    path: str = field(default="its file", compare=False)
 
     def __post_init__(self) -> None:
         assert self.kind in DEVICE_KINDS and set(self.rows) == set(KINDS)
@@ -210,8 +212,8 @@ class Device:
         if dtype not in self.peak_flops:
             have = ", ".join(sorted(self.peak_flops))
             raise UnsupportedError(
-                f"device {self.name} has no {dtype} arithmetic; it has {have}. "
-                "Next: choose one of these as the compute precision, or add its rate to the device file"
+                f"device {self.name} has no {dtype} arithmetic: {self.path} has no key peak.{dtype}, but {have}. "
+                "Next: choose one of these as the compute precision, or add the rate to the file"
             )
         return self.peak_flops[dtype]
 
@@ -260,6 +262,7 @@ def device_from_table(table: Table) -> Device:
         ops=_ops(table.table("op"), bandwidth, op_overhead_s, sources) if table.has("op") else {},
         reported_as=table.texts("reported_as") if table.has("reported_as") else (),
         sources=sources,
+        path=table.path,
     )
 
 

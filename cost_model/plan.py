@@ -1,21 +1,24 @@
-"""What a user may pin (``Parallelism``, ``Precision``) and what the planner decided (``Plan``)."""
+"""What a user may pin (``Parallelism``) and what the planner decided (``Plan``)."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
+import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, UnknownNameError
+from cost_model.precision import Precision
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OLDER_VERSIONS = (2,)
+"""That can be read too: a field that such a version lacks has a default, which means what that version did."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
 _NUMBERED = re.compile(r"((?:[^.]*\.)*?)(\d+)((?:\..*)?)")
-_PRECISIONS = (None, "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -52,22 +55,6 @@ class Parallelism:
                 raise ParallelismError(f"{name} must be one of {', '.join(known)} or None, not {value!r}")
         if self.placement is not None:
             object.__setattr__(self, "placement", _device_tuple(self.placement))
-
-
-@dataclass(frozen=True)
-class Precision:
-    """dtype of each kind of tensor: "fp32", "bf16", "fp16", or None to keep the model's own."""
-
-    params: str | None = None
-    compute: str | None = None
-    grads: str | None = None
-    reduce: str | None = None
-    master: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value not in _PRECISIONS:
-                raise ConfigError(f"precision {name} must be 'fp32', 'bf16', 'fp16' or None, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Plan:
     """All choices. Equal input gives a byte-identical file.
 
     batch: global batch size in samples; microbatches: per data-parallel replica.
-    fingerprints tie the plan to a model graph and a cluster.
+    fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
     """
 
     model: str
@@ -124,6 +111,7 @@ class Plan:
     placement: tuple[int, ...]
     stages: tuple[StagePlan, ...]
     segment_labels: tuple[str, ...]
+    precision: Precision = Precision()
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -156,6 +144,8 @@ class Plan:
         count = f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''} of {self.microbatch_size}"
         mesh = f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
         head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule}{self.saving_text()}"
+        if self.precision != Precision():
+            head += f", precision {self.precision}"
         return "\n".join([head, *(f"stage {stage}: {folded(self.labels(stage))}" for stage in range(self.pp))])
 
     def saving_text(self) -> str:
@@ -191,14 +181,18 @@ class Plan:
             raise ConfigError(f"not an autopar plan: {error}; {_WRITE_ONE}") from error
         if not isinstance(raw, dict) or "version" not in raw:
             raise ConfigError(f"not an autopar plan: no 'version' field; {_WRITE_ONE}")
+        if raw["version"] in OLDER_VERSIONS:
+            raw = {**_defaults(), **raw, "version": SCHEMA_VERSION}
         if raw["version"] != SCHEMA_VERSION:
             raise PlanMismatchError("version", SCHEMA_VERSION, raw["version"])
         _check_fields(raw, Plan, "the plan")
+        _check_fields(raw["precision"], Precision, "the plan's precision")
         for number, stage in enumerate(raw["stages"]):
             _check_fields(stage, StagePlan, f"stage {number} of the plan")
         stages = tuple(StagePlan(**{**stage, "recompute": tuple(stage["recompute"])}) for stage in raw.pop("stages"))
         labels, placement = tuple(raw.pop("segment_labels")), tuple(raw.pop("placement"))
-        return Plan(**raw, stages=stages, segment_labels=labels, placement=placement)
+        precision = Precision(**raw.pop("precision"))
+        return Plan(**raw, stages=stages, segment_labels=labels, placement=placement, precision=precision)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -217,19 +211,31 @@ class Plan:
 
 
 _WRITE_ONE = "write one with plan.save(path)"
-_JSON_TYPES = {"int": int, "str": str, "Mapping[str, str]": dict}
+_JSON_TYPES: dict[str, type | types.UnionType] = {
+    "int": int,
+    "str": str,
+    "str | None": str | None,
+    "Mapping[str, str]": dict,
+    "Precision": dict,
+}
 
 
-def _check_fields(raw: object, kind: type[Plan] | type[StagePlan], what: str) -> None:
+def _defaults() -> dict[str, object]:
+    """Of the fields that not every version has, as JSON has them."""
+    found = {f.name: f.default for f in fields(Plan) if f.default is not MISSING}
+    return {name: asdict(value) if isinstance(value, Precision) else value for name, value in found.items()}
+
+
+def _check_fields(raw: object, kind: type[Plan] | type[StagePlan] | type[Precision], what: str) -> None:
     """ConfigError unless ``raw`` has the fields of ``kind`` and no others, each of its JSON type."""
-    types = {f.name: _JSON_TYPES.get(str(f.type), list) for f in fields(kind)}
+    known = {f.name: _JSON_TYPES.get(str(f.type), list) for f in fields(kind)}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{what} is {raw!r}, not an object with {', '.join(types)}; {_WRITE_ONE}")
-    wrong = [f"lacks {name!r}" for name in types if name not in raw]
-    wrong += [f"has the unknown field {name!r}" for name in raw if name not in types]
-    for name, expected in types.items():
+        raise ConfigError(f"{what} is {raw!r}, not an object with {', '.join(known)}; {_WRITE_ONE}")
+    wrong = [f"lacks {name!r}" for name in known if name not in raw]
+    wrong += [f"has the unknown field {name!r}" for name in raw if name not in known]
+    for name, expected in known.items():
         if name in raw and (not isinstance(raw[name], expected) or isinstance(raw[name], bool)):
-            wrong.append(f"has {name} = {raw[name]!r}, which is no {expected.__name__}")
+            wrong.append(f"has {name} = {raw[name]!r}, which is no {getattr(expected, '__name__', expected)}")
     if wrong:
         raise ConfigError(f"{what} {wrong[0]}; {_WRITE_ONE}")
 

@@ -243,7 +243,10 @@ def test_more_stages_than_the_model_has_segments() -> None:
         ({"schedule": "zero_bubble"}, "schedule='zero_bubble' .* use '1f1b' or 'gpipe'"),
         ({"virtual_stages": 2}, "virtual_stages=2 .* use virtual_stages=1"),
         ({"sequence_parallel": True}, "sequence_parallel=True .* the planner decides"),
-        ({"precision": autopar.Precision(params="bf16")}, r"params='bf16'.* use precision=None and model.to\(dtype\)"),
+        (
+            {"precision": autopar.Precision(params="bf16")},
+            r"params=bf16 .* use Precision\(compute=...\) alone, or model.to\(dtype\)",
+        ),
     ],
 )
 def test_what_is_not_supported_yet_is_named_with_what_is(keywords: dict[str, Any], message: str) -> None:

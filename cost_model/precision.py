@@ -1,0 +1,69 @@
+"""Precision: in which dtype each kind of tensor is kept, computed and sent."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from cost_model.errors import ConfigError
+from cost_model.tensor import FLOATING
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""A user's name of a dtype -> torch's."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """dtype of each kind of floating tensor: "fp32", "bf16", "fp16", or None.
+
+    params: as parameters are stored and gathered; None: as the model has them.
+    compute: what products, convolutions and attention are computed in (see ``passes.precision``); None: as params.
+    grads: in which gradients are accumulated over microbatches; None: as params.
+    reduce: in which they are summed over ranks once per step; None: as grads.
+    master: of the copy that the optimizer updates and parameters are rounded from; None: it updates the parameters.
+    Optimizer state is of the dtype of what is updated.
+    """
+
+    params: str | None = None
+    compute: str | None = None
+    grads: str | None = None
+    reduce: str | None = None
+    master: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value not in DTYPES:
+                raise ConfigError(f"precision {name} must be 'fp32', 'bf16', 'fp16' or None, not {value!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """ "bf16", for what is usual with it (``mixed``), or fields, "params=bf16,master=fp32". Errors: ConfigError."""
+        if text in DTYPES:
+            return cls.mixed(text)
+        pairs = [part.partition("=") for part in text.split(",")]
+        known = {field.name for field in fields(cls)}
+        wrong = next((name for name, equals, _ in pairs if not equals or name not in known), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"precision {text!r}: {wrong!r} is not understood; give bf16, fp16, fp32, or fields of "
+                f"{', '.join(sorted(known))}, as params=bf16,grads=fp32,master=fp32"
+            )
+        return cls(**{name: value for name, _, value in pairs})
+
+    @classmethod
+    def mixed(cls, dtype: str) -> Precision:
+        """What is usual with a compute dtype: parameters in it, gradients, sums and the master copy in fp32."""
+        return cls() if dtype == "fp32" else cls(params=dtype, grads="fp32", master="fp32")
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """By torch's name; None: as the model has it."""
+        name = self.compute or self.params
+        return None if name is None else DTYPES[name]
+
+    def stored(self, dtype: str) -> str:
+        """The dtype in which a parameter is stored that the model has in ``dtype``."""
+        return dtype if self.params is None or dtype not in FLOATING else DTYPES[self.params]
+
+    def __str__(self) -> str:
+        given = [f"{name}={value}" for name, value in asdict(self).items() if value is not None]
+        return ",".join(given) or "the model's own"

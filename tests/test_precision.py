@@ -1,0 +1,187 @@
+"""Mixed precision: casts stand in the graph, and what they say is trained, priced and held."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from mixed_reference import OneDevice
+from models import example_gpt, hf_gpt2
+from parity import SGD, cpu_cluster, largest_error
+from regression import BATCH, Regression, estimate
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+
+import autopar
+from autopar import Parallelism, Precision
+from cost_model.errors import ConfigError, PlanMismatchError, UnsupportedError
+from cost_model.ops.table import OPS, OpCall, price_of
+from cost_model.tensor import TensorMeta
+from passes.precision import COMPUTE, WIDE, cast
+from passes.segment import segment
+from passes.trace import trace
+
+HALF_TOLERANCE = {"bf16": 2e-2, "fp16": 3e-3}
+"""A few roundings of each dtype's significand (2**-8 and 2**-11), summed in another order."""
+
+
+def lines(precision: Precision) -> list[str]:
+    """The cast graph of the regression, one call a line: what it takes and the dtype it gives."""
+    model = cast(trace(Regression(), BATCH), precision).global_graph
+    names = {n: str(n.target).split(".")[1] for n in model.nodes()}
+    return [f"{names[n]}({', '.join(map(str, n.all_input_nodes))}) {model.tensor(n.name).dtype}" for n in model.nodes()]
+
+
+# --- The pass
+
+
+def test_products_in_half_sums_in_float() -> None:
+    assert lines(Precision()) == [
+        "linear(x, p_model_up_weight, p_model_up_bias) float32",
+        "relu(linear) float32",
+        "linear(relu, p_model_down_weight, p_model_down_bias) float32",
+        "sub(linear_1, y) float32",
+        "mul(sub) float32",
+        "sum(mul) float32",
+        "mul(sum_default) float32",
+    ]
+    assert lines(Precision(compute="bf16")) == [
+        "to(p_model_up_weight) bfloat16",
+        "to(p_model_up_bias) bfloat16",
+        "to(x) bfloat16",
+        "linear(to_dtype_2, to_dtype, to_dtype_1) bfloat16",
+        "relu(linear) bfloat16",
+        "to(p_model_down_weight) bfloat16",
+        "to(p_model_down_bias) bfloat16",
+        "linear(relu, to_dtype_3, to_dtype_4) bfloat16",
+        "to(linear_1) float32",
+        "sub(to_dtype_5, y) float32",
+        "mul(sub) float32",
+        "sum(mul) float32",
+        "mul(sum_default) float32",
+    ]
+
+
+def test_every_priced_op_has_a_class() -> None:
+    """What the op table prices as a product or as attention is computed in half, norms, softmax and losses are not."""
+    half, x = TensorMeta((4, 4), "bfloat16"), TensorMeta((4, 4, 4), "bfloat16")
+    for name, entry in OPS.items():
+        kinds = set()
+        for inputs in ((half, half), (x, x, x), (x,)):
+            try:
+                cost = price_of(OpCall(name, inputs, (inputs[0],), {}))
+            except (AssertionError, IndexError, KeyError, TypeError, ValueError, AttributeError, StopIteration):
+                continue
+            kinds |= set() if cost is None else {cost.kind}
+        planned = entry.factors.__name__ != "backward_only"
+        base = name.split(".")[1]
+        if planned and kinds & {"softmax", "norm", "loss"}:
+            assert base in WIDE or base == "one_hot", (name, kinds)
+        if planned and kinds & {"matmul", "attention"}:
+            assert base in COMPUTE, (name, kinds)
+
+
+@pytest.mark.parametrize("precision", [Precision(compute="bf16"), Precision(params="bf16")], ids=str)
+def test_equal_blocks_stay_equal(precision: Precision) -> None:
+    model, batch = hf_gpt2("sdpa", layers=4)
+    plain, found = (segment(cast(trace(model, batch), p).global_graph) for p in (Precision(), precision))
+    assert [part.label for part in found] == [part.label for part in plain]
+    assert len({part.kind for part in found}) == len({part.kind for part in plain})
+    assert all(not part.carried for part in found)
+
+
+def test_a_mask_never_becomes_infinite() -> None:
+    """fp32's lowest number is minus infinity in fp16, and a row of nothing else NaN."""
+    q = torch.randn(8, 1, 4, 8)
+    mask = torch.full((8, 1, 4, 4), torch.finfo(torch.float32).min)
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            x = q * self.scale
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x, mask).square().mean()
+
+    precision, batch = Precision(compute="fp16"), {"q": q, "mask": mask}
+    assert math.isfinite(OneDevice(Attention(), batch, precision, SGD).step(batch))
+
+
+# --- It trains as one device does
+
+
+def train(model: Any, batch: Any, precision: Precision, steps: int = 3, **pins: Any) -> tuple[list[float], Any]:
+    devices = math.prod(pins.get(name, 1) for name in ("dp", "tp", "pp"))
+    parallelism = Parallelism(**{"dp": 1, "tp": 1, "pp": 1, **pins})
+    with autopar.compile(
+        model, cpu_cluster(devices), batch, optimizer=SGD, precision=precision, parallelism=parallelism
+    ) as exe:
+        return [exe.step(batch) for _ in range(steps)], exe.full_state_dict()
+
+
+def check(precision: Precision, **pins: Any) -> None:
+    model, batch = example_gpt(tied=True)
+    one = OneDevice(model, batch, precision, SGD)
+    losses = [one.step(batch) for _ in range(3)]
+    found, state = train(model, batch, precision, **pins)
+    tolerance = HALF_TOLERANCE[(precision.compute or precision.params) or "bf16"]
+    assert found == pytest.approx(losses, rel=tolerance)
+    assert largest_error({n: state[n] for n in one.state()}, one.state()) < tolerance
+
+
+PLANS: list[dict[str, Any]] = [
+    {"dp": 2, "zero": 0, "microbatch_size": 2},
+    {"tp": 2},
+    {"pp": 2, "microbatch_size": 2},
+    {"dp": 2, "zero": 1},
+    {"dp": 2, "zero": 2, "microbatch_size": 2},
+    {"dp": 2, "zero": 3, "recompute": "selective"},
+]
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("pins", PLANS, ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_compute_equals_one_device(dtype: str, pins: dict[str, Any]) -> None:
+    check(Precision(compute=dtype), **pins)
+
+
+# --- What is asked wrongly
+
+
+def test_a_device_without_the_dtype() -> None:
+    cluster = autopar.Cluster.load("p3.2xlarge", num_devices=1)
+    message = r"v100.* has no bfloat16 arithmetic: .*\.toml has no key peak.bfloat16, but .*float16.* Next: choose"
+    with pytest.raises(UnsupportedError, match=message):
+        estimate(Regression(), cluster=cluster, precision=Precision(compute="bf16"))
+
+
+def test_a_precision_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="precision compute must be 'fp32', 'bf16', 'fp16' or None, not 'half'"):
+        Precision(compute="half")
+    with pytest.raises(ConfigError, match="precision must be an autopar.Precision, not str"):
+        estimate(Regression(), precision="bf16")
+
+
+def test_a_plan_keeps_its_precision() -> None:
+    half = Precision(compute="bf16")
+    plan = estimate(Regression(), tp=2, precision=half).plan
+    again = autopar.Plan.from_json(plan.to_json())
+    assert again == plan and again.precision == half and "precision compute=bf16" in str(plan)
+    assert estimate(Regression(), plan=plan).plan == plan == estimate(Regression(), plan=plan, precision=half).plan
+    with pytest.raises(PlanMismatchError, match="plan's precision is 'compute=bf16' but here it is 'compute=fp16'"):
+        estimate(Regression(), plan=plan, precision=Precision(compute="fp16"))
+    raw = json.loads(plan.to_json())
+    with pytest.raises(ConfigError, match="the plan's precision has the unknown field 'half'"):
+        autopar.Plan.from_json(json.dumps({**raw, "precision": {**raw["precision"], "half": "bf16"}}))
+
+
+def test_a_plan_of_the_version_before_has_the_models_own_precision() -> None:
+    plan = estimate(Regression(), tp=2).plan
+    raw = json.loads(plan.to_json())
+    del raw["precision"]
+    assert autopar.Plan.from_json(json.dumps({**raw, "version": 2})) == plan
