@@ -9,6 +9,7 @@ from autopar.report import bytes_text
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
 from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.schedule import check_counts
 from passes.batch import BatchAnalysis
 from passes.dependence import differentiable_nodes
 from passes.fingerprint import fingerprint
@@ -45,6 +46,14 @@ def check_pins(pins: Parallelism, num_devices: int, batch: int, analysis: BatchA
             "for each (stage, dp replica, tp shard) in that order"
         )
     _check_microbatches(pins, batch, analysis)
+    _check_schedule(pins)
+
+
+def _check_schedule(pins: Parallelism) -> None:
+    """Virtual stages that the other pins leave no room for, as far as those say."""
+    if pins.schedule == "interleaved":
+        pp = pins.pp or 2
+        check_counts(pins.schedule, pp, pp, pins.virtual_stages or 2)
 
 
 def _check_degrees(pins: Parallelism, num_devices: int) -> None:

@@ -208,7 +208,7 @@ def event_kinds(program: Program) -> dict[str, str]:
     """Profiler event -> kind, for every op and every collective of the program."""
     kinds: dict[str, str] = {}
     for stage in program.stages:
-        for instruction in (*stage.forward.instructions, *stage.backward.instructions):
+        for instruction in (i for chunk in stage.chunks for block in chunk.blocks for i in block.instructions):
             for event in op_events(instruction.op):
                 kinds.setdefault(event, _kind(instruction))
         for collective in (*stage.step.collectives, *stage.step.gathers):

@@ -32,7 +32,7 @@ def norm_spans(linked: Linked, stage: int, dp_index: int) -> list[tuple[str, int
         for count, run in groupby(names, lambda name: dp * copies[name]):
             start, end = end, end + sum(part.metas[name].numel for name in run)
             found.append((buffer, start, end, count))
-    for bucket in part.code.buckets:
+    for bucket in part.buckets:
         own = dp_index * bucket.part.numel if bucket.zero == 1 else 0  # where its part begins in the buffer it holds
         pieces = bucket.pieces(dp_index) if bucket.trainable else ()
         for count, group in groupby(pieces, lambda piece: copies[piece.parameter]):
@@ -59,7 +59,7 @@ def clip_costs(part: LinkedStage) -> Iterator[OpCost]:
     alone = [(dtype, sum(part.metas[name].numel for name in names)) for dtype, names in part.layout]
     for dtype, count in alone:
         yield from _norm_and_scale(TensorMeta((count,), dtype), TensorMeta((count,), dtype))
-    for bucket in part.code.buckets:
+    for bucket in part.buckets:
         if bucket.gradients is not None:
             yield from _norm_and_scale(bucket.part, bucket.gradients)
 

@@ -11,17 +11,20 @@ from autopar.gradient_norm import NORM, clip_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import gathers_of, gradient_layout, reductions_of
-from cost_model.plan import Plan
-from cost_model.program import Collective, ParameterShard, Program, StageProgram, StepWork, Value
-from cost_model.schedule import check_schedule, stage_schedule
+from cost_model.placement import Placement
+from cost_model.plan import Plan, StagePlan
+from cost_model.program import Bucket, Chunk, Collective, ParameterShard, Program, StageProgram, StepWork, Value
+from cost_model.schedule import Step, stage_schedule
+from cost_model.schedule_check import check_schedule
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
+from passes.codegen import render_module
 from passes.cut import cut_stage, prologue
 from passes.graph import GraphInput, ModelGraph
 from passes.schedule_code import PartStep, Reduction, render_prologue, render_step
 from passes.segment import Segment, segment
 from passes.specialise import specialise
-from passes.stage import StageCode, build_stage, parameter_shards
+from passes.stage import StageCode, build_stage, reduce_axis
 from passes.stitch import Templates
 from passes.trace import Traced
 from passes.verify import verify_cuts, verify_emitted, verify_step
@@ -31,11 +34,11 @@ _LOSS_BYTES = 8  # one float64
 
 @dataclass(frozen=True)
 class LinkedStage:
-    """code: the stage; layout: (dtype, parameters in order) of its flat gradient buffers; reductions: over them
-    and over buckets; gathers: of updated parameters;
-    prologue_inputs: batch inputs its prologue reads; step_inputs: step constants it uses."""
+    """chunks: its virtual stages, mostly one; shards: its parameters and buffers; layout: (dtype, parameters in order)
+    of its flat gradient buffers; reductions: over them and over buckets; gathers: of updated parameters;
+    prologue_inputs: batch inputs its prologue reads."""
 
-    code: StageCode
+    chunks: tuple[StageCode, ...]
     shards: tuple[ParameterShard, ...]
     layout: tuple[tuple[str, tuple[str, ...]], ...]
     reductions: tuple[Reduction | PartStep, ...]
@@ -45,20 +48,40 @@ class LinkedStage:
     prologue_inputs: tuple[GraphInput, ...]
 
     @property
+    def inputs(self) -> tuple[GraphInput, ...]:
+        """All that its chunks read, but what they receive."""
+        return merged_inputs(self.chunks)
+
+    @property
+    def places(self) -> dict[str, Placement]:
+        """How each parameter and buffer lies on the tp axis, by its name in the model."""
+        return {i.target: code.placements[i.node] for code in self.chunks for i in code.inputs}
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Of all chunks, one that several of them share once."""
+        return merged_buckets(self.chunks)
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """Buffers that a backward gives a new value."""
+        return tuple(dict.fromkeys(name for code in self.chunks for name in code.updates))
+
+    @property
     def updated(self) -> dict[str, TensorMeta]:
         """What the optimizer updates: whole parameters outside buckets, and of buckets the pieces of the rank that
         has most of them."""
         pieces: dict[str, TensorMeta] = {}
-        dp = max((bucket.dp for bucket in self.code.buckets), default=1)
+        dp = max((bucket.dp for bucket in self.buckets), default=1)
         for index in range(dp):
             own = {
                 p.parameter: TensorMeta((p.numel,), b.dtype)
-                for b in self.code.buckets
+                for b in self.buckets
                 if b.trainable
                 for p in b.pieces(index)
             }
             pieces = own if len(own) > len(pieces) else pieces
-        bucketed = {name for bucket in self.code.buckets for name, _ in bucket.parameters}
+        bucketed = {name for bucket in self.buckets for name, _ in bucket.parameters}
         return {s.name: s.meta for s in self.shards if s.trainable and s.name not in bucketed} | pieces
 
     @property
@@ -66,7 +89,7 @@ class LinkedStage:
         """Batch inputs that the stage reads -> whether a rank reads the rows of its replica only: what enters the
         prologue is read whole."""
         whole = {i.target for i in self.prologue_inputs}
-        read = (i for i in (*self.code.inputs, *self.prologue_inputs) if i.kind == "batch")
+        read = (i for i in (*self.inputs, *self.prologue_inputs) if i.kind == "batch")
         return {i: i.batched and i.target not in whole for i in read}
 
     @property
@@ -101,17 +124,18 @@ class Linked:
         """Parameter, buffer or constant -> the first stage that holds it; every stage holds the counters."""
         holders = dict.fromkeys(self.traced.counters, 0)
         for index, stage in enumerate(self.stages):
-            for item in (*stage.code.inputs, *stage.prologue_inputs):
+            for item in (*stage.inputs, *stage.prologue_inputs):
                 holders.setdefault(item.target, index)
         return holders
 
     def verify(self) -> None:
         """What is emitted is what is priced; VerificationError where it is not."""
         for stage, priced in zip(self.stages, self.program.stages, strict=True):
-            verify_emitted(stage.code)
+            for code in stage.chunks:
+                verify_emitted(code)
             rank = self.program.devices[(priced.stage, 0, 0)]
             fed = {i.target: self.traced.global_graph.tensor(i.node).nbytes for i in stage.gathered}
-            verify_step(self.source(rank), stage.code.buckets, fed, priced.step)
+            verify_step(self.source(rank), stage.buckets, fed, priced.step)
 
     def source(self, rank: int) -> str:
         """The module that a rank runs."""
@@ -145,15 +169,15 @@ class Linker:
         """The whole program of a plan; VerificationError where its stages do not fit together."""
         model = specialise(self.traced, plan.microbatch_size)
         segments = segment(model)
-        codes = tuple(self._code(model, segments, plan, index) for index in range(plan.pp))
+        codes = tuple(self._code(model, segments, plan, index) for index in range(len(plan.stages)))
         for index, zeros in _unreached(codes).items():
             remade = self._code(model, segments, plan, index, zeros)
             codes = (*codes[:index], remade, *codes[index + 1 :])
         verify_cuts(codes)
-        tied = _tied(codes)
-        stages = tuple(_link_stage(self.traced, code, plan, tied, self.optimizer is not None) for code in codes)
-        schedules = [stage_schedule(plan.schedule, s, plan.pp, plan.microbatches) for s in range(plan.pp)]
-        check_schedule(schedules, plan.microbatches)
+        chunks = [codes[stage :: plan.pp] for stage in range(plan.pp)]
+        tied = _tied(chunks)
+        stages = tuple(_link_stage(self.traced, own, plan, tied, self.optimizer is not None) for own in chunks)
+        check_schedule([steps_of(plan, stage) for stage in range(plan.pp)], plan.microbatches, plan.virtual_stages)
         program = Program(
             dp=plan.dp,
             tp=plan.tp,
@@ -162,6 +186,7 @@ class Linker:
             schedule=plan.schedule,
             stages=tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)),
             devices=device_map(plan),
+            virtual_stages=plan.virtual_stages,
         )
         return Linked(self.traced, plan, stages, program, self.max_grad_norm, self.local_batches)
 
@@ -188,11 +213,12 @@ class Linker:
             stage.choices,
             plan.tp,
             self._templates,
-            last=index == plan.pp - 1,
+            last=index == len(plan.stages) - 1,
             zeros=zeros,
             recompute=stage.recompute_levels,
             dp=plan.dp,
             shared=_held_by_several(segments, plan),
+            suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:
@@ -204,6 +230,22 @@ class Linker:
         return self._prices[trainable]
 
 
+def steps_of(plan: Plan, stage: int) -> tuple[Step, ...]:
+    """The order of work of one stage."""
+    return stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches, plan.virtual_stages)
+
+
+def merged_inputs(codes: Sequence[StageCode]) -> tuple[GraphInput, ...]:
+    """What several parts of the chain read, each once, but what they receive."""
+    found = (i for code in codes for i in code.inputs if i.kind != "activation")
+    return tuple({i.node: i for i in found}.values())
+
+
+def merged_buckets(codes: Sequence[StageCode]) -> tuple[Bucket, ...]:
+    """The buckets of several parts of the chain, each once."""
+    return tuple({bucket.name: bucket for code in codes for bucket in code.buckets}.values())
+
+
 def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
     """(stage, dp replica, tp shard) -> device."""
     cells = [(s, d, t) for s in range(plan.pp) for d in range(plan.dp) for t in range(plan.tp)]
@@ -211,7 +253,7 @@ def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
 
 
 def _held_by_several(segments: tuple[Segment, ...], plan: Plan) -> frozenset[str]:
-    """Parameters, by node, of more than one stage."""
+    """Parameters, by node, of more than one part of the chain."""
     ranges = [segments[stage.first_segment : stage.last_segment] for stage in plan.stages]
     held = [name for parts in ranges for name in {name for part in parts for name in part.parameters}]
     return frozenset(name for name, count in Counter(held).items() if count > 1)
@@ -225,27 +267,45 @@ def _unreached(codes: tuple[StageCode, ...]) -> dict[int, frozenset[str]]:
     return {index: names for index, names in enumerate(missing) if names}
 
 
-def _tied(codes: tuple[StageCode, ...]) -> dict[str, str]:
+def _tied(stages: Sequence[Sequence[StageCode]]) -> dict[str, str]:
     """Trainable parameters that more than one stage holds: their copies share one gradient."""
-    holders: dict[str, int] = {}
-    for code in codes:
-        for item in code.inputs:
-            if item.target in code.gradients:
-                holders[item.target] = holders.get(item.target, 0) + 1
+    holders = Counter(name for codes in stages for name in {name for code in codes for name in code.gradients})
     return {name: name for name, count in holders.items() if count > 1}
 
 
 def _link_stage(
-    traced: Traced, code: StageCode, plan: Plan, tied: Mapping[str, str], has_optimizer: bool
+    traced: Traced, chunks: tuple[StageCode, ...], plan: Plan, tied: Mapping[str, str], has_optimizer: bool
 ) -> LinkedStage:
-    shards = parameter_shards(code, plan.dp, plan.tp, tied)
-    layout, alone = gradient_layout(code, shards)
-    reductions = reductions_of(code, alone, tied)
-    names = tuple(i.node for i in code.inputs if i.kind == "step")
+    shards, buckets = _parameter_shards(chunks, plan.dp, plan.tp, tied), merged_buckets(chunks)
+    layout, alone = gradient_layout(_finished(chunks), buckets, shards)
+    reductions = reductions_of(buckets, alone, tied)
+    names = tuple(i.node for i in merged_inputs(chunks) if i.kind == "step")
     graph = prologue(traced.global_graph, names)
     source, ops = render_prologue(graph)
-    gathers = gathers_of(code, has_optimizer=has_optimizer)
-    return LinkedStage(code, shards, layout, reductions, gathers, source, ops, graph.inputs if graph else ())
+    gathers = gathers_of(buckets, has_optimizer=has_optimizer)
+    return LinkedStage(chunks, shards, layout, reductions, gathers, source, ops, graph.inputs if graph else ())
+
+
+def _finished(chunks: Sequence[StageCode]) -> tuple[str, ...]:
+    """Parameters in the order in which the last microbatch completes their gradients: the last chunk's first."""
+    names = [name for code in reversed(chunks) for name in code.gradients]
+    return tuple(reversed(dict.fromkeys(reversed(names))))
+
+
+def _parameter_shards(
+    chunks: Sequence[StageCode], dp: int, tp: int, tied: Mapping[str, str]
+) -> tuple[ParameterShard, ...]:
+    """The stage's parameters and buffers; ``tied``: parameter -> its cross-stage group."""
+    trained = {name for code in chunks for name in code.gradients}
+    found: dict[str, ParameterShard] = {}
+    for code in chunks:
+        for item in code.inputs:
+            if item.kind in ("parameter", "buffer", "constant"):
+                place, name = code.placements[item.node], item.target
+                axis = reduce_axis(place, dp, tp)
+                shard = ParameterShard(name, code.metas[item.node], str(place), name in trained, axis, tied.get(name))
+                found[name] = shard
+    return tuple(found.values())
 
 
 def _stage_program(
@@ -258,19 +318,13 @@ def _stage_program(
     *,
     clips: bool,
 ) -> StageProgram:
-    code = stage.code
     collectives = [*fed, *(r.collective for r in stage.reductions)]
     if plan.dp * plan.tp * plan.pp > 1:
         collectives += [NORM] if clips else []
         collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
     return StageProgram(
         stage=index,
-        segments=tuple(range(plan.stages[index].first_segment, plan.stages[index].last_segment)),
-        forward=code.forward,
-        backward=code.backward,
-        saved=code.saved,
-        sent=code.sent,
-        received=code.received,
+        chunks=tuple(map(_chunk, stage.chunks, plan.chunks(index))),
         parameters=stage.shards,
         persistent=_persistent(traced, stage, plan.dp),
         step=StepWork(
@@ -281,30 +335,39 @@ def _stage_program(
             tuple(g.collective for g in stage.gathers),
             tuple(meta.nbytes for meta in stage.updated.values()),
         ),
-        buckets=code.buckets,
+        buckets=stage.buckets,
+    )
+
+
+def _chunk(code: StageCode, plan: StagePlan) -> Chunk:
+    return Chunk(
+        segments=tuple(range(plan.first_segment, plan.last_segment)),
+        forward=code.forward,
+        backward=code.backward,
+        saved=code.saved,
+        sent=code.sent,
+        received=code.received,
+        constants=code.constants,
     )
 
 
 def _persistent(traced: Traced, stage: LinkedStage, dp: int) -> tuple[Value, ...]:
-    """What a rank holds all step beside parameters: its part of the batch's inputs, step values, constants."""
+    """What a rank holds all step beside parameters: its part of the batch's inputs, step values, new buffers."""
     whole = traced.global_graph
-    metas = {i.node: whole.tensor(i.node) for i in stage.code.inputs if i.kind == "step"}
+    metas = {i.node: whole.tensor(i.node) for i in stage.inputs if i.kind == "step"}
     for item, own_rows in stage.batch_inputs.items():
         meta = whole.tensor(item.node)
         metas[item.node] = replace(meta, shape=(meta.shape[0] // dp, *meta.shape[1:])) if own_rows else meta
     values = [Value(name, meta, name, meta.nbytes) for name, meta in metas.items()]
-    code = stage.code
-    changed = [(i.target, code.metas[i.node]) for i in code.inputs if i.target in code.updates]
-    values += [Value(f"new {name}", meta, f"new {name}", meta.nbytes) for name, meta in changed]
-    return (*values, *code.constants)
+    changed = [(name, stage.metas[name]) for name in stage.updates]
+    return (*values, *(Value(f"new {name}", meta, f"new {name}", meta.nbytes) for name, meta in changed))
 
 
 def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str:
     plan, linked_stage = linked.plan, linked.stages[stage]
-    steps = stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches)
-    doc = f"{plan.schedule}, {plan.microbatches} microbatch(es) of {plan.microbatch_size}."
+    doc = f"{plan.schedule_text()}, {plan.microbatches} microbatch(es) of {plan.microbatch_size}."
     step = render_step(
-        steps,
+        steps_of(plan, stage),
         linked_stage.reductions,
         linked_stage.gathers,
         sends=plan.pp > 1,
@@ -312,19 +375,14 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
         max_grad_norm=linked.max_grad_norm,
         gathered=[i.target for i in linked_stage.gathered] if linked.local_batches and plan.dp > 1 else (),
         dp=plan.dp,
-        changed=linked_stage.code.updates,
+        changed=linked_stage.updates,
         counters=linked.traced.counters,
     )
-    labels = plan.segment_labels[plan.stages[stage].first_segment : plan.stages[stage].last_segment]
-    header = (
-        f'"""Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {plan.dp}, '
-        f"shard {tp} of {plan.tp}.\n\nSegments: {', '.join(labels)}\n" + '"""'
+    segments = " | ".join(", ".join(labels) for labels in plan.labels(stage))
+    doc = (
+        f"Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {plan.dp}, "
+        f"shard {tp} of {plan.tp}.\n\nSegments: {segments}"
     )
-    body = linked_stage.code.source.split('"""', 2)[2]
-    extra = "".join(
-        f"{short} = {full}\n"
-        for short, full in sorted(linked_stage.prologue_ops.items())
-        if f"\n{short} = " not in body
-    )
-    body = body.replace("import torch\n\n", f"import torch\n\n{extra}", 1)
-    return f"{header}{body}\n\n{linked_stage.prologue_source}\n\n\n{step}\n"
+    ops = {short: full for code in linked_stage.chunks for short, full in code.ops.items()}
+    functions = (code.functions for code in linked_stage.chunks)
+    return render_module(doc, {**ops, **linked_stage.prologue_ops}, *functions, linked_stage.prologue_source, step)

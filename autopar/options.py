@@ -96,8 +96,7 @@ def check_target(model: object, cluster: object) -> None:
 def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
     """What this version does not do yet is refused by name."""
     refused = [
-        (pins.schedule not in (None, "gpipe", "1f1b"), f"schedule={pins.schedule!r}", "'1f1b' or 'gpipe'"),
-        (pins.virtual_stages not in (None, 1), f"virtual_stages={pins.virtual_stages}", "virtual_stages=1"),
+        (pins.schedule == "zero_bubble", f"schedule={pins.schedule!r}", "'1f1b', 'interleaved' or 'gpipe'"),
         (
             pins.sequence_parallel is not None,
             f"sequence_parallel={pins.sequence_parallel}",

@@ -18,6 +18,8 @@ from cost_model.prices import axis_groups
 from cost_model.program import Bucket
 from passes.graph import GraphInput
 
+WRAP = " to the other end"
+
 
 def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
     """Every parameter, buffer and traced constant by the name the graph uses; ConfigError on the meta device."""
@@ -44,13 +46,11 @@ def rank_payload(
     """The tree that ``RankExecutor`` is built from; saved: names of the parameters and buffers of a checkpoint."""
     stage, dp, tp = linked.coordinates[rank]
     plan, part = linked.plan, linked.stages[stage]
-    code = part.code
-    held = {
-        i.target: (i, code.placements[i.node]) for i in code.inputs if i.kind in ("parameter", "buffer", "constant")
-    }
+    places = part.places
+    held = {i.target: (i, places[i.target]) for i in part.inputs if i.kind in ("parameter", "buffer", "constant")}
     held.update(
         {
-            i.target: (i, code.placements.get(i.node, Shard(0)))
+            i.target: (i, places.get(i.target, Shard(0)))
             for i in part.prologue_inputs
             if i.kind in ("buffer", "constant")
         }
@@ -58,14 +58,13 @@ def rank_payload(
     counters = {n: (GraphInput(n, "buffer", n, False, False), REPLICATE) for n in linked.traced.counters}
     held = {**counters, **held}
     params = {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"}
-    neighbours = {name: _neighbour(linked, stage + step, dp, tp) for name, step in (("previous", -1), ("next", 1))}
     return {
         "source": linked.source(rank),
         "device": device,
         "timeout_s": timeout_s,
         "stage": stage,
         "dp_index": dp,
-        "buckets": [_bucket(bucket, dp, {n: params.pop(n) for n, _ in bucket.parameters}) for bucket in code.buckets],
+        "buckets": [_bucket(bucket, dp, {n: params.pop(n) for n, _ in bucket.parameters}) for bucket in part.buckets],
         "params": params,
         "buffers": {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"},
         "layouts": {
@@ -73,8 +72,8 @@ def rank_payload(
             for n, (i, p) in held.items()
             if n in saved
         },
-        "updates": code.updates,
-        "changes": (*code.updates, *linked.traced.counters),
+        "updates": part.updates,
+        "changes": (*part.updates, *linked.traced.counters),
         "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
         "norm_spans": norm_spans(linked, stage, dp),
         "groups": groups(linked),
@@ -83,11 +82,12 @@ def rank_payload(
         "sliced": _first_rows(part, dp * plan.microbatches * plan.microbatch_size),
         "microbatches": plan.microbatches,
         "microbatch_size": plan.microbatch_size,
-        "is_last": stage == plan.pp - 1,
+        "accumulates": plan.microbatches > 1 or plan.virtual_stages > 1,
         "reports_loss": stage == plan.pp - 1 and tp == 0,
-        "received": _meta(code.received),
-        "sent": _meta(code.sent),
-        **neighbours,
+        "chunks": [
+            {"suffix": code.suffix, "received": _meta(code.received), "sent": _meta(code.sent)} for code in part.chunks
+        ],
+        "links": _links(linked, stage, dp, tp),
     }
 
 
@@ -127,7 +127,7 @@ def rank_batch(linked: Linked, rank: int, batch: Mapping[str, Tensor]) -> dict[s
 def _first_rows(part: LinkedStage, first: int) -> dict[str, int]:
     """Where the replica's samples begin in each value that holds samples: at 0 where it holds no others."""
     own_rows = {i.target for i, own in part.batch_inputs.items() if own}
-    batched = [i.target for i in part.code.inputs if i.kind in ("batch", "step") and i.batched]
+    batched = [i.target for i in part.inputs if i.kind in ("batch", "step") and i.batched]
     return {name: 0 if name in own_rows else first for name in batched}
 
 
@@ -153,8 +153,21 @@ def _local(tensor: Tensor, placement: Placement, index: int, size: int) -> Tenso
     return shard_of(tensor, index, size, placement.dim, placement.outer).contiguous()
 
 
-def _neighbour(linked: Linked, stage: int, dp: int, tp: int) -> int:
-    return linked.program.devices.get((stage, dp, tp), -1)
+def _links(linked: Linked, stage: int, dp: int, tp: int) -> dict[str, tuple[int, str]]:
+    """What a rank sends and receives -> (the rank at the other end, the process group).
+
+    From the last stage back to the first messages have groups of their own, so that between two ranks each group
+    carries one direction.
+    """
+    pp = linked.plan.pp
+    before, after = (linked.program.devices[(stage + step) % pp, dp, tp] for step in (-1, 1))
+    back, on = (WRAP if stage == end else "" for end in (0, pp - 1))
+    return {
+        "receive_forward": (before, f"forward{back}"),
+        "send_backward": (before, f"backward{back}"),
+        "send_forward": (after, f"forward{on}"),
+        "receive_backward": (after, f"backward{on}"),
+    }
 
 
 def groups(linked: Linked) -> dict[str, list[list[int]]]:
@@ -172,5 +185,6 @@ def groups(linked: Linked) -> dict[str, list[list[int]]]:
     if len(everyone) > 1:
         made["world"] = [everyone]
     if program.pp > 1:
-        made["forward"], made["backward"] = [everyone], [list(everyone)]
+        wraps = ("", WRAP) if program.virtual_stages > 1 else ("",)
+        made.update({f"{way}{wrap}": [list(everyone)] for wrap in wraps for way in ("forward", "backward")})
     return made

@@ -19,9 +19,10 @@ from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
 from autopar.planner.saving import NONE, RECOMPUTE
-from autopar.planner.search import Infeasible, Pins, Solution, search
+from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
+from autopar.planner.virtual import Assigned, recut
 from autopar.progress import planning_progress
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
@@ -229,7 +230,14 @@ class Job:
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,
-                pins=Pins(pins.dp, pins.tp, self._stages(pins.pp), pins.microbatch_size, pins.schedule),
+                pins=Pins(
+                    pins.dp,
+                    pins.tp,
+                    self._stages(pins.pp),
+                    pins.microbatch_size,
+                    pins.schedule,
+                    pins.virtual_stages,
+                ),
                 confirm=self._peaks,
                 progress=report,
             )
@@ -271,9 +279,10 @@ class Job:
             microbatches=c.microbatches,
             memory_cap_bytes=self.cap_bytes,
             placement=pinned or tuple(range(self.cluster.num_devices)),
-            stages=_stage_plans(local, solution, self._pinned_space()),
+            stages=_stage_plans(local, c, _parts(solution), self._pinned_space()),
             segment_labels=tuple(s.label for s in local.segments),
             precision=self.options.precision,
+            virtual_stages=c.virtual_stages,
         )
 
     def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:
@@ -348,20 +357,27 @@ def _unpriced(model: ModelGraph) -> tuple[str, ...]:
     return tuple(f"{name} has no rule: replicated and priced by the bytes it moves" for name in names)
 
 
-def _stage_plans(local: LocalModel, solution: Solution | Infeasible, space: PinnedSpace) -> tuple[StagePlan, ...]:
-    """Choices of every stage by the names of the very nodes they are for; what is the only choice is not said."""
+def _parts(solution: Solution | Infeasible) -> Sequence[Assigned]:
+    """The parts of the chain, in order."""
     c = solution.configuration
+    return solution.stages if c.virtual_stages == 1 else recut(solution.stages, c.pp * c.virtual_stages)
+
+
+def _stage_plans(
+    local: LocalModel, c: Configuration, parts: Sequence[Assigned], space: PinnedSpace
+) -> tuple[StagePlan, ...]:
+    """Choices of every stage by the names of the very nodes they are for; what is the only choice is not said."""
     alike: dict[str, Segment] = {}
     for part in local.segments:
         alike.setdefault(part.kind, part)
     segments = [
         (part, alike[part.kind], assignment)
-        for stage in solution.stages
+        for stage in parts
         for part, assignment in zip(local.segments[stage.first : stage.last], stage.assignments, strict=True)
     ]
     zero = space.zero_levels(segments, c.dp, c.tp, local)
     plans = []
-    for stage in solution.stages:
+    for stage in parts:
         own = segments[stage.first : stage.last]
         choices = _placements(own) if c.tp > 1 else {}
         held = dict.fromkeys(name for part, _, _ in own for name in part.parameters if name in zero)

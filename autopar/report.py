@@ -18,7 +18,7 @@ from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
 from cost_model.placement import Placement, Replicate, Shard, Varying, parse_placement
 from cost_model.plan import RECOMPUTES, Plan, folded, split_number
-from cost_model.program import Block, Collective, ParameterShard, Program, StageProgram
+from cost_model.program import Collective, ParameterShard, Program, StageProgram
 
 if TYPE_CHECKING:
     from autopar.planning import Planned
@@ -173,7 +173,7 @@ def _stage_table(estimate: Estimate) -> Group:
 
 def _stage_row(plan: Plan, stage: StageEstimate) -> tuple[str, ...]:
     times = (stage.forward_s, stage.backward_s, stage.reduce_s, stage.optimizer_s)
-    return (str(stage.stage), folded(plan.labels(stage.stage)), *map(seconds_text, times), bytes_text(stage.peak_bytes))
+    return (str(stage.stage), plan.labels_text(stage.stage), *map(seconds_text, times), bytes_text(stage.peak_bytes))
 
 
 def _time_table(breakdown: TimeBreakdown) -> Group:
@@ -260,13 +260,20 @@ _Traffic = tuple[int, str, str, str, int, int]
 
 def _traffic(stage: StageProgram) -> list[_Traffic]:
     """(order, when, what, axis, count, bytes) of all that a rank of a stage sends."""
-    blocks: tuple[tuple[str, Block], ...] = (("each forward", stage.forward), ("each backward", stage.backward))
-    rows = [row for order, (when, block) in enumerate(blocks) for row in _collectives(order, when, block.collectives())]
+    blocks = {
+        "each forward": [chunk.forward for chunk in stage.chunks],
+        "each backward": [chunk.backward for chunk in stage.chunks],
+    }
+    rows: list[_Traffic] = []
+    for order, (when, own) in enumerate(blocks.items()):
+        rows += _collectives(order, when, [c for block in own for c in block.collectives()])
     rows += _collectives(2, "each step", (*stage.step.collectives, *stage.step.gathers))
-    if stage.sent is not None:
-        rows.append((0, "each forward", "send to the next stage", "pp", 1, stage.sent.nbytes))
-    if stage.received is not None:
-        rows.append((1, "each backward", "send to the stage before", "pp", 1, stage.received.nbytes))
+    sent = [chunk.sent.nbytes for chunk in stage.chunks if chunk.sent is not None]
+    received = [chunk.received.nbytes for chunk in stage.chunks if chunk.received is not None]
+    if sent:
+        rows.append((0, "each forward", "send to the next stage", "pp", len(sent), sum(sent)))
+    if received:
+        rows.append((1, "each backward", "send to the stage before", "pp", len(received), sum(received)))
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from autopar.runtime.measure import Event
 from cost_model.cluster import Cluster
 from cost_model.program import Program
-from cost_model.simulate import STREAMS, chrome_trace, simulate
+from cost_model.simulate import STREAMS, chrome_trace, event_title, simulate
 
 _MEASURED = 1000  # added to a rank for its process in the trace, where the estimate's processes are stages
 
@@ -41,7 +41,7 @@ def _event(event: Event, process: int, start_s: float) -> dict[str, object]:
     stream, name = _stream_and_name(event.name)
     return {
         "ph": "X",
-        "name": (event.label or name) if event.microbatch < 0 else f"{name} {event.microbatch}",
+        "name": event_title(event.label or name, event.microbatch, event.chunk),
         "pid": process,
         "tid": STREAMS.index(stream),
         "ts": (event.start_s - start_s) * 1e6,

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cost_model.program import Bucket, ParameterShard
 from passes.schedule_code import PartStep, Reduction
-from passes.stage import StageCode
 
 Layout = tuple[tuple[str, tuple[str, ...]], ...]
 """(dtype, parameters in order) of each flat gradient buffer."""
 
 
-def gradient_layout(code: StageCode, shards: tuple[ParameterShard, ...]) -> tuple[Layout, tuple[Reduction, ...]]:
-    """Flat buffers by dtype of the gradients outside buckets; within each, runs of one reduction axis, in the order
-    backward finishes gradients."""
-    order = {name: k for k, name in enumerate(code.gradients)}
-    bucketed = {name for bucket in code.buckets for name, _ in bucket.parameters}
+def gradient_layout(
+    finished: Sequence[str], buckets: Sequence[Bucket], shards: Sequence[ParameterShard]
+) -> tuple[Layout, tuple[Reduction, ...]]:
+    """Flat buffers by dtype of the gradients outside buckets; within each, runs of one reduction axis, in the order in
+    which backward has finished gradients."""
+    order = {name: k for k, name in enumerate(finished)}
+    bucketed = {name for bucket in buckets for name, _ in bucket.parameters}
     trainable = sorted(
         (s for s in shards if s.trainable and s.name not in bucketed),
         key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
@@ -39,11 +40,11 @@ def gradient_layout(code: StageCode, shards: tuple[ParameterShard, ...]) -> tupl
 
 
 def reductions_of(
-    code: StageCode, alone: tuple[Reduction, ...], tied: Mapping[str, str]
+    buckets: Sequence[Bucket], alone: tuple[Reduction, ...], tied: Mapping[str, str]
 ) -> tuple[Reduction | PartStep, ...]:
     """All reductions of a step in order: within the stage, then between stages, where all must come in one order."""
     found: list[Reduction | PartStep] = list(alone)
-    for bucket in code.buckets:
+    for bucket in buckets:
         if bucket.trainable:
             found += _reductions_of_bucket(bucket, tied)
     return tuple(
@@ -60,9 +61,9 @@ def _reductions_of_bucket(bucket: Bucket, tied: Mapping[str, str]) -> list[PartS
     return found
 
 
-def gathers_of(code: StageCode, *, has_optimizer: bool) -> tuple[PartStep, ...]:
+def gathers_of(buckets: Sequence[Bucket], *, has_optimizer: bool) -> tuple[PartStep, ...]:
     """Parameters that every rank holds, of which each rank has updated its part; none without an optimizer."""
     if not has_optimizer:
         return ()
-    updated = [b for b in code.buckets if b.trainable and b.zero < 3]
+    updated = [b for b in buckets if b.trainable and b.zero < 3]
     return tuple(PartStep("all_gather", "dp", b.name, b.meta.nbytes) for b in updated)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from cost_model.cluster import Cluster, Level
 from cost_model.collectives import Link
 from cost_model.device import GEMM_KINDS, Device, GemmRow, Row, StreamRow
-from cost_model.prices import BlockPrice, StagePrice, axis_groups
+from cost_model.prices import BlockPrice, ChunkPrice, StagePrice, axis_groups
 from cost_model.program import Block, Collective, OpCost, Program, StageProgram
 from cost_model.simulate import step_time_s
 
@@ -105,7 +105,7 @@ class Work:
         self.stages: list[_StageWork] = []
         self.equal: list[int] = []  # for each stage, the first one with the same work
         for stage in program.stages:
-            blocks = [(s.forward.instructions, s.backward.instructions, s.step) for s in program.stages]
+            blocks = [(*(b.instructions for b in s.chunks[0].blocks), s.step) for s in program.stages]
             own = blocks[len(self.equal)]
             same = next(k for k, other in enumerate(blocks) if all(a is b for a, b in zip(other, own, strict=True)))
             self.equal.append(same)
@@ -124,7 +124,8 @@ class Work:
             key = (self.equal[index] if cluster.network is None else index, id(cluster.devices[place]))
             if key not in known:
                 known[key] = self._price(work, index, cluster, cluster.devices[place])
-            prices.append(replace(known[key], **self._transfers(index, cluster)))
+            chunk = replace(known[key].chunks[0], **self._transfers(index, cluster))
+            prices.append(replace(known[key], chunks=(chunk,)))
         return prices
 
     def _price(self, work: _StageWork, index: int, cluster: Cluster, device: Device) -> StagePrice:
@@ -137,10 +138,7 @@ class Work:
             return BlockPrice(compute_s, messages_s(part.collectives.items()), {})
 
         return StagePrice(
-            forward=block(work.forward),
-            backward=block(work.backward),
-            to_next_s=0.0,
-            from_next_s=0.0,
+            chunks=(ChunkPrice(block(work.forward), block(work.backward), 0.0, 0.0),),
             step_collectives_s=tuple(self._message_s(c, index, cluster) for c in work.once_collectives),
             step_gathers_s=tuple(self._message_s(c, index, cluster) for c in work.gathers),
             optimizer_s=_ops_s(device, work.once),
@@ -152,7 +150,7 @@ class Work:
         return cluster.collective_time_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0
 
     def _transfers(self, index: int, cluster: Cluster) -> dict[str, float]:
-        sent = self.program.stages[index].sent
+        sent = self.program.stages[index].chunks[0].sent
         if sent is None:
             return {"to_next_s": 0.0, "from_next_s": 0.0, "delay_s": 0.0}
         here, there = self.program.devices[index, 0, 0], self.program.devices[index + 1, 0, 0]
@@ -186,7 +184,7 @@ class _StageWork:
 
     @staticmethod
     def of(stage: StageProgram) -> _StageWork:
-        forward, backward = _BlockWork.of(stage.forward), _BlockWork.of(stage.backward)
+        forward, backward = map(_BlockWork.of, stage.chunks[0].blocks)
         return _StageWork(
             forward, backward, Counter(stage.step.optimizer_costs), stage.step.collectives, stage.step.gathers
         )

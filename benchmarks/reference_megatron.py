@@ -62,12 +62,13 @@ def _seconds(work: Work, chunks: int, overlapped: bool, cluster: Cluster) -> flo
     """
     whole_s = work.seconds(cluster)
     prices, program = work.prices(cluster), work.program
-    longest = max(prices, key=lambda price: price.forward.total_s + price.backward.total_s)
-    bubble_s = (program.pp - 1) * (longest.forward.total_s + longest.backward.total_s)
+    slowest = max(prices, key=lambda price: price.chunks[0].blocks_s)
+    longest = slowest.chunks[0]
+    bubble_s = (program.pp - 1) * longest.blocks_s
     transfers_s = program.microbatches * (longest.to_next_s + longest.from_next_s)
     whole_s += (chunks - 1) * transfers_s - (1 - 1 / chunks) * bubble_s
     if overlapped:
-        whole_s -= min(sum(longest.step_collectives_s), longest.backward.total_s)
+        whole_s -= min(sum(slowest.step_collectives_s), longest.backward.total_s)
     return whole_s
 
 
@@ -85,14 +86,15 @@ def _scattered(program: Program) -> Program:
     """Each shard sends its part of what crosses a cut, and the receivers gather the parts (the same, 4.1)."""
     stages = []
     for stage in program.stages:
-        forward, backward = stage.forward, stage.backward
-        if stage.received is not None:
-            forward = replace(forward, instructions=(_gather(stage.received), *forward.instructions))
-        if stage.sent is not None:
-            backward = replace(backward, instructions=(_gather(stage.sent), *backward.instructions))
-            part = TensorMeta((stage.sent.numel // program.tp,), stage.sent.dtype)
-            stage = replace(stage, sent=part)
-        stages.append(replace(stage, forward=forward, backward=backward))
+        (chunk,) = stage.chunks
+        forward, backward = chunk.blocks
+        if chunk.received is not None:
+            forward = replace(forward, instructions=(_gather(chunk.received), *forward.instructions))
+        if chunk.sent is not None:
+            backward = replace(backward, instructions=(_gather(chunk.sent), *backward.instructions))
+            part = TensorMeta((chunk.sent.numel // program.tp,), chunk.sent.dtype)
+            chunk = replace(chunk, sent=part)
+        stages.append(replace(stage, chunks=(replace(chunk, forward=forward, backward=backward),)))
     return replace(program, stages=tuple(stages))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from cost_model.program import Block, Instruction, Program, StageProgram
+from cost_model.program import Block, Chunk, Instruction, Program, StageProgram
 
 
 def synchronised(program: Program) -> Program:
@@ -20,8 +20,10 @@ def _synchronised(stage: StageProgram) -> StageProgram:
     moved = [c for c in stage.step.collectives if c.axis in ("dp", "dp_tp")]
     left = tuple(c for c in stage.step.collectives if c not in moved)
     calls = tuple(Instruction("autopar.all_reduce.default", (), (), None, c, 0, (), -1) for c in moved)
-    backward = replace(stage.backward, instructions=(*stage.backward.instructions, *calls))
-    return replace(stage, backward=backward, step=replace(stage.step, collectives=left))
+    (chunk,) = stage.chunks
+    backward = replace(chunk.backward, instructions=(*chunk.backward.instructions, *calls))
+    step = replace(stage.step, collectives=left)
+    return replace(stage, chunks=(replace(chunk, backward=backward),), step=step)
 
 
 def recomputed(program: Program, blocks: Sequence[int] | None = None) -> Program:
@@ -37,21 +39,23 @@ def recomputed(program: Program, blocks: Sequence[int] | None = None) -> Program
 
 def repeated(stage: StageProgram) -> list[int]:
     """Segments of a stage that attend: its transformer blocks."""
-    heavy = {i.segment for i in stage.forward.instructions if i.op in ("aten.bmm.default", "aten._softmax.default")}
+    forward = stage.chunks[0].forward
+    heavy = {i.segment for i in forward.instructions if i.op in ("aten.bmm.default", "aten._softmax.default")}
     return [segment for segment in stage.segments if segment in heavy]
 
 
 def recomputed_stage(stage: StageProgram, chosen: Collection[int]) -> StageProgram:
-    made = _made_by_segment(stage.forward)
-    outside = _read_elsewhere(stage, chosen)
-    dropped = {s for s in stage.saved if made.get(s) in chosen and s not in outside}
+    (chunk,) = stage.chunks
+    made = _made_by_segment(chunk.forward)
+    outside = _read_elsewhere(chunk, chosen)
+    dropped = {s for s in chunk.saved if made.get(s) in chosen and s not in outside}
     backward = replace(
-        stage.backward,
-        inputs=tuple(v for v in stage.backward.inputs if v.storage not in dropped),
-        instructions=_with_forward(stage, chosen, outside),
+        chunk.backward,
+        inputs=tuple(v for v in chunk.backward.inputs if v.storage not in dropped),
+        instructions=_with_forward(chunk, chosen, outside),
     )
-    forward = _freeing(stage.forward, dropped)
-    return replace(stage, forward=forward, backward=backward, saved=tuple(s for s in stage.saved if s not in dropped))
+    forward, saved = _freeing(chunk.forward, dropped), tuple(s for s in chunk.saved if s not in dropped)
+    return replace(stage, chunks=(replace(chunk, forward=forward, backward=backward, saved=saved),))
 
 
 def _made_by_segment(forward: Block) -> dict[str, int]:
@@ -62,12 +66,12 @@ def _made_by_segment(forward: Block) -> dict[str, int]:
     return made
 
 
-def _read_elsewhere(stage: StageProgram, chosen: Collection[int]) -> set[str]:
+def _read_elsewhere(chunk: Chunk, chosen: Collection[int]) -> set[str]:
     """Storages of chosen segments that another segment's forward reads, or that leave the stage: they are kept."""
-    storages = {v.name: v.storage for i in stage.forward.instructions for v in i.outputs}
-    made = _made_by_segment(stage.forward)
-    kept = {storages[name] for name in stage.forward.outputs if name in storages and storages[name] not in stage.saved}
-    for instruction in stage.forward.instructions:
+    storages = {v.name: v.storage for i in chunk.forward.instructions for v in i.outputs}
+    made = _made_by_segment(chunk.forward)
+    kept = {storages[name] for name in chunk.forward.outputs if name in storages and storages[name] not in chunk.saved}
+    for instruction in chunk.forward.instructions:
         for name in instruction.inputs:
             storage = storages.get(name)
             if storage is not None and made[storage] in chosen and made[storage] != instruction.segment:
@@ -93,16 +97,16 @@ def _freeing(forward: Block, dropped: Collection[str]) -> Block:
     return replace(forward, instructions=instructions, outputs=outputs)
 
 
-def _with_forward(stage: StageProgram, chosen: Collection[int], outside: Collection[str]) -> tuple[Instruction, ...]:
+def _with_forward(chunk: Chunk, chosen: Collection[int], outside: Collection[str]) -> tuple[Instruction, ...]:
     """The backward, with each chosen segment's forward before its first instruction."""
     again: dict[int, list[Instruction]] = {segment: [] for segment in chosen}
-    made = _made_by_segment(stage.forward)
-    for instruction in stage.forward.instructions:
+    made = _made_by_segment(chunk.forward)
+    for instruction in chunk.forward.instructions:
         if instruction.segment in chosen:
             frees = tuple(s for s in instruction.frees if s not in outside and made.get(s) == instruction.segment)
             again[instruction.segment].append(replace(instruction, frees=frees))
     instructions: list[Instruction] = []
-    for instruction in stage.backward.instructions:
+    for instruction in chunk.backward.instructions:
         instructions += again.pop(instruction.segment, [])
         instructions.append(instruction)
     assert not again, again

@@ -1,4 +1,4 @@
-"""Which storages are alive when: inside one block, and at the ends of a stage's blocks.
+"""Which storages are alive when: inside one block, and at the ends of a chunk's blocks.
 
 A storage is alive from the instruction that first produces it to the instruction that frees it. What
 a block's caller owns (parameters, the batch, the flat gradient buffer) is no part of these figures.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from cost_model.errors import VerificationError
-from cost_model.program import Block, StageProgram, Value
+from cost_model.program import Block, Chunk, StageProgram, Value
 from cost_model.tensor import TensorMeta
 
 Rounding = Callable[[int], int]
@@ -98,8 +98,8 @@ def _live_at(block: Block, entry: _Sizes, held: Collection[str], at: int) -> _Si
 
 
 @dataclass(frozen=True)
-class StageStorages:
-    """Storages (name -> bytes) that enter and leave a stage's blocks; those kept all step are left out.
+class ChunkStorages:
+    """Storages (name -> bytes) that enter and leave a chunk's blocks; those kept all step are left out.
 
     carried: kept by one microbatch from its forward to its backward; *_in: what each block owns besides on entry;
     *_out: what it sends; sent_is_saved: whether the activation sent is also carried.
@@ -113,21 +113,22 @@ class StageStorages:
     sent_is_saved: bool
 
     @staticmethod
-    def of(stage: StageProgram) -> StageStorages:
-        static = {value.storage for value in stage.persistent} | {shard.name for shard in stage.parameters}
-        sent = _sent(stage, static)
-        sent_is_saved = sent is not None and sent.storage in stage.saved
-        carried = _carried(stage, static, None if sent is None or sent_is_saved else sent.storage)
-        own = _freed(stage.forward) | carried.keys()
-        activation_in = {v.storage: v.storage_bytes for v in stage.forward.inputs if v.storage in own - static}
-        own = _freed(stage.backward) - carried.keys()
-        gradient_in = {v.storage: v.storage_bytes for v in stage.backward.inputs if v.storage in own - static}
-        return StageStorages(
+    def of(chunk: Chunk, stage: StageProgram) -> ChunkStorages:
+        kept = (*stage.persistent, *chunk.constants)
+        static = {value.storage for value in kept} | {shard.name for shard in stage.parameters}
+        sent = _sent(chunk, static)
+        sent_is_saved = sent is not None and sent.storage in chunk.saved
+        carried = _carried(chunk, static, None if sent is None or sent_is_saved else sent.storage)
+        own = _freed(chunk.forward) | carried.keys()
+        activation_in = {v.storage: v.storage_bytes for v in chunk.forward.inputs if v.storage in own - static}
+        own = _freed(chunk.backward) - carried.keys()
+        gradient_in = {v.storage: v.storage_bytes for v in chunk.backward.inputs if v.storage in own - static}
+        return ChunkStorages(
             carried=carried,
-            activation_in=activation_in or _received("received activation", stage.received),
+            activation_in=activation_in or _received("received activation", chunk.received),
             activation_out={sent.storage: sent.storage_bytes} if sent is not None else {},
-            gradient_in=gradient_in or _received("received gradient", stage.sent),
-            gradient_out={v.storage: v.storage_bytes for v in _outputs(stage.backward) if v.storage not in static},
+            gradient_in=gradient_in or _received("received gradient", chunk.sent),
+            gradient_out={v.storage: v.storage_bytes for v in _outputs(chunk.backward) if v.storage not in static},
             sent_is_saved=sent_is_saved,
         )
 
@@ -151,25 +152,25 @@ def _received(name: str, meta: TensorMeta | None) -> dict[str, int]:
     return {} if meta is None else {name: meta.nbytes}
 
 
-def _sent(stage: StageProgram, static: Collection[str]) -> Value | None:
+def _sent(chunk: Chunk, static: Collection[str]) -> Value | None:
     """The forward output that crosses the cut: of the right meta, and not saved if there is such a one."""
-    if stage.sent is None:
+    if chunk.sent is None:
         return None
-    fits = [v for v in _outputs(stage.forward) if v.meta == stage.sent and v.storage not in static]
+    fits = [v for v in _outputs(chunk.forward) if v.meta == chunk.sent and v.storage not in static]
     if not fits:
-        raise VerificationError("sent", f"stage {stage.stage}: no output of {stage.forward.name} is {stage.sent}")
-    return min(fits, key=lambda value: value.storage in stage.saved)
+        raise VerificationError("sent", f"segments {chunk.segments}: no output of {chunk.forward.name} is {chunk.sent}")
+    return min(fits, key=lambda value: value.storage in chunk.saved)
 
 
-def _carried(stage: StageProgram, static: Collection[str], sent: str | None) -> dict[str, int]:
+def _carried(chunk: Chunk, static: Collection[str], sent: str | None) -> dict[str, int]:
     """Storages one microbatch keeps between its blocks: the saved ones and outputs such as the loss.
 
     An input counts only if the backward frees it; other inputs are kept by the caller all step.
     """
-    sizes = {value.storage: value.storage_bytes for value in _values(stage.forward)}
-    unknown = sorted(set(stage.saved) - sizes.keys())
+    sizes = {value.storage: value.storage_bytes for value in _values(chunk.forward)}
+    unknown = sorted(set(chunk.saved) - sizes.keys())
     if unknown:
-        raise VerificationError("saved", f"stage {stage.stage}: {stage.forward.name} does not make {unknown}")
-    callers = {value.storage for value in stage.forward.inputs} - _freed(stage.backward)
-    kept = {*stage.saved, *(value.storage for value in _outputs(stage.forward))} - callers - {*static, sent}
+        raise VerificationError("saved", f"segments {chunk.segments}: {chunk.forward.name} does not make {unknown}")
+    callers = {value.storage for value in chunk.forward.inputs} - _freed(chunk.backward)
+    kept = {*chunk.saved, *(value.storage for value in _outputs(chunk.forward))} - callers - {*static, sent}
     return {storage: size for storage, size in sizes.items() if storage in kept}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from cost_model.errors import UnknownNameError
 from cost_model.estimate import MemoryBreakdown
-from cost_model.liveness import BlockPeak, Rounding, StageStorages, block_peak
-from cost_model.program import Block, Collective, StageProgram
+from cost_model.liveness import BlockPeak, ChunkStorages, Rounding, block_peak
+from cost_model.program import Block, Chunk, Collective, StageProgram
 from cost_model.schedule import (
     Backward,
     Forward,
@@ -56,7 +56,8 @@ class StagePeak:
     """The moment of a stage's step at which most is alive.
 
     moment: the schedule step, "reduction", "optimizer" or "gathering"; microbatches: how many hold saved activations
-    then. live: storage -> bytes of what the running block has besides; empty where none runs.
+    then, counted in each virtual stage that they are in. live: storage -> bytes of what the running block has besides;
+    empty where none runs.
     """
 
     memory: MemoryBreakdown
@@ -91,8 +92,8 @@ def stage_peak(stage: StageProgram, pp: int, microbatches: int, schedule: str, r
 
     A send's buffer is alive until the next send in its direction is posted, or until the schedule ends.
     """
-    walk = _StageWalk(_StageBlocks.of(stage, round_bytes))
-    for step in stage_schedule(schedule, stage.stage, pp, microbatches):
+    walk = _StageWalk([_ChunkBlocks.of(chunk, stage, round_bytes) for chunk in stage.chunks])
+    for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks)):
         walk.run(step)
     walk.finish(stage, round_bytes)
     return walk.peak(static_memory(stage, round_bytes))
@@ -112,6 +113,8 @@ def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown
     if optimized is None:
         optimized = tuple(meta.nbytes for meta in trainable)
     inputs = list({value.storage: value.storage_bytes for value in stage.persistent}.values())
+    for chunk in stage.chunks:
+        inputs += {value.storage: value.storage_bytes for value in chunk.constants}.values()
     state = stage.step.optimizer_state_bytes
     pads = sum(round_bytes(size) - size for size in (*parameters, *gradients, *inputs))
     return MemoryBreakdown(
@@ -166,8 +169,8 @@ class _Amount:
 
 
 @dataclass(frozen=True)
-class _StageBlocks:
-    """What each step of a stage holds, computed once.
+class _ChunkBlocks:
+    """What each step of a chunk holds, computed once.
 
     carried: what one microbatch keeps from its forward to its backward; forward, backward: the blocks' own
     peaks; backward_while_sending: with the activation sent still held by its send; *_in: buffers received;
@@ -185,8 +188,8 @@ class _StageBlocks:
     gradient_out: _Amount
 
     @staticmethod
-    def of(stage: StageProgram, round_bytes: Rounding) -> _StageBlocks:
-        ends = StageStorages.of(stage)
+    def of(chunk: Chunk, stage: StageProgram, round_bytes: Rounding) -> _ChunkBlocks:
+        ends = ChunkStorages.of(chunk, stage)
 
         def buffer(sizes: Mapping[str, int]) -> _Amount:
             return _Amount.buffer(sizes, round_bytes)
@@ -197,100 +200,111 @@ class _StageBlocks:
         backward_in = {**ends.carried, **ends.gradient_in}
         alone = {} if ends.sent_is_saved else ends.activation_out
         shared = ends.activation_out if ends.sent_is_saved else {}
-        backward = peak(stage.backward, backward_in)
-        return _StageBlocks(
+        backward = peak(chunk.backward, backward_in)
+        return _ChunkBlocks(
             carried=buffer(ends.carried),
-            forward=peak(stage.forward, ends.activation_in),
+            forward=peak(chunk.forward, ends.activation_in),
             backward=backward,
-            backward_while_sending=peak(stage.backward, backward_in, shared) if shared else backward,
-            activation_in=buffer(ends.activation_in if stage.received else {}),
-            gradient_in=buffer(ends.gradient_in if stage.sent else {}),
+            backward_while_sending=peak(chunk.backward, backward_in, shared) if shared else backward,
+            activation_in=buffer(ends.activation_in if chunk.received else {}),
+            gradient_in=buffer(ends.gradient_in if chunk.sent else {}),
             activation_out=buffer(alone),
             shared_out=buffer(shared),
             gradient_out=buffer(ends.gradient_out),
         )
 
 
+class _Held:
+    """A sum of amounts that are alive for a while: how many, their bytes, and these rounded."""
+
+    def __init__(self) -> None:
+        self.count = self.nbytes = self.rounded = 0
+
+    def add(self, amount: _Amount, count: int = 1) -> None:
+        self.count += count
+        self.nbytes += count * amount.transient
+        self.rounded += count * amount.rounded
+
+
 class _StageWalk:
     """Walks the steps of a stage and remembers the moment at which most is alive."""
 
-    def __init__(self, blocks: _StageBlocks) -> None:
+    def __init__(self, blocks: Sequence[_ChunkBlocks]) -> None:
         self.blocks = blocks
-        self.microbatches = 0
-        self.buffers = self.buffers_rounded = 0
-        self.sending_forward: int | None = None
-        self.sending_backward = self.outlived = False
+        self.carried, self.buffers = _Held(), _Held()
+        self.sending_forward: SendForward | None = None
+        self.sending_backward: SendBackward | None = None
+        self.outlived = False
         self.best = -1
-        self.best_moment: tuple[Step | str, int, int, _Amount] = ("", 0, 0, _Amount())
+        self.best_moment: tuple[Step | str, int, int, int, _Amount] = ("", 0, 0, 0, _Amount())
 
     def run(self, step: Step) -> None:
-        blocks = self.blocks
+        blocks = self.blocks[step.chunk]
         match step:
             case RecvForward():
                 self._receive(step, blocks.activation_in)
             case RecvBackward():
                 self._receive(step, blocks.gradient_in)
             case Forward():
-                self._hold(blocks.activation_in, -1)
-                self._see(step, self.microbatches, blocks.forward)
-                self.microbatches += 1
-                self._hold(blocks.activation_out)
+                self.buffers.add(blocks.activation_in, -1)
+                self._see(step, blocks.forward)
+                self.carried.add(blocks.carried)
+                self.buffers.add(blocks.activation_out)
             case SendForward():
-                self._send_forward(step.microbatch)
+                self._send_forward(step)
             case Backward():
-                self._backward(step)
+                self._backward(step, blocks)
             case SendBackward():
-                self._hold(blocks.gradient_out, -1 if self.sending_backward else 0)
-                self.sending_backward = True
+                if self.sending_backward is not None:
+                    self.buffers.add(self.blocks[self.sending_backward.chunk].gradient_out, -1)
+                self.sending_backward = step
 
     def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
         """After the last step: sends are waited for, gradients reduced, parameters updated and gathered."""
-        self.buffers = self.buffers_rounded = 0
+        self.buffers = _Held()
         buffer = max(map(_collective_buffer_bytes, stage.step.collectives), default=0)
-        self._see("reduction", 0, _Amount.buffer({"collective": buffer}, round_bytes))
+        self._see("reduction", _Amount.buffer({"collective": buffer}, round_bytes))
         workspace = {"workspace": stage.step.optimizer_workspace_bytes}
-        self._see("optimizer", 0, _Amount.buffer(workspace, round_bytes))
+        self._see("optimizer", _Amount.buffer(workspace, round_bytes))
         buffer = max(map(_collective_buffer_bytes, stage.step.gathers), default=0)
-        self._see("gathering", 0, _Amount.buffer({"collective": buffer}, round_bytes))
+        self._see("gathering", _Amount.buffer({"collective": buffer}, round_bytes))
 
     def peak(self, static: MemoryBreakdown) -> StagePeak:
-        moment, others, buffers, own = self.best_moment
-        saved = others * self.blocks.carried.transient + own.saved
+        moment, count, carried, buffers, own = self.best_moment
+        saved = carried + own.saved
         transient = buffers + own.transient
         rounding = static.rounding + self.best - saved - transient
         memory = replace(static, saved=saved, transient=transient, rounding=rounding)
-        return StagePeak(memory, str(moment), others + bool(own.saved), own.live)
+        return StagePeak(memory, str(moment), count + bool(own.saved), own.live)
 
-    def _see(self, moment: Step | str, others: int, own: _Amount) -> None:
-        """Compare a moment with the best so far: ``others`` microbatches carried, buffers, and what runs."""
-        total = others * self.blocks.carried.rounded + self.buffers_rounded + own.rounded
+    def _see(self, moment: Step | str, own: _Amount) -> None:
+        """Compare a moment with the best so far: what is carried, buffers, and what runs."""
+        total = self.carried.rounded + self.buffers.rounded + own.rounded
         if total > self.best:
-            self.best, self.best_moment = total, (moment, others, self.buffers, own)
-
-    def _hold(self, buffer: _Amount, count: int = 1) -> None:
-        self.buffers += count * buffer.transient
-        self.buffers_rounded += count * buffer.rounded
+            carried = self.carried
+            self.best, self.best_moment = total, (moment, carried.count, carried.nbytes, self.buffers.nbytes, own)
 
     def _receive(self, step: Step, buffer: _Amount) -> None:
-        self._hold(buffer)
-        self._see(step, self.microbatches, _Amount())
+        self.buffers.add(buffer)
+        self._see(step, _Amount())
 
-    def _send_forward(self, microbatch: int) -> None:
+    def _send_forward(self, step: SendForward) -> None:
         if self.sending_forward is not None:
-            self._hold(self.blocks.activation_out, -1)
-        if self.outlived:
-            self._hold(self.blocks.shared_out, -1)
-        self.sending_forward, self.outlived = microbatch, False
+            before = self.blocks[self.sending_forward.chunk]
+            self.buffers.add(before.activation_out, -1)
+            if self.outlived:
+                self.buffers.add(before.shared_out, -1)
+        self.sending_forward, self.outlived = step, False
 
-    def _backward(self, step: Backward) -> None:
+    def _backward(self, step: Backward, blocks: _ChunkBlocks) -> None:
         """A send of this very microbatch that is not waited for yet holds the activation beyond its backward."""
-        blocks, outlived = self.blocks, self.sending_forward == step.microbatch
-        self._hold(blocks.gradient_in, -1)
-        self.microbatches -= 1
-        self._see(step, self.microbatches, blocks.backward_while_sending if outlived else blocks.backward)
-        self._hold(blocks.gradient_out)
+        outlived = self.sending_forward == SendForward(step.microbatch, step.chunk)
+        self.buffers.add(blocks.gradient_in, -1)
+        self.carried.add(blocks.carried, -1)
+        self._see(step, blocks.backward_while_sending if outlived else blocks.backward)
+        self.buffers.add(blocks.gradient_out)
         if outlived:
-            self._hold(blocks.shared_out)
+            self.buffers.add(blocks.shared_out)
             self.outlived = True
 
 

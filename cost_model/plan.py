@@ -53,13 +53,20 @@ class Parallelism:
         ):
             if value is not None and value not in known:
                 raise ParallelismError(f"{name} must be one of {', '.join(known)} or None, not {value!r}")
+        if self.schedule not in (None, "interleaved") and self.virtual_stages not in (None, 1):
+            raise ParallelismError(
+                f"schedule={self.schedule!r} has one virtual stage on each stage, not {self.virtual_stages}; "
+                "use schedule='interleaved', or virtual_stages=1"
+            )
+        if self.virtual_stages not in (None, 1):
+            object.__setattr__(self, "schedule", "interleaved")
         if self.placement is not None:
             object.__setattr__(self, "placement", _device_tuple(self.placement))
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One pipeline stage: the half-open range of segments it runs.
+    """One part of the chain, the half-open range of segments that a stage (or one of its virtual stages) runs.
 
     choices: on the tp axis the strategy of each op ("op:<node>"), the placement of each parameter and of the
     activation that comes in ("input:<node>") and the second form of a tensor with several users ("form:<node>");
@@ -94,6 +101,7 @@ class StagePlan:
 class Plan:
     """All choices. Equal input gives a byte-identical file.
 
+    stages: the parts of the chain in order, ``virtual_stages`` for each pipeline stage: part k runs on stage k % pp.
     batch: global batch size in samples; microbatches: per data-parallel replica.
     fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
     """
@@ -112,20 +120,22 @@ class Plan:
     stages: tuple[StagePlan, ...]
     segment_labels: tuple[str, ...]
     precision: Precision = Precision()
+    virtual_stages: int = 1
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         self._check_numbers()
         ends = [0, *(stage.last_segment for stage in self.stages)]
         joined = all(s.first_segment == e < s.last_segment for s, e in zip(self.stages, ends, strict=False))
-        if len(self.stages) != self.pp or ends[-1] != len(self.segment_labels) or not joined:
+        count = self.pp * self.virtual_stages
+        if len(self.stages) != count or ends[-1] != len(self.segment_labels) or not joined:
             raise ConfigError(
-                f"a plan's {self.pp} stage(s) must cover its {len(self.segment_labels)} segment(s) in order, "
+                f"a plan's {count} stage(s) must cover its {len(self.segment_labels)} segment(s) in order, "
                 f"not {[(s.first_segment, s.last_segment) for s in self.stages]}"
             )
 
     def _check_numbers(self) -> None:
-        for name in ("batch", "dp", "tp", "pp", "microbatch_size", "microbatches"):
+        for name in ("batch", "dp", "tp", "pp", "microbatch_size", "microbatches", "virtual_stages"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"a plan's {name} must be at least 1, not {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
@@ -143,10 +153,14 @@ class Plan:
         """The mesh, the microbatches and each stage's segments; the choices inside stages are left out."""
         count = f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''} of {self.microbatch_size}"
         mesh = f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
-        head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule}{self.saving_text()}"
+        head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule_text()}{self.saving_text()}"
         if self.precision != Precision():
             head += f", precision {self.precision}"
-        return "\n".join([head, *(f"stage {stage}: {folded(self.labels(stage))}" for stage in range(self.pp))])
+        return "\n".join([head, *(f"stage {stage}: {self.labels_text(stage)}" for stage in range(self.pp))])
+
+    def schedule_text(self) -> str:
+        """The schedule, with its virtual stages where there are several."""
+        return self.schedule if self.virtual_stages == 1 else f"{self.schedule} x {self.virtual_stages}"
 
     def saving_text(self) -> str:
         """What is split over replicas and what is recomputed, after a comma; empty where nothing is."""
@@ -165,9 +179,17 @@ class Plan:
         levels = {label for s in self.stages for key, label in s.choices.items() if key.startswith("zero:")}
         return "mixed" if len(levels) > 1 else int(next(iter(levels), "0"))
 
-    def labels(self, stage: int) -> tuple[str, ...]:
-        """Names of the segments that a stage runs, in order."""
-        return self.segment_labels[self.stages[stage].first_segment : self.stages[stage].last_segment]
+    def chunks(self, stage: int) -> tuple[StagePlan, ...]:
+        """The parts of the chain that a pipeline stage runs."""
+        return self.stages[stage :: self.pp]
+
+    def labels(self, stage: int) -> tuple[tuple[str, ...], ...]:
+        """Names of the segments that a pipeline stage runs, in order, for each of its virtual stages."""
+        return tuple(self.segment_labels[part.first_segment : part.last_segment] for part in self.chunks(stage))
+
+    def labels_text(self, stage: int) -> str:
+        """Names of the segments that a pipeline stage runs, its virtual stages apart."""
+        return " | ".join(map(folded, self.labels(stage)))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"

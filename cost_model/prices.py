@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cost_model.errors import UnknownNameError, VerificationError
-from cost_model.program import Block, Collective, Instruction, OpCost, Program
+from cost_model.program import Block, Chunk, Collective, Instruction, OpCost, Program
 
 TIED = "tied:"
 VIEW = "view"
@@ -51,11 +51,10 @@ class BlockPrice:
 
 
 @dataclass(frozen=True)
-class StagePrice:
-    """Seconds of a stage's parts on its slowest rank.
+class ChunkPrice:
+    """Seconds of a chunk's parts on the slowest rank of its stage.
 
-    to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next stage;
-    step_collectives_s, step_gathers_s: each collective of ``StepWork`` in order; optimizer_s: the whole update;
+    to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next chunk's stage;
     delay_s: the part of a transfer to the next stage that an empty message takes as well.
     """
 
@@ -63,11 +62,26 @@ class StagePrice:
     backward: BlockPrice
     to_next_s: float
     from_next_s: float
+    delay_s: float = 0.0
+
+    @property
+    def blocks_s(self) -> float:
+        """All of one microbatch but the transfers."""
+        return self.forward.total_s + self.backward.total_s
+
+
+@dataclass(frozen=True)
+class StagePrice:
+    """Seconds of a stage's parts on its slowest rank.
+
+    step_collectives_s, step_gathers_s: each collective of ``StepWork`` in order; optimizer_s: the whole update.
+    """
+
+    chunks: tuple[ChunkPrice, ...]
     step_collectives_s: tuple[float, ...]
     step_gathers_s: tuple[float, ...]
     optimizer_s: float
     optimizer_kinds_s: Mapping[str, float] = field(hash=False)
-    delay_s: float = 0.0
 
 
 def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...]:
@@ -106,8 +120,16 @@ def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...
 
 def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, ...]:
     """Price every stage; each distinct op, collective and transfer is asked for once."""
+    _check_chain(program)
     pricer = _Pricer(program, cluster)
     return tuple(pricer.stage(stage) for stage in range(program.pp))
+
+
+def _check_chain(program: Program) -> None:
+    """Every chunk but the last sends something to the next."""
+    for number, chunk in enumerate(program.chain[:-1]):
+        if chunk.sent is None:
+            raise VerificationError("sent", f"chunk {number} of {len(program.chain)} sends nothing to the next")
 
 
 class _Pricer:
@@ -124,15 +146,21 @@ class _Pricer:
         for cost in own.step.optimizer_costs:
             optimizer[cost.kind] += op_s(cost)
         return StagePrice(
-            forward=self._block(stage, own.forward),
-            backward=self._block(stage, own.backward),
-            to_next_s=self._transfer_s(stage, stage + 1),
-            from_next_s=self._transfer_s(stage + 1, stage),
+            chunks=tuple(self._chunk(stage, chunk) for chunk in own.chunks),
             step_collectives_s=tuple(self._collective_s(stage, c) for c in own.step.collectives),
             step_gathers_s=tuple(self._blocking_s(stage, "the step", c) for c in own.step.gathers),
             optimizer_s=sum(optimizer.values()),
             optimizer_kinds_s=dict(optimizer),
-            delay_s=self._transfer_s(stage, stage + 1, empty=True),
+        )
+
+    def _chunk(self, stage: int, chunk: Chunk) -> ChunkPrice:
+        after, sent = (stage + 1) % self.program.pp, 0 if chunk.sent is None else chunk.sent.nbytes
+        return ChunkPrice(
+            forward=self._block(stage, chunk.forward),
+            backward=self._block(stage, chunk.backward),
+            to_next_s=self._transfer_s(stage, after, sent) if sent else 0.0,
+            from_next_s=self._transfer_s(after, stage, sent) if sent else 0.0,
+            delay_s=self._transfer_s(stage, after, 0) if sent else 0.0,
         )
 
     def _devices(self, stage: int) -> tuple[PricedDevice, ...]:
@@ -187,17 +215,11 @@ class _Pricer:
             )
         return self.collective_prices[key]
 
-    def _transfer_s(self, source: int, target: int, *, empty: bool = False) -> float:
-        """Seconds of what crosses the cut between two neighbours, on the slowest pair of ranks; 0 past the last."""
+    def _transfer_s(self, source: int, target: int, nbytes: int) -> float:
+        """Seconds of a message between two stages, on the slowest pair of ranks."""
         program, device = self.program, self.program.devices
-        if max(source, target) == program.pp:
-            return 0.0
-        meta = program.stages[min(source, target)].sent
-        if meta is None:
-            raise VerificationError("sent", f"stage {min(source, target)} of {program.pp} sends nothing to the next")
         cells = [(dp, tp) for dp in range(program.dp) for tp in range(program.tp)]
         pairs = {(device[source, dp, tp], device[target, dp, tp]) for dp, tp in cells}
-        nbytes = 0 if empty else meta.nbytes
         return max(self.cluster.transfer_time_s(nbytes, a, b) for a, b in sorted(pairs))
 
 

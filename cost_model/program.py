@@ -194,37 +194,58 @@ class StepWork:
 
 
 @dataclass(frozen=True)
-class StageProgram:
-    """All that one stage runs. Every rank of the stage runs the same program on its own shards.
+class Chunk:
+    """Neighbouring segments as a stage runs them, microbatch by microbatch.
 
     forward: reads microbatch inputs and the activation received; its outputs are the saved values
     and the activation sent (or the loss). backward: reads saved values and the gradient received;
     outputs the gradient sent. Parameter gradients are accumulated in place into a flat buffer.
     saved: storages alive from a microbatch's forward to its backward.
-    sent / received: the activation that crosses the cut after / before this stage (None at the ends);
+    sent / received: the activation that crosses the cut after / before this chunk (None at the ends of the chain);
     the gradient that comes back has the same meta.
-    persistent: values kept for the whole step beside parameters (batch inputs, step constants).
-    buckets: parameters whose state is split over the dp axis; the others have state on every replica.
+    constants: values that the blocks read and that never change.
     """
 
-    stage: int
     segments: tuple[int, ...]
     forward: Block
     backward: Block
     saved: tuple[str, ...]
     sent: TensorMeta | None
     received: TensorMeta | None
+    constants: tuple[Value, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What runs once per microbatch."""
+        return (self.forward, self.backward)
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """All that one stage runs. Every rank of the stage runs the same program on its own shards.
+
+    chunks: one for each virtual stage; chunk c of stage s is number c x pp + s of the chain.
+    parameters: of all chunks, each once. persistent: values kept for the whole step beside parameters (batch inputs,
+    step constants). buckets: parameters whose state is split over the dp axis; the others have state on every replica.
+    """
+
+    stage: int
+    chunks: tuple[Chunk, ...]
     parameters: tuple[ParameterShard, ...]
     persistent: tuple[Value, ...]
     step: StepWork
     buckets: tuple[Bucket, ...] = ()
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        return tuple(segment for chunk in self.chunks for segment in chunk.segments)
 
 
 @dataclass(frozen=True)
 class Program:
     """The whole distributed program: one StageProgram per stage, all ranks by symmetry.
 
-    dp, tp, pp: mesh degrees; microbatches: per data-parallel replica; schedule: "gpipe" or "1f1b".
+    dp, tp, pp: mesh degrees; microbatches: per data-parallel replica; virtual_stages: chunks of each stage.
     devices[(stage, dp, tp)] = device index in the cluster.
     """
 
@@ -235,6 +256,16 @@ class Program:
     schedule: str
     stages: tuple[StageProgram, ...]
     devices: Mapping[tuple[int, int, int], int] = field(hash=False)
+    virtual_stages: int = 1
+
+    def __post_init__(self) -> None:
+        assert len(self.stages) == self.pp
+        assert all(len(stage.chunks) == self.virtual_stages for stage in self.stages)
+
+    @property
+    def chain(self) -> tuple[Chunk, ...]:
+        """All chunks, from the first segments to the last."""
+        return tuple(stage.chunks[index] for index in range(self.virtual_stages) for stage in self.stages)
 
     @property
     def num_devices(self) -> int:

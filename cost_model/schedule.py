@@ -3,19 +3,20 @@
 A send is posted asynchronously; before the next send in the same direction is posted, and after
 the last step, the earlier one is waited for. A receive blocks where it stands. The two directions
 use separate channels, so a pending send never holds up traffic the other way.
+
+A stage holds ``virtual_stages`` chunks of the model: chunk c of stage s is number c x pp + s of the chain, so that the
+last stage sends on to the next chunk of the first. ``cost_model.schedule_check`` proves that no order can hang.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cost_model.errors import UnknownNameError, UnsupportedError, VerificationError
+from cost_model.errors import ParallelismError, UnknownNameError, UnsupportedError
 from cost_model.plan import SCHEDULES
 
-IMPLEMENTED = ("gpipe", "1f1b")
+IMPLEMENTED = ("gpipe", "1f1b", "interleaved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Forward:
     """Run the forward block of one microbatch."""
 
     microbatch: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,207 +32,158 @@ class Backward:
     """Run the backward block of one microbatch."""
 
     microbatch: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SendForward:
-    """Post the send of an activation to the next stage."""
+    """Post the send of a chunk's activation to the next stage."""
 
     microbatch: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RecvForward:
-    """Receive an activation from the previous stage; blocks."""
+    """Receive a chunk's activation from the previous stage; blocks."""
 
     microbatch: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SendBackward:
-    """Post the send of a gradient to the previous stage."""
+    """Post the send of a chunk's gradient to the previous stage."""
 
     microbatch: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RecvBackward:
-    """Receive a gradient from the next stage; blocks."""
+    """Receive a chunk's gradient from the next stage; blocks."""
 
     microbatch: int
+    chunk: int = 0
 
 
 Step = Forward | Backward | SendForward | RecvForward | SendBackward | RecvBackward
 
 
-class Guarantee(enum.Enum):
-    """Under which sends a schedule is free of deadlock.
-
-    ASYNCHRONOUS: one send per direction may be pending, which is what the runtime does.
-    RENDEZVOUS: even if every send blocks until it is received; implies ASYNCHRONOUS.
-    """
-
-    ASYNCHRONOUS = "asynchronous"
-    RENDEZVOUS = "rendezvous"
+def check_counts(schedule: str, pp: int, microbatches: int, virtual_stages: int) -> None:
+    """ParallelismError where a schedule cannot run with these counts."""
+    reason = refusal(schedule, pp, microbatches, virtual_stages)
+    if reason is not None:
+        raise ParallelismError(reason)
 
 
-def in_flight(schedule: str, stage: int, pp: int, microbatches: int) -> int:
-    """Most microbatches of a stage whose forward has begun and whose backward has not ended.
+def refusal(schedule: str, pp: int, microbatches: int, virtual_stages: int) -> str | None:
+    """Why a schedule cannot run with these counts, and what can be done; None where it can."""
+    if schedule != "interleaved":
+        if virtual_stages == 1:
+            return None
+        return f"schedule={schedule!r} has one virtual stage on each stage, not {virtual_stages}; use 'interleaved'"
+    if pp < 2 or virtual_stages < 2:
+        return (
+            f"schedule='interleaved' needs at least 2 stages of at least 2 virtual stages, not pp={pp} with "
+            f"virtual_stages={virtual_stages}; use more of them, or schedule='1f1b'"
+        )
+    if microbatches % pp:
+        return (
+            f"schedule='interleaved' needs a multiple of pp={pp} microbatches, not {microbatches}; change "
+            "microbatch_size or the batch, or use schedule='1f1b'"
+        )
+    return None
+
+
+def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> int:
+    """Most forwards of a stage's chunks that have begun and whose backwards have not ended.
 
     gpipe: all; 1f1b: pp - stage (Narayanan et al., 2021, "Efficient large-scale language model training", 2.2).
     """
-    return min(_warmup(schedule, stage, pp, microbatches) + 1, microbatches)
+    count = microbatches * virtual_stages
+    return min(_warmup(schedule, stage, pp, microbatches, virtual_stages) + 1, count)
 
 
 @functools.lru_cache(maxsize=1024)
-def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int) -> tuple[Step, ...]:
+def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> tuple[Step, ...]:
     """Steps of one stage in order: warm-up forwards, then pairs of forward and backward, then the backwards left.
 
-    Backwards run in the order of the forwards, so gradients are summed in the same order in every schedule.
+    Backwards of a chunk run in the order of its forwards, so gradients are summed in the same order in every schedule.
     """
-    warmup = _warmup(schedule, stage, pp, microbatches)
+    check_counts(schedule, pp, microbatches, virtual_stages)
+    warmup = _warmup(schedule, stage, pp, microbatches, virtual_stages)
+    forwards, backwards = _in_groups(pp, microbatches, virtual_stages)
     steps: list[Step] = []
-    for microbatch in range(warmup):
-        steps += _forward(microbatch, stage, pp)
-    for microbatch in range(warmup, microbatches):
-        steps += _forward(microbatch, stage, pp)
-        steps += _backward(microbatch - warmup, stage, pp)
-    for microbatch in range(microbatches - warmup, microbatches):
-        steps += _backward(microbatch, stage, pp)
+    for forward in forwards[:warmup]:
+        steps += forward_steps(*forward, stage, pp, virtual_stages)
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        steps += forward_steps(*forward, stage, pp, virtual_stages)
+        steps += backward_steps(*backward, stage, pp, virtual_stages)
+    for backward in backwards[len(backwards) - warmup :]:
+        steps += backward_steps(*backward, stage, pp, virtual_stages)
     return tuple(steps)
 
 
-def check_schedule(stages: Sequence[Sequence[Step]], microbatches: int) -> Guarantee:
-    """Verify the step lists of all stages together and say what sends they are safe under.
+def _in_groups(pp: int, microbatches: int, virtual_stages: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(microbatch, chunk) of all forwards and of all backwards in order: pp microbatches through each chunk in turn."""
+    groups = [range(first, min(first + pp, microbatches)) for first in range(0, microbatches, pp)]
+    chunks = range(virtual_stages)
+    forwards = [(m, chunk) for group in groups for chunk in chunks for m in group]
+    backwards = [(m, chunk) for group in groups for chunk in reversed(chunks) for m in group]
+    return forwards, backwards
 
-    Raises VerificationError with check "schedule_complete" (a block missing, doubled or without its
-    data), "schedule_matching" (sends and receives of neighbours differ) or "schedule_deadlock".
+
+def _warmup(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int) -> int:
+    """Forwards before the first backward, less the one that is paired with it in 1f1b.
+
+    interleaved: Narayanan et al., 2021, 2.2: until the first microbatch comes back to the stage in its last chunk,
+    with one more for each stage that it must pass after this one, there and back.
     """
-    for stage, steps in enumerate(stages):
-        _check_complete(stage, steps, len(stages), microbatches)
-    for stage in range(len(stages) - 1):
-        _check_matching(stage, stages[stage], stages[stage + 1])
-    stuck = _stuck_positions(stages, pending=1)
-    if stuck:
-        where = ", ".join(f"stage {stage} at {stages[stage][at]}" for stage, at in sorted(stuck.items()))
-        raise VerificationError("schedule_deadlock", f"no stage can go on: {where}")
-    return Guarantee.ASYNCHRONOUS if _stuck_positions(stages, pending=0) else Guarantee.RENDEZVOUS
-
-
-def _warmup(schedule: str, stage: int, pp: int, microbatches: int) -> int:
-    """Forwards before the first backward, less the one that is paired with it in 1f1b."""
     assert 0 <= stage < pp and microbatches >= 1, (stage, pp, microbatches)
     if schedule == "gpipe":
         return microbatches
     if schedule == "1f1b":
         return min(pp - 1 - stage, microbatches)
+    if schedule == "interleaved":
+        return min(2 * (pp - 1 - stage) + (virtual_stages - 1) * pp, virtual_stages * microbatches)
     if schedule in SCHEDULES:
         raise UnsupportedError(f"schedule {schedule!r} is not built yet; pin schedule='1f1b' or 'gpipe'")
     raise UnknownNameError("schedule", schedule, IMPLEMENTED)
 
 
-def _forward(microbatch: int, stage: int, pp: int) -> list[Step]:
-    steps: list[Step] = [Forward(microbatch)]
-    if stage > 0:
-        steps.insert(0, RecvForward(microbatch))
-    if stage < pp - 1:
-        steps.append(SendForward(microbatch))
+def forward_steps(microbatch: int, chunk: int, stage: int, pp: int, virtual_stages: int) -> list[Step]:
+    """A forward with the transfers that its place in the chain needs."""
+    steps: list[Step] = [Forward(microbatch, chunk)]
+    if not is_first(stage, chunk):
+        steps.insert(0, RecvForward(microbatch, chunk))
+    if not is_last(stage, chunk, pp, virtual_stages):
+        steps.append(SendForward(microbatch, chunk))
     return steps
 
 
-def _backward(microbatch: int, stage: int, pp: int) -> list[Step]:
-    steps: list[Step] = [Backward(microbatch)]
-    if stage < pp - 1:
-        steps.insert(0, RecvBackward(microbatch))
-    if stage > 0:
-        steps.append(SendBackward(microbatch))
+def backward_steps(microbatch: int, chunk: int, stage: int, pp: int, virtual_stages: int) -> list[Step]:
+    """A backward with the transfers that its place in the chain needs."""
+    steps: list[Step] = [Backward(microbatch, chunk)]
+    if not is_last(stage, chunk, pp, virtual_stages):
+        steps.insert(0, RecvBackward(microbatch, chunk))
+    if not is_first(stage, chunk):
+        steps.append(SendBackward(microbatch, chunk))
     return steps
 
 
-def _check_complete(stage: int, steps: Sequence[Step], pp: int, microbatches: int) -> None:
-    """Each microbatch has exactly the steps its stage needs, in the order its data flows."""
-    found: dict[int, list[Step]] = {microbatch: [] for microbatch in range(microbatches)}
-    for step in steps:
-        if step.microbatch not in found:
-            raise VerificationError("schedule_complete", f"stage {stage}: {step} of {microbatches} microbatches")
-        found[step.microbatch].append(step)
-    for microbatch, own in found.items():
-        if not _flows(own, microbatch, stage, pp):
-            listed = ", ".join(type(step).__name__ for step in own)
-            raise VerificationError("schedule_complete", f"stage {stage}, microbatch {microbatch}: has {listed}")
+def is_first(stage: int, chunk: int) -> bool:
+    """Whether a chunk begins the chain."""
+    return stage == chunk == 0
 
 
-def _flows(own: Sequence[Step], microbatch: int, stage: int, pp: int) -> bool:
-    """Receive before forward before send, forward before backward, and the same on the way back.
-
-    RecvBackward may stand anywhere before its backward, even before SendForward.
-    """
-    forward, backward = _forward(microbatch, stage, pp), _backward(microbatch, stage, pp)
-    if len(own) != len(forward + backward) or set(own) != set(forward + backward):
-        return False
-    at = {type(step): index for index, step in enumerate(own)}
-    chains = ([at[type(step)] for step in chain] for chain in (forward, backward))
-    return at[Forward] < at[Backward] and all(chain == sorted(chain) for chain in chains)
+def is_last(stage: int, chunk: int, pp: int, virtual_stages: int) -> bool:
+    """Whether a chunk ends the chain."""
+    return stage == pp - 1 and chunk == virtual_stages - 1
 
 
-def _check_matching(stage: int, before: Sequence[Step], after: Sequence[Step]) -> None:
-    """What a stage sends is what its neighbour receives, in the same order, both ways."""
-    _check_link(f"{stage} -> {stage + 1}", _order(before, SendForward), _order(after, RecvForward))
-    _check_link(f"{stage + 1} -> {stage}", _order(after, SendBackward), _order(before, RecvBackward))
-
-
-def _check_link(link: str, sent: list[int], received: list[int]) -> None:
-    if sent != received:
-        raise VerificationError("schedule_matching", f"stages {link}: sends {sent} but receives {received}")
-
-
-def _order(steps: Sequence[Step], kind: type[Step]) -> list[int]:
-    return [step.microbatch for step in steps if type(step) is kind]
-
-
-def _stuck_positions(stages: Sequence[Sequence[Step]], pending: int) -> dict[int, int]:
-    """Stage -> index of the step it can never pass, running all stages as far as they go.
-
-    pending: sends per channel that may be incomplete when the sender goes on (0: rendezvous).
-    """
-    positions = [0] * len(stages)
-    channels: dict[tuple[type[Step], int], _Channel] = {}
-    moved = True
-    while moved:
-        moved = False
-        for stage, steps in enumerate(stages):
-            while positions[stage] < len(steps) and _passes(steps[positions[stage]], stage, channels, pending):
-                positions[stage] += 1
-                moved = True
-    return {stage: at for stage, at in enumerate(positions) if at < len(stages[stage])}
-
-
-@dataclass
-class _Channel:
-    """Messages one way between two neighbours: the newest that was posted, and how many await their receive."""
-
-    newest: int = -1
-    incomplete: int = 0
-
-
-def _passes(step: Step, stage: int, channels: dict[tuple[type[Step], int], _Channel], pending: int) -> bool:
-    """Whether a stage gets past a step now; a send that does not is posted all the same."""
-    match step:
-        case SendForward() | SendBackward():
-            channel = channels.setdefault((type(step), stage), _Channel())
-            if channel.newest != step.microbatch:
-                channel.newest = step.microbatch
-                channel.incomplete += 1
-            return channel.incomplete <= pending
-        case RecvForward():
-            return _receives(channels.get((SendForward, stage - 1)))
-        case RecvBackward():
-            return _receives(channels.get((SendBackward, stage + 1)))
-    return True
-
-
-def _receives(channel: _Channel | None) -> bool:
-    if channel is None or not channel.incomplete:
-        return False
-    channel.incomplete -= 1
-    return True
+def sending(step: RecvForward | RecvBackward, stage: int, pp: int) -> tuple[int, SendForward | SendBackward]:
+    """The stage and the step that send what a step receives."""
+    if isinstance(step, RecvForward):
+        return (stage - 1) % pp, SendForward(step.microbatch, step.chunk - (stage == 0))
+    return (stage + 1) % pp, SendBackward(step.microbatch, step.chunk + (stage == pp - 1))

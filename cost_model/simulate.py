@@ -41,6 +41,19 @@ class Event(NamedTuple):
     microbatch: int
     start_s: float
     end_s: float
+    chunk: int = 0
+
+    @property
+    def title(self) -> str:
+        """As traces show it."""
+        return event_title(self.name, self.microbatch, self.chunk)
+
+
+def event_title(name: str, microbatch: int, chunk: int) -> str:
+    """ "forward 3" of a stage's first chunk, "forward 3, chunk 1" of another."""
+    if microbatch < 0:
+        return name
+    return f"{name} {microbatch}, chunk {chunk}" if chunk else f"{name} {microbatch}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ def chrome_trace(result: SimulationResult) -> dict[str, object]:
     events += [
         {
             "ph": "X",
-            "name": event.name if event.microbatch < 0 else f"{event.name} {event.microbatch}",
+            "name": event.title,
             "pid": event.stage,
             "tid": STREAMS.index(event.stream),
             "ts": event.start_s * 1e6,
@@ -140,13 +153,29 @@ def _metadata(name: str, stage: int, thread: int, label: str) -> dict[str, objec
 class _Link:
     """Messages one way between neighbours: when each was posted, and when each arrived.
 
-    delay_s: the part of a transfer that keeps no stream busy.
+    prices: by the sender's chunk, the seconds of a transfer and the part of them that keeps no stream busy.
     """
 
-    def __init__(self, sender: _Rank, stream: str, transfer_s: float, delay_s: float) -> None:
-        self.sender, self.stream, self.transfer_s, self.delay_s = sender, stream, transfer_s, delay_s
+    def __init__(self, sender: _Rank, stream: str, prices: Sequence[tuple[float, float]]) -> None:
+        self.sender, self.stream, self.prices = sender, stream, prices
         self.posted: list[float] = []
+        self.chunks: list[int] = []
         self.done: list[float] = []
+
+    def post(self, at_s: float, chunk: int) -> None:
+        self.posted.append(at_s)
+        self.chunks.append(chunk)
+
+    def transfer_s(self, message: int) -> float:
+        return self.prices[self.chunks[message]][0]
+
+    def delay_s(self, message: int) -> float:
+        return self.prices[self.chunks[message]][1]
+
+    @property
+    def total_s(self) -> float:
+        """Of all transfers that are done."""
+        return sum(self.transfer_s(message) for message in range(len(self.done)))
 
 
 class _Rank:
@@ -176,7 +205,7 @@ class _Rank:
         for kind in (SendForward, SendBackward):
             link = self.links.get(kind)
             if link is not None and link.done:
-                self._wait(link.done[-1], link.transfer_s)
+                self._wait_for_last(link)
 
     def reduce(self, collective: Collective, seconds: float, start_s: float) -> None:
         """Take part in a collective of the step that starts when its last member is there."""
@@ -205,51 +234,58 @@ class _Rank:
     def _run(self, step: Step) -> bool:
         kind = type(step)
         if kind is Forward or kind is Backward:
-            self._compute(kind is Forward, step.microbatch)
+            self._compute(step)
             return True
         if kind is SendForward or kind is SendBackward:
-            return self._send(self.links[kind])
-        return self._receive(self.links[kind], step.microbatch)
+            return self._send(self.links[kind], step.chunk)
+        return self._receive(self.links[kind], step)
 
-    def _compute(self, forward: bool, microbatch: int) -> None:
-        price = self.price.forward if forward else self.price.backward
+    def _compute(self, step: Step) -> None:
+        own, is_forward = self.price.chunks[step.chunk], type(step) is Forward
+        price = own.forward if is_forward else own.backward
         end = self.now + price.compute_s + price.communication_s
         self.compute_s += price.compute_s
         self.communication_s += price.communication_s
-        name = "forward" if forward else "backward"
-        self.events.append(Event(self.stage, "compute", name, microbatch, self.now, end))
+        name = "forward" if is_forward else "backward"
+        self.events.append(Event(self.stage, "compute", name, step.microbatch, self.now, end, step.chunk))
         self.now = end
 
-    def _send(self, link: _Link) -> bool:
+    def _send(self, link: _Link, chunk: int) -> bool:
         """Wait for the send before on this link, then post; the transfer itself is the receiver's event."""
         if self.streams:
-            return self._post(link)
+            return self._post(link, chunk)
         if len(link.posted) > len(link.done):
             return False
         if link.done:
-            self._wait(link.done[-1], link.transfer_s)
-        link.posted.append(self.now)
+            self._wait_for_last(link)
+        link.post(self.now, chunk)
         return True
 
-    def _post(self, link: _Link) -> bool:
+    def _wait_for_last(self, link: _Link) -> None:
+        self._wait(link.done[-1], link.transfer_s(len(link.done) - 1))
+
+    def _post(self, link: _Link, chunk: int) -> bool:
         """Queue on the send stream, which runs through the sends of both directions."""
         own = [other for kind, other in self.links.items() if kind in (SendForward, SendBackward)]
         if any(len(other.posted) > len(other.done) for other in own):
             return False
-        link.posted.append(max([self.now, *(other.done[-1] - other.delay_s for other in own if other.done)]))
+        free = (other.done[-1] - other.delay_s(len(other.done) - 1) for other in own if other.done)
+        link.post(max([self.now, *free]), chunk)
         return True
 
-    def _receive(self, link: _Link, microbatch: int) -> bool:
-        if len(link.done) == len(link.posted):
+    def _receive(self, link: _Link, step: Step) -> bool:
+        message = len(link.done)
+        if message == len(link.posted):
             return False
         posted, called = link.posted[-1], self.received_s if self.streams else self.now
         start = max(posted, called)
-        end = start + link.transfer_s
-        self.received_s = end - link.delay_s
+        end = start + link.transfer_s(message)
+        self.received_s = end - link.delay_s(message)
         link.done.append(end)
-        self.events.append(Event(self.stage, "receive", "receive", microbatch, called, end))
-        link.sender.events.append(Event(link.sender.stage, link.stream, "send", microbatch, start, end))
-        self._wait(end, link.transfer_s)
+        self.events.append(Event(self.stage, "receive", "receive", step.microbatch, called, end, step.chunk))
+        sender, chunk = link.sender, link.chunks[message]
+        sender.events.append(Event(sender.stage, link.stream, "send", step.microbatch, start, end, chunk))
+        self._wait(end, link.transfer_s(message))
         return True
 
     def _wait(self, until_s: float, transfer_s: float) -> None:
@@ -264,26 +300,33 @@ class _Rank:
 
 def _run_schedule(program: Program, prices: Sequence[StagePrice], streams: bool) -> list[_Rank]:
     """Run all stages' steps; a stage that has moved wakes its neighbours."""
+    pp, shape = program.pp, (program.pp, program.microbatches, program.virtual_stages)
     ranks = [
-        _Rank(stage, price, stage_schedule(program.schedule, stage, program.pp, program.microbatches), streams)
+        _Rank(stage, price, stage_schedule(program.schedule, stage, *shape), streams)
         for stage, price in enumerate(prices)
     ]
-    for before, after in zip(ranks, ranks[1:], strict=False):
-        price = before.price
-        there = _Link(before, "send_forward", price.to_next_s, price.delay_s)
-        back = _Link(after, "send_backward", price.from_next_s, price.delay_s)
-        before.links[SendForward] = after.links[RecvForward] = there
-        after.links[SendBackward] = before.links[RecvBackward] = back
-    awake = deque(range(program.pp))
+    for before in ranks[: pp if program.virtual_stages > 1 else pp - 1]:
+        _link(before, ranks[(before.stage + 1) % pp])
+    awake = deque(range(pp))
     while awake:
         stage = awake.popleft()
         if ranks[stage].advance():
-            awake.extend(near for near in (stage - 1, stage + 1) if 0 <= near < program.pp and near not in awake)
+            awake.extend(near for near in dict.fromkeys(((stage - 1) % pp, (stage + 1) % pp)) if near not in awake)
     for rank in ranks:
         if not rank.finished():
             raise VerificationError("deadlock", f"stage {rank.stage} waits forever at {rank.steps[rank.position]}")
         rank.drain()
     return ranks
+
+
+def _link(before: _Rank, after: _Rank) -> None:
+    """Channels between two neighbours, both ways; from the last stage to the first they join a chunk and the next."""
+    chunks, wraps = before.price.chunks, after.stage == 0
+    there = _Link(before, "send_forward", [(chunk.to_next_s, chunk.delay_s) for chunk in chunks])
+    senders = [chunks[index - wraps] for index in range(len(chunks))]
+    back = _Link(after, "send_backward", [(chunk.from_next_s, chunk.delay_s) for chunk in senders])
+    before.links[SendForward] = after.links[RecvForward] = there
+    after.links[SendBackward] = before.links[RecvBackward] = back
 
 
 def _run_step_work(program: Program, ranks: Sequence[_Rank]) -> None:
@@ -326,8 +369,8 @@ def _reduce_together(
 def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> StageEstimate:
     return StageEstimate(
         stage=rank.stage,
-        forward_s=rank.price.forward.total_s,
-        backward_s=rank.price.backward.total_s,
+        forward_s=sum(chunk.forward.total_s for chunk in rank.price.chunks),
+        backward_s=sum(chunk.backward.total_s for chunk in rank.price.chunks),
         reduce_s=rank.reduction_s,
         optimizer_s=rank.optimizer_s,
         memory=_memory(program, cluster, rank.stage),
@@ -347,9 +390,10 @@ def _memory(program: Program, cluster: PricedCluster, stage: int) -> MemoryBreak
 def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
     """Seconds per step by op kind; "receive" holds the transfers that block this stage."""
     kinds: defaultdict[str, float] = defaultdict(float)
-    for block in (rank.price.forward, rank.price.backward):
-        for kind, seconds in block.kinds_s.items():
-            kinds[kind] += seconds * program.microbatches
+    for chunk in rank.price.chunks:
+        for block in (chunk.forward, chunk.backward):
+            for kind, seconds in block.kinds_s.items():
+                kinds[kind] += seconds * program.microbatches
     work = program.stages[rank.stage].step
     priced = (*rank.price.step_collectives_s, *rank.price.step_gathers_s)
     for collective, seconds in zip((*work.collectives, *work.gathers), priced, strict=True):
@@ -358,5 +402,5 @@ def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
         kinds[kind] += seconds
     for step, link in rank.links.items():
         if step in (RecvForward, RecvBackward):
-            kinds["receive"] += link.transfer_s * program.microbatches
+            kinds["receive"] += link.total_s
     return dict(kinds)

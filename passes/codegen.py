@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,11 +119,11 @@ def new_names() -> _Names:
     return _Names()
 
 
-def render_module(header: Iterable[str], names: _Names, functions: Iterable[str]) -> str:
+def render_module(doc: str, ops: Mapping[str, str], *functions: str) -> str:
     """The module: docstring, op names, functions."""
-    lines = ['"""' + "\n".join(header).strip() + '\n"""', "", "import torch", ""]
-    lines += [f"{short} = {full}" for short, full in sorted(names.used.items())]
-    return "\n".join(lines) + "\n\n\n" + "\n\n\n".join(functions) + "\n"
+    lines = [f'"""{doc}\n"""', "", "import torch", ""]
+    lines += [f"{short} = {full}" for short, full in sorted(ops.items())]
+    return "\n".join(lines) + "\n\n\n" + "\n\n\n".join(text.strip("\n") for text in functions) + "\n"
 
 
 def returns(values: tuple[str, ...], saved: tuple[str, ...] | None) -> str:

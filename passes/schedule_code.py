@@ -112,13 +112,14 @@ def _function(name: str, doc: str, lines: Sequence[str]) -> str:
     return "\n".join([f"def {name}(run):", f'    """{doc}"""', *(f"    {line}" for line in lines)])
 
 
-def _line(step: Step) -> str:
-    return f"run.{_CALLS[type(step)]}({step.microbatch})"
+def _line(step: Step, call: str = "") -> str:
+    chunk = f", chunk={step.chunk}" if step.chunk else ""
+    return f"run.{call or _CALLS[type(step)]}({step.microbatch}{chunk})"
 
 
 def _forward_lines(step: Step) -> list[str]:
     """What a forward keeps for its backward is dropped at once where there is none."""
-    return [_line(step), f"run.forget({step.microbatch})"] if type(step) is Forward else [_line(step)]
+    return [_line(step), _line(step, "forget")] if type(step) is Forward else [_line(step)]
 
 
 def render_prologue(model: ModelGraph | None) -> tuple[str, dict[str, str]]:

@@ -80,16 +80,16 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
                 by_kind["parameter"][bucket.name] = fake(bucket.part)
         received = [fake(code.received)] if code.received is not None else []
         kernels, device = torch.ops.autopar, torch.device("cpu")
-        constants = namespace["setup"](by_kind["buffer"], RecordingComm(), kernels, device)
+        constants = namespace[f"setup{code.suffix}"](by_kind["buffer"], RecordingComm(), kernels, device)
         common = (by_kind["parameter"], by_kind["buffer"], constants, by_kind["batch"], by_kind["step"])
         forward_comm, backward_comm = RecordingComm(), RecordingComm()
-        output, saved = namespace["forward"](*common, received, forward_comm, kernels, device)
+        output, saved = namespace[code.forward.name](*common, received, forward_comm, kernels, device)
         if code.sent is not None:
             saved.append(fake(code.sent))
         grads = {i.target: by_kind["parameter"][i.target] for i in code.inputs if i.kind == "parameter"}
         grads.update({bucket.name: fake(bucket.part) for bucket in code.buckets})
         grads |= {name: by_kind["buffer"][name] for name in code.updates}
-        namespace["backward"](*common, saved, grads, _check_gradient, backward_comm, kernels, device)
+        namespace[code.backward.name](*common, saved, grads, _check_gradient, backward_comm, kernels, device)
     return forward_comm.calls, backward_comm.calls, output
 
 
@@ -103,7 +103,7 @@ class _RecordingRun:
         self.calls = self.before
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *_: None
+        return lambda *_, **__: None
 
     def gather_rows(self, name: str, size: int) -> None:
         self.calls.append(Collective("all_gather", "dp", self.fed[name]))

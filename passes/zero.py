@@ -7,6 +7,7 @@ reduced and scattered, and the rank's part is added to what the rank keeps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -42,11 +43,13 @@ def make_buckets(
     choices: Mapping[str, str],
     mesh: tuple[int, int],
     shared: Collection[str],
+    suffix: str,
 ) -> tuple[Bucket, ...]:
     """Buckets of parameters with one level, dtype and way to be reduced; from level 2 on, of the same segments too.
 
     choices: as in ``StagePlan``. mesh: (dp, tp). shared: parameters, by node, that other stages hold too; each has a
-    bucket of its own, so that its parts lie alike in all of them. Without a gradient a parameter is split at level 3
+    bucket of its own with its name, so that its parts lie alike in all of them. suffix: of other buckets' names, which
+    no two virtual stages of a stage have in common. Without a gradient a parameter is split at level 3
     only.
     """
     dp, tp = mesh
@@ -66,7 +69,7 @@ def make_buckets(
     rows = [(key, row) for key, items in members.items() for row in _rows(items, metas, whole=key[0] > 1)]
     for number, ((level, _, dtype, trainable, varying, tied), items) in enumerate(rows):
         parameters = tuple((i.target, metas[i.node].numel) for i in items)
-        name = f"zero{level}/{number}"
+        name = f"zero{level}/{tied or f'{number}{suffix}'}"
         found.append(Bucket(name, level, dtype, dp, parameters, trainable, varying, tied))
     return tuple(found)
 
@@ -114,7 +117,7 @@ def shard_state(graphs: SplitGraphs, buckets: Sequence[Bucket], parameters: Mapp
 
 def shard_name(bucket: Bucket) -> str:
     """The variable that holds a rank's part of a bucket's parameters."""
-    return bucket.name.replace("/", "_")
+    return re.sub(r"\W", "_", bucket.name)
 
 
 def _gather(graph: fx.Graph, bucket: Bucket, parameters: Mapping[str, str]) -> None:

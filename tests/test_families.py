@@ -113,7 +113,7 @@ def free_cluster(num_devices: int) -> autopar.Cluster:
 def _matmul_flops(exe: autopar.Executable) -> float:
     """Of one rank: forward and backward of its microbatches."""
     (stage,) = exe.planned.linked.program.stages
-    costs = [i.cost for block in (stage.forward, stage.backward) for i in block.instructions if i.cost is not None]
+    costs = [i.cost for block in stage.chunks[0].blocks for i in block.instructions if i.cost is not None]
     microbatches = exe.planned.linked.program.microbatches
     return microbatches * sum(c.flops for c in costs if c.kind in ("matmul", "attention", "attention_backward"))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.liveness import block_peak
 from cost_model.memory import allocator_rounding, stage_memory, stage_peak
-from cost_model.program import Block, Collective, Instruction, ParameterShard, StageProgram, StepWork, Value
+from cost_model.program import Block, Chunk, Collective, Instruction, ParameterShard, StageProgram, StepWork, Value
 from cost_model.schedule import (
     Backward,
     Forward,
@@ -132,14 +133,17 @@ def hand_stage(stage: int, pp: int, step: StepWork = NO_STEP) -> StageProgram:
         ("grad_in",) if received else (),
     )
     meta = TensorMeta((ACTIVATION,), "uint8")
-    return StageProgram(
-        stage=stage,
+    chunk = Chunk(
         segments=(stage,),
         forward=forward,
         backward=backward,
         saved=saved,
         sent=meta if stage < pp - 1 else None,
         received=meta if received else None,
+    )
+    return StageProgram(
+        stage=stage,
+        chunks=(chunk,),
         parameters=(
             ParameterShard("w", TensorMeta((250,), "float32"), "R", True, None, None),
             ParameterShard("mask", TensorMeta((3,), "bool"), "R", False, None, None),
@@ -187,7 +191,7 @@ def test_an_activation_both_saved_and_sent_is_counted_once_until_its_send_outliv
     stage = hand_stage(0, 2)
     early = (line([], ["out", "h"]), line([value("u", 500)], ["u", "grad_out"]))
     backward = Block("backward", (value("h", 100), value("out", 40), value("grad_out", 40)), early, ())
-    stage = replace(stage, saved=("h", "out"), backward=backward)
+    stage = changed(stage, saved=("h", "out"), backward=backward)
     memory = stage_memory(stage, 2, 1, "gpipe", same)
     assert (memory.saved, memory.transient) == (40, ACTIVATION + 500)
     memory = stage_memory(stage, 2, 2, "1f1b", same)
@@ -219,15 +223,20 @@ def test_optimizer_state_is_rounded_like_the_parameters_it_follows() -> None:
     assert memory.rounding == rounded - static + inside
 
 
+def changed(stage: StageProgram, **fields: Any) -> StageProgram:
+    """With another only chunk."""
+    return replace(stage, chunks=(replace(stage.chunks[0], **fields),))
+
+
 def test_a_stage_that_saves_what_it_never_made() -> None:
     with pytest.raises(VerificationError) as caught:
-        stage_memory(replace(hand_stage(0, 2), saved=("ghost",)), 2, 1, "gpipe", same)
+        stage_memory(changed(hand_stage(0, 2), saved=("ghost",)), 2, 1, "gpipe", same)
     assert caught.value.check == "saved"
 
 
 def test_a_stage_without_the_activation_it_sends() -> None:
     with pytest.raises(VerificationError) as caught:
-        stage_memory(replace(hand_stage(0, 2), sent=TensorMeta((7,), "uint8")), 2, 1, "gpipe", same)
+        stage_memory(changed(hand_stage(0, 2), sent=TensorMeta((7,), "uint8")), 2, 1, "gpipe", same)
     assert caught.value.check == "sent"
 
 
@@ -255,7 +264,7 @@ class Heap:
         self.most = max(self.most, alive + workspace)
 
 
-def run_block(heap: Heap, block: Block, microbatch: int) -> None:
+def run_block(heap: Heap, block: Block, microbatch: str) -> None:
     for instruction in block.instructions:
         for out in instruction.outputs:
             heap.take(f"{out.storage}.{microbatch}", out.storage_bytes)
@@ -264,7 +273,7 @@ def run_block(heap: Heap, block: Block, microbatch: int) -> None:
             heap.drop(f"{storage}.{microbatch}")
 
 
-def send(heap: Heap, storage: str, microbatch: int, held: dict[str, str]) -> None:
+def send(heap: Heap, storage: str, microbatch: str, held: dict[str, str]) -> None:
     """Hold what is sent until the next send of the same name; what is sent and not saved is held by nothing else."""
     if storage in held:
         heap.drop(held[storage], "send")
@@ -275,19 +284,19 @@ def send(heap: Heap, storage: str, microbatch: int, held: dict[str, str]) -> Non
 def dynamic_bytes(stage: StageProgram, pp: int, microbatches: int, schedule: str) -> int:
     """Peak of everything but the static parts, by running the step instruction by instruction."""
     heap, held = Heap({}, {}), dict[str, str]()
-    for step in stage_schedule(schedule, stage.stage, pp, microbatches):
-        number = step.microbatch
+    for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks)):
+        number, chunk = f"{step.microbatch}/{step.chunk}", stage.chunks[step.chunk]
         if isinstance(step, RecvForward):
             heap.take(f"in.{number}", ACTIVATION)
         elif isinstance(step, RecvBackward):
             heap.take(f"grad_out.{number}", ACTIVATION)
         elif isinstance(step, Forward):
-            run_block(heap, stage.forward, number)
+            run_block(heap, chunk.forward, number)
         elif isinstance(step, Backward):
-            run_block(heap, stage.backward, number)
+            run_block(heap, chunk.backward, number)
         elif isinstance(step, SendForward):
             send(heap, "out", number, held)
-            if "out" not in stage.saved:
+            if "out" not in chunk.saved:
                 heap.drop(f"out.{number}")
         elif isinstance(step, SendBackward):
             send(heap, "grad_in", number, held)
@@ -297,12 +306,27 @@ def dynamic_bytes(stage: StageProgram, pp: int, microbatches: int, schedule: str
 
 @st.composite
 def stages(draw: st.DrawFn) -> tuple[StageProgram, int]:
-    """A random stage of a pipeline; what it received is saved, freed at random points of the backward."""
+    """A random stage of a pipeline."""
     pp = draw(st.integers(1, 4))
     stage = draw(st.integers(0, pp - 1))
     step = draw(st.builds(StepWork, st.just(()), st.just(()), st.integers(0, 50), st.integers(0, 400)))
-    base = hand_stage(stage, pp, step)
-    incoming = list(base.forward.inputs[1:])
+    return replace(hand_stage(stage, pp, step), chunks=(draw(chunks(stage, pp)),)), pp
+
+
+@st.composite
+def interleaved_stages(draw: st.DrawFn) -> tuple[StageProgram, int]:
+    """A random stage of several random chunks."""
+    pp, virtual_stages = draw(st.integers(2, 4)), draw(st.integers(2, 3))
+    stage, length = draw(st.integers(0, pp - 1)), pp * virtual_stages
+    own = tuple(draw(chunks(place, length)) for place in range(stage, length, pp))
+    return replace(hand_stage(stage, pp), chunks=own), pp
+
+
+@st.composite
+def chunks(draw: st.DrawFn, stage: int, pp: int) -> Chunk:
+    """A random part of a chain; what it received is saved, freed at random points of the backward."""
+    own = hand_stage(stage, pp).chunks[0]
+    incoming = list(own.forward.inputs[1:])
     made = [value(f"f{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(0, 4)))]
     kept = [v for v in made if draw(st.booleans())]
     shared = stage < pp - 1 and draw(st.booleans())
@@ -315,13 +339,12 @@ def stages(draw: st.DrawFn) -> tuple[StageProgram, int]:
     sent_back = [value("grad_in", ACTIVATION)] if stage else []
     backward = lines_of(draw, [*back, *sent_back], [v.storage for v in (*back, *inputs)])
     names = tuple(v.name for v in (*kept, *out))
-    made_stage = replace(
-        base,
-        forward=Block("forward", base.forward.inputs, forward, names),
+    return replace(
+        own,
+        forward=Block("forward", own.forward.inputs, forward, names),
         backward=Block("backward", tuple(inputs), backward, tuple(v.name for v in sent_back)),
         saved=tuple(v.storage for v in saved),
     )
-    return made_stage, pp
 
 
 def lines_of(draw: st.DrawFn, made: Sequence[Value], dying: Sequence[str]) -> tuple[Instruction, ...]:
@@ -343,6 +366,14 @@ def test_stage_memory_is_that_of_every_instruction(made: tuple[StageProgram, int
     dynamic = max(dynamic_bytes(stage, pp, count, schedule), stage.step.optimizer_workspace_bytes)
     assert memory.total_bytes == static + dynamic
     assert memory.rounding == 0
+
+
+@given(interleaved_stages(), st.integers(1, 3))
+def test_memory_of_interleaved_stages_is_that_of_every_instruction(made: tuple[StageProgram, int], rounds: int) -> None:
+    stage, pp = made
+    memory = stage_memory(stage, pp, rounds * pp, "interleaved", same)
+    static = memory.parameters + memory.gradients + memory.optimizer_state + memory.inputs
+    assert memory.total_bytes == static + dynamic_bytes(stage, pp, rounds * pp, "interleaved")
 
 
 @given(stages(), st.integers(1, 6), st.sampled_from(("cpu", "cuda")))

@@ -73,6 +73,12 @@ def test_a_plan_file_that_lacks_a_field_is_of_another_version_or_is_not_there(
         autopar.Plan.load(tmp_path / "binary")
 
 
+def test_a_plan_of_version_2_says_what_it_did(plan: autopar.Plan) -> None:
+    raw = {**json.loads(plan.to_json()), "version": 2}
+    del raw["virtual_stages"], raw["precision"]
+    assert autopar.Plan.from_json(json.dumps(raw)) == plan
+
+
 @pytest.mark.parametrize(
     ("field", "use"),
     [

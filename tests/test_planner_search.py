@@ -336,7 +336,7 @@ def test_more_stages_than_segments_is_an_error() -> None:
 
 def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(UnsupportedError, match="1f1b, gpipe"):
-        search(RandomSpace(0), DEVICES, BATCH, pins=Pins(schedule="interleaved"))
+        search(RandomSpace(0), DEVICES, BATCH, pins=Pins(schedule="zero_bubble"))
 
 
 def test_an_impossible_mesh_is_left_out() -> None:

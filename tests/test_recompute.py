@@ -85,7 +85,7 @@ def test_of_equal_sets_the_one_that_repeats_least() -> None:
 
 def again(found: Planned, stage: int = 0) -> list[str]:
     """Ops whose results are made again in backward; views left out."""
-    lines = found.linked.program.stages[stage].backward.instructions
+    lines = found.linked.program.stages[stage].chunks[0].backward.instructions
     return [line.op for line in lines if line.cost is not None and any(v.name.endswith("_again") for v in line.outputs)]
 
 

@@ -174,7 +174,7 @@ def test_every_collective_is_counted(pins: dict[str, int]) -> None:
     told = sum(int(row[4]) * len(unfolded(row[3])) for row in rows if not row[1].startswith("send"))
     sends = sum(int(row[4]) * len(unfolded(row[3])) for row in rows if row[1].startswith("send"))
     stages = found.linked.program.stages
-    blocks = sum(len(s.forward.collectives()) + len(s.backward.collectives()) for s in stages)
+    blocks = sum(len(block.collectives()) for s in stages for chunk in s.chunks for block in chunk.blocks)
     assert told == blocks + sum(len(s.step.collectives) + len(s.step.gathers) for s in stages)
     assert sends == 2 * (found.plan.pp - 1)
 
@@ -182,10 +182,10 @@ def test_every_collective_is_counted(pins: dict[str, int]) -> None:
 @MESHES
 def test_stages_cover_the_model_in_order(pins: dict[str, int]) -> None:
     found = planned(**pins)
-    labels = [label for stage in range(found.plan.pp) for label in found.plan.labels(stage)]
+    labels = [label for stage in range(found.plan.pp) for own in found.plan.labels(stage) for label in own]
     assert tuple(labels) == found.plan.segment_labels
     assert [line.partition(": ")[2] for line in str(found.plan).splitlines()[1:]] == [
-        folded(found.plan.labels(stage)) for stage in range(found.plan.pp)
+        found.plan.labels_text(stage) for stage in range(found.plan.pp)
     ]
 
 

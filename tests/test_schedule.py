@@ -4,20 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model.errors import UnknownNameError, UnsupportedError, VerificationError
+from cost_model.errors import ParallelismError, UnknownNameError, UnsupportedError, VerificationError
 from cost_model.schedule import (
     Backward,
     Forward,
-    Guarantee,
     RecvBackward,
     RecvForward,
     SendBackward,
     SendForward,
     Step,
-    check_schedule,
     in_flight,
     stage_schedule,
 )
+from cost_model.schedule_check import Guarantee, check_schedule
 
 SCHEDULES = st.sampled_from(("gpipe", "1f1b"))
 SHORT = {
@@ -31,11 +30,12 @@ SHORT = {
 
 
 def text(steps: tuple[Step, ...]) -> str:
-    return " ".join(f"{SHORT[type(step)]}{step.microbatch}" for step in steps)
+    """ "F2" is of microbatch 2, "F2/1" the same in chunk 1."""
+    return " ".join(f"{SHORT[type(s)]}{s.microbatch}{f'/{s.chunk}' if s.chunk else ''}" for s in steps)
 
 
-def stages(schedule: str, pp: int, microbatches: int) -> list[tuple[Step, ...]]:
-    return [stage_schedule(schedule, stage, pp, microbatches) for stage in range(pp)]
+def stages(schedule: str, pp: int, microbatches: int, virtual_stages: int = 1) -> list[tuple[Step, ...]]:
+    return [stage_schedule(schedule, stage, pp, microbatches, virtual_stages) for stage in range(pp)]
 
 
 def test_gpipe_text() -> None:
@@ -51,6 +51,50 @@ def test_1f1b_text() -> None:
         "rF0 F0 sF0 rF1 F1 sF1 rB0 B0 sB0 rF2 F2 sF2 rB1 B1 sB1 rF3 F3 sF3 rB2 B2 sB2 rB3 B3 sB3",
         "rF0 F0 B0 sB0 rF1 F1 B1 sB1 rF2 F2 B2 sB2 rF3 F3 B3 sB3",
     ]
+
+
+def test_interleaved_text() -> None:
+    """Narayanan et al., 2021, figure 4, with two stages: each microbatch passes both stages twice."""
+    assert [text(steps) for steps in stages("interleaved", 2, 2, 2)] == [
+        "F0 sF0 F1 sF1 rF0/1 F0/1 sF0/1 rF1/1 F1/1 sF1/1 rB0/1 B0/1 sB0/1 rB1/1 B1/1 sB1/1 rB0 B0 rB1 B1",
+        "rF0 F0 sF0 rF1 F1 sF1 rF0/1 F0/1 B0/1 sB0/1 rF1/1 F1/1 B1/1 sB1/1 rB0 B0 sB0 rB1 B1 sB1",
+    ]
+    computed = [
+        " ".join(text((step,)) for step in steps if isinstance(step, Forward | Backward))
+        for steps in stages("interleaved", 2, 4, 2)
+    ]
+    assert computed == [
+        "F0 F1 F0/1 F1/1 F2 B0/1 F3 B1/1 F2/1 B0 F3/1 B1 B2/1 B3/1 B2 B3",
+        "F0 F1 F0/1 B0/1 F1/1 B1/1 F2 B0 F3 B1 F2/1 B2/1 F3/1 B3/1 B2 B3",
+    ]
+
+
+@given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 3))
+def test_interleaved_schedules_are_safe(pp: int, virtual_stages: int, rounds: int) -> None:
+    lists = stages("interleaved", pp, rounds * pp, virtual_stages)
+    assert check_schedule(lists, rounds * pp, virtual_stages) is Guarantee.ASYNCHRONOUS
+    for stage, steps in enumerate(lists):
+        alive = most = 0
+        for step in steps:
+            alive += (type(step) is Forward) - (type(step) is Backward)
+            most = max(most, alive)
+        assert most == in_flight("interleaved", stage, pp, rounds * pp, virtual_stages)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "microbatches", "virtual_stages", "message"),
+    [
+        ("interleaved", 4, 6, 2, "a multiple of pp=4 microbatches, not 6; change microbatch_size"),
+        ("interleaved", 1, 4, 2, "at least 2 stages of at least 2 virtual stages, not pp=1"),
+        ("interleaved", 4, 4, 1, "at least 2 virtual stages, not pp=4 with virtual_stages=1"),
+        ("1f1b", 4, 4, 2, "schedule='1f1b' has one virtual stage on each stage, not 2"),
+    ],
+)
+def test_counts_that_a_schedule_cannot_run(
+    schedule: str, pp: int, microbatches: int, virtual_stages: int, message: str
+) -> None:
+    with pytest.raises(ParallelismError, match=message):
+        stage_schedule(schedule, 0, pp, microbatches, virtual_stages)
 
 
 def test_one_stage_sends_nothing_and_1f1b_keeps_one_microbatch() -> None:

@@ -14,6 +14,7 @@ from cost_model.plan import Plan, StagePlan
 from cost_model.prices import axis_groups, price_stages
 from cost_model.program import (
     Block,
+    Chunk,
     Collective,
     Instruction,
     OpCost,
@@ -90,14 +91,17 @@ def stage_program(
     cut = Value("cut", CUT, "cut", CUT.nbytes)
     emit = Instruction("aten.add", (), (cut,), OpCost("elementwise", 0.0, 0.0, "float32"), None, 0, (), 0)
     shard = ParameterShard("w", TensorMeta((4,), "float32"), "R", True, None, tied)
-    return StageProgram(
-        stage=stage,
+    chunk = Chunk(
         segments=(stage,),
         forward=Block("forward", (), (*forward, emit), ("cut",)),
         backward=Block("backward", (), (*backward, emit), ("cut",) if stage else ()),
         saved=(),
         sent=CUT if stage < pp - 1 else None,
         received=CUT if stage else None,
+    )
+    return StageProgram(
+        stage=stage,
+        chunks=(chunk,),
         parameters=(shard,),
         persistent=(),
         step=StepWork(tuple(step), (OpCost("optimizer", optimizer_s, 0.0, "float32"),), 0, 0),
@@ -120,6 +124,21 @@ def run(what: Program, transfer_s: float = 0.0, device: Device = Device()) -> Si
     return simulate(what, Cluster((device,) * what.num_devices, transfer_s))
 
 
+def interleaved(pp: int, virtual_stages: int, microbatches: int, forward_s: float, backward_s: float) -> Program:
+    """Equal stages, each cut into equal chunks."""
+    length = pp * virtual_stages
+    chain = [
+        stage_program(k, length, [op(forward_s / virtual_stages)], [op(backward_s / virtual_stages)])
+        for k in range(length)
+    ]
+    stages = [
+        dataclasses.replace(chain[stage], chunks=tuple(own.chunks[0] for own in chain[stage::pp]))
+        for stage in range(pp)
+    ]
+    devices = {(stage, 0, 0): stage for stage in range(pp)}
+    return Program(1, 1, pp, microbatches, "interleaved", tuple(stages), devices, virtual_stages)
+
+
 def spans(result: SimulationResult, stage: int, name: str) -> list[tuple[float, float]]:
     return [(e.start_s, e.end_s) for e in result.timeline if e.stage == stage and e.name == name]
 
@@ -132,6 +151,23 @@ def test_equal_stages_without_transfers(schedule: str, pp: int, microbatches: in
     assert result.step_time_s == (microbatches + pp - 1) * 3.0
     assert result.breakdown.bubble_s == (pp - 1) * 3.0
     assert result.breakdown.compute_s == microbatches * 3.0
+
+
+@pytest.mark.parametrize(("pp", "virtual_stages", "microbatches"), [(2, 2, 2), (2, 4, 6), (4, 2, 8), (4, 3, 4)])
+def test_interleaving_divides_the_bubble(pp: int, virtual_stages: int, microbatches: int) -> None:
+    """(p - 1)(f + b) / v, a share of (p - 1) / (v m) of the computing: Narayanan et al., 2021, 2.2."""
+    result = run(interleaved(pp, virtual_stages, microbatches, 4 * 3.0, 8 * 3.0))
+    parts = result.breakdown
+    assert parts.compute_s == microbatches * 36.0
+    assert parts.bubble_s / parts.compute_s == pytest.approx((pp - 1) / (virtual_stages * microbatches), rel=1e-12)
+
+
+def test_interleaved_by_hand_with_transfers() -> None:
+    """Chunks of 1 + 2; every message takes 0.5; the last stage sends its first chunk's activation back to stage 0."""
+    result = run(interleaved(2, 2, 2, 2.0, 4.0), transfer_s=0.5)
+    assert spans(result, 0, "forward") == [(0, 1), (1, 2), (3, 4), (4.5, 5.5)]
+    assert spans(result, 1, "forward") == [(1.5, 2.5), (3, 4), (4.5, 5.5), (8, 9)]
+    assert spans(result, 1, "backward")[0] == (5.5, 7.5)
 
 
 def test_1f1b_of_three_stages_by_hand() -> None:

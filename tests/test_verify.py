@@ -25,7 +25,7 @@ def codes() -> tuple[StageCode, ...]:
     model, batch = example_gpt(tied=True)
     pins = autopar.Parallelism(dp=1, tp=2, pp=2, microbatch_size=4)
     exe = autopar.compile(model, cpu_cluster(4, bandwidth=1e12), batch, parallelism=pins)
-    return tuple(stage.code for stage in exe.planned.linked.stages)
+    return tuple(code for stage in exe.planned.linked.stages for code in stage.chunks)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +106,10 @@ CHANGES: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_code_is_found(code: StageCode, name: str) -> None:
     verify_emitted(code)
-    source = CHANGES[name](code.source)
-    assert source != code.source
+    functions = CHANGES[name](code.functions)
+    assert functions != code.functions
     with pytest.raises((VerificationError, RuntimeError, NameError, KeyError)) as caught:
-        verify_emitted(replace(code, source=source))
+        verify_emitted(replace(code, functions=functions))
     assert isinstance(caught.value, VerificationError) or "shape" in name, caught.value
 
 

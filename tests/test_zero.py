@@ -80,12 +80,12 @@ def test_parameters_are_gathered_where_they_are_used_and_freed() -> None:
     """Level 3: one all_gather for each bucket and segment, both ways; nothing gathered is saved; all of it dies."""
     stage = planned(3, dp=2).linked.program.stages[0]
     whole = {b.meta.nbytes for b in stage.buckets}
-    for block in (stage.forward, stage.backward):  # two blocks, the head, and in forward the embeddings
+    for block in stage.chunks[0].blocks:  # two blocks, the head, and in forward the embeddings
         gathers = [line for line in block.instructions if line.op == "autopar.all_gather.default"]
         assert len(gathers) >= 4 and {g.collective.nbytes for g in gathers if g.collective} <= whole
         born = {v.storage for line in gathers for v in line.outputs}
         assert born <= {storage for line in block.instructions for storage in line.frees}
-        assert not born & set(stage.saved)
+        assert not born & set(stage.chunks[0].saved)
     source = planned(3, dp=2).linked.source(0)
     assert 'comm.all_gather(zero3_0, "dp", 2, 0, 1)' in source.replace("'", '"') and "op_as_strided" in source
 
@@ -93,14 +93,16 @@ def test_parameters_are_gathered_where_they_are_used_and_freed() -> None:
 def test_gradients_are_reduced_where_they_are_finished() -> None:
     two, three = (planned(zero, dp=2).linked.program.stages[0] for zero in (2, 3))
     for stage in (two, three):
-        scatters = [c for c in stage.backward.collectives() if c.kind == "reduce_scatter"]
+        scatters = [c for c in stage.chunks[0].backward.collectives() if c.kind == "reduce_scatter"]
         assert sorted(c.nbytes for c in scatters) == sorted(b.meta.nbytes for b in stage.buckets)
     assert [c.kind for c in two.step.gathers] == ["all_gather"] * len(two.buckets) and three.step.gathers == ()
 
 
 def test_level_1_adds_two_collectives_a_step_and_nothing_else() -> None:
     zero, one = (planned(level, dp=2).linked.program.stages[0] for level in (0, 1))
-    assert [line.op for line in one.backward.instructions] == [line.op for line in zero.backward.instructions]
+    assert [line.op for line in one.chunks[0].backward.instructions] == [
+        line.op for line in zero.chunks[0].backward.instructions
+    ]
     (bucket,) = one.buckets
     expected = (
         Collective("reduce_scatter", "dp", bucket.meta.nbytes),
@@ -111,7 +113,7 @@ def test_level_1_adds_two_collectives_a_step_and_nothing_else() -> None:
 
 def test_a_step_that_reduces_otherwise_than_priced_is_found() -> None:
     found = planned(1, dp=2).linked
-    stage, code = found.program.stages[0], found.stages[0].code
+    stage, code = found.program.stages[0], found.stages[0].chunks[0]
     source = found.source(0)
     verify_step(source, code.buckets, {}, stage.step)
     for old, new in (

@@ -99,16 +99,17 @@ class ThreadExecutor(executor.RankExecutor):
 
     wires: Wires
 
-    def _receive(self, meta: str, source: int, direction: str, microbatch: int) -> Tensor:
-        shape, dtype = self.spec[meta]
-        tensor = self.wires.wire(source, self.rank, direction).get(timeout=TIMEOUT_S)
+    def _receive(self, link: str, meta: Any, part: tuple[int, int]) -> Tensor:
+        (source, name), (shape, dtype) = self.spec["links"][link], meta
+        tensor = self.wires.wire(source, self.rank, name).get(timeout=TIMEOUT_S)
         assert tuple(tensor.shape) == tuple(shape) and str(tensor.dtype) == f"torch.{dtype}", (meta, tensor.shape)
         return tensor
 
-    def _send(self, tensor: Tensor, target: int, direction: str, microbatch: int) -> None:
-        self.wires.wire(self.rank, target, direction).put(tensor.clone(memory_format=torch.contiguous_format))
+    def _send(self, link: str, tensor: Tensor, part: tuple[int, int]) -> None:
+        target, name = self.spec["links"][link]
+        self.wires.wire(self.rank, target, name).put(tensor.clone(memory_format=torch.contiguous_format))
 
-    def _wait(self, direction: str) -> None:
+    def _wait(self, link: str) -> None:
         """What was put has arrived."""
 
 

@@ -10,16 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.planner.factor_graph import FactorGraph
+from cost_model.schedule import in_flight as schedule_in_flight
 
 IntArray = npt.NDArray[np.int64]
 
 
-def in_flight(schedule: str, stage: int, pp: int, microbatches: int) -> int:
-    """Microbatches whose saved activations a stage holds at once.
-
-    gpipe keeps all of them; 1f1b stage i of p keeps p - i (Narayanan et al., PipeDream-Flush).
-    """
-    return microbatches if schedule == "gpipe" else min(microbatches, pp - stage)
+def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> int:
+    """Microbatches whose saved activations a stage holds at once, those of one virtual stage counting in part."""
+    return -(-schedule_in_flight(schedule, stage, pp, microbatches, virtual_stages) // virtual_stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +28,7 @@ class Chain:
     cut_s(i, label): seconds per microbatch, forward and backward, of a cut before segment i (i >= 1)
     where the boundary has that label; never negative, infinite forbids the cut.
     reserve_bytes(first, last): bytes of a stage of segments [first, last) beside state and saved.
-    in_flight(schedule, stage, pp, microbatches): microbatches a stage holds at once.
+    in_flight(schedule, stage, pp, microbatches, virtual_stages): microbatches a stage holds at once.
     Invariant: neighbours agree on the labels of their common boundary.
     """
 
@@ -38,7 +36,7 @@ class Chain:
     sequence: tuple[int, ...]
     cut_s: Callable[[int, str], float]
     reserve_bytes: Callable[[int, int], int]
-    in_flight: Callable[[str, int, int, int], int] = in_flight
+    in_flight: Callable[..., int] = in_flight
 
     def __post_init__(self) -> None:
         assert self.sequence and all(0 <= kind < len(self.kinds) for kind in self.sequence)

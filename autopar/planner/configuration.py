@@ -29,7 +29,10 @@ MAX_ILP_COLUMNS = 400
 
 @dataclass(frozen=True)
 class Configuration:
-    """Mesh degrees, schedule and microbatching. microbatches: per data-parallel replica."""
+    """Mesh degrees, schedule and microbatching. microbatches: per data-parallel replica.
+
+    virtual_stages: into so many parts the stages that are searched for are cut again.
+    """
 
     dp: int
     tp: int
@@ -37,6 +40,7 @@ class Configuration:
     schedule: str
     microbatch_size: int
     microbatches: int
+    virtual_stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class ConfigurationSolver:
         self.objective = Objective(c.pp, c.microbatches)
         self.extra_bytes = self.extra_bytes or [0.0] * c.pp
         self.table = RangeTable(self.chain, self.segments)
-        self.held = [self.chain.in_flight(c.schedule, s, c.pp, c.microbatches) for s in range(c.pp)]
+        shape = (c.pp, c.microbatches, c.virtual_stages)
+        self.held = [self.chain.in_flight(c.schedule, stage, *shape) for stage in range(c.pp)]
 
     def quick_bound_s(self) -> float:
         """Balanced stages, memory without limit, the cheapest cuts; infinite if no assignment is allowed."""

@@ -79,6 +79,12 @@ class FactorGraph:
     def exit_labels(self) -> tuple[str, ...]:
         return ("",) if self.exit is None else self.domains[self.exit]
 
+    def time_s(self, assignment: Mapping[str, str]) -> float:
+        """Seconds per microbatch of an assignment of all variables."""
+        at = {v: self.domains[v].index(label) for v, label in assignment.items() if v in self.domains}
+        priced = (f for f in self.factors if f.time_s is not None)
+        return float(sum(f.time_s[tuple(at[v] for v in f.variables)] for f in priced if f.time_s is not None))
+
     def fixed(self, labels: Mapping[str, str]) -> FactorGraph:
         """The same graph where each shared variable named in ``labels`` keeps that one label; self if none is."""
         held = {v: self.domains[v].index(labels[v]) for v in self.shared if v in labels}

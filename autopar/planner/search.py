@@ -24,14 +24,16 @@ from autopar.planner.configuration import Configuration, ConfigurationSolver, Ou
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.segment import Segment
 from cost_model.errors import ParallelismError, UnsupportedError
+from cost_model.schedule import refusal
 
 __all__ = [
     "Chain", "Configuration", "Factor", "FactorGraph", "Infeasible", "Pins", "Progress", "Solution",
     "Space", "StageSolution", "in_flight", "search",
 ]  # fmt: skip
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = ("1f1b", "gpipe", "interleaved")
 MAX_CONFIRMATIONS = 8
 WORTH_TIGHTENING = 0.01
+FEWEST_PARTS = 2
 
 
 class Space(Protocol):
@@ -48,8 +50,8 @@ class Space(Protocol):
 class Pins:
     """Choices already made; None leaves one to the search.
 
-    Both schedules have the same objective and 1f1b never holds more, so it alone is searched unless
-    gpipe is pinned; with pp = 1 a plan is called 1f1b by convention.
+    All schedules have the same objective here, in which waiting is that of 1f1b, and 1f1b never holds more, so it alone
+    is searched unless another is pinned; with pp = 1 a plan is called 1f1b by convention.
     """
 
     dp: int | None = None
@@ -57,11 +59,17 @@ class Pins:
     pp: int | None = None
     microbatch_size: int | None = None
     schedule: str | None = None
+    virtual_stages: int | None = None
+
+    @property
+    def parts(self) -> int:
+        """Virtual stages of each stage."""
+        return (self.virtual_stages or FEWEST_PARTS) if self.schedule == "interleaved" else 1
 
 
 @dataclass(frozen=True)
 class StageSolution:
-    """Segments [first, last) with the labels at both ends and the assignment of each segment, in order."""
+    """Segments [first, last) with the labels at both ends, and the assignment and the seconds of each segment."""
 
     first: int
     last: int
@@ -73,6 +81,7 @@ class StageSolution:
     step_s: float
     state_bytes: float
     saved_bytes: float
+    segments_s: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,7 @@ def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configu
             if pins.dp not in (None, dp) or batch % dp:
                 continue
             for size in reversed(_divisors(batch // dp, pins.microbatch_size)):
-                yield Configuration(dp, tp, pp, pins.schedule or "1f1b", size, batch // dp // size)
+                yield Configuration(dp, tp, pp, pins.schedule or "1f1b", size, batch // dp // size, pins.parts)
 
 
 def _divisors(number: int, pinned: int | None) -> list[int]:
@@ -237,13 +246,18 @@ class _Search:
         reasons: list[str] = []
         for c in configurations(self.num_devices, self.batch, self.pins):
             mesh = (c.dp, c.tp, c.microbatch_size)
+            refused = refusal(c.schedule, c.pp, c.microbatches, c.virtual_stages)
+            if refused is not None:
+                reasons.append(refused)
+                continue
             if mesh not in chains:
                 chains[mesh] = self.space.chain(*mesh)
             chain = chains[mesh]
             if chain is None:
                 reasons.append(f"dp={c.dp} tp={c.tp} microbatch_size={c.microbatch_size} cannot shard the model")
-            elif c.pp > len(chain):
-                reasons.append(f"pp={c.pp} is more than the {len(chain)} segments the model can be cut into")
+            elif c.pp * c.virtual_stages > len(chain):
+                virtual = "" if c.virtual_stages == 1 else f" x virtual_stages={c.virtual_stages}"
+                reasons.append(f"pp={c.pp}{virtual} is more than the {len(chain)} segments the model can be cut into")
             else:
                 self._add_units(c, chain)
         if not self.queue:
@@ -411,18 +425,22 @@ def _gap(objective_s: float, bound_s: float) -> float:
 
 
 def _stages(solver: ConfigurationSolver, columns: Sequence[Column]) -> tuple[StageSolution, ...]:
-    return tuple(
-        StageSolution(
-            c.first,
-            c.last,
-            solver.chain.boundary_labels(c.first)[c.entry],
-            solver.chain.boundary_labels(c.last)[c.exit],
-            solver.table.assignments(c),
-            c.time_s,
-            c.cut_s,
-            c.step_s,
-            c.state_bytes,
-            c.saved_bytes,
-        )
-        for c in columns
+    return tuple(_stage(solver, column) for column in columns)
+
+
+def _stage(solver: ConfigurationSolver, c: Column) -> StageSolution:
+    chain, assignments = solver.chain, solver.table.assignments(c)
+    kinds = (chain.kinds[kind] for kind in chain.sequence[c.first : c.last])
+    return StageSolution(
+        c.first,
+        c.last,
+        chain.boundary_labels(c.first)[c.entry],
+        chain.boundary_labels(c.last)[c.exit],
+        assignments,
+        c.time_s,
+        c.cut_s,
+        c.step_s,
+        c.state_bytes,
+        c.saved_bytes,
+        tuple(kind.time_s(assignment) for kind, assignment in zip(kinds, assignments, strict=True)),
     )

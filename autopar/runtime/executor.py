@@ -10,6 +10,7 @@ import linecache
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +27,21 @@ from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
+Part = tuple[int, int]
+"""(microbatch, chunk)."""
 WORLD_REDUCTION = "all_reduce world"
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One part of the chain on this rank; received, sent: (shape, dtype) of what crosses its ends."""
+
+    setup: Callable[..., Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    received: Tree
+    sent: Tree
 
 
 class RankExecutor:
@@ -52,11 +66,22 @@ class RankExecutor:
         self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
         self.updates = {name: torch.zeros_like(self.buffers[name]) for name in payload["updates"]}
         self.targets = {**self.grads, **self.updates}
-        self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
+        self.chunks = [self._chunk(described) for described in payload["chunks"]]
+        self.constants = self._set_up()
         self.optimizer = self._optimizer()
         self.events: list[Event] | None = None
         self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
         self._reset()
+
+    def _chunk(self, described: Tree) -> _Chunk:
+        setup, forward, backward = (
+            getattr(self.module, f"{name}{described['suffix']}") for name in ("setup", "forward", "backward")
+        )
+        return _Chunk(setup, forward, backward, described["received"], described["sent"])
+
+    def _set_up(self) -> list[dict[str, Tensor]]:
+        """Values of each chunk that never change."""
+        return [chunk.setup(self.buffers, self.comm, kernels, self.device) for chunk in self.chunks]
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         if self.spec["optimizer"] is None:
@@ -77,12 +102,12 @@ class RankExecutor:
     def _reset(self) -> None:
         self.batch: dict[str, Tensor] = {}
         self.step_values: dict[str, Tensor] = {}
-        self.saved: dict[int, list[Tensor]] = {}
-        self.received: dict[int, Tensor] = {}
-        self.outgoing: dict[int, Tensor] = {}
-        self.grad_received: dict[int, Tensor] = {}
-        self.grad_outgoing: dict[int, Tensor] = {}
-        self.sending: dict[str, tuple[Any, Tensor, int]] = {}
+        self.saved: dict[Part, list[Tensor]] = {}
+        self.received: dict[Part, Tensor] = {}
+        self.outgoing: dict[Part, Tensor] = {}
+        self.grad_received: dict[Part, Tensor] = {}
+        self.grad_outgoing: dict[Part, Tensor] = {}
+        self.sending: dict[str, tuple[Any, Tensor, Part]] = {}
         self.loss: Tensor | None = None
 
     # --- the step, as the generated program calls it
@@ -146,7 +171,7 @@ class RankExecutor:
         self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
         self.module.feed(self)
         self.step_values = self.module.prologue(self.batch, self.buffers, kernels, self.device)
-        if self.spec["microbatches"] > 1 and self.accumulated == 0 and not keep:
+        if self.spec["accumulates"] and self.accumulated == 0 and not keep:
             for buffer in self.flat.values():
                 buffer.zero_()
 
@@ -167,66 +192,64 @@ class RankExecutor:
         whole = self._timed("feed", ONCE, lambda: self.comm.all_gather(rows, "dp", size, 0, 1), "all_gather dp")
         self.batch[name] = whole
 
-    def forward(self, microbatch: int) -> None:
-        """Run ``forward`` on one microbatch and keep what its backward reads."""
-        inbox = [self.received.pop(microbatch)] if microbatch in self.received else []
+    def forward(self, microbatch: int, chunk: int = 0) -> None:
+        """Run a chunk's ``forward`` on one microbatch and keep what its backward reads."""
+        part, own = (microbatch, chunk), self.chunks[chunk]
+        inbox = [self.received.pop(part)] if part in self.received else []
         result = self._timed(
             "forward",
-            microbatch,
-            lambda: self.module.forward(
-                self.params,
-                self.buffers,
-                self.constants,
-                *self._slices(microbatch),
-                inbox,
-                self.comm,
-                kernels,
-                self.device,
+            part,
+            lambda: own.forward(
+                self.params, self.buffers, self.constants[chunk], *self._slices(microbatch),
+                inbox, self.comm, kernels, self.device,
             ),
-        )
-        output, self.saved[microbatch] = result
-        if self.spec["is_last"]:
-            self.loss = output.double() if self.loss is None else self.loss.add_(output)
+        )  # fmt: skip
+        output, self.saved[part] = result
+        if own.sent is not None:
+            self.outgoing[part] = output
         else:
-            self.outgoing[microbatch] = output
+            self.loss = output.double() if self.loss is None else self.loss.add_(output)
 
-    def backward(self, microbatch: int) -> None:
-        """Run ``backward`` on one microbatch; its gradients are in the buffers afterwards."""
-        saved = self.saved.pop(microbatch)
-        if not self.spec["is_last"]:
-            saved.append(self.grad_received.pop(microbatch))
-        accumulate = _store if self.spec["microbatches"] == 1 and self.accumulated == 0 else _add
+    def backward(self, microbatch: int, chunk: int = 0) -> None:
+        """Run a chunk's ``backward`` on one microbatch; its gradients are in the buffers afterwards."""
+        part, own = (microbatch, chunk), self.chunks[chunk]
+        saved = self.saved.pop(part)
+        if own.sent is not None:
+            saved.append(self.grad_received.pop(part))
+        accumulate = _add if self.spec["accumulates"] or self.accumulated else _store
         gradient = self._timed(
             "backward",
-            microbatch,
-            lambda: self.module.backward(
-                self.params, self.buffers, self.constants, *self._slices(microbatch),
+            part,
+            lambda: own.backward(
+                self.params, self.buffers, self.constants[chunk], *self._slices(microbatch),
                 saved, self.targets, accumulate, self.comm, kernels, self.device,
             ),
         )  # fmt: skip
-        if self.spec["received"] is not None:
-            self.grad_outgoing[microbatch] = gradient
+        if own.received is not None:
+            self.grad_outgoing[part] = gradient
 
-    def receive_forward(self, microbatch: int) -> None:
+    def receive_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the activation of a microbatch from the stage before."""
-        self.received[microbatch] = self._receive("received", self.spec["previous"], "forward", microbatch)
+        part = (microbatch, chunk)
+        self.received[part] = self._receive("receive_forward", self.chunks[chunk].received, part)
 
-    def receive_backward(self, microbatch: int) -> None:
+    def receive_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the gradient of a microbatch from the stage after."""
-        self.grad_received[microbatch] = self._receive("sent", self.spec["next"], "backward", microbatch)
+        part = (microbatch, chunk)
+        self.grad_received[part] = self._receive("receive_backward", self.chunks[chunk].sent, part)
 
-    def send_forward(self, microbatch: int) -> None:
+    def send_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Start sending an activation to the stage after."""
-        self._send(self.outgoing.pop(microbatch), self.spec["next"], "forward", microbatch)
+        self._send("send_forward", self.outgoing.pop((microbatch, chunk)), (microbatch, chunk))
 
-    def send_backward(self, microbatch: int) -> None:
+    def send_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Start sending a gradient to the stage before."""
-        self._send(self.grad_outgoing.pop(microbatch), self.spec["previous"], "backward", microbatch)
+        self._send("send_backward", self.grad_outgoing.pop((microbatch, chunk)), (microbatch, chunk))
 
     def wait_sends(self) -> None:
         """Wait until everything sent has left."""
-        for direction in list(self.sending):
-            self._wait(direction)
+        for link in list(self.sending):
+            self._wait(link)
 
     def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int) -> None:
         """Sum elements [start, stop) of a flat gradient buffer over an axis."""
@@ -250,9 +273,9 @@ class RankExecutor:
             total += torch.linalg.vector_norm(self.flat[buffer][start:stop]).double().square() / copies
         return total
 
-    def forget(self, microbatch: int) -> None:
+    def forget(self, microbatch: int, chunk: int = 0) -> None:
         """Drop what a forward kept for a backward that does not come."""
-        del self.saved[microbatch]
+        del self.saved[microbatch, chunk]
 
     def scatter_gradients(self, axis: str, bucket: str) -> None:
         """This rank's part of a bucket's gradients becomes their sum over an axis."""
@@ -291,25 +314,26 @@ class RankExecutor:
         step = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.step_values.items()}
         return batch, step
 
-    def _receive(self, meta: str, source: int, direction: str, microbatch: int) -> Tensor:
-        shape, dtype = self.spec[meta]
+    def _receive(self, link: str, meta: Tree, part: Part) -> Tensor:
+        (source, name), (shape, dtype) = self.spec["links"][link], meta
         buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-        group = self.groups[direction][1]
-        self._timed(f"receive_{direction}", microbatch, lambda: dist.recv(buffer, src=source, group=group))
+        group = self.groups[name][1]
+        self._timed(link, part, lambda: dist.recv(buffer, src=source, group=group))
         return buffer
 
-    def _send(self, tensor: Tensor, target: int, direction: str, microbatch: int) -> None:
-        self._wait(direction)
+    def _send(self, link: str, tensor: Tensor, part: Part) -> None:
+        self._wait(link)
+        target, name = self.spec["links"][link]
         contiguous = tensor.contiguous()
-        work = dist.isend(contiguous, dst=target, group=self.groups[direction][1])
-        self.sending[direction] = (work, contiguous, microbatch)
+        work = dist.isend(contiguous, dst=target, group=self.groups[name][1])
+        self.sending[link] = (work, contiguous, part)
 
-    def _wait(self, direction: str) -> None:
-        if direction in self.sending:
-            work, _, microbatch = self.sending.pop(direction)
-            self._timed(f"send_{direction}", microbatch, work.wait)
+    def _wait(self, link: str) -> None:
+        if link in self.sending:
+            work, _, part = self.sending.pop(link)
+            self._timed(link, part, work.wait)
 
-    def _timed(self, name: str, microbatch: int, run: Callable[[], Any], label: str = "") -> Any:
+    def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
         """Run, and while measuring note when."""
         if self.events is None:
             return run()
@@ -317,7 +341,8 @@ class RankExecutor:
         start = time.perf_counter()
         result = run()
         self._synchronise()
-        self.events.append(Event(name, microbatch, label, start, time.perf_counter()))
+        microbatch, chunk = part
+        self.events.append(Event(name, microbatch, label, start, time.perf_counter(), chunk))
         return result
 
     @contextlib.contextmanager
@@ -371,7 +396,7 @@ class RankExecutor:
 
         checkpoint.load(self, request["folder"], request["states"])
         self.configure(request["groups"])
-        self.constants = self.module.setup(self.buffers, self.comm, kernels, self.device)
+        self.constants = self._set_up()
 
     def parts(self) -> dict[str, Tensor]:
         """This rank's piece of each parameter that no rank holds whole."""

@@ -26,7 +26,7 @@ RECEIVE = "receive"
 OTHER = "other"
 OUTSIDE = "outside ops"
 _ROOT = "autopar.step"
-ONCE = -1  # the microbatch of what is done once per step
+ONCE = (-1, 0)  # the microbatch, and chunk, of what is done once per step
 
 
 class Event(NamedTuple):
@@ -40,6 +40,7 @@ class Event(NamedTuple):
     label: str
     start_s: float
     end_s: float
+    chunk: int = 0
 
 
 def measure(executor: RankExecutor, request: Tree) -> Tree:

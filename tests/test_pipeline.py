@@ -1,0 +1,181 @@
+"""Pipeline schedules as they run: each equals one device, holds what is estimated, and can be saved and loaded."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import example_gpt
+from parity import ADAMW, check_parity, cpu_cluster, largest_error
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+
+import autopar
+from autopar import Parallelism
+from cost_model.errors import ParallelismError
+
+MEMORY_LOW, MEMORY_HIGH = -0.02, 0.10
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpipe": {},
+    "1f1b": {},
+    "interleaved": {"virtual_stages": 2},
+}
+
+
+class SharedBlocks(nn.Module):
+    """One residual block that is used four times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(4):
+            x = x + self.down(torch.relu(self.up(x)))
+        return nn.functional.mse_loss(x, y)
+
+
+def _name(pins: dict[str, Any]) -> str:
+    return "-".join(f"{key}={value}" for key, value in pins.items())
+
+
+def _devices(pins: dict[str, Any]) -> int:
+    return math.prod(pins.get(name, 1) for name in ("dp", "tp", "pp"))
+
+
+def _check(pins: dict[str, Any], **changes: Any) -> autopar.Plan:
+    """Four blocks and tied embeddings, in double precision, with AdamW; samples that the stages divide."""
+    model, batch = example_gpt(torch.float64, n_layer=4, tied=True, **changes)
+    batch = {name: value[: 6 if pins["pp"] == 3 else 8] for name, value in batch.items()}
+    return check_parity(model, batch, _devices(pins), 1e-8, optimizer=ADAMW, **{"dp": 1, "tp": 1, **pins})
+
+
+# --- Equal to one device
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"pp": 2, "virtual_stages": 2, "microbatch_size": 2},
+        {"pp": 2, "virtual_stages": 3, "microbatch_size": 4, "recompute": "full"},
+        {"pp": 2, "tp": 2, "virtual_stages": 2, "microbatch_size": 1, "recompute": "selective"},
+        {"pp": 2, "dp": 2, "virtual_stages": 2, "microbatch_size": 1, "zero": 3, "recompute": "full"},
+        {"pp": 3, "virtual_stages": 2, "microbatch_size": 1},
+    ],
+    ids=_name,
+)
+def test_interleaved_stages(pins: dict[str, Any]) -> None:
+    plan = _check(pins)
+    assert (plan.schedule, plan.virtual_stages) == ("interleaved", pins["virtual_stages"])
+    assert len(plan.stages) == plan.pp * plan.virtual_stages
+
+
+@pytest.mark.usefixtures("shared_ranks")
+def test_interleaved_stages_on_real_ranks() -> None:
+    _check({"pp": 2, "virtual_stages": 2, "microbatch_size": 2})
+    _check({"pp": 2, "dp": 2, "virtual_stages": 2, "microbatch_size": 2, "zero": 2})
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("zero", [0, 2])
+def test_weights_that_several_chunks_of_a_stage_share(zero: int) -> None:
+    """Every block has the same weights: each stage holds one copy for both of its chunks."""
+    torch.manual_seed(0)
+    model = SharedBlocks().double()
+    batch = {"x": torch.randn(8, 16, dtype=torch.float64), "y": torch.randn(8, 16, dtype=torch.float64)}
+    dp = 2 if zero else 1
+    pins = {"dp": dp, "tp": 1, "pp": 2, "virtual_stages": 2, "microbatch_size": 1, "zero": zero}
+    check_parity(model, batch, 2 * dp, 1e-9, optimizer=ADAMW, **pins)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_every_schedule_with_every_saving_on_real_ranks(schedule: str, zero: int, recompute: str) -> None:
+    for mesh in ({"dp": 2, "pp": 2}, {"dp": 1, "tp": 1, "pp": 4}) if not zero else ({"dp": 2, "pp": 2},):
+        shape = {**SHAPES[schedule], **({"virtual_stages": 2} if SHAPES[schedule] else {})}
+        pins = {**mesh, **shape, "schedule": schedule, "zero": zero, "recompute": recompute, "microbatch_size": 1}
+        changes = {"n_layer": 6} if mesh["pp"] == 4 else {}
+        model, batch = example_gpt(torch.float64, tied=True, **{"n_layer": 4, **changes})
+        check_parity(model, batch, 4, 1e-8, optimizer=ADAMW, **{"tp": 1, **pins})
+
+
+# --- Memory
+
+
+@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_real_ranks_hold_what_is_estimated(schedule: str) -> None:
+    model, batch = example_gpt(n_layer=4, n_embd=64, tied=True)
+    pins = Parallelism(pp=2, schedule=schedule, microbatch_size=1, **SHAPES[schedule])
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins) as exe:
+        found = autopar.compare(exe, batch, 1, warmup=1)
+    for stage in found.stages:
+        error = stage.peak_bytes.error
+        assert error is not None and MEMORY_LOW <= error <= MEMORY_HIGH, (schedule, stage)
+
+
+# --- Everything else that training does
+
+
+@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.parametrize("pins", [{"virtual_stages": 2}], ids=_name)
+def test_clipping_accumulation_evaluation_and_checkpoints(pins: dict[str, Any], tmp_path: Path) -> None:
+    """What a schedule trained and saved, plain data parallelism loads and goes on with."""
+    model, batch = example_gpt(torch.float64, n_layer=4, tied=True)
+    schedules = [Parallelism(dp=2, tp=1, pp=2, microbatch_size=1, zero=1, **pins), Parallelism(dp=4, tp=1, pp=1)]
+    losses, norms, states = [], [], []
+    for number, parallelism in enumerate(schedules):
+        with autopar.compile(model, cpu_cluster(4), batch, optimizer=ADAMW, parallelism=parallelism) as exe:
+            if number:
+                exe.load(tmp_path)
+            else:
+                exe.step(batch)
+                exe.save(tmp_path)
+            exe.step(batch, update=False)
+            exe.step(batch, update=False)
+            norms.append(exe.clip_grad_norm_(0.5))
+            exe.update()
+            losses.append(exe.eval_step(batch))
+            states.append(exe.full_state_dict())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9) and norms[0] == pytest.approx(norms[1], rel=1e-9)
+    assert largest_error(states[0], states[1]) < 1e-8
+
+
+# --- Plans
+
+
+def test_pins_that_leave_no_room() -> None:
+    model, batch = example_gpt()
+    for pins, message in (
+        ({"dp": 2, "pp": 1, "schedule": "interleaved"}, "at least 2 stages of at least 2 virtual stages, not pp=1"),
+        ({"pp": 2, "virtual_stages": 4}, "pp=2 x virtual_stages=4 is more than the .* segments"),
+        ({"pp": 2, "virtual_stages": 2, "microbatch_size": 8}, "a multiple of pp=2 microbatches, not 1; change"),
+    ):
+        with pytest.raises(ParallelismError, match=message):
+            autopar.estimate(model, cpu_cluster(2), batch, parallelism=Parallelism(**{"dp": 1, "tp": 1, **pins}))
+    with pytest.raises(ParallelismError, match="schedule='1f1b' has one virtual stage on each stage, not 2"):
+        Parallelism(schedule="1f1b", virtual_stages=2)
+
+
+def test_a_plan_file_says_which_part_is_where(tmp_path: Path) -> None:
+    model, batch = example_gpt(n_layer=4)
+    pins = Parallelism(dp=1, tp=1, pp=2, virtual_stages=2, microbatch_size=1)
+    found = autopar.estimate(model, cpu_cluster(2), batch, parallelism=pins)
+    found.plan.save(tmp_path / "plan.json")
+    plan = autopar.Plan.load(tmp_path / "plan.json")
+    assert plan == found.plan
+    parts = list(itertools.chain(*zip(*(plan.labels(stage) for stage in range(2)), strict=True)))
+    assert [label for part in parts for label in part] == list(plan.segment_labels)
+    assert "interleaved x 2" in str(plan).splitlines()[0] and str(plan).count(" | ") == 2
+    again = autopar.estimate(model, cpu_cluster(2), batch, plan=plan)
+    assert again.step_time_s == found.step_time_s and len(again.stages) == 2
