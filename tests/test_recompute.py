@@ -21,7 +21,7 @@ import autopar
 from autopar.options import Options
 from autopar.planning import Job, Planned, plan_model
 from cost_model.errors import ConfigError, ParallelismError
-from cost_model.liveness import StageStorages
+from cost_model.liveness import ChunkStorages
 from cost_model.plan import RECOMPUTES, Parallelism, StagePlan
 from passes.recompute import Flow, repeated
 
@@ -101,7 +101,7 @@ def test_a_segment_keeps_what_enters_it() -> None:
     """full: two blocks, the head and the embedding keep one activation each, at most."""
     stage = planned("full").linked.program.stages[0]
     activation = 8 * 16 * 32 * 4
-    carried = StageStorages.of(stage).carried
+    carried = ChunkStorages.of(stage.chunks[0], stage).carried
     assert sum(size == activation for size in carried.values()) <= len(planned("full").plan.segment_labels)
     assert all(size <= activation for size in carried.values())
 
@@ -110,8 +110,8 @@ def test_a_segment_keeps_what_enters_it() -> None:
 def test_no_collective_is_repeated(level: str) -> None:
     none, found = planned("none", tp=2), planned(level, tp=2)
     for before, after in zip(none.linked.program.stages, found.linked.program.stages, strict=True):
-        assert after.backward.collectives() == before.backward.collectives()
-        assert after.forward.collectives() == before.forward.collectives()
+        (before,), (after,) = before.chunks, after.chunks
+        assert [b.collectives() for b in after.blocks] == [b.collectives() for b in before.blocks]
 
 
 @pytest.mark.parametrize("pins", [{}, {"tp": 2}], ids=str)
@@ -132,7 +132,8 @@ def test_the_search_prices_levels_as_they_turn_out(tp: int) -> None:
         (stage,) = under.solve().stages
         found = under.planned(under.decide(0.0))
         priced = found.estimate.stages[0]
-        carried = sum(StageStorages.of(found.linked.program.stages[0]).carried.values())
+        program = found.linked.program.stages[0]
+        carried = sum(ChunkStorages.of(program.chunks[0], program).carried.values())
         assert stage.saved_bytes == pytest.approx(carried, rel=0.1), level
         times = (stage.time_s, priced.forward_s + priced.backward_s)
         base = base or times

@@ -57,7 +57,7 @@ def test_recompute_trades_memory_for_a_second_forward(builder):
     program = builder.program(Layout(1, 2, (2, 2), "1f1b", 4))
     again = recomputed(program)
     assert all(after < before for after, before in zip(peaks(again), peaks(program), strict=True))
-    for before, after in zip(program.stages, again.stages, strict=True):
+    for before, after in zip(program.chain, again.chain, strict=True):
         redone = len(after.backward.instructions) - len(before.backward.instructions)
         blocks = {i.segment for i in before.forward.instructions if i.op == "aten._softmax.default"}
         assert redone == sum(i.segment in blocks for i in before.forward.instructions)
