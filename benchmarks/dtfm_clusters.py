@@ -20,22 +20,23 @@ DATA = HERE.parent.parent / "shared" / "reference"
 FILES = HERE.parent / "cost_model" / "clusters"
 SOURCE = "DS3Lab/Decentralized_FM_alpha @ 2a6b658, scheduler/generate_heterogeneous_tc.py (arXiv:2206.01288)"
 # Fitted on cases 1, 3 and 5 of that system's results (python benchmarks/reference.py --table dtfm --fit).
-COPY_BANDWIDTH = "350 MB/s"
+COPY_BANDWIDTH = "450 MB/s"
+NIC_EFFICIENCY = 0.6
 _TRANSPORT = f"""\
 [transport]
-start = "8.4 us"
+start = "112 us"
 efficiency = 0.95
 copy_bandwidth = "{COPY_BANDWIDTH}"
-source = "start: as over NVLink; efficiency: headers of TCP over Ethernet frames of 1500 bytes, 1448 of 1538; \
-copy_bandwidth: both ends of NCCL's socket transport, fitted on cases 1, 3 and 5 of DT-FM's results \
+source = "start: as fitted in dgx2-v100-32gb; efficiency: headers of TCP over Ethernet frames of 1500 bytes, 1448 of \
+1538; copy_bandwidth: both ends of NCCL's socket transport, fitted on cases 1, 3 and 5 of DT-FM's results \
 (benchmarks/reference.py --table dtfm); physical range 0.2 to 2 GB/s"
 """
 _INSIDE = """\
 [nodes.inside]
 latency = "1.9 us"
 bandwidth = "{bandwidth}"
-efficiency = 0.8
-source = "NVLink, as in p3.8xlarge and p3.16xlarge"
+efficiency = 0.387
+source = "bandwidth: NVLink, as in p3.8xlarge and p3.16xlarge; efficiency: as fitted in dgx2-v100-32gb"
 """
 
 
@@ -87,8 +88,9 @@ def _links(case: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _figures(table: str, delay_ms: float, gbps: float, source: str) -> str:
-    return f'{table}\nlatency = "{delay_ms:g} ms"\nbandwidth = "{gbps:g} Gbit/s"\nsource = "{source}"\n'
+def _figures(table: str, delay_ms: float, gbps: float, source: str, efficiency: float | None = None) -> str:
+    share = f"efficiency = {efficiency}\n" if efficiency else ""
+    return f'{table}\nlatency = "{delay_ms:g} ms"\nbandwidth = "{gbps:g} Gbit/s"\n{share}source = "{source}"\n'
 
 
 def main() -> int:

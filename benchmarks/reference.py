@@ -21,11 +21,12 @@ from typing import Any
 
 from reference_a64fx import A64fx
 from reference_autodist import AutoDistPipeline, AutoDistTensor
+from reference_dtfm import Dtfm
 from reference_megatron import Megatron
 from reference_networks import Networks
 from reference_tables import Prediction, Table
 
-TABLES: tuple[type[Table], ...] = (AutoDistTensor, AutoDistPipeline, Megatron, Networks, A64fx)
+TABLES: tuple[type[Table], ...] = (AutoDistTensor, AutoDistPipeline, Megatron, Networks, Dtfm, A64fx)
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "reference"
 
 
@@ -138,7 +139,7 @@ def main() -> int:
         if options.table and kind.name not in options.table:
             continue
         start = time.perf_counter()
-        table = kind(json.loads((options.data / kind.file).read_text(encoding="utf-8")))
+        table = kind(options.data)
         trees.append({**report(table, fitted=options.fit), "seconds": time.perf_counter() - start})
         if not options.json:
             show(trees[-1])

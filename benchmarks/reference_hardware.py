@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from dataclasses import dataclass, replace
 from cost_model.cluster import Cluster, Level
 from cost_model.collectives import Link
 from cost_model.device import GEMM_KINDS, Device, GemmRow, Row, StreamRow
+from cost_model.network import Network
 from cost_model.prices import BlockPrice, ChunkPrice, StagePrice, axis_groups
-from cost_model.program import Block, Collective, OpCost, Program, StageProgram
+from cost_model.program import Block, Collective, OpCost, Program, StageProgram, StepWork
 from cost_model.simulate import step_time_s
 
 
@@ -30,6 +32,11 @@ OVERHEAD = "overhead of a kernel (s)"
 BANDWIDTH = "link bandwidth (bytes/s)"
 START = "start of a collective (s)"
 LINK = "share of link bandwidth"
+COPY = "rate of copying messages (bytes/s)"
+NIC = "share of an instance's bandwidth"
+NIC_SHIPPED = 0.6
+OFFLOAD = "host's seconds a parameter"
+OFFLOADED = "optimizer on the host"  # as the name of an op whose bytes are parameters
 FIRST = "speed of the first node among equal ones"
 
 
@@ -44,9 +51,17 @@ def shipped(cluster: Cluster, names: tuple[str, ...], level: int = 0, dtype: str
         BANDWIDTH: lambda: cluster.levels[level].link.bandwidth_bytes_per_s,
         START: lambda: cluster.levels[level].start_s,
         LINK: lambda: cluster.levels[level].efficiency,
+        COPY: lambda: 1.0 / network_of(cluster).copy_s_per_byte,
+        NIC: lambda: NIC_SHIPPED,
+        OFFLOAD: lambda: 1.0 / device.ops[OFFLOADED].points[0][1],
         FIRST: lambda: _share(cluster.devices[0]) / _share(cluster.devices[-1]),
     }
     return {name: values[name]() for name in names}
+
+
+def network_of(cluster: Cluster) -> Network:
+    assert cluster.network is not None, cluster.name
+    return cluster.network
 
 
 def _share(device: Device) -> float:
@@ -60,6 +75,11 @@ def patched(cluster: Cluster, constants: Mapping[str, float], level: int = 0, dt
     device = cluster.devices[-1]
     rows = {kind: _patched_row(device, kind, row, constants, dtype) for kind, row in device.rows.items()}
     changed = replace(device, rows=rows, op_overhead_s=constants.get(OVERHEAD, device.op_overhead_s))
+    network = cluster.network
+    if network is not None:
+        cluster = offloading(cluster, constants[OFFLOAD]) if OFFLOAD in constants else cluster
+        changed = replace(changed, ops=cluster.devices[-1].ops)
+        return replace(cluster, devices=(changed,) * cluster.num_devices, network=_patched_network(network, constants))
     levels = list(cluster.levels)
     if levels:
         levels[level] = _patched_level(levels[level], constants)
@@ -97,12 +117,29 @@ def _patched_level(level: Level, constants: Mapping[str, float]) -> Level:
     return replace(level, start_s=constants.get(START, level.start_s), link=Link(level.link.latency_s, bandwidth))
 
 
+def offloading(cluster: Cluster, seconds_a_parameter: float) -> Cluster:
+    """The cluster with hosts that take so long for an optimizer's step on each parameter."""
+    row = StreamRow(((1.0, 1.0 / seconds_a_parameter),), 0.0)
+    devices = {device: replace(device, ops={**device.ops, OFFLOADED: row}) for device in set(cluster.devices)}
+    return replace(cluster, devices=tuple(devices[device] for device in cluster.devices))
+
+
+def _patched_network(network: Network, constants: Mapping[str, float]) -> Network:
+    """NIC: of links that are not shaped, those of a cluster of one region."""
+    found = replace(network, copy_s_per_byte=1.0 / constants[COPY]) if COPY in constants else network
+    if NIC in constants and len(network.regions) == 1:
+        rate = network.bandwidth_bytes_per_s[0][0] * constants[NIC] / NIC_SHIPPED
+        found = replace(found, bandwidth_bytes_per_s=((rate,),))
+    return found
+
+
 class Work:
     """What one step of a program is made of, counted once per stage to be priced often."""
 
     def __init__(self, program: Program, *, streams: bool = False) -> None:
         self.program, self.streams = program, streams
         self.stages: list[_StageWork] = []
+        self._known_senders: dict[tuple[Cluster, int], Mapping[tuple[int, int], int]] = {}
         self.equal: list[int] = []  # for each stage, the first one with the same work
         for stage in program.stages:
             blocks = [(*(b.instructions for b in s.chunks[0].blocks), s.step) for s in program.stages]
@@ -115,16 +152,29 @@ class Work:
         """Equal to ``simulate(program, cluster, streams=streams).step_time_s``."""
         return step_time_s(self.program, self.prices(cluster), streams=self.streams)
 
-    def prices(self, cluster: Cluster) -> list[StagePrice]:
-        """Equal to ``price_stages(program, cluster)``, but for kinds."""
+    def pass_s(self, cluster: Cluster, replica: int, microbatches: int) -> float:
+        """Forward and backward of so many microbatches of one replica, without what is done once per step."""
+        prices = [
+            replace(price, step_collectives_s=(), step_gathers_s=(), optimizer_s=0.0)
+            for price in self.prices(cluster, replica)
+        ]
+        return step_time_s(replace(self._without_step, microbatches=microbatches), prices, streams=self.streams)
+
+    @functools.cached_property
+    def _without_step(self) -> Program:
+        once = StepWork((), (), 0, 0)
+        return replace(self.program, stages=tuple(replace(stage, step=once) for stage in self.program.stages))
+
+    def prices(self, cluster: Cluster, replica: int = 0) -> list[StagePrice]:
+        """Of one replica; equal to ``price_stages(program, cluster)``, but for kinds, where all are alike."""
         known: dict[tuple[int, int], StagePrice] = {}
         prices = []
         for index, work in enumerate(self.stages):
-            place = self.program.devices[index, 0, 0]
+            place = self.program.devices[index, replica, 0]
             key = (self.equal[index] if cluster.network is None else index, id(cluster.devices[place]))
             if key not in known:
                 known[key] = self._price(work, index, cluster, cluster.devices[place])
-            chunk = replace(known[key].chunks[0], **self._transfers(index, cluster))
+            chunk = replace(known[key].chunks[0], **self._transfers(index, cluster, replica))
             prices.append(replace(known[key], chunks=(chunk,)))
         return prices
 
@@ -146,19 +196,39 @@ class Work:
         )
 
     def _message_s(self, collective: Collective, index: int, cluster: Cluster) -> float:
-        group = axis_groups(self.program, collective.axis, index)[0]
-        return cluster.collective_time_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0
+        groups = axis_groups(self.program, collective.axis, index)
+        alike = groups if cluster.network is not None else groups[:1]
+        times = (cluster.collective_time_s(collective.kind, collective.nbytes, group) for group in alike)
+        return max(times) if len(groups[0]) > 1 else 0.0
 
-    def _transfers(self, index: int, cluster: Cluster) -> dict[str, float]:
+    def _transfers(self, index: int, cluster: Cluster, replica: int) -> dict[str, float]:
         sent = self.program.stages[index].chunks[0].sent
         if sent is None:
             return {"to_next_s": 0.0, "from_next_s": 0.0, "delay_s": 0.0}
-        here, there = self.program.devices[index, 0, 0], self.program.devices[index + 1, 0, 0]
+        there = self.message_s(cluster, sent.nbytes, replica, index, index + 1)
+        back = self.message_s(cluster, sent.nbytes, replica, index + 1, index)
         return {
-            "to_next_s": cluster.transfer_time_s(sent.nbytes, here, there),
-            "from_next_s": cluster.transfer_time_s(sent.nbytes, there, here),
-            "delay_s": cluster.transfer_time_s(0, here, there),
+            "to_next_s": there,
+            "from_next_s": back,
+            "delay_s": self.message_s(cluster, 0, replica, index, index + 1),
         }
+
+    def message_s(self, cluster: Cluster, nbytes: int, replica: int, source: int, target: int) -> float:
+        """The slowest shard's transfer between two neighbouring stages, while all others of this direction go on."""
+        devices, program = self.program.devices, self.program
+        users = self._senders(cluster, target - source)
+        pairs = [(devices[source, replica, tp], devices[target, replica, tp]) for tp in range(program.tp)]
+        return max(cluster.transfer_time_s(nbytes, *pair, users[pair]) for pair in pairs)
+
+    def _senders(self, cluster: Cluster, step: int) -> Mapping[tuple[int, int], int]:
+        """How many messages share the egress of each: from every stage to the next (step 1) or the one before (-1)."""
+        if (cluster, step) not in self._known_senders:
+            devices, program = self.program.devices, self.program
+            ends = ((s, s + step) for s in range(program.pp) if 0 <= s + step < program.pp)
+            cells = [(dp, tp) for dp in range(program.dp) for tp in range(program.tp)]
+            pairs = [(devices[(a, *cell)], devices[(b, *cell)]) for a, b in ends for cell in cells]
+            self._known_senders = {(cluster, step): dict(zip(pairs, cluster.senders(pairs), strict=True))}
+        return self._known_senders[cluster, step]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Megatron(Table):
         shape = Shape(layers, raw["hidden"], raw["heads"], raw["seq"], raw["vocab"], fused=True)
         layout = Layout(raw["dp"], raw["tp"], balanced(layers, built), "1f1b", raw["micro_batch"])
         program = Builder(shape, raw["global_batch"], torch.float16, ADAM).program(layout)
-        program = recomputed(_scattered(_mixed(program)))
+        program = recomputed(scattered(_mixed(program)))
         work = Work(stretched(program, raw["pp"]) if raw["pp"] > 3 else program)
         text = f"{layout} of {raw['pp']} stages, interleaved {raw['interleave_v']}"
         return [Candidate(functools.partial(_seconds, work, raw["interleave_v"], raw["ddp_impl"] == "torch"), 0, text)]
@@ -82,7 +82,7 @@ def _mixed_stage(stage: StageProgram) -> StageProgram:
     return replace(stage, step=replace(stage.step, optimizer_costs=costs))
 
 
-def _scattered(program: Program) -> Program:
+def scattered(program: Program) -> Program:
     """Each shard sends its part of what crosses a cut, and the receivers gather the parts (the same, 4.1)."""
     stages = []
     for stage in program.stages:

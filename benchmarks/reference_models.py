@@ -19,6 +19,7 @@ class Shape:
     """Extents of a GPT. vocab 0: no embedding of tokens and no head; the loss is a mean over the last activation.
 
     fused: scale, mask and softmax in one kernel and masks of dropout that are not kept, as Megatron-LM has them.
+    head: False for one whose loss is such a mean, though it embeds tokens (a classifier's own head costs nothing).
     """
 
     layers: int
@@ -28,6 +29,7 @@ class Shape:
     vocab: int
     dropout: bool = True
     fused: bool = False
+    head: bool = True
 
 
 class Dropout(nn.Module):
@@ -101,13 +103,16 @@ class GPT(nn.Module):
         self.position = nn.Embedding(shape.seq, shape.hidden)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.hidden)
-        self.head = nn.Linear(shape.hidden, shape.vocab, bias=False)
-        self.head.weight = self.token.weight
+        self.head = nn.Linear(shape.hidden, shape.vocab, bias=False) if shape.head else None
+        if self.head is not None:
+            self.head.weight = self.token.weight
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         x = self.token(idx) + self.position(torch.arange(idx.size(1), device=idx.device))
         for block in self.blocks:
             x = block(x)
+        if self.head is None:
+            return self.norm(x).mean()
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 

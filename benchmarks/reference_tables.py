@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from reference_fit import fit
@@ -62,8 +64,8 @@ class Table(ABC):
     level: int = 0
     dtype: str = "float16"
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self.data = data
+    def __init__(self, folder: Path) -> None:
+        self.data: Mapping[str, Any] = json.loads((folder / self.file).read_text(encoding="utf-8"))
         self.rows = tuple(self._rows())
 
     @abstractmethod

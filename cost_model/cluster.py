@@ -153,6 +153,16 @@ class Cluster:
         return len(self.devices)
 
     @property
+    def uneven(self) -> bool:
+        """Whether devices differ, or the links between them."""
+        return self.network is not None or len(set(map(id, self.devices))) > 1 and len(set(self.devices)) > 1
+
+    @property
+    def rendezvous(self) -> bool:
+        """gloo sends once the receiver has said that it waits; measured levels count that already."""
+        return self.network is not None and self.backend == "gloo"
+
+    @property
     def memory_cap_bytes(self) -> int:
         """What a plan may use on every device unless told otherwise: the least memory less reserve."""
         return min(device.usable_bytes for device in self.devices)
@@ -173,16 +183,23 @@ class Cluster:
         curve = level.curve(kind, len(devices))
         return curve.seconds(nbytes) if curve else level.start_s + collective_s(kind, nbytes, self._tiers(devices))
 
-    def transfer_time_s(self, nbytes: float, source: int, target: int) -> float:
-        """Seconds of one message from device to device; 0 where both are one. Errors: ConfigError."""
+    def transfer_time_s(self, nbytes: float, source: int, target: int, senders: int | None = None) -> float:
+        """Seconds of one message from device to device; 0 where both are one. Errors: ConfigError.
+
+        senders: how many devices of a node send at once where they share its egress (None: all of them).
+        """
         self._check((source, target))
         if source == target:
             return 0.0
         if self.network is not None:
-            return self.network.start_s + self.network.link(source, target).seconds(nbytes)
+            return self.network.transfer_s(nbytes, source, target, senders)
         level = self._level_of((source, target))
         curve = level.curve(TRANSFER, 2)
         return curve.seconds(nbytes) if curve else level.start_s + level.link.seconds(nbytes)
+
+    def senders(self, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        """How many messages share the egress of each of these, which go on at one time; levels count it already."""
+        return (1,) * len(pairs) if self.network is None else self.network.senders(pairs)
 
     def fingerprint(self) -> str:
         """SHA-256 of every figure that prices depend on; names of files and sources do not count."""

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cost_model.collectives import FLAT, Link, ring_s, slowest
+from cost_model.collectives import FLAT, Link, chain_s, ring_s, slowest
 
 Rows = tuple[tuple[float, ...], ...]
 FloatArray = npt.NDArray[np.float64]
@@ -28,8 +28,8 @@ class Network:
     latency_s, bandwidth_bytes_per_s: [region of the sender][region of the receiver], the diagonal between two nodes of
     one region. regions: their names. region_of: region of each node; node_of: node of each device, counting up.
     inside: the link within each node, None on nodes of one device. start_s: paid once by each collective and transfer.
-    copy_s_per_byte: what both ends spend on copying a message between nodes to and from the wire, while it is not on
-    the wire (NCCL over sockets); nobody shares it.
+    copy_s_per_byte: what both ends spend on copying a message between nodes to and from the wire (NCCL over sockets);
+    nobody shares it, and collectives, which move in pieces, hide it behind the wire.
     shares_egress: whether destinations with equal latency and bandwidth share that bandwidth of the sending node, as
     one traffic class of a shaped interface does; links within a node are never shared.
     """
@@ -61,42 +61,49 @@ class Network:
         return self.regions[self.region_of[self.node_of[device]]]
 
     def link(self, source: int, target: int, users: int = 1) -> Link:
-        """What each of so many messages that share a channel gets from device to device."""
+        """What each of so many senders of a node gets from device to device."""
         here, there = self.node_of[source], self.node_of[target]
         inner = self.inside[here]
         if here == there and inner is not None:
             return inner
         between = self._between[self.region_of[here]][self.region_of[there]]
-        users = users if self.shares_egress else 1
-        if users == 1 and not self.copy_s_per_byte:
+        if users == 1 or not self.shares_egress:
             return between
-        return Link(between.latency_s, 1.0 / (users / between.bandwidth_bytes_per_s + self.copy_s_per_byte))
+        return Link(between.latency_s, between.bandwidth_bytes_per_s / users)
 
-    def channel(self, source: int, target: int) -> Channel | None:
-        """What messages must have in common to share a sending node's bandwidth; None where they share nothing."""
-        if not self.shares_egress or self.node_of[source] == self.node_of[target]:
-            return None
-        link = self._between[self.region_of[self.node_of[source]]][self.region_of[self.node_of[target]]]
-        return self.node_of[source], link.latency_s, link.bandwidth_bytes_per_s
+    def transfer_s(self, nbytes: float, source: int, target: int, senders: int | None = None) -> float:
+        """Seconds of one message while so many devices of its node send in its channel (None: all of them)."""
+        node = self.node_of[source]
+        if node == self.node_of[target]:
+            return self.start_s + self.link(source, target).seconds(nbytes)
+        link = self.link(source, target, self._sizes[node] if senders is None else senders)
+        return self.start_s + link.seconds(nbytes) + nbytes * self.copy_s_per_byte
 
-    def together(self, pairs: Sequence[tuple[int, int]]) -> list[Link]:
-        """The links of messages that are sent at one time, each with its share of what they share."""
+    def senders(self, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        """Of messages that go on all the time: how many, for each, are in its channel."""
         channels = [self.channel(*pair) for pair in pairs]
         users = Counter(channels)
-        return [self.link(*pair, users[channel]) for pair, channel in zip(pairs, channels, strict=True)]
+        return tuple(1 if channel is None else users[channel] for channel in channels)
+
+    def channel(self, source: int, target: int) -> Channel | None:
+        """What messages must have in common to share a sender's bandwidth; None where they share nothing."""
+        if not self.shares_egress or self.node_of[source] == self.node_of[target]:
+            return None
+        link = self.link(source, target)
+        return self.node_of[source], link.latency_s, link.bandwidth_bytes_per_s
 
     def collective_s(self, kind: str, nbytes: float, devices: tuple[int, ...], backend: str) -> float:
         """Seconds of a collective, with groups like this one at work on the other devices of its nodes.
 
         A ring in the order of the group; gloo's broadcast is a tree, its reduce_scatter an exchange of parts (as
-        autopar runs it); NCCL may take a tree where it is faster.
+        autopar runs it); NCCL may reduce or gather along a tree where that is faster, and broadcasts along a chain.
         """
         if kind == "all_to_all" or (kind == "reduce_scatter" and backend == "gloo"):
             return self.start_s + self._exchange_s(nbytes, devices)
         links = self._ring(devices)
         tree_s = FLAT[kind](len(devices), nbytes, slowest(links))
         if kind == "broadcast":
-            return self.start_s + tree_s
+            return self.start_s + (tree_s if backend == "gloo" else chain_s(links[:-1], nbytes))
         rounds = (2 if kind == "all_reduce" else 1) * (len(devices) - 1)
         around_s = ring_s(links, nbytes / len(devices), rounds)
         return self.start_s + (around_s if backend == "gloo" else min(around_s, tree_s))
@@ -108,11 +115,8 @@ class Network:
 
     @cached_property
     def bandwidths(self) -> FloatArray:
-        """[device, device] bytes per second."""
-        rows = np.array(self.bandwidth_bytes_per_s)
-        with np.errstate(divide="ignore"):
-            rows = 1.0 / (1.0 / rows + self.copy_s_per_byte)
-        return self._by_device(rows, "bandwidth_bytes_per_s")
+        """[device, device] bytes per second of a message while nothing else is sent, copying left out."""
+        return self._by_device(np.array(self.bandwidth_bytes_per_s), "bandwidth_bytes_per_s")
 
     @cached_property
     def _between(self) -> tuple[tuple[Link, ...], ...]:

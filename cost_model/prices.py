@@ -27,14 +27,26 @@ class PricedDevice(Protocol):
 
 
 class PricedCluster(Protocol):
-    """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``."""
+    """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``.
+
+    uneven: whether devices or links differ, so that replicas may take times of their own. rendezvous: whether a message
+    leaves only once its sender knows that it is awaited, beyond what transfers count.
+    """
 
     @property
     def devices(self) -> Sequence[PricedDevice]: ...
 
+    @property
+    def uneven(self) -> bool: ...
+
+    @property
+    def rendezvous(self) -> bool: ...
+
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
 
-    def transfer_time_s(self, nbytes: int, source: int, target: int, /) -> float: ...
+    def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float: ...
+
+    def senders(self, pairs: Sequence[tuple[int, int]], /) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,11 @@ class BlockPrice:
 
 @dataclass(frozen=True)
 class ChunkPrice:
-    """Seconds of a chunk's parts on the slowest rank of its stage.
+    """Seconds of a chunk's parts on the slowest rank of its stage, or of its stage in one replica.
 
     to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next chunk's stage;
-    delay_s: the part of a transfer to the next stage that an empty message takes as well.
+    delay_s: the part of a transfer to the next stage that an empty message takes as well. notice_s: how long it takes
+    until a neighbour's sender knows that it is awaited.
     """
 
     forward: BlockPrice
@@ -63,6 +76,7 @@ class ChunkPrice:
     to_next_s: float
     from_next_s: float
     delay_s: float = 0.0
+    notice_s: float = 0.0
 
     @property
     def blocks_s(self) -> float:
@@ -72,9 +86,10 @@ class ChunkPrice:
 
 @dataclass(frozen=True)
 class StagePrice:
-    """Seconds of a stage's parts on its slowest rank.
+    """Seconds of a stage's parts on its slowest rank, or its slowest in one replica.
 
     step_collectives_s, step_gathers_s: each collective of ``StepWork`` in order; optimizer_s: the whole update.
+    shares_egress: whether what it sends to the next stage and to the one before share a rate.
     """
 
     chunks: tuple[ChunkPrice, ...]
@@ -82,6 +97,7 @@ class StagePrice:
     step_gathers_s: tuple[float, ...]
     optimizer_s: float
     optimizer_kinds_s: Mapping[str, float] = field(hash=False)
+    shares_egress: bool = False
 
 
 def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...]:
@@ -119,10 +135,28 @@ def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...
 
 
 def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, ...]:
-    """Price every stage; each distinct op, collective and transfer is asked for once."""
+    """Price every stage as its slowest replica; each distinct op, collective and transfer is asked for once."""
     _check_chain(program)
     pricer = _Pricer(program, cluster)
-    return tuple(pricer.stage(stage) for stage in range(program.pp))
+    return tuple(pricer.stage(stage, range(program.dp)) for stage in range(program.pp))
+
+
+def price_replicas(program: Program, cluster: PricedCluster) -> tuple[tuple[StagePrice, ...], ...]:
+    """The stages of every replica that differs from those before it.
+
+    Replicas that meet in every microbatch (ZeRO gathers, batch norm) go at the pace of the slowest, and count as one.
+    """
+    if not cluster.uneven or program.dp == 1 or _meet_in_blocks(program):
+        return (price_stages(program, cluster),)
+    _check_chain(program)
+    pricer = _Pricer(program, cluster)
+    different = {pricer.signature(dp): dp for dp in reversed(range(program.dp))}
+    return tuple(tuple(pricer.stage(stage, (dp,)) for stage in range(program.pp)) for dp in sorted(different.values()))
+
+
+def _meet_in_blocks(program: Program) -> bool:
+    blocks = (block for chunk in program.chain for block in chunk.blocks)
+    return any(collective.axis != "tp" for block in blocks for collective in block.collectives())
 
 
 def _check_chain(program: Program) -> None:
@@ -133,50 +167,67 @@ def _check_chain(program: Program) -> None:
 
 
 class _Pricer:
-    """Prices with a memory; a rank's op takes as long as on the slowest device of its stage."""
+    """Prices with a memory; a rank's op takes as long as on the slowest device of its stage in some replicas."""
 
     def __init__(self, program: Program, cluster: PricedCluster) -> None:
         self.program, self.cluster = program, cluster
         self.op_prices: dict[tuple[int, ...], dict[OpCost, float]] = {}
-        self.collective_prices: dict[tuple[int, Collective], float] = {}
+        self.collective_prices: dict[tuple[object, ...], float] = {}
+        self.users = {step: self._users(step) for step in (1, -1)}
 
-    def stage(self, stage: int) -> StagePrice:
-        own, op_s = self.program.stages[stage], self._op_price(stage)
+    def stage(self, stage: int, dps: Sequence[int]) -> StagePrice:
+        own, op_s = self.program.stages[stage], self._op_price(stage, dps)
         optimizer: defaultdict[str, float] = defaultdict(float)
         for cost in own.step.optimizer_costs:
             optimizer[cost.kind] += op_s(cost)
         return StagePrice(
-            chunks=tuple(self._chunk(stage, chunk) for chunk in own.chunks),
-            step_collectives_s=tuple(self._collective_s(stage, c) for c in own.step.collectives),
-            step_gathers_s=tuple(self._blocking_s(stage, "the step", c) for c in own.step.gathers),
+            chunks=tuple(self._chunk(stage, dps, chunk) for chunk in own.chunks),
+            step_collectives_s=tuple(self._collective_s(stage, dps, c) for c in own.step.collectives),
+            step_gathers_s=tuple(self._blocking_s(stage, dps, "the step", c) for c in own.step.gathers),
             optimizer_s=sum(optimizer.values()),
             optimizer_kinds_s=dict(optimizer),
+            shares_egress=self._shares_egress(stage, dps),
         )
 
-    def _chunk(self, stage: int, chunk: Chunk) -> ChunkPrice:
+    def signature(self, dp: int) -> tuple[object, ...]:
+        """Equal for replicas whose every stage takes the same times."""
+        pp, found = self.program.pp, []
+        for stage, own in enumerate(self.program.stages):
+            devices = tuple(map(id, self._devices(stage, (dp,))))
+            kept = {c for chunk in own.chunks for block in chunk.blocks for c in block.collectives()}
+            inside = tuple(self._collective_s(stage, (dp,), c) for c in (*dict.fromkeys(kept), *own.step.collectives))
+            sent = tuple(chunk.sent.nbytes for chunk in own.chunks if chunk.sent is not None)
+            after = (stage + 1) % pp
+            hops = [(a, b, n) for n in (*sent, 0) for a, b in ((stage, after), (after, stage))] if sent else []
+            found.append((devices, inside, tuple(self._transfer_s(a, b, (dp,), n) for a, b, n in hops)))
+        return tuple(found)
+
+    def _chunk(self, stage: int, dps: Sequence[int], chunk: Chunk) -> ChunkPrice:
         after, sent = (stage + 1) % self.program.pp, 0 if chunk.sent is None else chunk.sent.nbytes
+        delay_s = self._transfer_s(stage, after, dps, 0) if sent else 0.0
         return ChunkPrice(
-            forward=self._block(stage, chunk.forward),
-            backward=self._block(stage, chunk.backward),
-            to_next_s=self._transfer_s(stage, after, sent) if sent else 0.0,
-            from_next_s=self._transfer_s(after, stage, sent) if sent else 0.0,
-            delay_s=self._transfer_s(stage, after, 0) if sent else 0.0,
+            forward=self._block(stage, dps, chunk.forward),
+            backward=self._block(stage, dps, chunk.backward),
+            to_next_s=self._transfer_s(stage, after, dps, sent) if sent else 0.0,
+            from_next_s=self._transfer_s(after, stage, dps, sent) if sent else 0.0,
+            delay_s=delay_s,
+            notice_s=delay_s if self.cluster.rendezvous else 0.0,
         )
 
-    def _devices(self, stage: int) -> tuple[PricedDevice, ...]:
+    def _devices(self, stage: int, dps: Sequence[int]) -> tuple[PricedDevice, ...]:
         """The distinct devices of a stage."""
-        cells = ((stage, dp, tp) for dp in range(self.program.dp) for tp in range(self.program.tp))
+        cells = ((stage, dp, tp) for dp in dps for tp in range(self.program.tp))
         devices = (self.cluster.devices[self.program.devices[cell]] for cell in cells)
         return tuple({id(device): device for device in devices}.values())
 
-    def _block(self, stage: int, block: Block) -> BlockPrice:
-        op_s = self._op_price(stage)
-        view_s = max((device.op_overhead_s for device in self._devices(stage) if device.kind == "cpu"), default=0.0)
+    def _block(self, stage: int, dps: Sequence[int], block: Block) -> BlockPrice:
+        op_s, devices = self._op_price(stage, dps), self._devices(stage, dps)
+        view_s = max((device.op_overhead_s for device in devices if device.kind == "cpu"), default=0.0)
         kinds: defaultdict[str, float] = defaultdict(float)
         compute = communication = 0.0
         for instruction in block.instructions:
             if instruction.collective is not None:
-                seconds = self._blocking_s(stage, block.name, instruction.collective)
+                seconds = self._blocking_s(stage, dps, block.name, instruction.collective)
                 communication += seconds
                 kinds[instruction.collective.kind] += seconds
             if instruction.cost is not None or instruction.collective is None:
@@ -185,9 +236,9 @@ class _Pricer:
                 kinds[_kind(instruction)] += seconds
         return BlockPrice(compute, communication, dict(kinds))
 
-    def _op_price(self, stage: int) -> Callable[[OpCost], float]:
+    def _op_price(self, stage: int, dps: Sequence[int]) -> Callable[[OpCost], float]:
         """Price of an op on a stage's devices, asked for once for all stages on the same devices."""
-        devices = self._devices(stage)
+        devices = self._devices(stage, dps)
         known = self.op_prices.setdefault(tuple(map(id, devices)), {})
 
         def price_s(cost: OpCost) -> float:
@@ -198,29 +249,47 @@ class _Pricer:
 
         return price_s
 
-    def _blocking_s(self, stage: int, where: str, collective: Collective) -> float:
+    def _blocking_s(self, stage: int, dps: Sequence[int], where: str, collective: Collective) -> float:
         """A collective that a stage waits for by itself; one that spans stages would have no common moment there."""
         if collective_stages(self.program, collective.axis, stage) != (stage,):
             raise VerificationError("block_collectives", f"{where}: {collective} spans stages")
-        return self._collective_s(stage, collective)
+        return self._collective_s(stage, dps, collective)
 
-    def _collective_s(self, stage: int, collective: Collective) -> float:
+    def _collective_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
         """Seconds of the slowest of the groups that run it at the same time; nothing within a group of one."""
-        key = (stage, collective)
+        groups = axis_groups(self.program, collective.axis, stage)
+        own = tuple(groups[dp] for dp in dps) if collective.axis == "tp" else groups
+        key = (own, collective)
         if key not in self.collective_prices:
-            groups = axis_groups(self.program, collective.axis, stage)
             self.collective_prices[key] = max(
                 self.cluster.collective_time_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0
-                for group in groups
+                for group in own
             )
         return self.collective_prices[key]
 
-    def _transfer_s(self, source: int, target: int, nbytes: int) -> float:
-        """Seconds of a message between two stages, on the slowest pair of ranks."""
-        program, device = self.program, self.program.devices
-        cells = [(dp, tp) for dp in range(program.dp) for tp in range(program.tp)]
-        pairs = {(device[source, dp, tp], device[target, dp, tp]) for dp, tp in cells}
-        return max(self.cluster.transfer_time_s(nbytes, a, b) for a, b in sorted(pairs))
+    def _transfer_s(self, source: int, target: int, dps: Sequence[int], nbytes: int) -> float:
+        """Seconds of a message between two stages, on the slowest pair of ranks, while all others go on."""
+        users = self.users[1 if (source + 1) % self.program.pp == target else -1]
+        pairs = dict.fromkeys(self._pairs(source, target, dps))
+        return max(self.cluster.transfer_time_s(nbytes, *pair, users[pair]) for pair in pairs)
+
+    def _pairs(self, source: int, target: int, dps: Sequence[int]) -> list[tuple[int, int]]:
+        device, tps = self.program.devices, range(self.program.tp)
+        return [(device[source, dp, tp], device[target, dp, tp]) for dp in dps for tp in tps]
+
+    def _users(self, step: int) -> dict[tuple[int, int], int]:
+        """Of every message to the next stage (step 1) or to the one before (-1): how many share its sender's rate."""
+        pp, every = self.program.pp, range(self.program.dp)
+        pairs = [pair for stage in range(pp) for pair in self._pairs(stage, (stage + step) % pp, every)]
+        return dict(zip(pairs, self.cluster.senders(pairs), strict=True))
+
+    def _shares_egress(self, stage: int, dps: Sequence[int]) -> bool:
+        """Whether some rank's messages to both neighbours share a rate."""
+        pp = self.program.pp
+        if not self.cluster.uneven or not 0 < stage < pp - 1:
+            return False
+        both = zip(self._pairs(stage, stage + 1, dps), self._pairs(stage, stage - 1, dps), strict=True)
+        return any(max(self.cluster.senders(pairs)) > 1 for pairs in both)
 
 
 def _kind(instruction: Instruction) -> str:

@@ -1,8 +1,9 @@
 """Simulate one step of a program: each stage's streams, event by event.
 
-By symmetry one rank stands for all ranks of a stage. A transfer begins when both ends have posted it
-(gloo and NCCL both move data only then), occupies no compute of the sender, and holds the receiver,
-whose receive blocks where it stands. Collectives block. Nothing overlaps that the runtime does not overlap.
+By symmetry one rank stands for all ranks of a stage; where devices or links differ, for those of one replica. A
+transfer begins when both ends have posted it (gloo and NCCL both move data only then), occupies no compute of the
+sender, and holds the receiver, whose receive blocks where it stands. Collectives block. Nothing overlaps that the
+runtime does not overlap.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
 from cost_model.plan import Plan
-from cost_model.prices import PricedCluster, StagePrice, collective_stages, price_stages
+from cost_model.prices import TIED, PricedCluster, StagePrice, collective_stages, price_replicas
 from cost_model.program import Collective, Program
 from cost_model.schedule import (
     Backward,
@@ -81,7 +82,8 @@ def simulate(
     Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
     """
     assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
-    ranks = _run(program, price_stages(program, cluster), streams)
+    replicas = _run(program, price_replicas(program, cluster), streams)
+    ranks = max(replicas, key=lambda replica: max(rank.now for rank in replica))
     last = max(ranks, key=lambda rank: rank.now)
     return SimulationResult(
         step_time_s=last.now + driving_s,
@@ -93,13 +95,14 @@ def simulate(
 
 def step_time_s(program: Program, prices: Sequence[StagePrice], *, streams: bool = False) -> float:
     """Seconds of one step at given prices of its stages; as ``simulate``, without memory and timeline."""
-    return max(rank.now for rank in _run(program, prices, streams))
+    return max(rank.now for rank in _run(program, (prices,), streams)[0])
 
 
-def _run(program: Program, prices: Sequence[StagePrice], streams: bool) -> list[_Rank]:
-    ranks = _run_schedule(program, prices, streams)
-    _run_step_work(program, ranks)
-    return ranks
+def _run(program: Program, replicas: Sequence[Sequence[StagePrice]], streams: bool) -> list[list[_Rank]]:
+    """The ranks of each replica that differs from the others."""
+    runs = [_run_schedule(program, prices, streams) for prices in replicas]
+    _run_step_work(program, runs)
+    return runs
 
 
 def estimate_program(
@@ -154,10 +157,11 @@ class _Link:
     """Messages one way between neighbours: when each was posted, and when each arrived.
 
     prices: by the sender's chunk, the seconds of a transfer and the part of them that keeps no stream busy.
+    notice_s: from a receiver's call to the moment when the sender knows of it.
     """
 
-    def __init__(self, sender: _Rank, stream: str, prices: Sequence[tuple[float, float]]) -> None:
-        self.sender, self.stream, self.prices = sender, stream, prices
+    def __init__(self, sender: _Rank, stream: str, prices: Sequence[tuple[float, float]], notice_s: float) -> None:
+        self.sender, self.stream, self.prices, self.notice_s = sender, stream, prices, notice_s
         self.posted: list[float] = []
         self.chunks: list[int] = []
         self.done: list[float] = []
@@ -184,6 +188,7 @@ class _Rank:
     def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], streams: bool) -> None:
         self.stage, self.price, self.steps, self.streams = stage, price, steps, streams
         self.received_s = 0.0
+        self.sent: tuple[_Link | None, float, float] = (None, 0.0, 0.0)
         self.position = 0
         self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
         self.reduction_s = self.optimizer_s = 0.0
@@ -278,8 +283,9 @@ class _Rank:
         if message == len(link.posted):
             return False
         posted, called = link.posted[-1], self.received_s if self.streams else self.now
-        start = max(posted, called)
+        start = link.sender.egress_s(link, max(posted, called + link.notice_s))
         end = start + link.transfer_s(message)
+        link.sender.sent = (link, start, end - link.delay_s(message))
         self.received_s = end - link.delay_s(message)
         link.done.append(end)
         self.events.append(Event(self.stage, "receive", "receive", step.microbatch, called, end, step.chunk))
@@ -287,6 +293,12 @@ class _Rank:
         sender.events.append(Event(sender.stage, link.stream, "send", step.microbatch, start, end, chunk))
         self._wait(end, link.transfer_s(message))
         return True
+
+    def egress_s(self, link: _Link, start_s: float) -> float:
+        """When a message can leave that could at ``start_s``: after one the other way, if they share a rate."""
+        other, begun_s, free_s = self.sent
+        waits = self.price.shares_egress and other not in (None, link) and begun_s <= start_s
+        return max(start_s, free_s) if waits else start_s
 
     def _wait(self, until_s: float, transfer_s: float) -> None:
         """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage."""
@@ -322,48 +334,57 @@ def _run_schedule(program: Program, prices: Sequence[StagePrice], streams: bool)
 def _link(before: _Rank, after: _Rank) -> None:
     """Channels between two neighbours, both ways; from the last stage to the first they join a chunk and the next."""
     chunks, wraps = before.price.chunks, after.stage == 0
-    there = _Link(before, "send_forward", [(chunk.to_next_s, chunk.delay_s) for chunk in chunks])
+    notice_s = max(chunk.notice_s for chunk in chunks)
+    there = _Link(before, "send_forward", [(chunk.to_next_s, chunk.delay_s) for chunk in chunks], notice_s)
     senders = [chunks[index - wraps] for index in range(len(chunks))]
-    back = _Link(after, "send_backward", [(chunk.from_next_s, chunk.delay_s) for chunk in senders])
+    back = _Link(after, "send_backward", [(chunk.from_next_s, chunk.delay_s) for chunk in senders], notice_s)
     before.links[SendForward] = after.links[RecvForward] = there
     after.links[SendBackward] = before.links[RecvBackward] = back
 
 
-def _run_step_work(program: Program, ranks: Sequence[_Rank]) -> None:
+def _run_step_work(program: Program, runs: Sequence[Sequence[_Rank]]) -> None:
     """Once per step: every stage's collectives in its own order, those between stages together; then each stage by
     itself its optimizer and the gathering of its parameters."""
-    left = [
-        deque(zip(stage.step.collectives, rank.price.step_collectives_s, strict=True))
-        for stage, rank in zip(program.stages, ranks, strict=True)
-    ]
+    left = [deque(enumerate(stage.step.collectives)) for stage in program.stages]
     moved = True
     while moved:
         moved = False
         for stage, queue in enumerate(left):
-            while queue and _reduce_together(program, ranks, left, stage):
+            while queue and _reduce_together(program, runs, left, stage):
                 moved = True
-    stuck = {stage: queue[0][0] for stage, queue in enumerate(left) if queue}
+    stuck = {stage: queue[0][1] for stage, queue in enumerate(left) if queue}
     if stuck:
         raise VerificationError("step_collectives", f"stages wait for each other: {stuck}")
-    for rank in ranks:
-        rank.optimize()
-        for collective, seconds in zip(program.stages[rank.stage].step.gathers, rank.price.step_gathers_s, strict=True):
-            rank.reduce(collective, seconds, rank.now)
+    for own in program.stages:
+        ranks = [run[own.stage] for run in runs]
+        for rank in ranks:
+            rank.optimize()
+        for index, collective in enumerate(own.step.gathers):
+            _meet([[rank] for rank in ranks], collective, [[rank.price.step_gathers_s[index]] for rank in ranks])
 
 
 def _reduce_together(
-    program: Program, ranks: Sequence[_Rank], left: list[deque[tuple[Collective, float]]], stage: int
+    program: Program, runs: Sequence[Sequence[_Rank]], left: list[deque[tuple[int, Collective]]], stage: int
 ) -> bool:
     """Run a stage's next collective if all stages that take part have come to it."""
-    collective = left[stage][0][0]
+    collective = left[stage][0][1]
     members = collective_stages(program, collective.axis, stage)
-    if any(not left[member] or left[member][0][0] != collective for member in members):
+    if any(not left[member] or left[member][0][1] != collective for member in members):
         return False
-    start = max(ranks[member].now for member in members)
-    for member in members:
-        _, seconds = left[member].popleft()
-        ranks[member].reduce(collective, seconds, start)
+    indices = {member: left[member].popleft()[0] for member in members}
+    ranks = [[run[member] for member in members] for run in runs]
+    _meet(ranks, collective, [[rank.price.step_collectives_s[indices[rank.stage]] for rank in own] for own in ranks])
     return True
+
+
+def _meet(ranks: Sequence[Sequence[_Rank]], collective: Collective, seconds: Sequence[Sequence[float]]) -> None:
+    """A collective of the ranks of each replica: it starts when its last member is there, of all replicas where it
+    goes over them."""
+    starts = [max(rank.now for rank in own) for own in ranks]
+    alone = collective.axis == "tp" or collective.axis.startswith(TIED)
+    for own, start_s, own_s in zip(ranks, starts, seconds, strict=True):
+        for rank, rank_s in zip(own, own_s, strict=True):
+            rank.reduce(collective, rank_s, start_s if alone else max(starts))
 
 
 def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> StageEstimate:

@@ -94,9 +94,9 @@ def test_copying_is_added_to_the_wire() -> None:
     copied = GOOD.replace("efficiency = 0.5", 'efficiency = 0.5\ncopy_bandwidth = "125 MB/s"')
     cluster = Cluster.from_toml(copied, "sites.toml")
     assert cluster.transfer_time_s(125e6, 0, 1) == pytest.approx(0.002 + 1.0 + 1.0)
-    assert cluster.transfer_time_s(50e9, 2, 3) == good().transfer_time_s(50e9, 2, 3)
-    assert cluster.network is not None
-    assert cluster.network.bandwidths[0, 1] == pytest.approx(125e6 / 2)
+    for same in (good(), cluster):
+        assert same.transfer_time_s(50e9, 2, 3) == good().transfer_time_s(50e9, 2, 3)
+        assert same.collective_time_s("all_gather", 125e6, (0, 1)) == pytest.approx(0.002 + 0.5)
 
 
 @pytest.mark.parametrize(
@@ -160,20 +160,34 @@ def test_regions_of_the_world() -> None:
     far = network.link(24, 40)  # Tokyo to London
     assert (network.region(24), network.region(40)) == ("Tokyo", "London")
     assert far.latency_s == 0.21
-    assert far.bandwidth_bytes_per_s == pytest.approx(1 / (8 / 0.366e9 / 0.95 + 1 / 350e6))
+    assert far.bandwidth_bytes_per_s == pytest.approx(0.95 * 0.366e9 / 8)
 
 
 # --- Shared egress
 
 
-def test_messages_of_one_limit_share_a_senders_rate() -> None:
+def test_devices_of_a_node_share_its_rate() -> None:
+    """Those of a node of four get a quarter each, to another node; nothing is shared where a node has one device."""
+    cluster = good()
+    assert cluster.transfer_time_s(125e6, 2, 0) == pytest.approx(0.001 + 0.050 + 4.0)
+    assert cluster.transfer_time_s(125e6, 0, 2) == pytest.approx(0.001 + 0.050 + 1.0)
+    alone = Cluster.from_toml(GOOD.replace("shared_egress = true", "shared_egress = false"), "x.toml")
+    assert alone.transfer_time_s(125e6, 2, 0) == pytest.approx(0.001 + 0.050 + 1.0)
+
+
+def test_only_those_that_send_share() -> None:
+    cluster = good()
+    assert cluster.senders([(2, 0), (3, 1), (4, 5), (0, 1), (0, 2)]) == (2, 2, 1, 1, 1)
+    assert cluster.transfer_time_s(125e6, 2, 0, 1) == pytest.approx(0.001 + 0.050 + 1.0)
+    assert Cluster.load("p3.2xlarge", 4).senders([(0, 1), (0, 2)]) == (1, 1)
+
+
+def test_destinations_of_one_limit_are_one_channel_of_the_sender() -> None:
     network = good().network
     assert network is not None
-    west, far, near = network.together([(2, 0), (3, 1), (4, 5)])
-    assert west.bandwidth_bytes_per_s == far.bandwidth_bytes_per_s == pytest.approx(0.25e9 / 2 / 2)
-    assert near == network.link(4, 5)
-    alone = network.together([(0, 1), (0, 2)])  # another limit for each
-    assert alone == [network.link(0, 1), network.link(0, 2)]
+    assert network.channel(2, 0) == network.channel(3, 1) is not None
+    assert network.channel(0, 1) != network.channel(0, 2)
+    assert network.channel(4, 5) is None
 
 
 def test_groups_beside_each_other_share_the_nodes_rate() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.plan import Plan, StagePlan
-from cost_model.prices import axis_groups, price_stages
+from cost_model.prices import axis_groups, price_replicas, price_stages
 from cost_model.program import (
     Block,
     Chunk,
@@ -54,11 +54,19 @@ class Cluster:
     transfer_s: float = 0.0
     delay_s: float = 0.0
     transfers_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    uneven: bool = False
+    rendezvous: bool = False
+    shared: frozenset[int] = frozenset()
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
         return float(nbytes * sum(devices))
 
-    def transfer_time_s(self, nbytes: int, source: int, target: int) -> float:
+    def senders(self, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        """Devices that are ``shared`` send all their messages at one rate."""
+        sources = [source for source, _ in pairs]
+        return tuple(sources.count(source) if source in self.shared else 1 for source in sources)
+
+    def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None) -> float:
         assert nbytes in (0, CUT.nbytes)
         if not nbytes:
             return self.delay_s
@@ -232,6 +240,71 @@ def test_the_slowest_pair_of_ranks_sets_a_transfer() -> None:
     what = program(stages, 1, "1f1b", dp=2)
     cluster = Cluster((Device(),) * 4, transfers_s={(0, 2): 1.0, (1, 3): 3.0, (2, 0): 0.5, (3, 1): 0.25})
     assert simulate(what, cluster).step_time_s == 4 + 3.0 + 0.5
+
+
+def two_replicas(schedule: str = "gpipe", microbatches: int = 1, pp: int = 2, reduced: int = 0) -> Program:
+    step = [collective("dp", reduced)] if reduced else []
+    return program([stage_program(i, pp, [op(1.0)], [op(1.0)], step) for i in range(pp)], microbatches, schedule, dp=2)
+
+
+def test_uneven_replicas_run_on_their_own_links() -> None:
+    """One waits 3 + 0.5 for its transfers, the other 1 + 2: the slowest of each direction belongs to neither."""
+    links = {(0, 2): 3.0, (2, 0): 0.5, (1, 3): 1.0, (3, 1): 2.0}
+    uneven = Cluster((Device(),) * 4, transfers_s=links, uneven=True)
+    assert simulate(two_replicas(), uneven).step_time_s == 4 + 3.5
+    assert simulate(two_replicas(), dataclasses.replace(uneven, uneven=False)).step_time_s == 4 + 5.0
+
+
+def test_uneven_replicas_meet_where_gradients_are_reduced() -> None:
+    """Stage 0 ends at 4 in the one and at 7 in the other, stage 1 at 3 and at 6, when its gradient has arrived."""
+    links = {(0, 2): 0.0, (2, 0): 0.0, (1, 3): 1.5, (3, 1): 1.5}
+    result = simulate(two_replicas(reduced=1), Cluster((Device(),) * 4, transfers_s=links, uneven=True))
+    assert [(e.start_s, e.end_s) for e in result.timeline if e.name == "all_reduce dp"] == [(7.0, 8.0), (6.0, 11.0)]
+    assert result.step_time_s == 11.0
+
+
+def test_replicas_that_meet_in_every_microbatch_count_as_one() -> None:
+    slow = [stage_program(i, 2, [op(1.0), issue(collective("dp", 0))], [op(1.0)]) for i in range(2)]
+    links = {(0, 2): 3.0, (2, 0): 0.5, (1, 3): 1.0, (3, 1): 2.0}
+    cluster = Cluster((Device(),) * 4, transfers_s=links, uneven=True)
+    assert simulate(program(slow, 1, "gpipe", dp=2), cluster).step_time_s == 4 + 5.0
+
+
+def test_uneven_devices_slow_down_their_own_replica() -> None:
+    devices = (Device(), Device(slowness=3.0), Device(slowness=2.0), Device())
+    assert simulate(two_replicas(), Cluster(devices, uneven=True)).step_time_s == 8.0
+    assert simulate(two_replicas(), Cluster(devices)).step_time_s == 10.0
+
+
+def test_equal_replicas_are_simulated_once() -> None:
+    cluster = Cluster((Device(),) * 4, transfer_s=0.5, uneven=True)
+    assert len(price_replicas(two_replicas(), cluster)) == 1
+    other = dataclasses.replace(cluster, transfers_s={(1, 3): 0.25})
+    assert len(price_replicas(two_replicas(), other)) == 2
+
+
+def test_a_rendezvous_takes_a_notice_before_the_message() -> None:
+    """The receiver waits from 0 and the sender has its message at 1, so only a notice of more than that is felt."""
+    what = pipeline("gpipe", 1, [(1.0, 1.0)] * 2)
+    for delay_s, notice in ((0.5, 0.0), (1.5, 0.5)):
+        cluster = Cluster((Device(),) * 2, transfer_s=2.0, delay_s=delay_s, rendezvous=True)
+        first = spans(simulate(what, cluster), 1, "receive")[0]
+        assert first == (0.0, 1.0 + notice + 2.0)
+
+
+def test_messages_both_ways_share_a_senders_rate() -> None:
+    """Stage 1 sends an activation for 4 and, 1.5 after it began, a gradient, which waits for it on a shared rate."""
+    times = [(1.0, 1.0), (5.0, 1.0), (1.0, 1.0)]
+    links = {(0, 1): 0.5, (1, 0): 0.5, (1, 2): 4.0, (2, 1): 0.5}
+    free = Cluster((Device(),) * 3, transfers_s=links, uneven=True)
+
+    def gradients(shared: frozenset[int]) -> list[float]:
+        result = simulate(pipeline("1f1b", 4, times), dataclasses.replace(free, shared=shared))
+        return [end for _, end in spans(result, 0, "receive")]
+
+    assert gradients(frozenset({0, 2})) == gradients(frozenset())  # these send one way only
+    late = [b - a for a, b in zip(gradients(frozenset()), gradients(frozenset({1})), strict=True)]
+    assert late[0] == 2.5
 
 
 def test_the_slowest_device_of_a_stage_sets_its_ops() -> None:

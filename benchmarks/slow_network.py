@@ -1,0 +1,263 @@
+"""Slow networks on one machine: a network namespace for each node, joined by veth pairs through one in the middle.
+
+What a node sends passes ``tc tbf`` on its own interface, which limits its rate, and then a relay in user space, which
+delays it: the middle routes it into a TUN device, and what the relay writes back goes on to its node. That stands in
+for netem, which not every kernel has. Everything goes when the context ends, when its process dies (the relay and what
+runs on nodes die with it), or at the next start (namespaces of dead processes are found by their names).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import heapq
+import json
+import os
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+PREFIX = "autopar-slow"
+DEVICE = "eth0"
+_MTU = 8000
+_QUEUE = "64mb"  # of tbf: nothing is dropped, so that rates are what they say
+_TUNSETIFF, _IFF_TUN_NO_PI = 0x400454CA, 0x1001  # linux/if_tun.h
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SETTINGS = {
+    "net/ipv4/ip_forward": "1",
+    "net/ipv4/conf/all/rp_filter": "0",
+    "net/ipv4/conf/default/rp_filter": "0",
+    "net/ipv4/tcp_slow_start_after_idle": "0",
+    "net/ipv4/tcp_no_metrics_save": "1",
+}
+
+
+def why_not() -> str | None:
+    """What keeps this machine from having slow networks, or None."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "network namespaces need root on Linux"
+    missing = [name for name in ("ip", "tc", "sysctl") if shutil.which(name) is None]
+    if missing:
+        return f"no {' and no '.join(missing)} here"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "no access to /dev/net/tun"
+    name = f"{PREFIX}-{os.getpid()}-try"
+    tried = _quiet("ip", "netns", "add", name)
+    if tried.returncode:
+        return f"ip netns add: {tried.stderr.decode().strip()}"
+    limited = _quiet("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", *_tbf(1e6))
+    _quiet("ip", "netns", "del", name)
+    return f"tc tbf: {limited.stderr.decode().strip()}" if limited.returncode else None
+
+
+class SlowNetwork:
+    """So many nodes, each with one address, on a network that may change while it is used.
+
+    bits_per_s: what a node may send, to all others together; delay_s: one way, between any two nodes unless
+    ``delays_s`` says otherwise for a pair (both ways).
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+        self._name = f"{PREFIX}-{os.getpid()}"
+        self._relay: subprocess.Popen[str] | None = None
+        self._started: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> SlowNetwork:
+        remove_left_over()
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self._started, *([self._relay] if self._relay else [])]:
+            process.kill()
+            process.wait()
+        for node in (*range(self.nodes), "middle"):
+            remove(self.namespace(node))
+
+    def namespace(self, node: int | str) -> str:
+        return f"{self._name}-{node}"
+
+    def address(self, node: int) -> str:
+        return f"10.213.{node}.2"
+
+    def shape(self, bits_per_s: float, delay_s: float, delays_s: Mapping[tuple[int, int], float] | None = None) -> None:
+        """From now on every node sends at this rate with this delay."""
+        for node in range(self.nodes):
+            self._in(node, "tc", "qdisc", "replace", "dev", DEVICE, "root", *_tbf(bits_per_s))
+        pairs = {f"{a}-{b}": s for (x, y), s in (delays_s or {}).items() for a, b in ((x, y), (y, x))}
+        relay = self._relay
+        assert relay is not None and relay.stdin is not None
+        relay.stdin.write(json.dumps({"delay_s": delay_s, "pairs": pairs}) + "\n")
+        relay.stdin.flush()
+
+    def cut(self, node: int) -> None:
+        """The node's link dies: nothing leaves or reaches it, and nobody is told."""
+        self._in("middle", "ip", "link", "set", f"to{node}", "down")
+
+    def start(self, node: int, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        """A process on a node, which dies with this one. Its input and output are pipes of text."""
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self.namespace(node), *command],
+            env={**os.environ, **environment, "GLOO_SOCKET_IFNAME": DEVICE},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=_die_with_parent,
+        )
+        self._started.append(process)
+        return process
+
+    def _build(self) -> None:
+        for node in (*range(self.nodes), "middle"):
+            _run("ip", "netns", "add", self.namespace(node))
+            self._in(node, "ip", "link", "set", "lo", "up")
+            self._in(node, "sysctl", "-q", "-w", *(f"{key.replace('/', '.')}={v}" for key, v in _SETTINGS.items()))
+        for node in range(self.nodes):
+            self._join(node)
+        self._start_relay()
+
+    def _join(self, node: int) -> None:
+        inner, outer = self.namespace(node), self.namespace("middle")
+        _run("ip", "link", "add", DEVICE, "netns", inner, "type", "veth", "peer", "name", f"to{node}", "netns", outer)
+        for where, device, last in ((node, DEVICE, 2), ("middle", f"to{node}", 1)):
+            self._in(where, "ip", "addr", "add", f"10.213.{node}.{last}/24", "dev", device)
+            self._in(where, "ip", "link", "set", device, "mtu", str(_MTU), "up")
+        window = ("initcwnd", "400", "initrwnd", "400")  # as connections that have sent for long have it
+        self._in(node, "ip", "route", "add", "default", "via", f"10.213.{node}.1", *window)
+        self._in("middle", "ip", "rule", "add", "iif", f"to{node}", "lookup", "100", "priority", "100")
+
+    def _start_relay(self) -> None:
+        self._in("middle", "ip", "tuntap", "add", "dev", "delay0", "mode", "tun")
+        self._in("middle", "ip", "link", "set", "delay0", "mtu", str(_MTU), "txqueuelen", "10000", "up")
+        self._in("middle", "ip", "route", "add", "default", "dev", "delay0", "table", "100")
+        self._relay = subprocess.Popen(
+            ["ip", "netns", "exec", self.namespace("middle"), sys.executable, __file__, "relay"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=_die_with_parent,
+        )
+        assert self._relay.stdout is not None
+        self._relay.stdout.readline()  # once it listens
+
+    def _in(self, node: int | str, *command: str) -> None:
+        _run("ip", "netns", "exec", self.namespace(node), *command)
+
+
+def remove_left_over() -> None:
+    """Namespaces of processes that are gone."""
+    for name in _quiet("ip", "netns", "list").stdout.decode().splitlines():
+        name = name.split()[0] if name.strip() else ""
+        if name.startswith(f"{PREFIX}-") and not Path(f"/proc/{name.split('-')[2]}").exists():
+            remove(name)
+
+
+def remove(namespace: str) -> None:
+    """A namespace, with whatever still runs in it."""
+    for pid in _quiet("ip", "netns", "pids", namespace).stdout.decode().split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    _quiet("ip", "netns", "del", namespace)
+
+
+def namespaces_of(pid: int) -> list[str]:
+    """Names of the namespaces that a process made and that are still there."""
+    names = (line.split()[0] for line in _quiet("ip", "netns", "list").stdout.decode().splitlines() if line.strip())
+    return [name for name in names if name.startswith(f"{PREFIX}-{pid}-")]
+
+
+def _tbf(bits_per_s: float) -> list[str]:
+    """A bucket of two packets, or of what the rate brings in two ticks of 4 ms."""
+    burst = max(2 * _MTU, int(bits_per_s / 8 * 0.008))
+    return ["tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(burst), "limit", _QUEUE]
+
+
+def _run(*command: str) -> None:
+    done = _quiet(*command)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode().strip()}")
+
+
+def _quiet(*command: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, capture_output=True, check=False)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+# --- The relay, a process of its own in the middle
+
+
+class _Relay:
+    """Packets that wait for their time, by (due, arrival)."""
+
+    def __init__(self, tun: IO[bytes]) -> None:
+        self.tun, self.delay_s, self.pairs, self.count = tun, 0.0, {}, 0  # type: ignore[var-annotated]
+        self.waiting: list[tuple[float, int, bytes]] = []
+
+    def told(self, line: str) -> None:
+        told: dict[str, Any] = json.loads(line)
+        self.delay_s = told["delay_s"]
+        self.pairs = {tuple(map(int, pair.split("-"))): seconds for pair, seconds in told["pairs"].items()}
+
+    def take(self) -> None:
+        """Everything that has come; the third number of an address is its node."""
+        for packet in _packets(self.tun.fileno()):
+            due = time.monotonic() + self.pairs.get((packet[14], packet[18]), self.delay_s)
+            self.count += 1
+            heapq.heappush(self.waiting, (due, self.count, packet))
+
+    def give(self) -> float | None:
+        """Send on what is due; seconds until the next packet is."""
+        while self.waiting:
+            rest = self.waiting[0][0] - time.monotonic()
+            if rest > 0:
+                return rest
+            with contextlib.suppress(OSError):  # its node is gone, or cut off
+                os.write(self.tun.fileno(), heapq.heappop(self.waiting)[2])
+        return None
+
+
+def _packets(descriptor: int) -> Iterator[bytes]:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            packet = os.read(descriptor, 65536)
+            if packet[0] >> 4 == 4:
+                yield packet
+
+
+def _relay() -> None:
+    with contextlib.suppress(PermissionError):
+        os.nice(-10)
+    with open("/dev/net/tun", "r+b", buffering=0) as tun:
+        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH", b"delay0", _IFF_TUN_NO_PI))
+        os.set_blocking(tun.fileno(), False)
+        relay, rest = _Relay(tun), None  # type: ignore[var-annotated]
+        print("listening", flush=True)
+        while True:
+            ready, _, _ = select.select([tun, sys.stdin], [], [], rest)
+            if sys.stdin in ready:
+                line = sys.stdin.readline()
+                if not line:
+                    return
+                relay.told(line)
+            relay.take()
+            rest = relay.give()
+
+
+if __name__ == "__main__":
+    _relay()
