@@ -31,6 +31,7 @@ def compile(
     max_grad_norm: float | None = None,
     timeout_s: float | None = None,
     local_batches: bool = False,
+    seed: int = 0,
 ) -> Executable:
     """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
 
@@ -43,6 +44,7 @@ def compile(
     timeout_s: how long a rank waits for another before it gives up; default: torch's.
     local_batches: under a launcher, each rank passes to ``step`` the samples of its replica only, replica
     ``exe.data_parallel_rank`` of ``exe.data_parallel_size``; ``inputs`` is one global batch all the same.
+    seed: of dropout and all else that forward draws, which no plan changes: one device draws the same.
     Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError.
     """
     options = Options.of(
@@ -56,6 +58,7 @@ def compile(
         max_grad_norm,
         timeout_s,
         local_batches,
+        seed,
     )
     executable = Executable(model, cluster, options)
     if inputs is not None:
@@ -78,6 +81,7 @@ def estimate(
     max_grad_norm: float | None = None,
     timeout_s: float | None = None,
     local_batches: bool = False,
+    seed: int = 0,
 ) -> Estimate:
     """Time and memory of the program that ``compile`` would run; no devices, no weights, nothing is run.
 
@@ -94,5 +98,6 @@ def estimate(
         max_grad_norm,
         timeout_s,
         local_batches,
+        seed,
     )
     return plan_model(model, cluster, inputs, options).estimate

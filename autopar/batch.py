@@ -10,8 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cost_model.errors import BatchError
+from passes.random_vocabulary import RANDOM_STATE, SAMPLES
 from passes.trace import BatchSpec, is_batched
 
+_STREAMS = 2
+"""Numbers of steps: even for training, odd for evaluation, which so leaves what training draws as it is."""
 _NEXT = "compile again with this batch as inputs"
 
 
@@ -43,6 +46,14 @@ def rows_of_replica(planned: BatchSpec, dp: int) -> BatchSpec:
         for leaf in planned.leaves
     )
     return replace(planned, leaves=leaves, size=planned.size // dp)
+
+
+def random_leaves(seed: int, step: int, samples: range, *, evaluates: bool) -> dict[str, Tensor]:
+    """What random calls start from: the seed and the step; and the numbers of the samples in the global batch."""
+    return {
+        RANDOM_STATE: torch.tensor([seed, _STREAMS * step + evaluates]),
+        SAMPLES: torch.arange(samples.start, samples.stop),
+    }
 
 
 def _kind(spec: BatchSpec) -> str:

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from autopar.calibrate_worker import COLD_BYTES, Probe
+from autopar.runtime import draws
+from passes import random_vocabulary
 
 Tensor: TypeAlias = torch.Tensor
 Made: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -271,8 +273,20 @@ def _concatenation(nbytes: int) -> Made:
     return aten.cat.default, ([_random(*shape) for _ in range(3)], -1), {}
 
 
-def _dropout(nbytes: int) -> Made:
-    return aten.dropout.default, (_random(*_matrix(nbytes, 4)), 0.1, True), {}
+class _Keep:
+    """The mask of a dropout, as programs draw it: called as an op is."""
+
+    _schema = random_vocabulary.keep._schema  # type: ignore[attr-defined]
+
+    def __call__(self, key: Tensor, coordinates: list[Tensor], p: float) -> Tensor:
+        return draws.keep(key, coordinates, p)
+
+    def __str__(self) -> str:
+        return str(random_vocabulary.keep)
+
+
+def _mask(nbytes: int) -> Made:
+    return _Keep(), (torch.tensor(nbytes), [torch.arange(extent) for extent in _matrix(nbytes, 9 / 4)], 0.1), {}
 
 
 def _nll_loss(nbytes: int) -> Made:
@@ -321,7 +335,7 @@ _STREAMS: tuple[tuple[str, Callable[[int], Made]], ...] = (
     ("scatter", _embedding_backward),
     ("copy", _transposed_copy),
     ("copy", _concatenation),
-    ("random", _dropout),
+    ("random", _mask),
     ("loss", _nll_loss),
     ("loss_backward", _nll_loss_backward),
     ("optimizer", _adamw),

@@ -27,7 +27,7 @@ from cost_model.errors import CheckpointError, ConfigError
 
 LATEST = "latest"
 _PREFIX = "step-"
-_FORMAT = 1
+_FORMAT = 2
 
 
 def new_part(folder: Path, steps: int) -> str:

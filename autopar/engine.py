@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from autopar.batch import check_batch, rows_of_replica
+from autopar.batch import check_batch, random_leaves, rows_of_replica
 from autopar.link import Linked
 from autopar.options import Options, check_target
 from autopar.payload import model_tensors, rank_batch, rank_payload
@@ -37,6 +37,7 @@ class Engine:
         self._planned: Planned | None = None
         self._ranks: Ranks | None = None
         self._loaded, self._closed = False, False
+        self._drawn = {False: 0, True: 0}
 
     @property
     def is_main(self) -> bool:
@@ -112,7 +113,7 @@ class Engine:
         check_batch(found, planned)
         return found.tensors()
 
-    def sent_parts(self, batch: Any) -> dict[int, dict[str, Tensor]]:
+    def sent_parts(self, batch: Any, *, evaluates: bool = False) -> dict[int, dict[str, Tensor]]:
         """``parts`` of a batch that has been checked, everything planned and loaded for it."""
         self._check_open()
         if self._planned is None:
@@ -124,7 +125,7 @@ class Engine:
         tensors = self.batch_tensors(batch)
         if not self._loaded:
             self._check_batches(self._load(), tensors)
-        return self.parts(tensors)
+        return self.parts(tensors, evaluates=evaluates)
 
     def _check_batches(self, ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
         """Once: that ranks were given the same batch, or those of a replica the same part."""
@@ -144,10 +145,16 @@ class Engine:
         """Which of these parts this process loads."""
         return self._linked.coordinates[process_index()][1] if self._options.local_batches else 0
 
-    def parts(self, batch: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """What each rank fed by this process reads of a global batch."""
-        hosted = self._running().hosted
-        return {rank: rank_batch(self._linked, rank, batch) for rank in hosted}
+    def parts(self, batch: Mapping[str, Tensor], *, evaluates: bool = False) -> dict[int, dict[str, Tensor]]:
+        """What each rank fed by this process reads of a global batch, and starts to draw random numbers from.
+
+        Every call begins a step of its own, of training or of evaluation.
+        """
+        hosted, rows = self._running().hosted, self.plan.batch // self.data_parallel_size
+        samples = range(self.data_parallel_rank * rows, (self.data_parallel_rank + 1) * rows)
+        drawn = random_leaves(self._options.seed, self._drawn[evaluates], samples, evaluates=evaluates)
+        self._drawn[evaluates] += 1
+        return {rank: rank_batch(self._linked, rank, {**batch, **drawn}) for rank in hosted}
 
     def call(self, method: str, payloads: Mapping[int, Any] | None = None) -> list[Any]:
         """Call a method on every rank, with a payload for each that this process feeds; load the program if need be."""

@@ -149,7 +149,7 @@ class Executable(Engine):
         The program is that of the forward that was compiled, in the mode (train or eval) the model was in.
         Errors: those of ``step``.
         """
-        return float(self.call("evaluate", self.sent_parts(batch))[0])
+        return float(self.call("evaluate", self.sent_parts(batch, evaluates=True))[0])
 
     def trace(self, path: str | os.PathLike[str], batch: Any) -> float:
         """A step on a batch, measured: writes it as a Chrome trace beside the estimated one, with the same names.
@@ -229,7 +229,7 @@ class Executable(Engine):
         state["groups"] = {index: tree for rank in reversed(ranks) for index, tree in rank["groups"].items()}
         state["states"] = {name: kinds for rank in ranks for name, kinds in rank["states"].items()}
         scheduler = None if self._scheduler is None else self._scheduler.state_dict()
-        state |= {"scheduler_state": scheduler, "steps": self._steps, "extra": extra}
+        state |= {"scheduler_state": scheduler, "steps": self._steps, "drawn": self._drawn[False], "extra": extra}
         content, root = driver_file(state), Path(folder).resolve()
         name = decided(lambda: new_part(root, self._steps))
         write_driver(root / name, process_index(), content)
@@ -256,7 +256,7 @@ class Executable(Engine):
         if self._scheduler is not None:
             self._scheduler.load_state_dict(saved["scheduler_state"])
         set_random_states(saved["random"])
-        self._steps = saved["steps"]
+        self._steps, self._drawn[False] = saved["steps"], saved["drawn"]
         return saved["extra"]
 
     def _described(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Options:
     max_grad_norm: float | None = None
     timeout_s: float | None = None
     local_batches: bool = False
+    seed: int = 0
 
     @staticmethod
     def of(
@@ -47,6 +48,7 @@ class Options:
         max_grad_norm: float | None = None,
         timeout_s: float | None = None,
         local_batches: bool = False,
+        seed: int = 0,
     ) -> Options:
         """Checked options; ConfigError or UnsupportedError with a next move."""
         for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer), ("scheduler", scheduler)):
@@ -66,6 +68,8 @@ class Options:
             raise ConfigError(f"timeout_s must be above 0 seconds, or None for torch's default, not {timeout_s!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping, not {max_grad_norm!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ConfigError(f"seed must be a whole number of 64 bits, not {seed!r}")
         norm = None if max_grad_norm is None else float(max_grad_norm)
         return Options(
             loss_fn,
@@ -78,6 +82,7 @@ class Options:
             norm,
             timeout_s,
             local_batches,
+            seed,
         )
 
 

@@ -38,6 +38,7 @@ from passes.constant import check_constant
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
 from passes.precision import cast
+from passes.random_vocabulary import DRAWING, DROPOUT
 from passes.segment import Segment
 from passes.trace import Traced, trace
 from passes.zero import zero_key
@@ -129,7 +130,7 @@ class Job:
         parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in parameters.items()}
         optimizer = capture(options.optimizer, shapes)
-        notes = (*traced.notes, *notes, *_unpriced(whole))
+        notes = (*traced.notes, *notes, *_unpriced(whole), *_random(whole, options.seed))
         return Job(cluster, options, traced, analysis, optimizer, parameters, notes)
 
     @property
@@ -355,6 +356,18 @@ def _unpriced(model: ModelGraph) -> tuple[str, ...]:
 
     names = dict.fromkeys(str(n.target) for n in model.nodes() if not is_getitem(n) and entry_of(str(n.target)) is None)
     return tuple(f"{name} has no rule: replicated and priced by the bytes it moves" for name in names)
+
+
+def _random(model: ModelGraph, seed: int) -> tuple[str, ...]:
+    """That random numbers are autopar's own, and attention that is computed otherwise for their sake."""
+    calls = sum(n.target in DRAWING for n in model.nodes())
+    attentions = sum(n.target is DROPOUT and "softmax" in str(n.args[0]) for n in model.nodes())
+    if not calls:
+        return ()
+    drawn = f"{calls} random calls draw from seed {seed}: the same numbers under every plan, other than torch's own"
+    if not attentions:
+        return (drawn,)
+    return drawn, f"{attentions} attentions with dropout are not fused: their weights are kept in memory"
 
 
 def _parts(solution: Solution | Infeasible) -> Sequence[Assigned]:

@@ -16,7 +16,7 @@ from torch import fx
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
-from passes import vocabulary  # noqa: F401  (registers torch.ops.autopar)
+from passes import restate_attention  # noqa: F401  (with restate_random and our ops, adds to REWRITES)
 from passes.calls import schema_arguments
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
 from passes.restate import HALF, REWRITES
@@ -73,8 +73,8 @@ class Cleaner:
             return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _INACTIVE:
             raise UnsupportedError(
-                f"{node.target} draws random numbers ({source_of(node)}), which ranks cannot draw alike yet: "
-                "draw them outside the model and pass them as inputs"
+                f"{node.target} draws random numbers in a way that does not divide among ranks ({source_of(node)}): "
+                "draw them outside the model and pass them as inputs, or make them of torch.rand"
             )
         meta = meta_of(node.meta.get("val"))
         assert meta is not None, f"{node.target} returns no tensor"

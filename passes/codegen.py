@@ -23,6 +23,12 @@ RUNTIME_CALLS = {
     "autopar.attention_backward.default": "kernels.attention_backward",
     "autopar.count_labels.default": "kernels.count_labels",
     "autopar.put.default": "kernels.put",
+    "autopar.random_keys.default": "kernels.random_keys",
+    "autopar.keep.default": "kernels.keep",
+    "autopar.drop.default": "kernels.drop",
+    "autopar.uniform.default": "kernels.uniform",
+    "autopar.normal.default": "kernels.normal",
+    "autopar.random_integers.default": "kernels.random_integers",
     "autopar.experts.default": "kernels.experts",
     "autopar.experts_backward.default": "kernels.experts_backward",
 }

@@ -7,18 +7,15 @@ microbatches simply add up.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from cost_model.errors import UnsupportedError
 from cost_model.ops.loss import POINTWISE
 from cost_model.tensor import TensorMeta
-from passes.dependence import ancestors
-from passes.graph import Meta, meta_of
+from passes.graph import meta_of
 
 if TYPE_CHECKING:
     from passes.clean import Cleaner
@@ -59,15 +56,6 @@ def _cast(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     return run.cast(node, a["self"], meta.dtype)
 
 
-@rewrites(aten.dropout.default)
-def _dropout(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    if not a["train"] or a["p"] == 0:
-        return a["input"]
-    raise UnsupportedError(
-        f"dropout with p={a['p']} is not supported yet: build the model with dropout 0 or call model.eval()"
-    )
-
-
 @rewrites(aten.slice.Tensor)
 def _slice(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     extent = run.tensor(a["self"]).shape[a["dim"]]
@@ -98,53 +86,6 @@ def _view(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
 @rewrites(aten.reshape.default)
 def _reshape(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     return _view(run, node, a)
-
-
-@rewrites(aten.scaled_dot_product_attention.default)
-def _attention(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Fused attention as our op; key and value heads repeated for grouped queries.
-
-    Its kernels give no gradient of the mask, so attention with a learned mask stays as it is.
-    """
-    query, key, value = a["query"], a["key"], a["value"]
-    meta = run.tensor(query)
-    if a["dropout_p"]:
-        raise UnsupportedError(
-            f"attention dropout {a['dropout_p']} is not supported yet: set it to 0 or call model.eval()"
-        )
-    is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
-    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
-        return NotImplemented
-    if a["enable_gqa"]:
-        repeat = meta.shape[1] // run.tensor(key).shape[1]
-        key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
-    batch, heads, length, _ = meta.shape
-    outputs: Meta = (meta, TensorMeta((batch, heads, length), "float32" if meta.dtype != "float64" else "float64"))
-    mask = _additive(run, node, a["attn_mask"], meta.dtype)
-    args = (query, key, value, mask, a["is_causal"], a["scale"])
-    made = run.call(torch.ops.autopar.attention.default, args, outputs, like=node)
-    return run.call(operator.getitem, (made, 0), meta, like=node)
-
-
-def _additive(run: Cleaner, node: fx.Node, mask: fx.Node | None, dtype: str) -> fx.Node | None:
-    """A boolean mask as what kernels take: 0 where attention is allowed, -inf elsewhere."""
-    if mask is None or run.tensor(mask).dtype != "bool":
-        return mask
-    shape = run.tensor(mask).shape
-    made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
-    return run.cast(node, made, dtype)
-
-
-def _repeat_heads(run: Cleaner, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:
-    meta = run.tensor(x)
-    batch, heads, length, width = meta.shape
-    for target, arg, shape in (
-        (aten.unsqueeze.default, 2, (batch, heads, 1, length, width)),
-        (aten.expand.default, [batch, heads, repeat, length, width], (batch, heads, repeat, length, width)),
-        (aten.reshape.default, [batch, heads * repeat, length, width], (batch, heads * repeat, length, width)),
-    ):
-        x = run.call(target, (x, arg), TensorMeta(shape, meta.dtype), like=node)
-    return x
 
 
 def _rows(run: Cleaner, node: fx.Node, logits: fx.Node, labels: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -8,7 +8,7 @@ batch size is divided by the global one whatever a microbatch holds.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -17,7 +17,9 @@ from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
 from passes.graph import Meta, ModelGraph
 from passes.rewriter import GraphBuilder
-from passes.trace import Traced
+
+if TYPE_CHECKING:
+    from passes.trace import Traced
 
 _SIZE_SCALARS = {"arange", "linspace", "range"}
 

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError, UnsupportedError
 from passes.clean import clean
 from passes.detach import detach
+from passes.draws import give_draws
 from passes.experts import traceable_experts
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
@@ -193,6 +194,7 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec) -> Traced:
                 *notes,
                 f"the batch cannot be split: the model does not trace at batch {other_size} ({error.args[0]})",
             )
+    graph, other = give_draws(graph, other)
     merge_equal([graph] if other is None else [graph, other])
     return Traced(graph, other, aliases, constants, spec, notes, counters)
 

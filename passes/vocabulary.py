@@ -22,7 +22,7 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an opaque op and return a decorator for its shape function."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
@@ -43,65 +43,65 @@ def _resized(x: Tensor, dim: int, extent: int) -> Tensor:
     return x.new_empty([extent if d == dim else s for d, s in enumerate(x.shape)])
 
 
-@_define("all_reduce(Tensor x, str axis, str op) -> Tensor")
+@define("all_reduce(Tensor x, str axis, str op) -> Tensor")
 def all_reduce(x: Tensor, axis: str, op: str) -> Tensor:
     return _like(x)
 
 
-@_define("all_gather(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
+@define("all_gather(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
 def all_gather(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
     return _resized(x, dim, x.shape[dim] * size)
 
 
-@_define("reduce_scatter(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
+@define("reduce_scatter(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
 def reduce_scatter(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
     return _resized(x, dim, x.shape[dim] // size)
 
 
-@_define("take_shard(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
+@define("take_shard(Tensor x, str axis, int size, int dim, int outer) -> Tensor")
 def take_shard(x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
     return _resized(x, dim, x.shape[dim] // size)
 
 
-@_define("all_to_all(Tensor x, str axis, int size, int split_dim, int concat_dim) -> Tensor")
+@define("all_to_all(Tensor x, str axis, int size, int split_dim, int concat_dim) -> Tensor")
 def all_to_all(x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
     split = _resized(x, split_dim, x.shape[split_dim] // size)
     return _resized(split, concat_dim, x.shape[concat_dim] * size)
 
 
-@_define("shard_ids(Tensor ids, str axis, int size, int extent) -> Tensor")
+@define("shard_ids(Tensor ids, str axis, int size, int extent) -> Tensor")
 def shard_ids(ids: Tensor, axis: str, size: int, extent: int) -> Tensor:
     """ids less the first index of this rank's shard of ``extent`` rows; -1 where another rank holds the row."""
     return _like(ids)
 
 
-@_define("forward_end(Tensor x) -> Tensor")
+@define("forward_end(Tensor x) -> Tensor")
 def forward_end(x: Tensor) -> Tensor:
     """Marks where forward ends in a joint graph; removed by ``split``."""
     return x.new_empty([0])
 
 
-@_define("accumulate(Tensor grad, str parameter) -> ()")
+@define("accumulate(Tensor grad, str parameter) -> ()")
 def accumulate(grad: Tensor, parameter: str) -> None:
     """Adds a finished gradient to the parameter's buffer."""
 
 
-@_define("put(Tensor(a!) bucket, Tensor grad, int offset) -> ()")
+@define("put(Tensor(a!) bucket, Tensor grad, int offset) -> ()")
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
     """Writes a finished gradient to its place in a bucket."""
 
 
-@_define("cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing) -> Tensor")
+@define("cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing) -> Tensor")
 def _cross_entropy_sum(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
     return logits.new_empty([], dtype=torch.float32 if logits.dtype in _HALF else logits.dtype)
 
 
-@_define("count_labels(Tensor labels, int ignore_index) -> Tensor")
+@define("count_labels(Tensor labels, int ignore_index) -> Tensor")
 def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return labels.new_empty([], dtype=torch.float32)
 
 
-@_define(
+@define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float momentum, "
     "float eps, int replicas) -> Tensor"
 )
@@ -109,14 +109,14 @@ def _batch_norm(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@_define(
+@define(
     "experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, str activation, int total) -> Tensor"
 )
 def _experts(x: Tensor, *rest: Any) -> Tensor:
     return _like(x)
 
 
-@_define(
+@define(
     "experts_backward(Tensor grad, Tensor x, Tensor index, Tensor weights, Tensor gate_up, Tensor down, "
     "str activation, int total) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -126,7 +126,7 @@ def _experts_backward(
     return _like(x), _like(weights), _like(gate_up), _like(down)
 
 
-@_define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor)")
+@define("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale) -> (Tensor, Tensor)")
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def _attention(
     return out, logsumexp
 
 
-@_define(
+@define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor? mask, "
     "bool is_causal, float? scale) -> (Tensor, Tensor, Tensor)"
 )

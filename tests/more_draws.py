@@ -211,6 +211,14 @@ def _rolled(d: Draw) -> tuple[Any, ...]:
     return x, d.pick([1], [2]), d.pick([0], [-1], [1])
 
 
+def _numbers(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    return torch.tensor(shape).sum(), [torch.arange(extent) for extent in shape]
+
+
+def _dropout(d: Draw, x: Tensor) -> tuple[Any, ...]:
+    return x, *_numbers(x.shape), d.pick(0.1, 0.5)
+
+
 MORE: list[Drawn] = [
     (
         """leaky_relu.default hardtanh.default relu6.default hardsigmoid.default hardswish.default softplus.default
@@ -294,6 +302,12 @@ MORE: list[Drawn] = [
     ("instance_norm.default", 6, _instance_norm),
     ("autopar.batch_norm.default", 6, lambda d: (d.normal(4, 6, 3), d.normal(6), d.normal(6), 1e-5, 1)),
     ("autopar.experts.default", 10, _experts),
+    ("autopar.dropout.default", 20, lambda d: _dropout(d, d.any(0))),
+    (
+        "autopar.uniform.default autopar.normal.default autopar.random_integers.default",
+        10,
+        lambda d: _numbers(d.shape(0)),
+    ),
     ("topk.default", 8, lambda d: (_distinct(d, *d.shape(1, 2), 6), d.pick(1, 2), -1)),
     ("sort.default argsort.default max.dim min.dim median.dim mode.default argmin.default", 6, _ordered),
     ("sort.stable argsort.stable", 4, lambda d: (_ordered(d)[0], {"stable": True, "dim": 0})),

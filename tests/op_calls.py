@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from autopar.runtime import draws
 from cost_model.ops import OpCall, Ref
 from cost_model.tensor import TensorMeta
 
@@ -60,12 +61,19 @@ def experts(
     return torch.einsum("teh,tke,tk->th", made, asked.to(x.dtype), weights)
 
 
+def dropout(x: Tensor, key: Tensor, coordinates: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor]:
+    mask = draws.keep(key, coordinates, p)
+    return x * mask / (1 - p), mask
+
+
 REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.attention.default": attention,
     "autopar.cross_entropy_sum.default": cross_entropy_sum,
     "autopar.count_labels.default": count_labels,
     "autopar.batch_norm.default": batch_norm,
     "autopar.experts.default": experts,
+    "autopar.dropout.default": dropout,
+    **{f"autopar.{name}.default": getattr(draws, name) for name in ("uniform", "normal", "random_integers")},
 }
 
 

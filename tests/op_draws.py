@@ -312,7 +312,6 @@ DRAWN: list[tuple[str, int, Callable[[Draw], tuple[Any, ...]]]] = [
     ("gelu.default", 20, lambda d: (d.any(), {"approximate": d.pick("none", "tanh")})),
     ("pow.Tensor_Scalar", 20, lambda d: (d.positive(*d.shape()), d.pick(2, 3.0, 1.7))),
     ("clamp.default", 20, lambda d: (d.any(), d.pick(None, -0.5), 0.7)),
-    ("dropout.default", 20, lambda d: (d.any(), *d.pick((0.0, True), (0.5, False)))),
     ("to.dtype", 20, lambda d: (d.any(), d.pick(torch.float32, torch.float64, torch.int64))),
     ("to.dtype_layout _to_copy.default", 8, lambda d: (d.any(), {"dtype": d.pick(torch.float32, torch.float64)})),
     ("mul.Tensor div.Tensor maximum.default minimum.default", 20, _operands),

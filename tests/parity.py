@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,25 @@ def cpu_cluster(num_devices: int, bandwidth: float = 1e9) -> autopar.Cluster:
     )
 
 
+Given = Callable[[int], AbstractContextManager[None]]
+"""What a step of plain PyTorch runs in: where its random numbers come from."""
+
+
 def reference(
-    model: nn.Module, batch: dict[str, torch.Tensor], optimizer: Any, steps: int = 3
+    model: nn.Module,
+    batch: dict[str, torch.Tensor],
+    optimizer: Any,
+    steps: int = 3,
+    given: Given = lambda step: nullcontext(),
 ) -> tuple[list[float], nn.Module]:
     """Losses and the trained model of plain PyTorch on one device."""
     trained = copy.deepcopy(model)
     update = optimizer(trained.parameters())
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         update.zero_grad()
-        output = trained(**batch)
+        with given(step):
+            output = trained(**batch)
         loss = output if isinstance(output, torch.Tensor) else output.loss
         loss.backward()
         update.step()
@@ -54,10 +65,11 @@ def check_parity(
     num_devices: int,
     tolerance: float,
     optimizer: Any = SGD,
+    given: Given = lambda step: nullcontext(),
     **pins: Any,
 ) -> autopar.Plan:
     """Train three steps both ways and compare every loss and every parameter; returns the plan that ran."""
-    losses, trained = reference(model, batch, optimizer)
+    losses, trained = reference(model, batch, optimizer, given=given)
     parallelism = autopar.Parallelism(**pins)
     with autopar.compile(model, cpu_cluster(num_devices), batch, optimizer=optimizer, parallelism=parallelism) as exe:
         found = [exe.step(batch) for _ in range(3)]

@@ -176,7 +176,6 @@ def test_what_is_linear(op: str, operands: int, linear: tuple[tuple[int, ...], .
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        ("aten.dropout.default", {"p": 0.1, "train": True}),
         ("aten.tanh_backward.default", {}),
         ("aten.cross_entropy_loss.default", {}),
     ],

@@ -164,6 +164,10 @@ LOCAL = {
     "x": TensorMeta((4, 6), "float32"),
     "gathered": TensorMeta((4, 12), "float32"),
     "ids": TensorMeta((4,), "int64"),
+    "index": TensorMeta((6,), "int64"),
+    "key": TensorMeta((), "int64"),
+    "state": TensorMeta((2,), "int64"),
+    "mask": TensorMeta((4, 6), "bool"),
     "heads": TensorMeta((2, 3, 5, 4), "float32"),
     "lse": TensorMeta((2, 3, 5), "float32"),
     "ids2": TensorMeta((4, 2), "int64"),
@@ -182,6 +186,9 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "accumulate": ("x", "", {"parameter": "w"}),
     "put": ("gathered x", "", {"offset": 0}),
     "experts_backward": ("x x ids2 routing gate_up down", "x routing gate_up down", {"activation": "silu", "total": 4}),
+    "random_keys": ("state", "ids", {"count": 4}),
+    "keep": ("key ids index", "mask", {"p": 0.1}),
+    "drop": ("x mask", "x", {"scale": 1.0}),
     "attention_backward": ("heads heads heads heads heads lse", "heads heads heads", {"is_causal": False}),
 }
 

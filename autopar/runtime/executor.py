@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class RankExecutor:
         self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
         self.updates = {name: torch.zeros_like(self.buffers[name]) for name in payload["updates"]}
         self.targets = {**self.grads, **self.updates}
+        self.kernels: ModuleType = kernels
         self.chunks = [self._chunk(described) for described in payload["chunks"]]
         self.constants = self._set_up()
         self.optimizer = self._optimizer()
@@ -170,7 +171,7 @@ class RankExecutor:
         self._reset()
         self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
         self.module.feed(self)
-        self.step_values = self.module.prologue(self.batch, self.buffers, kernels, self.device)
+        self.step_values = self.module.prologue(self.batch, self.buffers, self.kernels, self.device)
         if self.spec["accumulates"] and self.accumulated == 0 and not keep:
             for buffer in self.flat.values():
                 buffer.zero_()
@@ -201,7 +202,7 @@ class RankExecutor:
             part,
             lambda: own.forward(
                 self.params, self.buffers, self.constants[chunk], *self._slices(microbatch),
-                inbox, self.comm, kernels, self.device,
+                inbox, self.comm, self.kernels, self.device,
             ),
         )  # fmt: skip
         output, self.saved[part] = result
@@ -222,7 +223,7 @@ class RankExecutor:
             part,
             lambda: own.backward(
                 self.params, self.buffers, self.constants[chunk], *self._slices(microbatch),
-                saved, self.targets, accumulate, self.comm, kernels, self.device,
+                saved, self.targets, accumulate, self.comm, self.kernels, self.device,
             ),
         )  # fmt: skip
         if own.received is not None:

@@ -5,6 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autopar.runtime.draws import drop, keep, normal, random_integers, random_keys, uniform
+
+__all__ = [
+    "attention",
+    "attention_backward",
+    "count_labels",
+    "drop",
+    "experts",
+    "experts_backward",
+    "keep",
+    "normal",
+    "put",
+    "random_integers",
+    "random_keys",
+    "uniform",
+]
+
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}

@@ -6,6 +6,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -114,17 +115,18 @@ def traced_step(executor: RankExecutor, batch: Tree) -> tuple[float, float, list
 
 
 class _Recorded:
-    """A Comm whose every call is one profiler event, "autopar.<method>", waiting for the other ranks included."""
+    """A Comm, or the kernels, whose every call is one profiler event, "autopar.<method>", waiting for the other ranks
+    included."""
 
-    def __init__(self, comm: Comm) -> None:
-        self._comm = comm
+    def __init__(self, recorded: Any) -> None:
+        self._recorded = recorded
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._comm, name)
+        method = getattr(self._recorded, name)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             with record_function(f"autopar.{name}"):
-                return method(*args)
+                return method(*args, **kwargs)
 
         return call
 
@@ -136,13 +138,13 @@ def _kinds(executor: RankExecutor, batch: Tree, kinds: Tree) -> dict[str, float]
     "receive": waiting included; "outside ops": Python, and waiting for sends and for the loss.
     """
     known = {**kinds, **_optimizer_event(executor)}
-    comm = executor.comm
-    executor.comm = cast(Comm, _Recorded(comm))
+    comm, kernels = executor.comm, executor.kernels
+    executor.comm, executor.kernels = cast(Comm, _Recorded(comm)), cast(ModuleType, _Recorded(kernels))
     try:
         with profile(activities=_activities(executor)) as profiled, record_function(_ROOT):
             seconds, events = _step_with_events(executor, batch)
     finally:
-        executor.comm = comm
+        executor.comm, executor.kernels = comm, kernels
     totals: defaultdict[str, float] = defaultdict(float)
     for event in profiled.events():
         kind = op_kind(event, known)

@@ -88,15 +88,10 @@ def attention_factors(call: OpCall) -> FactorMap:
     return parse_map(notation, call.inputs, call.outputs, whole="t s d e", sizes=sizes)
 
 
-def _sdpa_factors(call: OpCall) -> FactorMap | None:
-    """Active dropout draws one mask for the whole tensor and is not sharded here."""
-    return None if call.args.get("dropout_p") else attention_factors(call)
-
-
 register(
     Op(
         name="aten.scaled_dot_product_attention.default",
-        factors=_sdpa_factors,
+        factors=attention_factors,
         price=_price,
         backward_price=_planned_backward,
         saves=saving("in0", "in1", "in2", "in3", "out0"),

@@ -162,25 +162,6 @@ def _pow_backward(call: OpCall) -> tuple[OpCost, ...]:
     return gradient_of(f"{power} oo ooo")(call)
 
 
-def _is_inactive_dropout(call: OpCall) -> bool:
-    return call.args.get("p") == 0 or not call.args.get("train")
-
-
-def _dropout_factors(call: OpCall) -> FactorMap | None:
-    """Inactive dropout is the identity; active dropout draws one mask for the whole tensor and is not sharded here."""
-    return aligned(linear_in_first)(call) if _is_inactive_dropout(call) else None
-
-
-def _dropout_price(call: OpCall) -> OpCost | None:
-    """Draws a mask of the output's size, reads it again with the input, writes the output; inactive: an alias."""
-    (out,) = call.outputs
-    return None if _is_inactive_dropout(call) else sweep("random", *(out,) * 4, flops=2 * out.numel)
-
-
-def _dropout_backward(call: OpCall) -> tuple[OpCost, ...]:
-    return () if _is_inactive_dropout(call) else gradient_of("ooo")(call)
-
-
 def elementwise(
     names: str, kind: str, linear: Linear, backward: Backward, saves: Saves = saves_nothing, flops: float = 1.0
 ) -> None:
@@ -230,7 +211,6 @@ elementwise(
     no_backward,
 )
 register(Op("aten.pow.Tensor_Scalar", aligned(nowhere_linear), _pow_price, _pow_backward, saving("in0")))
-register(Op("aten.dropout.default", _dropout_factors, _dropout_price, _dropout_backward, saves_nothing))
 
 register_priced(
     """aten.tanh_backward.default aten.sigmoid_backward.default aten.threshold_backward.default

@@ -1,0 +1,105 @@
+"""Restate attention: fused, as our op, where no dropout is drawn in it; else as its products."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from cost_model.tensor import TensorMeta
+from passes.dependence import ancestors
+from passes.graph import Meta, meta_of
+from passes.restate import rewrites
+from passes.restate_random import dropped, scaled
+
+if TYPE_CHECKING:
+    from passes.clean import Cleaner
+
+aten = torch.ops.aten
+_CPU = torch.device("cpu")
+
+
+@rewrites(aten.scaled_dot_product_attention.default)
+def _attention(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Fused attention as our op; key and value heads repeated for grouped queries.
+
+    Its kernels give no gradient of the mask, so attention with a learned mask stays as it is.
+    """
+    query, key, value = a["query"], a["key"], a["value"]
+    meta = run.tensor(query)
+    if a["dropout_p"]:
+        return _with_dropout(run, node, a)
+    is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
+    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
+        return NotImplemented
+    if a["enable_gqa"]:
+        repeat = meta.shape[1] // run.tensor(key).shape[1]
+        key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
+    batch, heads, length, _ = meta.shape
+    outputs: Meta = (meta, TensorMeta((batch, heads, length), "float32" if meta.dtype != "float64" else "float64"))
+    mask = _additive(run, node, a["attn_mask"], meta.dtype)
+    args = (query, key, value, mask, a["is_causal"], a["scale"])
+    made = run.call(torch.ops.autopar.attention.default, args, outputs, like=node)
+    return run.call(operator.getitem, (made, 0), meta, like=node)
+
+
+def _additive(run: Cleaner, node: fx.Node, mask: fx.Node | None, dtype: str) -> fx.Node | None:
+    """A boolean mask as what kernels take: 0 where attention is allowed, -inf elsewhere."""
+    if mask is None or run.tensor(mask).dtype != "bool":
+        return mask
+    shape = run.tensor(mask).shape
+    made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
+    return run.cast(node, made, dtype)
+
+
+def _repeat_heads(run: Cleaner, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:
+    meta = run.tensor(x)
+    batch, heads, length, width = meta.shape
+    for target, arg, shape in (
+        (aten.unsqueeze.default, 2, (batch, heads, 1, length, width)),
+        (aten.expand.default, [batch, heads, repeat, length, width], (batch, heads, repeat, length, width)),
+        (aten.reshape.default, [batch, heads * repeat, length, width], (batch, heads * repeat, length, width)),
+    ):
+        x = run.call(target, (x, arg), TensorMeta(shape, meta.dtype), like=node)
+    return x
+
+
+def _with_dropout(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Scores, softmax, dropout and the sum of values, whatever the rank; grouped keys and values repeated."""
+    out = meta_of(node.meta["val"])
+    assert isinstance(out, TensorMeta)
+    query, key, value = a["query"], a["key"], a["value"]
+    meta = run.tensor(query)
+    if a["enable_gqa"]:
+        repeat = meta.shape[-3] // run.tensor(key).shape[-3]
+        key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(meta.shape[-1])
+    of_keys = run.tensor(key).shape
+    turned = TensorMeta((*of_keys[:-2], of_keys[-1], of_keys[-2]), meta.dtype)
+    keys = run.call(aten.transpose.int, (key, -2, -1), turned, like=node)
+    scores = TensorMeta((*meta.shape[:-1], of_keys[-2]), meta.dtype)
+    made = run.call(aten.matmul.default, (scaled(run, node, query, scale, 0), keys), scores, like=node)
+    for mask in (a["attn_mask"], _causal(run, node, scores) if a["is_causal"] else None):
+        made = made if mask is None else _masked(run, node, made, mask)
+    weights = run.call(aten.softmax.int, (made, -1), scores, like=node)
+    return run.call(aten.matmul.default, (dropped(run, node, weights, a["dropout_p"]), value), out, like=node)
+
+
+def _causal(run: Cleaner, node: fx.Node, scores: TensorMeta) -> fx.Node:
+    """True where a key is not after the query."""
+    shape = TensorMeta(scores.shape[-2:], "bool")
+    ones = run.call(aten.ones.default, (list(shape.shape),), shape, like=node, dtype=torch.bool, device=_CPU)
+    made = run.call(aten.tril.default, (ones,), shape, like=node)
+    assert isinstance(made, fx.Node)
+    return made
+
+
+def _masked(run: Cleaner, node: fx.Node, scores: fx.Node, mask: fx.Node) -> Any:
+    """A boolean mask says where attention is allowed, any other is added."""
+    meta = run.tensor(scores)
+    if run.tensor(mask).dtype != "bool":
+        return run.call(aten.add.Tensor, (scores, mask), meta, like=node)
+    return run.call(aten.where.ScalarOther, (mask, scores, -math.inf), meta, like=node)
