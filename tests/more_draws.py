@@ -212,7 +212,7 @@ def _rolled(d: Draw) -> tuple[Any, ...]:
 
 
 def _numbers(shape: tuple[int, ...]) -> tuple[Any, ...]:
-    return torch.tensor(shape).sum(), [torch.arange(extent) for extent in shape]
+    return torch.tensor(len(shape)), [torch.arange(extent) for extent in shape]
 
 
 def _dropout(d: Draw, x: Tensor) -> tuple[Any, ...]:
