@@ -368,9 +368,9 @@ def test_what_is_drawn_is_in_the_program_and_its_price() -> None:
     with exe:
         code = exe.code(0)
         (stage,) = exe.planned.linked.program.stages
-    priced = [i.op for i in stage.forward.instructions]
+    priced = [i.op for i in stage.chunks[0].forward.instructions]
     assert code.count("kernels.keep(") == priced.count("autopar.keep.default") == 7
-    assert all(i.cost is not None for i in stage.forward.instructions if i.op == "autopar.keep.default")
+    assert all(i.cost is not None for i in stage.chunks[0].forward.instructions if i.op == "autopar.keep.default")
 
 
 def test_masks_are_drawn_again_where_all_is_recomputed() -> None:
