@@ -21,6 +21,7 @@ from cost_model.program import Instruction, Program
 from cost_model.simulate import Event, SimulationResult, simulate
 
 PHASES = ("forward", "backward", "transfer", "reduce", "optimizer", "other")
+_BLOCK_PHASES = {"forward": "forward", "backward": "backward", "weight": "backward"}
 WORLD_SUFFIX = " world"
 _ATTENTION = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -167,7 +168,7 @@ def _measured_phases(ranks: Sequence[Measured]) -> dict[str, float]:
     means: defaultdict[str, float] = defaultdict(float)
     for rank in ranks:
         for name, seconds in rank["phases_s"].items():
-            kind = "transfer" if name.startswith(("receive", "send")) else name
+            kind = "transfer" if name.startswith(("receive", "send")) else _BLOCK_PHASES.get(name, name)
             means[kind] += seconds / len(ranks)
     phases = {name: means[name] for name in PHASES}
     return {**phases, "other": max(0.0, means[STEP] - sum(phases.values()))}
@@ -184,8 +185,8 @@ def _simulated_phases(result: SimulationResult, stage: int, step_time_s: float) 
     events = [event for event in result.timeline if event.stage == stage]
     phases = dict.fromkeys(PHASES, 0.0)
     for event in events:
-        if event.name in ("forward", "backward"):
-            phases[event.name] += event.end_s - event.start_s
+        if event.name in _BLOCK_PHASES:
+            phases[_BLOCK_PHASES[event.name]] += event.end_s - event.start_s
     now = max((event.end_s for event in events if event.microbatch >= 0), default=0.0)
     phases["transfer"] = now - phases["forward"] - phases["backward"]
     for event in sorted((e for e in events if e.microbatch < 0), key=lambda e: e.end_s):

@@ -14,7 +14,7 @@ from autopar.step_work import gathers_of, gradient_layout, reductions_of
 from cost_model.placement import Placement
 from cost_model.plan import Plan, StagePlan
 from cost_model.program import Bucket, Chunk, Collective, ParameterShard, Program, StageProgram, StepWork, Value
-from cost_model.schedule import Step, stage_schedule
+from cost_model.schedule import Step, splits_backward, stage_schedule
 from cost_model.schedule_check import check_schedule
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
@@ -219,6 +219,7 @@ class Linker:
             dp=plan.dp,
             shared=_held_by_several(segments, plan),
             suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
+            splits_backward=splits_backward(plan.schedule, index % plan.pp),
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:
@@ -348,6 +349,8 @@ def _chunk(code: StageCode, plan: StagePlan) -> Chunk:
         sent=code.sent,
         received=code.received,
         constants=code.constants,
+        weight=code.weight,
+        kept=code.kept,
     )
 
 

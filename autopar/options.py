@@ -101,7 +101,6 @@ def check_target(model: object, cluster: object) -> None:
 def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
     """What this version does not do yet is refused by name."""
     refused = [
-        (pins.schedule == "zero_bubble", f"schedule={pins.schedule!r}", "'1f1b', 'interleaved' or 'gpipe'"),
         (
             pins.sequence_parallel is not None,
             f"sequence_parallel={pins.sequence_parallel}",

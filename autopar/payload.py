@@ -85,7 +85,13 @@ def rank_payload(
         "accumulates": plan.microbatches > 1 or plan.virtual_stages > 1,
         "reports_loss": stage == plan.pp - 1 and tp == 0,
         "chunks": [
-            {"suffix": code.suffix, "received": _meta(code.received), "sent": _meta(code.sent)} for code in part.chunks
+            {
+                "suffix": code.suffix,
+                "received": _meta(code.received),
+                "sent": _meta(code.sent),
+                "splits_backward": code.weight is not None,
+            }
+            for code in part.chunks
         ],
         "links": _links(linked, stage, dp, tp),
     }

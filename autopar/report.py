@@ -262,7 +262,7 @@ def _traffic(stage: StageProgram) -> list[_Traffic]:
     """(order, when, what, axis, count, bytes) of all that a rank of a stage sends."""
     blocks = {
         "each forward": [chunk.forward for chunk in stage.chunks],
-        "each backward": [chunk.backward for chunk in stage.chunks],
+        "each backward": [block for chunk in stage.chunks for block in chunk.backwards],
     }
     rows: list[_Traffic] = []
     for order, (when, own) in enumerate(blocks.items()):

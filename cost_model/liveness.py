@@ -101,16 +101,19 @@ def _live_at(block: Block, entry: _Sizes, held: Collection[str], at: int) -> _Si
 class ChunkStorages:
     """Storages (name -> bytes) that enter and leave a chunk's blocks; those kept all step are left out.
 
-    carried: kept by one microbatch from its forward to its backward; *_in: what each block owns besides on entry;
-    *_out: what it sends; sent_is_saved: whether the activation sent is also carried.
+    carried: kept by one microbatch from its forward to its backward; kept: from its backward to its weight block;
+    *_in: what each block owns besides on entry; *_out: what it sends; sent_is_saved: whether the activation sent is
+    also carried, sent_is_kept: whether it is kept. A gradient that is both sent and kept counts twice.
     """
 
     carried: Mapping[str, int]
+    kept: Mapping[str, int]
     activation_in: Mapping[str, int]
     activation_out: Mapping[str, int]
     gradient_in: Mapping[str, int]
     gradient_out: Mapping[str, int]
     sent_is_saved: bool
+    sent_is_kept: bool
 
     @staticmethod
     def of(chunk: Chunk, stage: StageProgram) -> ChunkStorages:
@@ -121,15 +124,18 @@ class ChunkStorages:
         carried = _carried(chunk, static, None if sent is None or sent_is_saved else sent.storage)
         own = _freed(chunk.forward) | carried.keys()
         activation_in = {v.storage: v.storage_bytes for v in chunk.forward.inputs if v.storage in own - static}
-        own = _freed(chunk.backward) - carried.keys()
+        own = {s for block in chunk.backwards for s in _freed(block)} - carried.keys()
+        made = {value.storage: value.storage_bytes for value in _values(chunk.backward)}
         gradient_in = {v.storage: v.storage_bytes for v in chunk.backward.inputs if v.storage in own - static}
         return ChunkStorages(
             carried=carried,
+            kept={storage: made[storage] for storage in chunk.kept if storage not in static},
             activation_in=activation_in or _received("received activation", chunk.received),
             activation_out={sent.storage: sent.storage_bytes} if sent is not None else {},
             gradient_in=gradient_in or _received("received gradient", chunk.sent),
-            gradient_out={v.storage: v.storage_bytes for v in _outputs(chunk.backward) if v.storage not in static},
+            gradient_out={v.storage: v.storage_bytes for v in _gradients(chunk) if v.storage not in static},
             sent_is_saved=sent_is_saved,
+            sent_is_kept=sent is not None and sent.storage in chunk.kept,
         )
 
 
@@ -145,6 +151,12 @@ def _values(block: Block) -> Iterator[Value]:
 
 def _outputs(block: Block) -> list[Value]:
     return [value for value in _values(block) if value.name in block.outputs]
+
+
+def _gradients(chunk: Chunk) -> list[Value]:
+    """What the backward sends: its first output, where the chunk has received an activation."""
+    names = chunk.backward.outputs[: chunk.received is not None]
+    return [value for value in _values(chunk.backward) if value.name in names]
 
 
 def _received(name: str, meta: TensorMeta | None) -> dict[str, int]:
@@ -171,6 +183,6 @@ def _carried(chunk: Chunk, static: Collection[str], sent: str | None) -> dict[st
     unknown = sorted(set(chunk.saved) - sizes.keys())
     if unknown:
         raise VerificationError("saved", f"segments {chunk.segments}: {chunk.forward.name} does not make {unknown}")
-    callers = {value.storage for value in chunk.forward.inputs} - _freed(chunk.backward)
+    callers = {v.storage for v in chunk.forward.inputs}.difference(*(_freed(block) for block in chunk.backwards))
     kept = {*chunk.saved, *(value.storage for value in _outputs(chunk.forward))} - callers - {*static, sent}
     return {storage: size for storage, size in sizes.items() if storage in kept}

@@ -17,6 +17,7 @@ from cost_model.schedule import (
     SendBackward,
     SendForward,
     Step,
+    Weight,
     stage_schedule,
 )
 from cost_model.tensor import TensorMeta
@@ -172,15 +173,20 @@ class _Amount:
 class _ChunkBlocks:
     """What each step of a chunk holds, computed once.
 
-    carried: what one microbatch keeps from its forward to its backward; forward, backward: the blocks' own
-    peaks; backward_while_sending: with the activation sent still held by its send; *_in: buffers received;
-    *_out: buffers sent that nothing else holds (activation_out is empty where the activation is also saved).
+    carried: what one microbatch keeps from its forward to its backward; kept: from its backward to its weight block;
+    forward, backward, weight: the blocks' own peaks; *_while_sending: with the activation sent still held by its send;
+    shared_by: the block that ends the activation where it is also saved; *_in: buffers received; *_out: buffers sent
+    that nothing else holds (activation_out is empty where the activation is also saved).
     """
 
     carried: _Amount
+    kept: _Amount
     forward: _Amount
     backward: _Amount
     backward_while_sending: _Amount
+    weight: _Amount
+    weight_while_sending: _Amount
+    shared_by: type[Step]
     activation_in: _Amount
     gradient_in: _Amount
     activation_out: _Amount
@@ -194,18 +200,23 @@ class _ChunkBlocks:
         def buffer(sizes: Mapping[str, int]) -> _Amount:
             return _Amount.buffer(sizes, round_bytes)
 
-        def peak(block: Block, live_in: Mapping[str, int], held: Collection[str] = ()) -> _Amount:
-            return _Amount.block(block_peak(block, live_in, round_bytes, held), ends.carried)
+        def peak(block: Block | None, live_in: Mapping[str, int], held: Collection[str] = ()) -> _Amount:
+            if block is None:
+                return _Amount()
+            return _Amount.block(block_peak(block, live_in, round_bytes, held), {*ends.carried, *ends.kept})
 
         backward_in = {**ends.carried, **ends.gradient_in}
         alone = {} if ends.sent_is_saved else ends.activation_out
         shared = ends.activation_out if ends.sent_is_saved else {}
-        backward = peak(chunk.backward, backward_in)
         return _ChunkBlocks(
             carried=buffer(ends.carried),
+            kept=buffer(ends.kept),
             forward=peak(chunk.forward, ends.activation_in),
-            backward=backward,
-            backward_while_sending=peak(chunk.backward, backward_in, shared) if shared else backward,
+            backward=peak(chunk.backward, backward_in),
+            backward_while_sending=peak(chunk.backward, backward_in, shared),
+            weight=peak(chunk.weight, ends.kept),
+            weight_while_sending=peak(chunk.weight, ends.kept, shared),
+            shared_by=Weight if ends.sent_is_kept else Backward,
             activation_in=buffer(ends.activation_in if chunk.received else {}),
             gradient_in=buffer(ends.gradient_in if chunk.sent else {}),
             activation_out=buffer(alone),
@@ -215,13 +226,13 @@ class _ChunkBlocks:
 
 
 class _Held:
-    """A sum of amounts that are alive for a while: how many, their bytes, and these rounded."""
+    """A sum of amounts that are alive for a while: how many hold anything, their bytes, and these rounded."""
 
     def __init__(self) -> None:
         self.count = self.nbytes = self.rounded = 0
 
     def add(self, amount: _Amount, count: int = 1) -> None:
-        self.count += count
+        self.count += count if amount.transient else 0
         self.nbytes += count * amount.transient
         self.rounded += count * amount.rounded
 
@@ -231,7 +242,7 @@ class _StageWalk:
 
     def __init__(self, blocks: Sequence[_ChunkBlocks]) -> None:
         self.blocks = blocks
-        self.carried, self.buffers = _Held(), _Held()
+        self.carried, self.kept, self.buffers = _Held(), _Held(), _Held()
         self.sending_forward: SendForward | None = None
         self.sending_backward: SendBackward | None = None
         self.outlived = False
@@ -253,7 +264,14 @@ class _StageWalk:
             case SendForward():
                 self._send_forward(step)
             case Backward():
-                self._backward(step, blocks)
+                self.buffers.add(blocks.gradient_in, -1)
+                self.carried.add(blocks.carried, -1)
+                self._last_read(step, blocks, blocks.backward, blocks.backward_while_sending)
+                self.kept.add(blocks.kept)
+                self.buffers.add(blocks.gradient_out)
+            case Weight():
+                self.kept.add(blocks.kept, -1)
+                self._last_read(step, blocks, blocks.weight, blocks.weight_while_sending)
             case SendBackward():
                 if self.sending_backward is not None:
                     self.buffers.add(self.blocks[self.sending_backward.chunk].gradient_out, -1)
@@ -279,10 +297,10 @@ class _StageWalk:
 
     def _see(self, moment: Step | str, own: _Amount) -> None:
         """Compare a moment with the best so far: what is carried, buffers, and what runs."""
-        total = self.carried.rounded + self.buffers.rounded + own.rounded
+        total = self.carried.rounded + self.kept.rounded + self.buffers.rounded + own.rounded
         if total > self.best:
-            carried = self.carried
-            self.best, self.best_moment = total, (moment, carried.count, carried.nbytes, self.buffers.nbytes, own)
+            count, saved = self.carried.count + self.kept.count, self.carried.nbytes + self.kept.nbytes
+            self.best, self.best_moment = total, (moment, count, saved, self.buffers.nbytes, own)
 
     def _receive(self, step: Step, buffer: _Amount) -> None:
         self.buffers.add(buffer)
@@ -296,13 +314,12 @@ class _StageWalk:
                 self.buffers.add(before.shared_out, -1)
         self.sending_forward, self.outlived = step, False
 
-    def _backward(self, step: Backward, blocks: _ChunkBlocks) -> None:
-        """A send of this very microbatch that is not waited for yet holds the activation beyond its backward."""
-        outlived = self.sending_forward == SendForward(step.microbatch, step.chunk)
-        self.buffers.add(blocks.gradient_in, -1)
-        self.carried.add(blocks.carried, -1)
-        self._see(step, blocks.backward_while_sending if outlived else blocks.backward)
-        self.buffers.add(blocks.gradient_out)
+    def _last_read(self, step: Step, blocks: _ChunkBlocks, alone: _Amount, while_sending: _Amount) -> None:
+        """A send of this very microbatch that is not waited for yet holds the activation beyond the block that ends
+        it."""
+        sent = SendForward(step.microbatch, step.chunk)
+        outlived = self.sending_forward == sent and type(step) is blocks.shared_by
+        self._see(step, while_sending if outlived else alone)
         if outlived:
             self.buffers.add(blocks.shared_out)
             self.outlived = True

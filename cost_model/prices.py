@@ -66,9 +66,9 @@ class BlockPrice:
 class ChunkPrice:
     """Seconds of a chunk's parts on the slowest rank of its stage, or of its stage in one replica.
 
-    to_next_s, from_next_s: one transfer of the activation to, and of its gradient from, the next chunk's stage;
-    delay_s: the part of a transfer to the next stage that an empty message takes as well. notice_s: how long it takes
-    until a neighbour's sender knows that it is awaited.
+    backward: all of it, or what does not run apart as weight; to_next_s, from_next_s: one transfer of the activation
+    to, and of its gradient from, the next chunk's stage; delay_s: the part of a transfer to the next stage that an
+    empty message takes as well. notice_s: how long it takes until a neighbour's sender knows that it is awaited.
     """
 
     forward: BlockPrice
@@ -77,11 +77,16 @@ class ChunkPrice:
     from_next_s: float
     delay_s: float = 0.0
     notice_s: float = 0.0
+    weight: BlockPrice | None = None
+
+    @property
+    def backwards(self) -> tuple[BlockPrice, ...]:
+        return (self.backward, *([] if self.weight is None else [self.weight]))
 
     @property
     def blocks_s(self) -> float:
         """All of one microbatch but the transfers."""
-        return self.forward.total_s + self.backward.total_s
+        return self.forward.total_s + sum(block.total_s for block in self.backwards)
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,7 @@ class _Pricer:
             from_next_s=self._transfer_s(after, stage, dps, sent) if sent else 0.0,
             delay_s=delay_s,
             notice_s=delay_s if self.cluster.rendezvous else 0.0,
+            weight=None if chunk.weight is None else self._block(stage, dps, chunk.weight),
         )
 
     def _devices(self, stage: int, dps: Sequence[int]) -> tuple[PricedDevice, ...]:

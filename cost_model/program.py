@@ -204,6 +204,8 @@ class Chunk:
     sent / received: the activation that crosses the cut after / before this chunk (None at the ends of the chain);
     the gradient that comes back has the same meta.
     constants: values that the blocks read and that never change.
+    weight: None, or the part of the backward that adds gradients to their buffers, run some time after the rest;
+    kept: storages alive from a microbatch's backward to its weight block.
     """
 
     segments: tuple[int, ...]
@@ -213,11 +215,18 @@ class Chunk:
     sent: TensorMeta | None
     received: TensorMeta | None
     constants: tuple[Value, ...] = ()
+    weight: Block | None = None
+    kept: tuple[str, ...] = ()
+
+    @property
+    def backwards(self) -> tuple[Block, ...]:
+        """The backward in one block, or in two."""
+        return (self.backward, *([] if self.weight is None else [self.weight]))
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """What runs once per microbatch."""
-        return (self.forward, self.backward)
+        return (self.forward, *self.backwards)
 
 
 @dataclass(frozen=True)

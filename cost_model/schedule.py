@@ -11,12 +11,11 @@ last stage sends on to the next chunk of the first. ``cost_model.schedule_check`
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cost_model.errors import ParallelismError, UnknownNameError, UnsupportedError
+from cost_model.errors import ParallelismError, UnknownNameError
 from cost_model.plan import SCHEDULES
-
-IMPLEMENTED = ("gpipe", "1f1b", "interleaved")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,20 @@ class RecvBackward:
     chunk: int = 0
 
 
-Step = Forward | Backward | SendForward | RecvForward | SendBackward | RecvBackward
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Run the weight block of one microbatch: the part of its backward that no other stage waits for."""
+
+    microbatch: int
+    chunk: int = 0
+
+
+Step = Forward | Backward | SendForward | RecvForward | SendBackward | RecvBackward | Weight
+
+
+def splits_backward(schedule: str, stage: int) -> bool:
+    """Whether a stage runs gradients of parameters apart; for the first one nobody waits anyway."""
+    return schedule == "zero_bubble" and stage > 0
 
 
 def check_counts(schedule: str, pp: int, microbatches: int, virtual_stages: int) -> None:
@@ -97,19 +109,24 @@ def refusal(schedule: str, pp: int, microbatches: int, virtual_stages: int) -> s
 
 
 def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> int:
-    """Most forwards of a stage's chunks that have begun and whose backwards have not ended.
+    """Most forwards of a stage's chunks that have begun and whose backwards (or weight blocks) have not ended.
 
-    gpipe: all; 1f1b: pp - stage (Narayanan et al., 2021, "Efficient large-scale language model training", 2.2).
+    gpipe: all; 1f1b: pp - stage (Narayanan et al., 2021, "Efficient large-scale language model training", 2.2);
+    zero_bubble: pp.
     """
+    late = stage if splits_backward(schedule, stage) else 0
     count = microbatches * virtual_stages
-    return min(_warmup(schedule, stage, pp, microbatches, virtual_stages) + 1, count)
+    return min(_warmup(schedule, stage, pp, microbatches, virtual_stages) + 1 + late, count)
 
 
 @functools.lru_cache(maxsize=1024)
 def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> tuple[Step, ...]:
     """Steps of one stage in order: warm-up forwards, then pairs of forward and backward, then the backwards left.
 
-    Backwards of a chunk run in the order of its forwards, so gradients are summed in the same order in every schedule.
+    zero_bubble: stage s runs each weight block after the backward of s microbatches later, so that what it waits for in
+    the end is filled and no stage holds more than the first (ZB-H1 of Qi et al., 2023, "Zero bubble pipeline
+    parallelism", 2.3). Backwards of a chunk run in the order of its forwards, so gradients are summed in the same order
+    in every schedule.
     """
     check_counts(schedule, pp, microbatches, virtual_stages)
     warmup = _warmup(schedule, stage, pp, microbatches, virtual_stages)
@@ -122,7 +139,16 @@ def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int, virtua
         steps += backward_steps(*backward, stage, pp, virtual_stages)
     for backward in backwards[len(backwards) - warmup :]:
         steps += backward_steps(*backward, stage, pp, virtual_stages)
-    return tuple(steps)
+    return tuple(_with_weights(steps, stage, microbatches) if splits_backward(schedule, stage) else steps)
+
+
+def _with_weights(steps: Sequence[Step], late: int, microbatches: int) -> Iterator[Step]:
+    """Each weight block after all of the backward of ``late`` microbatches later, the last ones at the end."""
+    for step in steps:
+        yield step
+        if isinstance(step, SendBackward) and step.microbatch >= late:
+            yield Weight(step.microbatch - late)
+    yield from (Weight(microbatch) for microbatch in range(max(0, microbatches - late), microbatches))
 
 
 def _in_groups(pp: int, microbatches: int, virtual_stages: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -143,13 +169,11 @@ def _warmup(schedule: str, stage: int, pp: int, microbatches: int, virtual_stage
     assert 0 <= stage < pp and microbatches >= 1, (stage, pp, microbatches)
     if schedule == "gpipe":
         return microbatches
-    if schedule == "1f1b":
+    if schedule in ("1f1b", "zero_bubble"):
         return min(pp - 1 - stage, microbatches)
     if schedule == "interleaved":
         return min(2 * (pp - 1 - stage) + (virtual_stages - 1) * pp, virtual_stages * microbatches)
-    if schedule in SCHEDULES:
-        raise UnsupportedError(f"schedule {schedule!r} is not built yet; pin schedule='1f1b' or 'gpipe'")
-    raise UnknownNameError("schedule", schedule, IMPLEMENTED)
+    raise UnknownNameError("schedule", schedule, SCHEDULES)
 
 
 def forward_steps(microbatch: int, chunk: int, stage: int, pp: int, virtual_stages: int) -> list[Step]:

@@ -15,6 +15,7 @@ from cost_model.schedule import (
     SendBackward,
     SendForward,
     Step,
+    Weight,
     backward_steps,
     forward_steps,
     sending,
@@ -51,7 +52,11 @@ def check_schedule(stages: Sequence[Sequence[Step]], microbatches: int, virtual_
 
 
 def _check_complete(stage: int, steps: Sequence[Step], pp: int, microbatches: int, virtual_stages: int) -> None:
-    """Each microbatch has exactly the steps that each chunk of its stage needs, in the order its data flows."""
+    """Each microbatch has exactly the steps that each chunk of its stage needs, in the order its data flows.
+
+    A stage that has weight blocks has one for every backward.
+    """
+    late: tuple[type[Step], ...] = (Weight,) if any(isinstance(step, Weight) for step in steps) else ()
     found: dict[tuple[int, int], list[Step]] = {
         (microbatch, chunk): [] for microbatch in range(microbatches) for chunk in range(virtual_stages)
     }
@@ -60,26 +65,26 @@ def _check_complete(stage: int, steps: Sequence[Step], pp: int, microbatches: in
             raise VerificationError("schedule_complete", f"stage {stage}: {step} of {microbatches} microbatches")
         found[step.microbatch, step.chunk].append(step)
     for (microbatch, chunk), own in found.items():
-        chains = (
-            forward_steps(microbatch, chunk, stage, pp, virtual_stages),
-            backward_steps(microbatch, chunk, stage, pp, virtual_stages),
-        )
-        if not _flows(own, *chains):
+        forward = forward_steps(microbatch, chunk, stage, pp, virtual_stages)
+        backward = backward_steps(microbatch, chunk, stage, pp, virtual_stages)
+        if not _flows(own, forward, backward, [kind(microbatch, chunk) for kind in late]):
             listed = ", ".join(type(step).__name__ for step in own)
             where = f"stage {stage}, chunk {chunk}, microbatch {microbatch}"
             raise VerificationError("schedule_complete", f"{where}: has {listed}")
 
 
-def _flows(own: Sequence[Step], forward: list[Step], backward: list[Step]) -> bool:
-    """Receive before forward before send, forward before backward, and the same on the way back.
+def _flows(own: Sequence[Step], forward: list[Step], backward: list[Step], late: list[Step]) -> bool:
+    """Receive before forward before send, forward before backward, and the same on the way back; then what is late.
 
     RecvBackward may stand anywhere before its backward, even before SendForward.
     """
-    if len(own) != len(forward + backward) or set(own) != set(forward + backward):
+    wanted = forward + backward + late
+    if len(own) != len(wanted) or set(own) != set(wanted):
         return False
     at = {type(step): index for index, step in enumerate(own)}
     chains = ([at[type(step)] for step in chain] for chain in (forward, backward))
-    return at[Forward] < at[Backward] and all(chain == sorted(chain) for chain in chains)
+    flows = at[Forward] < at[Backward] and all(chain == sorted(chain) for chain in chains)
+    return flows and all(at[Backward] < at[type(step)] for step in late)
 
 
 def _check_matching(stage: int, steps: Sequence[Step], stages: Sequence[Sequence[Step]]) -> None:

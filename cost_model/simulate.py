@@ -17,7 +17,7 @@ from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
 from cost_model.plan import Plan
-from cost_model.prices import TIED, PricedCluster, StagePrice, collective_stages, price_replicas
+from cost_model.prices import TIED, BlockPrice, PricedCluster, StagePrice, collective_stages, price_replicas
 from cost_model.program import Collective, Program
 from cost_model.schedule import (
     Backward,
@@ -27,9 +27,11 @@ from cost_model.schedule import (
     SendBackward,
     SendForward,
     Step,
+    Weight,
     stage_schedule,
 )
 
+_COMPUTE: dict[type[Step], str] = {Forward: "forward", Backward: "backward", Weight: "weight"}
 STREAMS = ("compute", "receive", "send_forward", "send_backward")
 
 
@@ -238,7 +240,7 @@ class _Rank:
 
     def _run(self, step: Step) -> bool:
         kind = type(step)
-        if kind is Forward or kind is Backward:
+        if kind in _COMPUTE:
             self._compute(step)
             return True
         if kind is SendForward or kind is SendBackward:
@@ -246,12 +248,11 @@ class _Rank:
         return self._receive(self.links[kind], step)
 
     def _compute(self, step: Step) -> None:
-        own, is_forward = self.price.chunks[step.chunk], type(step) is Forward
-        price = own.forward if is_forward else own.backward
+        name = _COMPUTE[type(step)]
+        price: BlockPrice = getattr(self.price.chunks[step.chunk], name)
         end = self.now + price.compute_s + price.communication_s
         self.compute_s += price.compute_s
         self.communication_s += price.communication_s
-        name = "forward" if is_forward else "backward"
         self.events.append(Event(self.stage, "compute", name, step.microbatch, self.now, end, step.chunk))
         self.now = end
 
@@ -391,7 +392,7 @@ def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> St
     return StageEstimate(
         stage=rank.stage,
         forward_s=sum(chunk.forward.total_s for chunk in rank.price.chunks),
-        backward_s=sum(chunk.backward.total_s for chunk in rank.price.chunks),
+        backward_s=sum(block.total_s for chunk in rank.price.chunks for block in chunk.backwards),
         reduce_s=rank.reduction_s,
         optimizer_s=rank.optimizer_s,
         memory=_memory(program, cluster, rank.stage),
@@ -412,7 +413,7 @@ def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
     """Seconds per step by op kind; "receive" holds the transfers that block this stage."""
     kinds: defaultdict[str, float] = defaultdict(float)
     for chunk in rank.price.chunks:
-        for block in (chunk.forward, chunk.backward):
+        for block in (chunk.forward, *chunk.backwards):
             for kind, seconds in block.kinds_s.items():
                 kinds[kind] += seconds * program.microbatches
     work = program.stages[rank.stage].step

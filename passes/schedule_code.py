@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_model.program import Collective
-from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step
+from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step, Weight
 from cost_model.tensor import DTYPE_BYTES
 from passes.codegen import Sources, new_names, render_function, returns_named
 from passes.graph import ModelGraph
@@ -21,6 +21,7 @@ _CALLS = {
     RecvForward: "receive_forward",
     SendBackward: "send_backward",
     RecvBackward: "receive_backward",
+    Weight: "weight",
 }
 _FORWARDS = (Forward, SendForward, RecvForward)
 

@@ -31,7 +31,8 @@ _SAVE_ALL: Mapping[int, str] = {}
 class SplitGraphs:
     """Graphs share node names. ``saved``: forward values the backward takes, in forward order;
     ``constants``: setup values either reads. ``backward`` adds parameter gradients to their buffers as they are
-    finished and returns the gradient of the activation received, if there is one.
+    finished and returns the gradient of the activation received, if there is one. Where ``weight`` is there, that one
+    adds gradients to their buffers, from values that ``backward`` keeps for it (see ``passes.split_weight``).
     """
 
     setup: fx.Graph
@@ -42,6 +43,13 @@ class SplitGraphs:
     output: str
     saved: tuple[str, ...]
     constants: tuple[str, ...]
+    weight: fx.Graph | None = None
+    kept: tuple[str, ...] = ()
+
+    @property
+    def backwards(self) -> tuple[fx.Graph, ...]:
+        """One graph, or two."""
+        return (self.backward,) if self.weight is None else (self.backward, self.weight)
 
 
 def split(
@@ -91,7 +99,7 @@ class _Split:
 
     def _backward(self, results: list[str]) -> fx.Graph:
         """Backward nodes that lead to a gradient; operands from forward become saved values or redone views."""
-        needed = _reaching([self.by_name[name] for name in results], set(self.backward_nodes))
+        needed = reaching([self.by_name[name] for name in results], set(self.backward_nodes))
         self.remade = self._remade(needed, results)
         graph, mapped = fx.Graph(), {}
         for node in self.backward_nodes:
@@ -102,7 +110,7 @@ class _Split:
                 continue
             for operand in node.all_input_nodes:
                 self._bring(operand, graph, mapped)
-            mapped[node] = _copy(graph, node, mapped)
+            mapped[node] = copied(graph, node, mapped)
         outside = [self.by_name[name] for name in results if self.by_name[name] not in mapped]
         for node in outside:
             self._bring(node, graph, mapped)
@@ -136,7 +144,7 @@ class _Split:
 
     def _copy_again(self, graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
         """A second copy has memory of its own; so have views of it, while views of a saved value lie in that."""
-        made = _copy(graph, node, mapped)
+        made = copied(graph, node, mapped)
         if not is_view(node):
             renamed(node.meta["storage"], self.again.add)
         if storage_of(node) in self.again or not is_view(node):
@@ -151,33 +159,33 @@ class _Split:
         elif node in self.forward_set:
             assert isinstance(node.meta.get("val"), torch.Tensor), f"{node} is saved whole"
             self.saved[node.name] = None
-        return _placeholder(graph, node)
+        return placeholder(graph, node)
 
     def _forward(self) -> fx.Graph:
         results = [self.by_name[name] for name in (self.joint.output, *self.saved)]
-        needed = _reaching(results, self.forward_set)
+        needed = reaching(results, self.forward_set)
         graph, mapped = fx.Graph(), {}
         for node in [*(n for n in self.forward_nodes if n in needed)]:
             for operand in node.all_input_nodes:
                 if operand not in mapped:
                     if operand in self.setup_nodes:
                         self.constants[operand.name] = None
-                    mapped[operand] = _placeholder(graph, operand)
-            mapped[node] = _copy(graph, node, mapped)
+                    mapped[operand] = placeholder(graph, operand)
+            mapped[node] = copied(graph, node, mapped)
         order = [n.name for n in self.forward_nodes if n.name in self.saved]
         graph.output((mapped[self.by_name[self.joint.output]], *(mapped[self.by_name[n]] for n in order)))
         return inputs_first(graph)
 
     def _setup(self) -> fx.Graph:
         results = [self.by_name[name] for name in self.constants]
-        needed = _reaching(results, self.setup_nodes)
+        needed = reaching(results, self.setup_nodes)
         graph, mapped = fx.Graph(), {}
         for node in self.joint.graph.nodes:
             if node in needed:
                 for operand in node.all_input_nodes:
                     if operand not in mapped:
-                        mapped[operand] = _placeholder(graph, operand)
-                mapped[node] = _copy(graph, node, mapped)
+                        mapped[operand] = placeholder(graph, operand)
+                mapped[node] = copied(graph, node, mapped)
         graph.output(tuple(mapped[r] for r in results))
         return inputs_first(graph)
 
@@ -204,7 +212,7 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+def reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
     """Nodes of ``within`` that the results need."""
     needed: set[fx.Node] = set()
     stack = list(results)
@@ -216,14 +224,14 @@ def _reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
     return needed
 
 
-def _copy(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
+def copied(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
     made = graph.node_copy(node, lambda n: mapped[n])
     made.meta = dict(node.meta)
     made.name = node.name
     return made
 
 
-def _placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
     made = graph.placeholder(node.name)
     made.name = node.name
     made.meta = dict(node.meta)

@@ -14,6 +14,7 @@ from passes.lower import Function, Storages, lower
 from passes.pack import pack
 from passes.shard import ShardedStage, shard
 from passes.split import SplitGraphs, split
+from passes.split_weight import split_weight
 from passes.stitch import Templates, stage_joint
 from passes.zero import finished, make_buckets, shard_name, shard_state
 
@@ -23,6 +24,8 @@ BACKWARD_SIGNATURE = "params, buffers, constants, batch, step, saved, grads, acc
 SETUP_SIGNATURE = "buffers, comm, kernels, device"
 AXIS = "tp"
 _SAVE_ALL: Mapping[int, str] = {}
+_BACKWARD_DOC = "One microbatch: gradients into their buffers."
+_FIRST_DOC = "One microbatch: (gradient of the activation received, values for the gradients of parameters)."
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class StageCode:
     """A stage, or one of its virtual stages, as every one of its ranks runs it.
 
     functions: ``setup``, ``forward`` and ``backward``, with ``suffix`` after their names; ops: the names of ops they
-    use; forward, backward: their priced blocks.
+    use; forward, backward: their priced blocks. weight: None, or the part of the backward that the stage before does
+    not wait for, as a function of its own; kept: storages that ``backward`` leaves for it.
     saved: storages kept from forward to backward; keeps: how many values of ``saved`` a microbatch carries.
     inputs: what the stage reads, with placements on the tensor-parallel axis; constants: made by ``setup``.
     sent, received: local activation metas at the cuts; exit: how what is sent lies on the axis.
@@ -56,6 +60,13 @@ class StageCode:
     gradients: tuple[str, ...]
     buckets: tuple[Bucket, ...]
     updates: tuple[str, ...]
+    weight: Block | None = None
+    kept: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What runs once per microbatch."""
+        return (self.forward, self.backward, *([] if self.weight is None else [self.weight]))
 
     @property
     def source(self) -> str:
@@ -75,11 +86,13 @@ def build_stage(
     dp: int = 1,
     shared: frozenset[str] = frozenset(),
     suffix: str = "",
+    splits_backward: bool = False,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
     recompute: segment -> its level. shared: parameters that other stages hold too. suffix: as in ``StageCode``.
+    splits_backward: whether gradients of parameters have a function of their own.
     """
     sharded = pack(shard(model, choices, AXIS, tp, last=last))
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
@@ -87,9 +100,12 @@ def build_stage(
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter" or i.changes}
     graphs = split(joint, invariant, parameters, recompute)
+    if splits_backward:
+        activations = (i.node for i in inputs if i.kind == "activation")
+        graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
     metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
     buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix)
-    gradients = finished(graphs.backward)
+    gradients = finished(graphs)
     graphs = shard_state(graphs, buckets, parameters)
     return _Builder(sharded, graphs, last, buckets, gradients, suffix).build()
 
@@ -123,8 +139,9 @@ class _Builder:
         forward = lower(graphs.forward, f"forward{self.suffix}", owned, (graphs.output, *kept), self.storages)
         grad_in = graphs.grad_in if graphs.grad_in in backward_reads else None
         handed = (*kept, *((grad_in,) if grad_in else ()))
-        results = self._returned_gradient()
+        results = (*self._returned_gradient(), *graphs.kept)
         backward = lower(graphs.backward, f"backward{self.suffix}", frozenset(handed), results, self.storages)
+        weight = self._weight()
         texts = [
             self._text(setup, SETUP_SIGNATURE, (), None, "Values that never change, computed once."),
             self._text(forward, FORWARD_SIGNATURE, (), kept, "One microbatch: (activation or loss, saved values)."),
@@ -132,10 +149,12 @@ class _Builder:
                 backward,
                 BACKWARD_SIGNATURE,
                 self._taken(kept, grad_in),
-                None,
-                "One microbatch: gradients into their buffers.",
+                None if weight is None else graphs.kept,
+                _BACKWARD_DOC if weight is None else _FIRST_DOC,
             ),
         ]
+        if weight is not None:
+            texts.append(self._text(weight, BACKWARD_SIGNATURE, graphs.kept, None, _BACKWARD_DOC))
         changed = {i.target for i in self.inputs.values() if i.changes}
         return StageCode(
             suffix=self.suffix,
@@ -143,18 +162,26 @@ class _Builder:
             functions="\n\n\n".join(texts) + "\n",
             forward=forward.block,
             backward=backward.block,
-            saved=self._saved_storages(forward, kept),
+            saved=self._storages_in(forward, kept),
             inputs=self.sharded.graph.inputs,
             placements=self.sharded.placements,
             metas={i.node: self.sharded.graph.tensor(i.node) for i in self.sharded.graph.inputs},
-            constants=self._constant_values(forward, backward),
+            constants=self._constant_values(forward, backward, *([] if weight is None else [weight])),
             sent=None if self.last else self.sharded.graph.tensor(self.sharded.graph.outputs[0]),
             received=self.sharded.graph.tensor(self.activation) if self.activation else None,
             exit=self.sharded.exit,
             gradients=tuple(name for name in self.gradients if name not in changed),
             updates=tuple(name for name in self.gradients if name in changed),
             buckets=tuple(self.buckets.values()),
+            weight=None if weight is None else weight.block,
+            kept=self._storages_in(backward, graphs.kept),
         )
+
+    def _weight(self) -> Function | None:
+        graphs = self.graphs
+        if graphs.weight is None:
+            return None
+        return lower(graphs.weight, f"weight{self.suffix}", frozenset(graphs.kept), (), self.storages)
 
     def _returned_gradient(self) -> tuple[str, ...]:
         output = next(n for n in self.graphs.backward.nodes if n.op == "output")
@@ -187,9 +214,9 @@ class _Builder:
             return "received.pop()"
         return f'{source[item.kind]}["{item.target}"]'
 
-    def _saved_storages(self, forward: Function, kept: tuple[str, ...]) -> tuple[str, ...]:
-        values = {v.name: v for i in forward.block.instructions for v in i.outputs}
-        values.update({v.name: v for v in forward.block.inputs})
+    def _storages_in(self, function: Function, kept: tuple[str, ...]) -> tuple[str, ...]:
+        values = {v.name: v for i in function.block.instructions for v in i.outputs}
+        values.update({v.name: v for v in function.block.inputs})
         return tuple(dict.fromkeys(values[name].storage for name in kept))
 
     def _constant_values(self, *functions: Function) -> tuple[Value, ...]:

@@ -55,17 +55,19 @@ class RecordingComm:
 def verify_emitted(code: StageCode) -> None:
     """Run the printed source on fake tensors: its collectives must be those of the priced blocks, in order, with
     equal bytes and axes, and what it sends must have the announced shape. Line by line it must be what is priced."""
-    check_printed(code.source, code.forward, code.backward)
+    check_printed(code.source, *code.blocks)
     namespace: dict[str, Any] = {}
     exec(compile(code.source, "<autopar program>", "exec"), namespace)
-    forward_calls, backward_calls, output = _run(code, namespace)
-    _compare("forward", code.forward, forward_calls)
-    _compare("backward", code.backward, backward_calls)
+    calls, output = _run(code, namespace)
+    for block, emitted in zip(code.blocks, calls, strict=True):
+        _compare(block.name, block, emitted)
     if code.sent is not None and tuple(output.shape) != code.sent.shape:
         raise VerificationError("sent shape", f"the code sends {tuple(output.shape)}, the estimate {code.sent.shape}")
 
 
-def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], list[Collective], Tensor]:
+def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[list[Collective]], Tensor]:
+    """The collectives of each block, and what is sent."""
+
     def fake(meta: TensorMeta) -> Tensor:
         return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
 
@@ -82,15 +84,17 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[Collective], 
         kernels, device = torch.ops.autopar, torch.device("cpu")
         constants = namespace[f"setup{code.suffix}"](by_kind["buffer"], RecordingComm(), kernels, device)
         common = (by_kind["parameter"], by_kind["buffer"], constants, by_kind["batch"], by_kind["step"])
-        forward_comm, backward_comm = RecordingComm(), RecordingComm()
-        output, saved = namespace[code.forward.name](*common, received, forward_comm, kernels, device)
+        comms = [RecordingComm() for _ in code.blocks]
+        output, saved = namespace[code.forward.name](*common, received, comms[0], kernels, device)
         if code.sent is not None:
             saved.append(fake(code.sent))
         grads = {i.target: by_kind["parameter"][i.target] for i in code.inputs if i.kind == "parameter"}
         grads.update({bucket.name: fake(bucket.part) for bucket in code.buckets})
         grads |= {name: by_kind["buffer"][name] for name in code.updates}
-        namespace[code.backward.name](*common, saved, grads, _check_gradient, backward_comm, kernels, device)
-    return forward_comm.calls, backward_comm.calls, output
+        returned = namespace[code.backward.name](*common, saved, grads, _check_gradient, comms[1], kernels, device)
+        if code.weight is not None:
+            namespace[code.weight.name](*common, returned[1], grads, _check_gradient, comms[2], kernels, device)
+    return [comm.calls for comm in comms], output
 
 
 class _RecordingRun:

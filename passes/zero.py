@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import fx
@@ -53,7 +52,7 @@ def make_buckets(
     only.
     """
     dp, tp = mesh
-    order = {name: index for index, name in enumerate(finished(graphs.backward))}
+    order = {name: index for index, name in enumerate(finished(graphs))}
     used = _segments_of(graphs)
     members: dict[tuple[int, tuple[int, ...], str, bool, bool, str | None], list[GraphInput]] = {}
     for item in sorted(inputs, key=lambda i: order.get(i.target, -1)):
@@ -85,16 +84,16 @@ def _rows(items: list[GraphInput], metas: Mapping[str, TensorMeta], *, whole: bo
     yield row
 
 
-def finished(backward: fx.Graph) -> tuple[str, ...]:
+def finished(graphs: SplitGraphs) -> tuple[str, ...]:
     """Parameters in the order in which their gradients are complete."""
-    names = [str(n.args[1]) for n in backward.nodes if n.target is vocabulary.accumulate]
+    names = [str(n.args[1]) for n in graphs.backwards[-1].nodes if n.target is vocabulary.accumulate]
     return tuple(reversed(dict.fromkeys(reversed(names))))
 
 
 def _segments_of(graphs: SplitGraphs) -> dict[str, tuple[int, ...]]:
     """Placeholder -> segments that use it."""
     found: dict[str, set[int]] = {}
-    for graph in (graphs.forward, graphs.backward):
+    for graph in (graphs.forward, *graphs.backwards):
         for node in graph.nodes:
             if node.op == "placeholder":
                 found.setdefault(node.name, set()).update(segment_of(u) for u in node.users if u.op != "output")
@@ -108,11 +107,13 @@ def shard_state(graphs: SplitGraphs, buckets: Sequence[Bucket], parameters: Mapp
     """The graphs with gathers, buckets and reductions written out. parameters: placeholder -> the model's name."""
     for bucket in buckets:
         if bucket.zero == 3:
-            for graph in (graphs.forward, graphs.backward):
+            for graph in (graphs.forward, *graphs.backwards):
                 _gather(graph, bucket, parameters)
         if bucket.zero > 1 and bucket.trainable:
-            _scatter(graphs.backward, bucket)
-    return replace(graphs, forward=inputs_first(graphs.forward), backward=inputs_first(graphs.backward))
+            _scatter(graphs.backwards[-1], bucket)
+    for graph in (graphs.forward, *graphs.backwards):
+        inputs_first(graph)
+    return graphs
 
 
 def shard_name(bucket: Bucket) -> str:

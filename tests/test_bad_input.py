@@ -240,7 +240,6 @@ def test_more_stages_than_the_model_has_segments() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"schedule": "zero_bubble"}, "schedule='zero_bubble' .* use '1f1b', 'interleaved' or 'gpipe'"),
         ({"sequence_parallel": True}, "sequence_parallel=True .* the planner decides"),
         (
             {"precision": autopar.Precision(params="bf16")},

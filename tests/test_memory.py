@@ -19,6 +19,7 @@ from cost_model.schedule import (
     RecvForward,
     SendBackward,
     SendForward,
+    Weight,
     stage_schedule,
 )
 from cost_model.tensor import TensorMeta
@@ -294,6 +295,9 @@ def dynamic_bytes(stage: StageProgram, pp: int, microbatches: int, schedule: str
             run_block(heap, chunk.forward, number)
         elif isinstance(step, Backward):
             run_block(heap, chunk.backward, number)
+        elif isinstance(step, Weight):
+            assert chunk.weight is not None
+            run_block(heap, chunk.weight, number)
         elif isinstance(step, SendForward):
             send(heap, "out", number, held)
             if "out" not in chunk.saved:
@@ -320,6 +324,29 @@ def interleaved_stages(draw: st.DrawFn) -> tuple[StageProgram, int]:
     stage, length = draw(st.integers(0, pp - 1)), pp * virtual_stages
     own = tuple(draw(chunks(place, length)) for place in range(stage, length, pp))
     return replace(hand_stage(stage, pp), chunks=own), pp
+
+
+@st.composite
+def split_stages(draw: st.DrawFn) -> tuple[StageProgram, int]:
+    """A random stage whose gradients of parameters run apart; anything may be kept for them."""
+    pp = draw(st.integers(2, 4))
+    stage = draw(st.integers(1, pp - 1))
+    whole = draw(chunks(stage, pp))
+    inputs = list(whole.backward.inputs)
+    made = [value(f"b{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(0, 4)))]
+    kept = [v for v in (*made, *inputs) if draw(st.booleans())]
+    sent = value("grad_in", ACTIVATION)
+    backward = lines_of(draw, [*made, sent], [v.storage for v in (*made, *inputs) if v not in kept])
+    late = [value(f"w{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(1, 3)))]
+    weight = lines_of(draw, late, [v.storage for v in (*late, *kept)])
+    outputs = ("grad_in", *(v.name for v in kept))
+    split = replace(
+        whole,
+        backward=Block("backward", tuple(inputs), backward, outputs),
+        weight=Block("weight", tuple(kept), weight, ()),
+        kept=tuple(v.storage for v in kept),
+    )
+    return replace(hand_stage(stage, pp), chunks=(split,)), pp
 
 
 @st.composite
@@ -374,6 +401,14 @@ def test_memory_of_interleaved_stages_is_that_of_every_instruction(made: tuple[S
     memory = stage_memory(stage, pp, rounds * pp, "interleaved", same)
     static = memory.parameters + memory.gradients + memory.optimizer_state + memory.inputs
     assert memory.total_bytes == static + dynamic_bytes(stage, pp, rounds * pp, "interleaved")
+
+
+@given(split_stages(), st.integers(1, 6))
+def test_memory_with_weight_blocks_is_that_of_every_instruction(made: tuple[StageProgram, int], count: int) -> None:
+    stage, pp = made
+    memory = stage_memory(stage, pp, count, "zero_bubble", same)
+    static = memory.parameters + memory.gradients + memory.optimizer_state + memory.inputs
+    assert memory.total_bytes == static + dynamic_bytes(stage, pp, count, "zero_bubble")
 
 
 @given(stages(), st.integers(1, 6), st.sampled_from(("cpu", "cuda")))

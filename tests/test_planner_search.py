@@ -30,7 +30,7 @@ from autopar.planner.search import (
     in_flight,
     search,
 )
-from cost_model.errors import ParallelismError, UnsupportedError
+from cost_model.errors import ParallelismError, UnknownNameError
 
 DEVICES, BATCH, SEGMENTS = 2, 2, 3
 LABELS = ("r", "s")
@@ -335,8 +335,8 @@ def test_more_stages_than_segments_is_an_error() -> None:
 
 
 def test_an_unknown_schedule_is_an_error() -> None:
-    with pytest.raises(UnsupportedError, match="1f1b, gpipe"):
-        search(RandomSpace(0), DEVICES, BATCH, pins=Pins(schedule="zero_bubble"))
+    with pytest.raises(UnknownNameError, match="did you mean '1f1b'"):
+        search(RandomSpace(0), DEVICES, BATCH, pins=Pins(schedule="1f1"))
 
 
 def test_an_impossible_mesh_is_left_out() -> None:

@@ -147,6 +147,16 @@ def interleaved(pp: int, virtual_stages: int, microbatches: int, forward_s: floa
     return Program(1, 1, pp, microbatches, "interleaved", tuple(stages), devices, virtual_stages)
 
 
+def zero_bubble(pp: int, microbatches: int, forward_s: float, backward_s: float, weight_s: float) -> Program:
+    """Equal stages; the first runs its backward in one."""
+    stages = []
+    for stage in range(pp):
+        made = stage_program(stage, pp, [op(forward_s)], [op(backward_s)] if stage else [op(backward_s + weight_s)])
+        weight = Block("weight", (), (op(weight_s),), ()) if stage else None
+        stages.append(dataclasses.replace(made, chunks=(dataclasses.replace(made.chunks[0], weight=weight),)))
+    return program(stages, microbatches, "zero_bubble")
+
+
 def spans(result: SimulationResult, stage: int, name: str) -> list[tuple[float, float]]:
     return [(e.start_s, e.end_s) for e in result.timeline if e.stage == stage and e.name == name]
 
@@ -168,6 +178,30 @@ def test_interleaving_divides_the_bubble(pp: int, virtual_stages: int, microbatc
     parts = result.breakdown
     assert parts.compute_s == microbatches * 36.0
     assert parts.bubble_s / parts.compute_s == pytest.approx((pp - 1) / (virtual_stages * microbatches), rel=1e-12)
+
+
+@pytest.mark.parametrize(("pp", "microbatches"), [(2, 2), (3, 4), (4, 8), (4, 4)])
+@pytest.mark.parametrize(("forward_s", "backward_s", "weight_s"), [(1.0, 1.0, 1.0), (4.0, 5.0, 3.0)])
+def test_weight_blocks_fill_the_bubble(
+    pp: int, microbatches: int, forward_s: float, backward_s: float, weight_s: float
+) -> None:
+    """(p - 1)(f + b - w) of bubble, where 1f1b has (p - 1)(f + b + w): Qi et al., 2023, table 1, ZB-H1."""
+    result = run(zero_bubble(pp, microbatches, forward_s, backward_s, weight_s))
+    compute_s = microbatches * (forward_s + backward_s + weight_s)
+    assert result.step_time_s == compute_s + (pp - 1) * (forward_s + backward_s - weight_s)
+    assert all(stage.backward_s == backward_s + weight_s for stage in result.stages)
+
+
+def test_zero_bubble_of_three_stages_by_hand() -> None:
+    """F B W of 1 each; stage 0 has B and W in one."""
+    result = run(zero_bubble(3, 3, 1.0, 1.0, 1.0))
+    assert spans(result, 2, "forward") == [(2, 3), (4, 5), (6, 7)]
+    assert spans(result, 2, "backward") == [(3, 4), (5, 6), (7, 8)]
+    assert spans(result, 2, "weight") == [(8, 9), (9, 10), (10, 11)]
+    assert spans(result, 1, "backward") == [(4, 5), (6, 7), (8, 9)]
+    assert spans(result, 1, "weight") == [(7, 8), (9, 10), (10, 11)]
+    assert spans(result, 0, "backward") == [(5, 7), (7, 9), (9, 11)]
+    assert result.step_time_s == 11
 
 
 def test_interleaved_by_hand_with_transfers() -> None:

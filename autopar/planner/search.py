@@ -23,14 +23,14 @@ from autopar.planner.columns import Column
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.segment import Segment
-from cost_model.errors import ParallelismError, UnsupportedError
+from cost_model.errors import ParallelismError, UnknownNameError
+from cost_model.plan import SCHEDULES
 from cost_model.schedule import refusal
 
 __all__ = [
     "Chain", "Configuration", "Factor", "FactorGraph", "Infeasible", "Pins", "Progress", "Solution",
     "Space", "StageSolution", "in_flight", "search",
 ]  # fmt: skip
-SCHEDULES = ("1f1b", "gpipe", "interleaved")
 MAX_CONFIRMATIONS = 8
 WORTH_TIGHTENING = 0.01
 FEWEST_PARTS = 2
@@ -158,7 +158,7 @@ def search(
 def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configuration]:
     """All configurations that pins, devices and batch allow, in the order that breaks ties."""
     if pins.schedule not in (None, *SCHEDULES):
-        raise UnsupportedError(f"schedule {pins.schedule!r} cannot be planned yet; pin one of {', '.join(SCHEDULES)}")
+        raise UnknownNameError("schedule", pins.schedule, SCHEDULES)
     for pp in _divisors(num_devices, pins.pp):
         for tp in _divisors(num_devices // pp, pins.tp):
             dp = num_devices // pp // tp

@@ -40,6 +40,7 @@ class _Chunk:
     setup: Callable[..., Any]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    weight: Callable[..., Any] | None
     received: Tree
     sent: Tree
 
@@ -75,10 +76,9 @@ class RankExecutor:
         self._reset()
 
     def _chunk(self, described: Tree) -> _Chunk:
-        setup, forward, backward = (
-            getattr(self.module, f"{name}{described['suffix']}") for name in ("setup", "forward", "backward")
-        )
-        return _Chunk(setup, forward, backward, described["received"], described["sent"])
+        names = ("setup", "forward", "backward", *(["weight"] if described["splits_backward"] else []))
+        found = {name: getattr(self.module, f"{name}{described['suffix']}") for name in names}
+        return _Chunk(**{"weight": None, **found}, received=described["received"], sent=described["sent"])
 
     def _set_up(self) -> list[dict[str, Tensor]]:
         """Values of each chunk that never change."""
@@ -104,6 +104,7 @@ class RankExecutor:
         self.batch: dict[str, Tensor] = {}
         self.step_values: dict[str, Tensor] = {}
         self.saved: dict[Part, list[Tensor]] = {}
+        self.kept: dict[Part, list[Tensor]] = {}
         self.received: dict[Part, Tensor] = {}
         self.outgoing: dict[Part, Tensor] = {}
         self.grad_received: dict[Part, Tensor] = {}
@@ -217,17 +218,29 @@ class RankExecutor:
         saved = self.saved.pop(part)
         if own.sent is not None:
             saved.append(self.grad_received.pop(part))
+        gradient = self._backward("backward", own.backward, part, saved)
+        if own.weight is not None:
+            gradient, self.kept[part] = gradient
+        if own.received is not None:
+            self.grad_outgoing[part] = gradient
+
+    def weight(self, microbatch: int, chunk: int = 0) -> None:
+        """Run a chunk's ``weight`` on one microbatch: the gradients that its backward left."""
+        part, own = (microbatch, chunk), self.chunks[chunk]
+        assert own.weight is not None
+        self._backward("weight", own.weight, part, self.kept.pop(part))
+
+    def _backward(self, name: str, function: Callable[..., Any], part: Part, saved: list[Tensor]) -> Any:
+        microbatch, chunk = part
         accumulate = _add if self.spec["accumulates"] or self.accumulated else _store
-        gradient = self._timed(
-            "backward",
+        return self._timed(
+            name,
             part,
-            lambda: own.backward(
+            lambda: function(
                 self.params, self.buffers, self.constants[chunk], *self._slices(microbatch),
                 saved, self.targets, accumulate, self.comm, self.kernels, self.device,
             ),
         )  # fmt: skip
-        if own.received is not None:
-            self.grad_outgoing[part] = gradient
 
     def receive_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the activation of a microbatch from the stage before."""
