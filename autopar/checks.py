@@ -89,6 +89,16 @@ def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) 
         )
 
 
+def check_sequence(space: ModelSpace) -> None:
+    """ParallelismError where no value between the model's blocks has a sequence."""
+    local = space.local_model(space.traced.global_graph.batch)
+    if local is None or not local.has_sequence(1):
+        raise ParallelismError(
+            "sequence_parallel=True, but no value between the model's blocks is [batch, sequence, features]; "
+            "leave it None"
+        )
+
+
 # --- What a plan should not leave unsaid
 
 
@@ -125,7 +135,8 @@ def check_plan(plan: Plan, space: ModelSpace, pins: Parallelism) -> None:
     if labels != plan.segment_labels:
         raise PlanMismatchError("segment_labels", labels, plan.segment_labels)
     for number, stage in enumerate(plan.stages):
-        _check_choices(number, stage, _domains(plan, space, local, stage), space.sharded, space.divisible)
+        domains = _domains(plan, space, local, stage, pins.sequence_parallel)
+        _check_choices(number, stage, domains, space.sharded, space.divisible)
     _check_agreement(plan)
 
 
@@ -140,10 +151,13 @@ def _check_origin(plan: Plan, model: ModelGraph, cluster: Cluster) -> None:
             raise PlanMismatchError(field, expected, found)
 
 
-def _domains(plan: Plan, space: ModelSpace, local: LocalModel, stage: StagePlan) -> dict[str, tuple[str, ...]]:
+def _domains(
+    plan: Plan, space: ModelSpace, local: LocalModel, stage: StagePlan, sequence: bool | None
+) -> dict[str, tuple[str, ...]]:
     """Every choice that the planner has for a stage: variable -> labels."""
-    chain = space.chain(plan.dp, plan.tp, plan.microbatch_size)
-    assert chain is not None
+    chain = space.chain(plan.dp, plan.tp, plan.microbatch_size, sequence=sequence)
+    if chain is None:
+        raise ParallelismError(f"sequence_parallel={sequence} is pinned, which the model does not allow; leave it None")
     representatives: dict[str, Segment] = {}
     for part in local.segments:
         representatives.setdefault(part.kind, part)

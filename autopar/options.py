@@ -102,11 +102,6 @@ def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
     """What this version does not do yet is refused by name."""
     refused = [
         (
-            pins.sequence_parallel is not None,
-            f"sequence_parallel={pins.sequence_parallel}",
-            "sequence_parallel=None: the planner decides",
-        ),
-        (
             isinstance(precision, Precision) and replace(precision, compute=None) != Precision(),
             f"precision {precision}",
             "Precision(compute=...) alone, or model.to(dtype) before compiling",

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from autopar.checks import check_pins, check_plan, check_trains, plan_notes
+from autopar.checks import check_pins, check_plan, check_sequence, check_trains, plan_notes
 from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
@@ -150,6 +150,8 @@ class Job:
                 self.options.plan, time.perf_counter() - start, math.inf, ("the plan was given, not searched",)
             )
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
+        if self.options.parallelism.sequence_parallel:
+            check_sequence(self.space)
         solution = self.solve()
         return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
 
@@ -251,7 +253,7 @@ class Job:
                 f"zero={pins.zero} splits parameters into pieces, which {self.optimizer.path} does not update as it "
                 "updates whole parameters; use zero=0, or an elementwise optimizer such as torch.optim.AdamW"
             )
-        return PinnedSpace(self.space, pins.recompute, pins.zero)
+        return PinnedSpace(self.space, pins.recompute, pins.zero, pins.sequence_parallel)
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
         """Exact peak bytes of each stage of the rewritten program."""

@@ -17,6 +17,7 @@ work; a parameter in that placement has its gradient summed once per step.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -32,6 +33,10 @@ class Shard:
 
     def __str__(self) -> str:
         return f"S({self.dim})" if self.outer == 1 else f"S({self.dim},{self.outer})"
+
+    def is_consecutive(self, shape: tuple[int, ...]) -> bool:
+        """Whether the shards of a tensor lie in memory one behind the other, as collectives take and give them."""
+        return self.outer == 1 and math.prod(shape[: self.dim]) == 1
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from cost_model.ops import price_of
+from cost_model.placement import Shard
 from cost_model.program import Block, Collective, Instruction, OpCost, Value
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of
@@ -228,8 +229,21 @@ def _bytes(meta: Meta) -> int:
 
 
 def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
-    """Buffers inside a collective: shards arrive rank after rank and are then interleaved."""
+    """Buffers inside a collective: its operand laid out rank after rank, parts that arrive before they are interleaved.
+
+    Shards that lie one behind the other need neither; what is summed arrives in parts all the same.
+    """
     collective = _collective(node, metas)
     if collective is None or collective.kind == "all_reduce":
         return 0
-    return collective.nbytes
+    operand = node.all_input_nodes[0]
+    meta, (first, second) = metas[operand.name], node.args[3:5]
+    assert isinstance(meta, TensorMeta) and isinstance(first, int) and isinstance(second, int)
+    is_whole = operand.meta["val"].is_contiguous()
+    if collective.kind == "all_to_all":
+        packs = not (is_whole and Shard(first).is_consecutive(meta.shape))
+        return collective.nbytes * (packs + (not Shard(second).is_consecutive(meta.shape)))
+    is_consecutive = Shard(first, second).is_consecutive(meta.shape)
+    if collective.kind == "all_gather":
+        return (0 if is_whole else meta.nbytes) + (0 if is_consecutive else collective.nbytes)
+    return collective.nbytes * (1 if is_whole and is_consecutive else 2)

@@ -22,10 +22,11 @@ def draw_prices(patch: pytest.MonkeyPatch, seed: int) -> None:
     def op_time_s(prices: MeshPrices, call: Any, strategy: Any) -> float:
         return draw("op", call.op, str([m.shape for m in call.inputs]), strategy)
 
-    def conversion_s(nbytes: int, dtype: str, source: Any, target: Any) -> float:
+    def conversion_s(meta: Any, source: Any, target: Any) -> float:
         if source == target:
             return 0.0
-        return math.inf if conversion_kinds(source, target) is None else draw("as", nbytes, str(source), str(target))
+        impossible = conversion_kinds(source, target) is None
+        return math.inf if impossible else draw("as", meta.nbytes, str(source), str(target))
 
     patch.setattr(MeshPrices, "op_time_s", op_time_s)
     patch.setattr(MeshPrices, "conversion_s", property(lambda prices: conversion_s))

@@ -240,7 +240,6 @@ def test_more_stages_than_the_model_has_segments() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"sequence_parallel": True}, "sequence_parallel=True .* the planner decides"),
         (
             {"precision": autopar.Precision(params="bf16")},
             r"params=bf16 .* use Precision\(compute=...\) alone, or model.to\(dtype\)",

@@ -11,7 +11,7 @@ from autopar.optimizer_price import OptimizerPrice
 from cost_model.cluster import Cluster
 from cost_model.factors import Strategy
 from cost_model.ops import OpCall, entry_of, price_of
-from cost_model.placement import Placement, Varying, local_shape
+from cost_model.placement import Placement, Shard, Varying, local_shape
 from cost_model.program import OpCost
 from cost_model.redistribution import can_convert, conversion_steps, step_collectives
 from cost_model.tensor import TensorMeta
@@ -22,12 +22,19 @@ def local_meta(meta: TensorMeta, placement: Placement, size: int) -> TensorMeta:
 
 
 @functools.cache
-def conversion_kinds(source: Placement, target: Placement) -> tuple[str, ...] | None:
-    """Collectives and slices of a change of placement, forward and backward; None where there is no way."""
+def conversion_kinds(source: Placement, target: Placement) -> tuple[tuple[str, tuple[Shard, ...]], ...] | None:
+    """Collectives and slices of a change of placement, forward and backward, with the shards that each moves.
+
+    None where there is no way.
+    """
     if not can_convert(source, target):
         return None
-    steps = [step_collectives(a, b) for a, b in conversion_steps(source, target)]
-    return tuple(kind for step in steps if step is not None for kind in (step.forward, step.backward) if kind)
+    found = []
+    for a, b in conversion_steps(source, target):
+        step, shards = step_collectives(a, b), tuple(place for place in (a, b) if isinstance(place, Shard))
+        assert step is not None
+        found += [(kind, shards) for kind in (step.forward, step.backward) if kind]
+    return tuple(found)
 
 
 @functools.cache
@@ -115,20 +122,22 @@ class MeshPrices:
         return seconds
 
     @cached_property
-    def conversion_s(self) -> Callable[[int, str, Placement, Placement], float]:
-        """Seconds, forward and backward, of a change of placement of a tensor of so many bytes and a dtype;
-        infinite where there is none."""
+    def conversion_s(self) -> Callable[[TensorMeta, Placement, Placement], float]:
+        """Seconds, forward and backward, of a change of placement of a tensor; infinite where there is none."""
 
         @functools.cache
-        def kind_s(kind: str, nbytes: int, dtype: str) -> float:
-            if kind == "slice":
-                return self.op_s(OpCost("copy", 0.0, 2.0 * nbytes / self.tp, dtype))
-            packing = 0.0 if kind == "all_reduce" else self.op_s(OpCost("copy", 0.0, 2.0 * nbytes, dtype))
-            return self.collective_s(kind, nbytes) + packing
+        def kind_s(kind: str, nbytes: int, dtype: str, packed: int) -> float:
+            moved = nbytes // self.tp if kind in ("slice", "all_to_all") else nbytes
+            travel = 0.0 if kind == "slice" else self.collective_s(kind, moved)
+            return travel + (self.op_s(OpCost("copy", 0.0, 2.0 * moved * packed, dtype)) if packed else 0.0)
 
-        def seconds(nbytes: int, dtype: str, source: Placement, target: Placement) -> float:
-            kinds = conversion_kinds(source, target)
-            return float("inf") if kinds is None else sum(kind_s(kind, nbytes, dtype) for kind in kinds)
+        def seconds(meta: TensorMeta, source: Placement, target: Placement) -> float:
+            """Shards that do not lie one behind the other are laid out so first, or interleaved after."""
+            total = 0.0
+            for kind, shards in conversion_kinds(source, target) or ():
+                packed = 1 if kind == "slice" else sum(not shard.is_consecutive(meta.shape) for shard in shards)
+                total += kind_s(kind, meta.nbytes, meta.dtype, packed)
+            return total if can_convert(source, target) else float("inf")
 
         return seconds
 

@@ -18,7 +18,7 @@ from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.prices import MeshPrices, local_meta, travels_forward
 from autopar.planner.saving import NONE, RECOMPUTE, SAVE_ALL, OpUse, Saving, SegmentLevels, TensorUse, saves_of
-from autopar.planner.strategies import OpSpace, PlannedOp, op_space
+from autopar.planner.strategies import SEQUENCE, OpSpace, PlannedOp, op_space, pin_sequence
 from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
@@ -64,6 +64,10 @@ class LocalModel:
         placed = {i.node for i in self.model.inputs if i.kind == "parameter"}
         return frozenset(n.name for n in self.model.graph.nodes if n.name not in active and n.name not in placed)
 
+    def has_sequence(self, tp: int) -> bool:
+        """Whether a value between segments can be split along a sequence."""
+        return any(sequence_of(self.model.tensor(part.exit), tp) for part in self.segments)
+
     @cached_property
     def trainable(self) -> frozenset[str]:
         return frozenset(i.node for i in self.model.inputs if i.trainable)
@@ -91,8 +95,8 @@ class ModelSpace:
         self.divisible = divisible
         self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
         self._models: dict[int, LocalModel | None] = {}
-        self._chains: dict[tuple[int, int, int, Saving], Chain | None] = {}
-        self._graphs: dict[tuple[int, int, str], _SegmentGraph] = {}
+        self._chains: dict[tuple[int, int, int, Saving, bool | None], Chain | None] = {}
+        self._graphs: dict[tuple[int, int, bool | None, str], _SegmentGraph] = {}
         self._prices: dict[int, MeshPrices] = {}
 
     def local_model(self, microbatch_size: int) -> LocalModel | None:
@@ -111,28 +115,32 @@ class ModelSpace:
             return None
         return LocalModel(model, segment(model))
 
-    def chain(self, dp: int, tp: int, microbatch_size: int, saving: Saving = SAVE_ALL) -> Chain | None:
-        """The chain with these ways to save memory to choose from."""
+    def chain(
+        self, dp: int, tp: int, microbatch_size: int, saving: Saving = SAVE_ALL, sequence: bool | None = None
+    ) -> Chain | None:
+        """The chain with these ways to save memory to choose from. sequence: whether values between segments are split
+        along the sequence, None where that is a choice too."""
         if self.analysis.synchronised and dp * microbatch_size != self.traced.global_graph.batch:
             return None
-        key = (dp, tp, microbatch_size, saving)
+        key = (dp, tp, microbatch_size, saving, sequence)
         if key not in self._chains:
             local = self.local_model(microbatch_size)
-            self._chains[key] = None if local is None else self._chain(local, dp, tp, saving)
+            possible = local is not None and (not sequence or tp == 1 or local.has_sequence(tp))
+            self._chains[key] = self._chain(local, dp, tp, saving, sequence) if local and possible else None
         return self._chains[key]
 
-    def _chain(self, local: LocalModel, dp: int, tp: int, saving: Saving) -> Chain:
+    def _chain(self, local: LocalModel, dp: int, tp: int, saving: Saving, sequence: bool | None) -> Chain:
         prices = self.mesh_prices(dp, tp)
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
         for index, part in enumerate(local.segments):
             if part.kind not in kinds:
                 kinds[part.kind] = len(graphs)
-                key = (local.model.batch, tp, part.kind)
+                key = (local.model.batch, tp, sequence, part.kind)
                 if key not in self._graphs:
                     last = index == len(local.segments) - 1
                     shared_prices = self._prices.setdefault(tp, prices)
-                    self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last)
+                    self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last, sequence)
                 graphs.append(self._graphs[key].build(prices, saving))
         inputs = self._input_bytes() // dp
 
@@ -141,21 +149,21 @@ class ModelSpace:
             carried = sum(local.model.tensor(name).nbytes for name in after.carried)
             return prices.transfer_s(local.model.tensor(before.exit), parse_placement(label), carried)
 
-        sequence = tuple(kinds[part.kind] for part in local.segments)
-        moments = self._momentary_bytes(local, tp, saving)
+        order = tuple(kinds[part.kind] for part in local.segments)
+        moments = self._momentary_bytes(local, tp, saving, sequence)
 
         def reserve_bytes(first: int, last: int) -> int:
-            return inputs + max(moments[kind] for kind in sequence[first:last])
+            return inputs + max(moments[kind] for kind in order[first:last])
 
-        return Chain(tuple(graphs), sequence, cut_s, reserve_bytes)
+        return Chain(tuple(graphs), order, cut_s, reserve_bytes)
 
-    def _momentary_bytes(self, local: LocalModel, tp: int, saving: Saving) -> list[int]:
+    def _momentary_bytes(self, local: LocalModel, tp: int, saving: Saving, sequence: bool | None) -> list[int]:
         """Of each kind of segment, what the highest levels hold while its backward runs: what is made again, gradients
         before they are scattered, and gathered parameters twice, as they arrive and as they lie."""
         copies = {0: 0, 1: 0, 2: 1, 3: 2}[max(saving.zero, default=0)]
         found = []
         for kind in dict.fromkeys(part.kind for part in local.segments):
-            graph = self._graphs[(local.model.batch, tp, kind)]
+            graph = self._graphs[(local.model.batch, tp, sequence, kind)]
             parameters = sum(local.model.tensor(name).nbytes for name in graph.part.parameters)
             again = 0 if saving.recompute == (NONE,) else graph.segment_levels.again_bytes(saving.recompute[-1])
             found.append((again + copies * parameters) // tp)
@@ -182,15 +190,30 @@ def boundary_placements(meta: TensorMeta, tp: int) -> tuple[Placement, ...]:
     return (REPLICATE, PARTIAL, *(Shard(d) for d, e in enumerate(meta.shape) if e % tp == 0 and e > 1))
 
 
+def sequence_of(meta: TensorMeta, tp: int) -> tuple[Placement, ...]:
+    """``SEQUENCE`` where a boundary [batch, sequence, features] may lie so."""
+    return (SEQUENCE,) if len(meta.shape) == 3 and meta.shape[1] > 1 and meta.shape[1] % tp == 0 else ()
+
+
 class _SegmentGraph:
     """The factor graph of one kind of segment at one microbatch size and tp; dp enters in ``build``."""
 
     def __init__(
-        self, local: LocalModel, part: Segment, prices: MeshPrices, tp: int, sharded: bool, last: bool
+        self,
+        local: LocalModel,
+        part: Segment,
+        prices: MeshPrices,
+        tp: int,
+        sharded: bool,
+        last: bool,
+        sequence: bool | None,
     ) -> None:
         self.local, self.part, self.prices, self.tp = local, part, prices, tp
-        self.sharded, self.last = sharded, last
+        self.sharded, self.last, self.sequence = sharded, last, sequence
         self.space: OpSpace = op_space(local.model, part.nodes, local.ambient, tp)
+        if sequence is not None and tp > 1:
+            ends = [name for name in (part.entry, part.exit) if name and self._along(name)]
+            self.space = pin_sequence(self.space, ends, split=sequence)
         self.ops = {op.node: op for op in self.space.ops}
         self.domains: dict[str, tuple[str, ...]] = {}
         self.factors: list[Factor] = []
@@ -259,7 +282,15 @@ class _SegmentGraph:
 
     def _boundary(self, name: str) -> tuple[Placement, ...]:
         """Placements of an activation at a cut; one that is carried on is whole."""
-        return (REPLICATE,) if name in self.local.carried else boundary_placements(self._meta(name), self.tp)
+        if name in self.local.carried:
+            return (REPLICATE,)
+        places, along = boundary_placements(self._meta(name), self.tp), self._along(name)
+        if self.sequence is None or not along:
+            return places
+        return (PARTIAL, *along) if self.sequence else tuple(place for place in places if place not in along)
+
+    def _along(self, name: str) -> tuple[Placement, ...]:
+        return () if name in self.local.carried else sequence_of(self._meta(name), self.tp)
 
     def _hold(self, name: str) -> None:
         """A carried value is whole on every rank: one that is made here is brought into that form."""
@@ -403,7 +434,7 @@ class _SegmentGraph:
         (source_variable, given), (target_variable, wanted) = source, target
         rows, columns = list(dict.fromkeys(given)), list(dict.fromkeys(wanted))
         conversion_s, nbytes = self.prices.conversion_s, meta.nbytes
-        pairs = np.array([[conversion_s(nbytes, meta.dtype, a, b) for b in columns] for a in rows])
+        pairs = np.array([[conversion_s(meta, a, b) for b in columns] for a in rows])
         at = np.ix_([rows.index(a) for a in given], [columns.index(b) for b in wanted])
         local = np.array([[nbytes / self.tp if isinstance(p, Shard) else float(nbytes) for p in columns] for _ in rows])
         saved = None
@@ -461,18 +492,19 @@ class PinnedSpace:
     space: ModelSpace
     recompute: str | None = None
     zero: int | None = None
+    sequence: bool | None = None
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         """Unless pinned otherwise nothing is recomputed, and only optimizer state is split, where that is faster."""
         recompute = NONE if self.recompute is None else self.recompute
-        return self.space.chain(dp, tp, microbatch_size, Saving((recompute,), self._zero(())))
+        return self.space.chain(dp, tp, microbatch_size, Saving((recompute,), self._zero(())), self.sequence)
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> list[Chain]:
         """With all that is not pinned to choose from, up to each level: the higher ones hold more for a moment."""
         recompute = [RECOMPUTES[: i + 1] for i in range(3)] if self.recompute is None else [(self.recompute,)]
         zero = list(dict.fromkeys(self._zero(free) for free in ((0, 1), (0, 1, 2, 3)))) if dp > 1 else [(0,)]
         savings = [Saving(levels, known) for levels in recompute for known in zero]
-        found = [self.space.chain(dp, tp, microbatch_size, saving) for saving in savings]
+        found = [self.space.chain(dp, tp, microbatch_size, saving, self.sequence) for saving in savings]
         return [chain for chain in found if chain is not None]
 
     def _zero(self, free: tuple[int, ...]) -> tuple[int, ...]:

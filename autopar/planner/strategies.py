@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from cost_model.factors import FactorMap, Strategy
 from cost_model.ops import OpCall, entry_of
-from cost_model.placement import Placement, Shard
+from cost_model.placement import Partial, Placement, Shard
 from cost_model.strategies import follow, replicated, seeds, unsplit
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
 from passes.graph import ModelGraph, is_getitem
+
+SEQUENCE = Shard(1)
+"""How values [batch, sequence, features] lie under sequence parallelism."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,42 @@ def _distinct(strategies: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
     for strategy in strategies:
         known.setdefault((strategy.inputs, strategy.outputs, strategy.inside), strategy)
     return tuple(known.values())
+
+
+def along_sequence(space: OpSpace, starts: Iterable[str]) -> set[tuple[str, Shard]]:
+    """(tensor, shard) pairs that split the sequence: reached from ``starts``, values [batch, sequence, features], by
+    strategies that give or take such a pair."""
+    pairs = {op.node: [(s, _shards_of(space, op, s)) for s in op.strategies] for op in space.ops}
+    users: dict[str, list[str]] = {}
+    for op in space.ops:
+        for tensor in {*op.operands, *(t for t, (maker, _) in space.values.items() if maker == op.node)}:
+            users.setdefault(tensor, []).append(op.node)
+    found = {(tensor, SEQUENCE) for tensor in starts}
+    queue = list(found)
+    while queue:
+        pair = queue.pop()
+        for op_name in users.get(pair[0], []):
+            new = {p for _, known in pairs[op_name] if pair in known for p in known} - found
+            found |= new
+            queue += new
+    return found
+
+
+def _shards_of(space: OpSpace, op: PlannedOp, strategy: Strategy) -> set[tuple[str, Shard]]:
+    made = [(t, strategy.outputs[index]) for t, (maker, index) in space.values.items() if maker == op.node]
+    return {(t, p) for t, p in (*zip(op.operands, strategy.inputs, strict=True), *made) if isinstance(p, Shard)}
+
+
+def pin_sequence(space: OpSpace, starts: Iterable[str], *, split: bool) -> OpSpace:
+    """split: no op that could split the sequence does the whole of it on every rank; else none splits the sequence."""
+    along = along_sequence(space, starts)
+
+    def keeps(op: PlannedOp, strategy: Strategy) -> bool:
+        if not split:
+            return not along & _shards_of(space, op, strategy)
+        is_whole = not any(isinstance(p, Shard | Partial) for p in (*strategy.inputs, *strategy.outputs))
+        return not is_whole or not any(along & _shards_of(space, op, s) for s in op.strategies)
+
+    ops = tuple(replace(op, strategies=tuple(s for s in op.strategies if keeps(op, s))) for op in space.ops)
+    shards = {t: tuple(s for s in known if split or (t, s) not in along) for t, known in space.shards.items()}
+    return OpSpace(ops, space.values, shards)

@@ -100,7 +100,7 @@ class Comm:
 
     def take_shard(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
         """This rank's shard of a value that all ranks hold, as a tensor of its own."""
-        return shard_of(x, self.index(axis), size, dim, outer).contiguous().clone()
+        return shard_of(x, self.index(axis), size, dim, outer).clone(memory_format=torch.contiguous_format)
 
     def shard_ids(self, ids: Tensor, axis: str, size: int, extent: int) -> Tensor:
         """Row numbers within this rank's ``extent`` rows; -1 for rows of other ranks."""

@@ -7,22 +7,25 @@ They stand in local programs only, so they are never planned. What travels is pr
 from __future__ import annotations
 
 from cost_model.ops.table import OpCall, pass_of, register_priced, sweep, unpriced
+from cost_model.placement import Shard
 from cost_model.program import OpCost
 
 
-def _is_contiguous(call: OpCall, dim: str) -> bool:
-    """Shards along dim 0 lie one behind the other, as the wire wants them."""
-    return call.args.get(dim) == 0 and call.args.get("outer", 1) == 1
+def _is_consecutive(call: OpCall, dim: str) -> bool:
+    """Whether the shards along the dim that an argument names lie one behind the other, as the wire wants them."""
+    where, outer = call.args[dim], call.args.get("outer", 1)
+    assert isinstance(where, int) and isinstance(outer, int)
+    return Shard(where, outer).is_consecutive(call.inputs[0].shape)
 
 
 def _gather_price(call: OpCall) -> OpCost | None:
     """What arrives, rank after rank, is interleaved into the result."""
-    return None if _is_contiguous(call, "dim") else sweep("copy", *call.outputs, *call.outputs)
+    return None if _is_consecutive(call, "dim") else sweep("copy", *call.outputs, *call.outputs)
 
 
 def _scatter_price(call: OpCall) -> OpCost | None:
     """The operand is first laid out rank after rank."""
-    return None if _is_contiguous(call, "dim") else sweep("copy", *call.inputs, *call.inputs)
+    return None if _is_consecutive(call, "dim") else sweep("copy", *call.inputs, *call.inputs)
 
 
 def _shard_price(call: OpCall) -> OpCost:
@@ -31,9 +34,9 @@ def _shard_price(call: OpCall) -> OpCost:
 
 
 def _exchange_price(call: OpCall) -> OpCost | None:
-    """One side is packed, the other unpacked, unless its dim is the first."""
-    packed = [] if _is_contiguous(call, "split_dim") else [*call.inputs] * 2
-    unpacked = [] if _is_contiguous(call, "concat_dim") else [*call.outputs] * 2
+    """One side is packed, the other unpacked, unless its shards lie one behind the other."""
+    packed = [] if _is_consecutive(call, "split_dim") else [*call.inputs] * 2
+    unpacked = [] if _is_consecutive(call, "concat_dim") else [*call.outputs] * 2
     return sweep("copy", *packed, *unpacked) if packed or unpacked else None
 
 
