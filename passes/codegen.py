@@ -21,6 +21,8 @@ RUNTIME_CALLS = {
     "autopar.shard_ids.default": "comm.shard_ids",
     "autopar.attention.default": "kernels.attention",
     "autopar.attention_backward.default": "kernels.attention_backward",
+    "autopar.attention_rows.default": "kernels.attention_rows",
+    "autopar.attention_rows_backward.default": "kernels.attention_rows_backward",
     "autopar.count_labels.default": "kernels.count_labels",
     "autopar.put.default": "kernels.put",
     "autopar.random_keys.default": "kernels.random_keys",
@@ -32,6 +34,8 @@ RUNTIME_CALLS = {
     "autopar.experts.default": "kernels.experts",
     "autopar.experts_backward.default": "kernels.experts_backward",
 }
+_PLACED = ("kernels.attention_rows", "kernels.attention_rows_backward")
+"""Kernels that take a rank's place on an axis where the op names the axis."""
 _INDENT = "    "
 _WIDTH = 120
 
@@ -94,7 +98,8 @@ def _line(line: Line, names: _Names) -> str:
     callee = names.of(node)
     if line.in_place:
         callee += "_"
-    arguments = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    text = _placed if callee in _PLACED else _text
+    arguments = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
     if len(line.outputs) > 1:
         result = f"{', '.join(line.outputs)} = "
     elif line.outputs:
@@ -103,6 +108,10 @@ def _line(line: Line, names: _Names) -> str:
     else:
         result = ""
     return _wrapped(f"{result}{callee}(", arguments, f"){deletes}")
+
+
+def _placed(value: Any) -> str:
+    return f'comm.index("{value}")' if isinstance(value, str) else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -91,6 +91,13 @@ def _group_norm(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int)
     return aten.group_norm.default, (args[0], args[1] // size, *args[2:]), {}
 
 
+def _attention(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+    is_causal, place = args[4], strategy.inputs[0]
+    if not (is_causal and isinstance(place, Shard) and place.dim == 2):
+        return None
+    return vocabulary.attention_rows, (*args[:3], args[5], axis, size), {}
+
+
 def _experts(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
     place = strategy.inputs[3]
     if not (isinstance(place, Shard) and place.dim == 0):
@@ -107,6 +114,7 @@ _SIZES: dict[Any, Callable[[tuple[Any, ...], Meta], tuple[Any, ...]]] = {
 _ALGORITHMS: dict[Any, Callable[[Strategy, tuple[Any, ...], str, int], Call | None]] = {
     aten.embedding.default: _embedding,
     aten.group_norm.default: _group_norm,
+    torch.ops.autopar.attention.default: _attention,
     torch.ops.autopar.experts.default: _experts,
     torch.ops.autopar.cross_entropy_sum.default: _cross_entropy,
     **{

@@ -177,7 +177,7 @@ class _Lower:
             outputs=tuple(self._value(v) for v in variables),
             cost=cost,
             collective=collective,
-            workspace_bytes=dropped + _staging_bytes(node, self.metas),
+            workspace_bytes=dropped + _staging_bytes(node, self.metas) + _parts_bytes(node, self.metas),
             frees=frees,
             segment=int(node.meta.get("segment", -1)),
         )
@@ -247,3 +247,12 @@ def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
     if collective.kind == "all_gather":
         return (0 if is_whole else meta.nbytes) + (0 if is_consecutive else collective.nbytes)
     return collective.nbytes * (1 if is_whole and is_consecutive else 2)
+
+
+def _parts_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
+    """Attention of a rank's queries works over its own keys and over those before them: a second set of results."""
+    if "attention_rows" not in str(node.target):
+        return 0
+    outputs = metas[node.name]
+    assert isinstance(outputs, tuple)
+    return sum(meta.nbytes for meta in outputs if meta is not None)

@@ -17,7 +17,7 @@ from passes.codegen import RUNTIME_CALLS
 
 _ACCUMULATE = "autopar.accumulate.default"
 _OPS = {printed: op for op, printed in RUNTIME_CALLS.items()}
-_NOT_VALUES = ("device", "float", "grads", "torch")
+_NOT_VALUES = ("comm", "device", "float", "grads", "torch")
 _OPS.update({f"{printed}_": op for op, printed in RUNTIME_CALLS.items()}, accumulate=_ACCUMULATE)
 
 

@@ -28,6 +28,10 @@ class RecordingComm:
         self.calls.append(Collective(kind, axis, max(t.numel() * t.element_size() for t in (x, out))))
         return out
 
+    def index(self, axis: str) -> str:
+        """Ops on fake tensors take the axis where kernels take a rank's place on it."""
+        return axis
+
     def all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor:
         return self._note("all_reduce", axis, x, vocabulary.all_reduce(x, axis, op))
 

@@ -153,6 +153,24 @@ def _attention_backward(
     return dq, dk, dv
 
 
+@define("attention_rows(Tensor q, Tensor k, Tensor v, float? scale, str axis, int size) -> (Tensor, Tensor)")
+def _attention_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, axis: str, size: int
+) -> tuple[Tensor, Tensor]:
+    out, logsumexp = _CPU_ATTENTION(q, k, v, 0.0, False, scale=scale)
+    return out, logsumexp
+
+
+@define(
+    "attention_rows_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, float? scale, "
+    "str axis, int size) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_rows_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
 class _Copy(Function):
     """Replicate -> Varying."""
 
@@ -260,6 +278,23 @@ class _Attention(Function):
         q, k, v, out, logsumexp, mask = ctx.saved_tensors
         dq, dk, dv = torch.ops.autopar.attention_backward.default(grads[0], q, k, v, out, logsumexp, mask, *ctx.flags)
         return dq, dk, dv, None, None, None
+
+
+class _AttentionRows(Function):
+    """Causal attention of a rank's queries, with keys and values whole."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None, axis: str, size: int) -> Any:
+        out, logsumexp = torch.ops.autopar.attention_rows.default(q, k, v, scale, axis, size)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.options = (scale, axis, size)
+        ctx.mark_non_differentiable(logsumexp)
+        return out, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        made = torch.ops.autopar.attention_rows_backward.default(grads[0], *ctx.saved_tensors, *ctx.options)
+        return *made, None, None, None
 
 
 class _BatchNorm(Function):
@@ -419,6 +454,11 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Fused attention over [batch, heads, length, width]; the kernel is chosen by the device it runs on."""
     return _Attention.apply(q, k, v, mask, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def attention_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, axis: str, size: int) -> tuple[Tensor, Tensor]:
+    """Causal attention of the queries that each rank of an axis holds, consecutive ones, to all keys before them."""
+    return _AttentionRows.apply(q, k, v, scale, axis, size)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def batch_norm(

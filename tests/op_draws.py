@@ -261,7 +261,7 @@ def _half_softmax(d: Draw) -> tuple[Any, ...]:
 
 def _attended(d: Draw, groups: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """q, k, v and perhaps a mask; heads are a multiple (one of ``groups``) of those of k and v."""
-    b, g, t, s, width = d.size(), d.pick(4, 2, 3, 1), d.pick(3, 5), d.pick(3, 5), d.pick(2, 4)
+    b, g, t, s, width = d.size(), d.pick(4, 2, 3, 1), d.pick(4, 3, 5), d.pick(4, 3, 5), d.pick(2, 4)
     h = g * d.pick(*groups)
     shape = (b, h, t, s)
     mask = d.pick(None, d.normal(*d.narrowed((b, h)), t, s), d.normal(t, s))

@@ -190,6 +190,8 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "keep": ("key ids index", "mask", {"p": 0.1}),
     "drop": ("x mask", "x", {"scale": 1.0}),
     "attention_backward": ("heads heads heads heads heads lse", "heads heads heads", {"is_causal": False}),
+    "attention_rows": ("heads heads heads", "heads lse", {"size": 2}),
+    "attention_rows_backward": ("heads heads heads heads heads lse", "heads heads heads", {"size": 2}),
 }
 
 
@@ -240,6 +242,13 @@ def test_causal_attention_is_half() -> None:
     whole, causal = (case_of("autopar.attention.default", q, q, q, None, flag).call for flag in (False, True))
     assert price_of(whole).flops == 4 * 2 * 3 * 8 * 8 * 4 == 2 * price_of(causal).flops
     assert OPS[whole.op].backward_price(whole)[0].flops == 2.5 * price_of(whole).flops
+
+
+def test_of_ranks_that_share_causal_queries_the_last_is_priced() -> None:
+    """It sees all keys but those above the diagonal of its own square."""
+    q, k = torch.rand(2, 3, 2, 4), torch.rand(2, 3, 8, 4)
+    last = case_of("autopar.attention.default", q, k, k, None, True).call
+    assert price_of(last).flops == 4 * 2 * 3 * 4 * (2 * 6 + 2 * 2 / 2)
 
 
 ROWS = torch.rand(2, 5, 12)

@@ -22,7 +22,7 @@ from cost_model.ops.table import backward_only
 from cost_model.placement import Partial, Placement, Shard, Varying, local_shape
 
 sys.path.append(str(Path(__file__).parent))
-from op_calls import Case
+from op_calls import Case, attention
 from op_draws import CALLS, EXAMPLES, drawn_arguments
 
 Tensor = torch.Tensor
@@ -123,6 +123,8 @@ def run_ranks(case: Case, strategy: Strategy, size: int, upstream: list[Tensor])
     for rank, inputs in enumerate(ranks):
         if case.name == "aten.embedding.default" and strategy.factor == "v":
             outputs.append([vocabulary_lookup(case, strategy, inputs, size, rank)])
+        elif case.name == "autopar.attention.default" and strategy.factor == "t" and case.arguments["is_causal"]:
+            outputs.append(attention_of_rows(case, inputs, size, rank))
         elif case.name == "autopar.experts.default" and strategy.factor == "e":
             outputs.append(case.run([inputs[0], own_experts(inputs[1], inputs[3].shape[0], rank), *inputs[2:]]))
         else:
@@ -131,6 +133,15 @@ def run_ranks(case: Case, strategy: Strategy, size: int, upstream: list[Tensor])
         assert tuple(out.shape) == shape
     grads = [backward(outputs[r], ranks[r], [u[r] for u in ups]) for r in range(size)]
     return outputs, grads
+
+
+def attention_of_rows(case: Case, inputs: list[Tensor], size: int, rank: int) -> list[Tensor]:
+    """Queries of one rank see the keys up to their own place."""
+    q, k, v = inputs
+    rows = torch.arange(q.shape[2] * size).chunk(size)[rank]
+    later = torch.arange(k.shape[2]) > rows.unsqueeze(1)
+    mask = torch.zeros(later.shape, dtype=q.dtype).masked_fill(later, -torch.inf)
+    return list(attention(q, k, v, mask, False, case.arguments["scale"]))
 
 
 def own_experts(index: Tensor, held: int, rank: int) -> Tensor:

@@ -10,6 +10,8 @@ from autopar.runtime.draws import drop, keep, normal, random_integers, random_ke
 __all__ = [
     "attention",
     "attention_backward",
+    "attention_rows",
+    "attention_rows_backward",
     "count_labels",
     "drop",
     "experts",
@@ -73,6 +75,56 @@ def attention_backward(
         grad, q, k, v, mask, out, logsumexp, random[0], random[1], 0.0, wanted, is_causal, scale=scale
     )
     return dq, dk, dv
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, index: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of part ``index`` of ``size`` consecutive parts of the queries, k and v [b, h, size x t, d].
+
+    All keys before the part, then its own: the two results are averaged by their sums of exponentials.
+    """
+    own, before = _own_and_before(index, q.shape[2])
+    out, logsumexp = attention(q, k[:, :, own], v[:, :, own], None, True, scale)
+    if index == 0:
+        return out, logsumexp
+    earlier, earlier_sum = attention(q, k[:, :, before], v[:, :, before], None, False, scale)
+    total = torch.logaddexp(logsumexp, earlier_sum)
+    out.mul_(_share(logsumexp, total, out)).add_(earlier.mul_(_share(earlier_sum, total, out)))
+    return out, total
+
+
+def attention_rows_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float | None,
+    index: int,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; of the latter this rank's part, zero at later keys."""
+    own, before = _own_and_before(index, q.shape[2])
+    dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for keys, is_causal in ((own, True), (before, False)):
+        if keys.stop > keys.start:
+            parts = attention_backward(grad, q, k[:, :, keys], v[:, :, keys], out, logsumexp, None, is_causal, scale)
+            dq.add_(parts[0])
+            dk[:, :, keys] = parts[1]
+            dv[:, :, keys] = parts[2]
+    return dq, dk, dv
+
+
+def _own_and_before(index: int, length: int) -> tuple[slice, slice]:
+    return slice(index * length, (index + 1) * length), slice(0, index * length)
+
+
+def _share(logsumexp: Tensor, total: Tensor, out: Tensor) -> Tensor:
+    """Of the sum of exponentials, [b, h, t, 1]; kernels may pad the rows."""
+    return (logsumexp - total).exp()[:, :, : out.shape[2]].unsqueeze(-1).to(out.dtype)
 
 
 def count_labels(labels: Tensor, ignore_index: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Attention: batch and heads parallel; query, key and feature dims whole."""
+"""Attention: batch, heads and queries parallel; key and feature dims whole."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.table import Op, OpCall, bytes_moved, register, register_priced, saving, sweep
@@ -36,8 +36,10 @@ def _shape(query: TensorMeta, key: TensorMeta, value: TensorMeta) -> _Shape:
 
 
 def _cost(call: OpCall, kind: str, shape: _Shape, nbytes: float) -> OpCost:
-    """A causal kernel skips half of the scores; how much of it a device really skips depends on the shape."""
-    causal = 0.5 if call.args.get("is_causal") else 1.0
+    """A causal kernel skips the scores above the diagonal, half of a square; of ranks that share the queries the last
+    is priced, which skips least. How much of it a device really skips depends on the shape."""
+    is_causal = call.args.get("is_causal") or "attention_rows" in call.op
+    causal = 1 - min(shape.t / (2 * shape.s), 0.5) if is_causal else 1.0
     more = BACKWARD_OVER_FORWARD if kind == "attention_backward" else 1.0
     gemm = (shape.batches, shape.t, shape.s, shape.d)
     return OpCost(kind, causal * more * shape.flops, nbytes, call.inputs[0].dtype, gemm)
@@ -74,7 +76,11 @@ def _mask_term(mask: TensorMeta, leading: list[str]) -> str:
 
 
 def attention_factors(call: OpCall) -> FactorMap:
-    """Grouped queries have heads (g r), r of them to each of g heads of keys and values."""
+    """Grouped queries have heads (g r), r of them to each of g heads of keys and values.
+
+    A rank that holds some queries needs all keys and values (context parallelism); where the mask is causal, which
+    queries they are tells which keys they see, so they are consecutive.
+    """
     query, key, _, *mask = call.inputs
     leading = _leading(len(query.shape))
     of_keys, sizes = list(leading), {}
@@ -85,13 +91,22 @@ def attention_factors(call: OpCall) -> FactorMap:
     operands = [f"{queries} t d", f"{keys} s d", f"{keys} s e", *(_mask_term(m, leading) for m in mask)]
     outs = [f"{queries} t e", f"{queries} t"][: len(call.outputs)]
     notation = f"{', '.join(operands)} -> {', '.join(outs)}"
-    return parse_map(notation, call.inputs, call.outputs, whole="t s d e", sizes=sizes)
+    is_causal = bool(call.args.get("is_causal"))
+    is_square = query.shape[-2] == key.shape[-2] and not mask
+    whole = "s d e" if is_square or not is_causal else "t s d e"
+    return parse_map(notation, call.inputs, call.outputs, whole=whole, ordered="t", sizes=sizes)
+
+
+def _sdpa_factors(call: OpCall) -> FactorMap:
+    """As attention; causal queries stay whole."""
+    rule = attention_factors(call)
+    return replace(rule, whole=rule.whole | {"t"} & rule.sizes.keys()) if call.args.get("is_causal") else rule
 
 
 register(
     Op(
         name="aten.scaled_dot_product_attention.default",
-        factors=attention_factors,
+        factors=_sdpa_factors,
         price=_price,
         backward_price=_planned_backward,
         saves=saving("in0", "in1", "in2", "in3", "out0"),
@@ -106,8 +121,9 @@ register(
         saves=saving("in0", "in1", "in2", "in3", "out0", "out1"),
     )
 )
-register_priced("aten._scaled_dot_product_flash_attention_for_cpu.default", _price)
+register_priced("autopar.attention_rows.default aten._scaled_dot_product_flash_attention_for_cpu.default", _price)
 register_priced(
-    """autopar.attention_backward.default aten._scaled_dot_product_flash_attention_for_cpu_backward.default""",
+    """autopar.attention_backward.default autopar.attention_rows_backward.default
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default""",
     _traced_backward,
 )
