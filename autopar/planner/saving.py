@@ -86,7 +86,8 @@ class TensorUse:
     def factors(self, levels: Mapping[str, Level]) -> list[Factor]:
         """What it takes to convert, [source, target], and the bytes it saves, [source, target, level].
 
-        No level repeats a collective: its result is kept if anything reads it again, in place of its operand.
+        No level repeats a collective: its result is kept if anything reads it again (a backward, where the plain factor
+        saves it), in place of its operand.
         """
         tables = [self._saved(name, level) for name, level in levels.items()]
         found = [Factor(self.plain.variables, self.plain.time_s)]
@@ -98,7 +99,8 @@ class TensorUse:
         if name == NONE:
             return np.zeros_like(self.source_bytes) if self.plain.saved_bytes is None else self.plain.saved_bytes
         kept = self.first and self.tensor in level.kept
-        read = self.tensor in level.read and (self.user is None or self.user in level.ops)
+        reads_again = self.user is None or self.user in level.ops or self.plain.saved_bytes is not None
+        read = self.tensor in level.read and reads_again
         return np.where(self.travels, self.target_bytes * (kept or read), self.source_bytes * kept)
 
 
