@@ -208,7 +208,7 @@ class Engine:
             return {name: tensor.detach().clone() for name, tensor in current.items()}
         trained = self._gathered()
         aliases = self._linked.traced.aliases
-        return {n: trained.get(aliases.get(n, n), t).detach().clone() for n, t in current.items()}
+        return {n: trained.get(aliases.get(n, n), t).detach().to(t.dtype, copy=True) for n, t in current.items()}
 
     def _gathered(self) -> dict[str, Tensor]:
         """Parameters joined from the shards of every stage's first replica."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def clip_costs(part: LinkedStage) -> Iterator[OpCost]:
         yield from _norm_and_scale(TensorMeta((count,), dtype), TensorMeta((count,), dtype))
     for bucket in part.buckets:
         if bucket.gradients is not None:
-            yield from _norm_and_scale(bucket.part, bucket.gradients)
+            yield from _norm_and_scale(replace(bucket.part, dtype=bucket.gradients.dtype), bucket.gradients)
 
 
 def _norm_and_scale(read: TensorMeta, scaled: TensorMeta) -> Iterator[OpCost]:

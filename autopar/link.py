@@ -10,7 +10,7 @@ from functools import cached_property
 from autopar.gradient_norm import NORM, clip_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
-from autopar.step_work import gathers_of, gradient_layout, reductions_of
+from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
 from cost_model.placement import Placement
 from cost_model.plan import Plan, StagePlan
 from cost_model.program import Bucket, Chunk, Collective, ParameterShard, Program, StageProgram, StepWork, Value
@@ -75,14 +75,25 @@ class LinkedStage:
         dp = max((bucket.dp for bucket in self.buckets), default=1)
         for index in range(dp):
             own = {
-                p.parameter: TensorMeta((p.numel,), b.dtype)
+                p.parameter: TensorMeta((p.numel,), b.updated.dtype)
                 for b in self.buckets
                 if b.trainable
                 for p in b.pieces(index)
             }
             pieces = own if len(own) > len(pieces) else pieces
+        return {shard.name: shard.updated for shard in self.alone} | pieces
+
+    @property
+    def alone(self) -> tuple[ParameterShard, ...]:
+        """Parameters outside buckets that are trained."""
         bucketed = {name for bucket in self.buckets for name, _ in bucket.parameters}
-        return {s.name: s.meta for s in self.shards if s.trainable and s.name not in bucketed} | pieces
+        return tuple(shard for shard in self.shards if shard.trainable and shard.name not in bucketed)
+
+    @property
+    def masters(self) -> tuple[TensorMeta, ...]:
+        """Copies of parameters in another dtype that the optimizer updates."""
+        copies = [shard.updated for shard in self.alone if shard.updated != shard.meta]
+        return (*copies, *(b.updated for b in self.buckets if b.trainable and b.updated != b.part))
 
     @property
     def batch_inputs(self) -> dict[GraphInput, bool]:
@@ -191,12 +202,13 @@ class Linker:
         return Linked(self.traced, plan, stages, program, self.max_grad_norm, self.local_batches)
 
     def _stage_program(self, stage: LinkedStage, index: int, plan: Plan) -> StageProgram:
-        price = self._price(stage)
+        price = self._with_casts(stage, self._price(stage))
         clips = self.max_grad_norm is not None
         costs = (*clip_costs(stage), *price.costs) if clips else price.costs
         rows = stage.gathered if self.local_batches and plan.dp > 1 else ()
         fed = [Collective("all_gather", "dp", self.traced.global_graph.tensor(i.node).nbytes) for i in rows]
-        return _stage_program(self.traced, stage, index, plan, replace(price, costs=costs), fed, clips=clips)
+        price, has_optimizer = replace(price, costs=costs), self.optimizer is not None
+        return _stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
 
     def _code(
         self,
@@ -220,6 +232,7 @@ class Linker:
             shared=_held_by_several(segments, plan),
             suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
             splits_backward=splits_backward(plan.schedule, index % plan.pp),
+            precision=plan.precision,
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:
@@ -229,6 +242,16 @@ class Linker:
         if trainable not in self._prices:
             self._prices[trainable] = price_optimizer(self.optimizer, dict(trainable), device=self.device_kind)
         return self._prices[trainable]
+
+    def _with_casts(self, stage: LinkedStage, price: OptimizerPrice) -> OptimizerPrice:
+        """With what is cast around the reductions and around the update; gradients that are cast live through it."""
+        casts = [cast for r in stage.reductions for cast in r.casts]
+        if self.optimizer is None:
+            return replace(price, costs=(*price.costs, *cast_costs(casts)))
+        before, after = update_casts(stage.alone, stage.buckets)
+        held = sum(target.nbytes for _, target in before)
+        costs = (*cast_costs([*casts, *before]), *price.costs, *cast_costs(after))
+        return replace(price, costs=costs, workspace_bytes=price.workspace_bytes + held)
 
 
 def steps_of(plan: Plan, stage: int) -> tuple[Step, ...]:
@@ -304,7 +327,8 @@ def _parameter_shards(
             if item.kind in ("parameter", "buffer", "constant"):
                 place, name = code.placements[item.node], item.target
                 axis = reduce_axis(place, dp, tp)
-                shard = ParameterShard(name, code.metas[item.node], str(place), name in trained, axis, tied.get(name))
+                meta, kept = code.metas[item.node], code.types(item)
+                shard = ParameterShard(name, meta, str(place), name in trained, axis, tied.get(name), kept)
                 found[name] = shard
     return tuple(found.values())
 
@@ -318,8 +342,10 @@ def _stage_program(
     fed: Sequence[Collective],
     *,
     clips: bool,
+    has_optimizer: bool,
 ) -> StageProgram:
     collectives = [*fed, *(r.collective for r in stage.reductions)]
+    casts = [*(0 for _ in fed), *(sum(target.nbytes for _, target in r.casts[:1]) for r in stage.reductions)]
     if plan.dp * plan.tp * plan.pp > 1:
         collectives += [NORM] if clips else []
         collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
@@ -335,6 +361,8 @@ def _stage_program(
             price.workspace_bytes,
             tuple(g.collective for g in stage.gathers),
             tuple(meta.nbytes for meta in stage.updated.values()),
+            tuple(meta.nbytes for meta in stage.masters) if has_optimizer else (),
+            (*casts, *(0 for _ in collectives[len(casts) :])),
         ),
         buckets=stage.buckets,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cost_model.cluster import Cluster
-from cost_model.errors import ConfigError, UnsupportedError
+from cost_model.errors import ConfigError
 from cost_model.plan import Parallelism, Plan
 from cost_model.precision import Precision
 from cost_model.units import parse_bytes
@@ -58,7 +58,6 @@ class Options:
             raise ConfigError(f"parallelism must be an autopar.Parallelism, not {type(parallelism).__name__}")
         if plan is not None and not isinstance(plan, Plan):
             raise ConfigError(f"plan must be an autopar.Plan (see Plan.load), not {type(plan).__name__}")
-        _check_supported(parallelism or Parallelism(), precision)
         if precision is not None and not isinstance(precision, Precision):
             raise ConfigError(f"precision must be an autopar.Precision, not {type(precision).__name__}")
         if precision is None:
@@ -96,17 +95,3 @@ def check_target(model: object, cluster: object) -> None:
             f"cluster must be an autopar.Cluster, not a {type(cluster).__name__}; "
             "see autopar.Cluster.load(name_or_path), .local(n) and .from_matrix(...)"
         )
-
-
-def _check_supported(pins: Parallelism, precision: Precision | None) -> None:
-    """What this version does not do yet is refused by name."""
-    refused = [
-        (
-            isinstance(precision, Precision) and replace(precision, compute=None) != Precision(),
-            f"precision {precision}",
-            "Precision(compute=...) alone, or model.to(dtype) before compiling",
-        ),
-    ]
-    for wrong, what, instead in refused:
-        if wrong:
-            raise UnsupportedError(f"{what} is not supported yet; use {instead}")

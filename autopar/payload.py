@@ -16,7 +16,7 @@ from cost_model.errors import ConfigError
 from cost_model.placement import REPLICATE, Placement, Shard
 from cost_model.prices import axis_groups
 from cost_model.program import Bucket
-from passes.graph import GraphInput
+from passes.graph import GraphInput, torch_dtype
 
 WRAP = " to the other end"
 
@@ -57,15 +57,18 @@ def rank_payload(
     )
     counters = {n: (GraphInput(n, "buffer", n, False, False), REPLICATE) for n in linked.traced.counters}
     held = {**counters, **held}
-    params = {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"}
+    own = {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"}
+    buckets = [_bucket(b, dp, {n: own.pop(n) for n, _ in b.parameters}, optimizer) for b in part.buckets]
+    masters = {s.name: own[s.name].to(torch_dtype(s.updated.dtype)) for s in part.alone if s.updated != s.meta}
     return {
         "source": linked.source(rank),
         "device": device,
         "timeout_s": timeout_s,
         "stage": stage,
         "dp_index": dp,
-        "buckets": [_bucket(bucket, dp, {n: params.pop(n) for n, _ in bucket.parameters}) for bucket in part.buckets],
-        "params": params,
+        "buckets": buckets,
+        "params": {n: tensor.to(torch_dtype(part.metas[n].dtype)) for n, tensor in own.items()},
+        "masters": {} if optimizer is None else masters,
         "buffers": {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"},
         "layouts": {
             n: _layout(linked, rank, n, p if i.kind == "parameter" else REPLICATE, tuple(tensors[n].shape))
@@ -97,12 +100,14 @@ def rank_payload(
     }
 
 
-def _bucket(bucket: Bucket, index: int, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def _bucket(
+    bucket: Bucket, index: int, parameters: Mapping[str, Tensor], optimizer: OptimizerSpec | None
+) -> dict[str, Any]:
     """A bucket as ``HeldBucket`` takes it: its weights in a row, or this rank's part of the row."""
     row = torch.cat([p.reshape(-1) for p in parameters.values()])
     row = torch.nn.functional.pad(row, (0, bucket.numel - row.numel()))
-    if bucket.zero == 3:
-        row = row[index * bucket.part.numel : (index + 1) * bucket.part.numel].clone()
+    part = row[index * bucket.part.numel : (index + 1) * bucket.part.numel]
+    has_master = optimizer is not None and bucket.trainable and bucket.updated != bucket.part
     offsets = bucket.offsets()
     return {
         "name": bucket.name,
@@ -111,8 +116,15 @@ def _bucket(bucket: Bucket, index: int, parameters: Mapping[str, Tensor]) -> dic
         "trainable": bucket.trainable,
         "parameters": [(name, list(p.shape), offsets[name]) for name, p in parameters.items()],
         "pieces": [(piece.parameter, piece.offset, piece.start, piece.stop) for piece in bucket.pieces(index)],
-        "weights": row,
+        "weights": _copied(part if bucket.zero == 3 else row, bucket.dtype),
+        "master": _copied(part, bucket.updated.dtype) if has_master else None,
+        "grads": bucket.types.grads,
+        "reduce": bucket.types.reduce,
     }
+
+
+def _copied(tensor: Tensor, dtype: str) -> Tensor:
+    return tensor.to(torch_dtype(dtype), copy=True)
 
 
 def rank_batch(linked: Linked, rank: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

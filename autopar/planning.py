@@ -101,7 +101,7 @@ def collector_paused() -> Iterator[None]:
 
 @dataclass(eq=False)
 class Job:
-    """One model to plan: traced, analysed, its optimizer captured."""
+    """One model to plan: traced, analysed, its optimizer captured. parameters: as the optimizer sees them."""
 
     cluster: Cluster
     options: Options
@@ -128,10 +128,11 @@ class Job:
         whole = traced.global_graph
         check_trains(whole, has_optimizer=options.optimizer is not None)
         parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}
-        shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in parameters.items()}
+        updated = {n: replace(m, dtype=options.precision.kept(m.dtype).updated) for n, m in parameters.items()}
+        shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in updated.items()}
         optimizer = capture(options.optimizer, shapes)
         notes = (*traced.notes, *notes, *_unpriced(whole), *_random(whole, options.seed))
-        return Job(cluster, options, traced, analysis, optimizer, parameters, notes)
+        return Job(cluster, options, traced, analysis, optimizer, updated, notes)
 
     @property
     def batch(self) -> int:
@@ -197,6 +198,7 @@ class Job:
             self.cluster,
             price,
             max(priced_bytes, 1),
+            self.options.precision,
             sharded=sharded,
             divisible=self.optimizer is None or (sharded and is_elementwise(self.optimizer, flat=True)),
         )

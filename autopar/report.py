@@ -33,7 +33,7 @@ _TIME_PARTS = (
     ("optimizer", "optimizer_s"),
     ("other", "other_s"),
 )
-_MEMORY_PARTS = ("parameters", "gradients", "optimizer_state", "inputs", "saved", "transient", "rounding")
+_MEMORY_PARTS = ("parameters", "gradients", "optimizer_state", "master", "inputs", "saved", "transient", "rounding")
 
 
 # --- Words and tables

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from cost_model.program import Bucket, ParameterShard
-from passes.schedule_code import PartStep, Reduction
+from cost_model.ops import OpCall, price_of
+from cost_model.program import Bucket, OpCost, ParameterShard
+from cost_model.tensor import TensorMeta
+from passes.schedule_code import PartStep, Reduction, casts_around
 
 Layout = tuple[tuple[str, tuple[str, ...]], ...]
 """(dtype, parameters in order) of each flat gradient buffer."""
@@ -20,13 +23,13 @@ def gradient_layout(
     bucketed = {name for bucket in buckets for name, _ in bucket.parameters}
     trainable = sorted(
         (s for s in shards if s.trainable and s.name not in bucketed),
-        key=lambda s: (s.meta.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
+        key=lambda s: (s.gradient.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
     )
     layout: dict[str, list[str]] = {}
     offsets: dict[str, int] = {}
     runs: dict[tuple[str, str], tuple[int, int]] = {}
     for shard in trainable:
-        dtype = shard.meta.dtype
+        dtype = shard.gradient.dtype
         start = offsets.get(dtype, 0)
         offsets[dtype] = start + shard.meta.numel
         layout.setdefault(dtype, []).append(shard.name)
@@ -34,8 +37,9 @@ def gradient_layout(
         for axis in (a for a in axes if a):
             known = runs.get((axis, dtype), (start, start))
             runs[(axis, dtype)] = (known[0], offsets[dtype])
+    sent = {s.gradient.dtype: s.gradient.dtype if s.kept is None else s.kept.reduce for s in trainable}
     ordered = sorted(runs.items(), key=lambda item: item[0])
-    reductions = tuple(Reduction(axis, dtype, *span) for (axis, dtype), span in ordered)
+    reductions = tuple(Reduction(axis, dtype, *span, sent[dtype]) for (axis, dtype), span in ordered)
     return tuple((d, tuple(n)) for d, n in layout.items()), reductions
 
 
@@ -53,11 +57,17 @@ def reductions_of(
 
 
 def _reductions_of_bucket(bucket: Bucket, tied: Mapping[str, str]) -> list[PartStep]:
-    found = [PartStep("reduce_scatter", "dp", bucket.name, bucket.meta.nbytes)] if bucket.zero == 1 else []
+    assert bucket.gradients is not None
+    part = replace(bucket.part, dtype=bucket.gradients.dtype)
+    casts = casts_around(part, part, bucket.reduced.dtype)
+    found = []
+    if bucket.zero == 1:
+        around = casts_around(bucket.gradients, part, bucket.reduced.dtype)
+        found.append(PartStep("reduce_scatter", "dp", bucket.name, bucket.reduced.nbytes, around))
     if bucket.varying:
-        found.append(PartStep("all_reduce", "tp", bucket.name, bucket.part.nbytes))
+        found.append(PartStep("all_reduce", "tp", bucket.name, bucket.reduced_part.nbytes, casts))
     if bucket.tied in tied:
-        found.append(PartStep("all_reduce", f"tied:{bucket.tied}", bucket.name, bucket.part.nbytes))
+        found.append(PartStep("all_reduce", f"tied:{bucket.tied}", bucket.name, bucket.reduced_part.nbytes, casts))
     return found
 
 
@@ -67,3 +77,26 @@ def gathers_of(buckets: Sequence[Bucket], *, has_optimizer: bool) -> tuple[PartS
         return ()
     updated = [b for b in buckets if b.trainable and b.zero < 3]
     return tuple(PartStep("all_gather", "dp", b.name, b.meta.nbytes) for b in updated)
+
+
+def cast_costs(casts: Iterable[tuple[TensorMeta, TensorMeta]]) -> Iterator[OpCost]:
+    """Of each (from, to), a pass over both."""
+    for source, target in casts:
+        cost = price_of(OpCall("aten.to.dtype", (source,), (target,), {}))
+        assert cost is not None
+        yield cost
+
+
+def update_casts(
+    shards: Iterable[ParameterShard], buckets: Iterable[Bucket]
+) -> tuple[list[tuple[TensorMeta, TensorMeta]], list[tuple[TensorMeta, TensorMeta]]]:
+    """What is cast around an update: gradients to the dtype of what is updated before, parameters from it after.
+
+    shards: those that lie outside buckets and are updated.
+    """
+    rows = [(s.gradient, s.updated, s.meta) for s in shards]
+    for bucket in buckets:
+        if bucket.gradients is not None:
+            rows.append((replace(bucket.part, dtype=bucket.gradients.dtype), bucket.updated, bucket.part))
+    before = [(gradient, updated) for gradient, updated, _ in rows if gradient != updated]
+    return before, [(updated, stored) for _, updated, stored in rows if updated != stored]

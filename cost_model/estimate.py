@@ -12,7 +12,8 @@ from cost_model.plan import Plan
 class MemoryBreakdown:
     """Bytes on each device of a stage at its peak; the parts sum to ``total_bytes``.
 
-    parameters: weights and buffers; gradients: accumulation buffers; optimizer_state;
+    parameters: weights and buffers; gradients: accumulation buffers; optimizer_state; master: copies of parameters in
+    another dtype, which the optimizer updates;
     inputs: the batch and step constants; saved: activations of the microbatches in flight at the peak;
     transient: what is alive besides at the peak (temporaries, communication buffers, workspaces);
     rounding: what the allocator adds.
@@ -25,11 +26,13 @@ class MemoryBreakdown:
     saved: int
     transient: int
     rounding: int
+    master: int = 0
 
     @property
     def total_bytes(self) -> int:
         return (
             self.parameters
+            + self.master
             + self.gradients
             + self.optimizer_state
             + self.inputs

@@ -72,6 +72,7 @@ class StagePeak:
         parts = [
             ("parameters", memory.parameters),
             ("gradients", memory.gradients),
+            ("master copies of parameters", memory.master),
             ("optimizer state", memory.optimizer_state),
             ("batch inputs", memory.inputs),
             (f"saved activations of {self.microbatches} microbatch(es)", memory.saved),
@@ -107,7 +108,7 @@ def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown
     """
     bucketed = {name for bucket in stage.buckets for name, _ in bucket.parameters}
     alone = [shard for shard in stage.parameters if shard.name not in bucketed]
-    trainable = [shard.meta for shard in alone if shard.trainable]
+    trainable = [shard.gradient for shard in alone if shard.trainable]
     parameters = [shard.meta.nbytes for shard in alone] + [bucket.weights.nbytes for bucket in stage.buckets]
     gradients = _bytes_by_dtype(trainable) + [b.gradients.nbytes for b in stage.buckets if b.gradients is not None]
     optimized = stage.step.optimized_bytes
@@ -117,7 +118,8 @@ def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown
     for chunk in stage.chunks:
         inputs += {value.storage: value.storage_bytes for value in chunk.constants}.values()
     state = stage.step.optimizer_state_bytes
-    pads = sum(round_bytes(size) - size for size in (*parameters, *gradients, *inputs))
+    master = stage.step.master_bytes
+    pads = sum(round_bytes(size) - size for size in (*parameters, *gradients, *inputs, *master))
     return MemoryBreakdown(
         parameters=sum(parameters),
         gradients=sum(gradients),
@@ -126,6 +128,7 @@ def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown
         saved=0,
         transient=0,
         rounding=pads + _state_rounding(state, optimized, round_bytes),
+        master=sum(master),
     )
 
 
@@ -280,7 +283,9 @@ class _StageWalk:
     def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
         """After the last step: sends are waited for, gradients reduced, parameters updated and gathered."""
         self.buffers = _Held()
-        buffer = max(map(_collective_buffer_bytes, stage.step.collectives), default=0)
+        casts = stage.step.cast_bytes or (0,) * len(stage.step.collectives)
+        pairs = zip(stage.step.collectives, casts, strict=True)
+        buffer = max((_collective_buffer_bytes(c) + cast for c, cast in pairs), default=0)
         self._see("reduction", _Amount.buffer({"collective": buffer}, round_bytes))
         workspace = {"workspace": stage.step.optimizer_workspace_bytes}
         self._see("optimizer", _Amount.buffer(workspace, round_bytes))

@@ -12,6 +12,16 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
+class Kept:
+    """dtypes of what belongs to a parameter: its gradient as accumulated and as summed over ranks, and what the
+    optimizer updates, a master copy where that is not the parameter's own dtype."""
+
+    grads: str
+    reduce: str
+    updated: str
+
+
+@dataclass(frozen=True)
 class Precision:
     """dtype of each kind of floating tensor: "fp32", "bf16", "fp16", or None.
 
@@ -59,6 +69,14 @@ class Precision:
         """By torch's name; None: as the model has it."""
         name = self.compute or self.params
         return None if name is None else DTYPES[name]
+
+    def kept(self, stored: str) -> Kept:
+        """What belongs to a parameter that is stored in a dtype."""
+        if stored not in FLOATING:
+            return Kept(stored, stored, stored)
+        grads = stored if self.grads is None else DTYPES[self.grads]
+        reduce = grads if self.reduce is None else DTYPES[self.reduce]
+        return Kept(grads, reduce, stored if self.master is None else DTYPES[self.master])
 
     def stored(self, dtype: str) -> str:
         """The dtype in which a parameter is stored that the model has in ``dtype``."""

@@ -7,8 +7,9 @@ and the liveness analysis look at what will run, without knowing torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from cost_model.precision import Kept
 from cost_model.tensor import TensorMeta
 
 
@@ -92,6 +93,7 @@ class ParameterShard:
 
     reduce_axis: axis over which its gradient is summed once per step (None: already complete).
     tied: name of the cross-stage group whose copies share one gradient (None mostly).
+    kept: dtypes of its gradient and of what is updated; None: its own.
     """
 
     name: str
@@ -100,6 +102,17 @@ class ParameterShard:
     trainable: bool
     reduce_axis: str | None
     tied: str | None
+    kept: Kept | None = None
+
+    @property
+    def gradient(self) -> TensorMeta:
+        """As accumulated."""
+        return self.meta if self.kept is None else replace(self.meta, dtype=self.kept.grads)
+
+    @property
+    def updated(self) -> TensorMeta:
+        """What the optimizer updates."""
+        return self.meta if self.kept is None else replace(self.meta, dtype=self.kept.updated)
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class Bucket:
 
     zero: what a rank holds of its part alone: 1 the optimizer state, 2 gradients too, 3 parameters too.
     parameters: (name, elements) in order; numel: all of them, padded to a multiple of dp.
-    trainable: whether they have gradients; varying: whether these are summed over the tp axis too; tied: as in
+    trainable: whether they have gradients; varying: whether these are summed over the tp axis too; tied, kept: as in
     ``ParameterShard``.
     """
 
@@ -134,6 +147,7 @@ class Bucket:
     trainable: bool
     varying: bool
     tied: str | None
+    kept: Kept | None = None
 
     @property
     def numel(self) -> int:
@@ -156,7 +170,26 @@ class Bucket:
     @property
     def gradients(self) -> TensorMeta | None:
         """The gradient buffer that a rank holds."""
-        return None if not self.trainable else self.meta if self.zero == 1 else self.part
+        held = self.meta if self.zero == 1 else self.part
+        return replace(held, dtype=self.types.grads) if self.trainable else None
+
+    @property
+    def reduced(self) -> TensorMeta:
+        """All gradients as they are summed over ranks."""
+        return replace(self.meta, dtype=self.types.reduce)
+
+    @property
+    def reduced_part(self) -> TensorMeta:
+        return replace(self.part, dtype=self.types.reduce)
+
+    @property
+    def updated(self) -> TensorMeta:
+        """What a rank updates: its part, or a master copy of it."""
+        return replace(self.part, dtype=self.types.updated)
+
+    @property
+    def types(self) -> Kept:
+        return self.kept or Kept(self.dtype, self.dtype, self.dtype)
 
     def offsets(self) -> dict[str, int]:
         """Where each parameter begins."""
@@ -182,7 +215,8 @@ class StepWork:
     """Work done once per step on each rank of a stage: gradient reduction, the optimizer, gathering of parameters.
 
     optimized_bytes: sizes of the tensors that the optimizer updates, each of which has state of its own; None where
-    these are the trainable parameters.
+    these are the trainable parameters. master_bytes: of those that are copies of parameters in another dtype.
+    cast_bytes: of the copy in another dtype that each of ``collectives`` works on, none where it is empty.
     """
 
     collectives: tuple[Collective, ...]
@@ -191,6 +225,8 @@ class StepWork:
     optimizer_workspace_bytes: int
     gathers: tuple[Collective, ...] = ()
     optimized_bytes: tuple[int, ...] | None = None
+    master_bytes: tuple[int, ...] = ()
+    cast_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

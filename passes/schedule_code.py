@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost_model.program import Collective
 from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step, Weight
-from cost_model.tensor import DTYPE_BYTES
+from cost_model.tensor import TensorMeta
 from passes.codegen import Sources, new_names, render_function, returns_named
 from passes.graph import ModelGraph
 from passes.joint import trace_values
@@ -28,19 +28,30 @@ _FORWARDS = (Forward, SendForward, RecvForward)
 
 @dataclass(frozen=True)
 class Reduction:
-    """Elements [start, stop) of the flat gradient buffer of a dtype, summed over an axis once per step."""
+    """Elements [start, stop) of the flat gradient buffer of a dtype, summed over an axis once per step, in the dtype
+    ``reduced``."""
 
     axis: str
     dtype: str
     start: int
     stop: int
+    reduced: str
+
+    @property
+    def meta(self) -> TensorMeta:
+        return TensorMeta((self.stop - self.start,), self.dtype)
 
     @property
     def collective(self) -> Collective:
-        return Collective("all_reduce", self.axis, (self.stop - self.start) * DTYPE_BYTES[self.dtype])
+        return Collective("all_reduce", self.axis, replace(self.meta, dtype=self.reduced).nbytes)
+
+    @property
+    def casts(self) -> tuple[tuple[TensorMeta, TensorMeta], ...]:
+        """(from, to): to the dtype of the sum, and back."""
+        return casts_around(self.meta, self.meta, self.reduced)
 
     def __str__(self) -> str:
-        return f'run.reduce_gradients("{self.axis}", "{self.dtype}", {self.start}, {self.stop})'
+        return f'run.reduce_gradients("{self.axis}", "{self.dtype}", {self.start}, {self.stop}, "{self.reduced}")'
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,14 @@ class PartStep:
 
     kind: "reduce_scatter" (gradients become the part's sum), "all_reduce" (the part's gradients are summed over
     another axis), "all_gather" (parameters, from the parts of all ranks). nbytes: as in ``Collective``.
+    casts: (from, to) of what is cast for it and back.
     """
 
     kind: str
     axis: str
     bucket: str
     nbytes: int
+    casts: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
 
     @property
     def collective(self) -> Collective:
@@ -62,6 +75,13 @@ class PartStep:
 
     def __str__(self) -> str:
         return f'run.{PART_CALLS[self.kind]}("{self.axis}", "{self.bucket}")'
+
+
+def casts_around(before: TensorMeta, after: TensorMeta, dtype: str) -> tuple[tuple[TensorMeta, TensorMeta], ...]:
+    """Of what is sent in a dtype of its own: ``before`` it is, and ``after`` it lies in the same dtype again."""
+    if before.dtype == dtype:
+        return ()
+    return (before, replace(before, dtype=dtype)), (replace(after, dtype=dtype), after)
 
 
 PART_CALLS = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cost_model.placement import Partial, Placement, Varying
+from cost_model.precision import Kept, Precision
 from cost_model.program import Block, Bucket, Value
 from cost_model.tensor import TensorMeta
+from passes.cast_gradients import cast_gradients
 from passes.codegen import Sources, new_names, render_function, render_module, returns, returns_named
 from passes.graph import GraphInput, ModelGraph
 from passes.lower import Function, Storages, lower
@@ -26,6 +28,7 @@ AXIS = "tp"
 _SAVE_ALL: Mapping[int, str] = {}
 _BACKWARD_DOC = "One microbatch: gradients into their buffers."
 _FIRST_DOC = "One microbatch: (gradient of the activation received, values for the gradients of parameters)."
+_OWN = Precision()
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class StageCode:
     gradients: parameters that get one, in the order in which
     backward finishes them (a parameter the loss does not reach has none, as on one device).
     buckets: parameters whose state is split over the dp axis.
-    updates: buffers that backward gives a new value.
+    updates: buffers that backward gives a new value. precision: in what gradients and masters are kept.
     """
 
     suffix: str
@@ -60,8 +63,17 @@ class StageCode:
     gradients: tuple[str, ...]
     buckets: tuple[Bucket, ...]
     updates: tuple[str, ...]
+    precision: Precision
     weight: Block | None = None
     kept: tuple[str, ...] = ()
+
+    def types(self, item: GraphInput) -> Kept:
+        """The dtypes that belong to a parameter."""
+        return self.precision.kept(self.metas[item.node].dtype)
+
+    def gradient(self, item: GraphInput) -> TensorMeta:
+        """Of a parameter outside buckets, as accumulated."""
+        return replace(self.metas[item.node], dtype=self.types(item).grads)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -87,6 +99,7 @@ def build_stage(
     shared: frozenset[str] = frozenset(),
     suffix: str = "",
     splits_backward: bool = False,
+    precision: Precision = _OWN,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
@@ -104,10 +117,14 @@ def build_stage(
         activations = (i.node for i in inputs if i.kind == "activation")
         graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
     metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
-    buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix)
+    buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix, precision)
+    scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
+    alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
+    for graph in graphs.backwards:
+        cast_gradients(graph, {i.target: precision.kept(metas[i.node].dtype).grads for i in alone})
     gradients = finished(graphs)
     graphs = shard_state(graphs, buckets, parameters)
-    return _Builder(sharded, graphs, last, buckets, gradients, suffix).build()
+    return _Builder(sharded, graphs, last, buckets, gradients, suffix, precision).build()
 
 
 class _Builder:
@@ -119,8 +136,10 @@ class _Builder:
         buckets: tuple[Bucket, ...],
         gradients: tuple[str, ...],
         suffix: str,
+        precision: Precision,
     ) -> None:
-        self.sharded, self.graphs, self.last, self.suffix = sharded, graphs, last, suffix
+        self.sharded, self.graphs, self.last = sharded, graphs, last
+        self.suffix, self.precision = suffix, precision
         self.buckets, self.gradients = {shard_name(b): b for b in buckets}, gradients
         self.inputs = {i.node: i for i in sharded.graph.inputs}
         self.activation = next((i.node for i in sharded.graph.inputs if i.kind == "activation"), None)
@@ -173,6 +192,7 @@ class _Builder:
             gradients=tuple(name for name in self.gradients if name not in changed),
             updates=tuple(name for name in self.gradients if name in changed),
             buckets=tuple(self.buckets.values()),
+            precision=self.precision,
             weight=None if weight is None else weight.block,
             kept=self._storages_in(backward, graphs.kept),
         )

@@ -92,8 +92,9 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[list[Collecti
         output, saved = namespace[code.forward.name](*common, received, comms[0], kernels, device)
         if code.sent is not None:
             saved.append(fake(code.sent))
-        grads = {i.target: by_kind["parameter"][i.target] for i in code.inputs if i.kind == "parameter"}
-        grads.update({bucket.name: fake(bucket.part) for bucket in code.buckets})
+        parameters = [i for i in code.inputs if i.kind == "parameter"]
+        grads = {i.target: fake(code.gradient(i)) for i in parameters}
+        grads.update({bucket.name: fake(bucket.gradients or bucket.part) for bucket in code.buckets})
         grads |= {name: by_kind["buffer"][name] for name in code.updates}
         returned = namespace[code.backward.name](*common, saved, grads, _check_gradient, comms[1], kernels, device)
         if code.weight is not None:
@@ -116,14 +117,14 @@ class _RecordingRun:
     def gather_rows(self, name: str, size: int) -> None:
         self.calls.append(Collective("all_gather", "dp", self.fed[name]))
 
-    def reduce_gradients(self, axis: str, dtype: str, start: int, stop: int) -> None:
-        self.calls.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[dtype]))
+    def reduce_gradients(self, axis: str, dtype: str, start: int, stop: int, reduced: str) -> None:
+        self.calls.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[reduced]))
 
     def scatter_gradients(self, axis: str, bucket: str) -> None:
-        self.calls.append(Collective("reduce_scatter", axis, self.buckets[bucket].meta.nbytes))
+        self.calls.append(Collective("reduce_scatter", axis, self.buckets[bucket].reduced.nbytes))
 
     def reduce_part(self, axis: str, bucket: str) -> None:
-        self.calls.append(Collective("all_reduce", axis, self.buckets[bucket].part.nbytes))
+        self.calls.append(Collective("all_reduce", axis, self.buckets[bucket].reduced_part.nbytes))
 
     def gather_parameters(self, axis: str, bucket: str) -> None:
         self.calls.append(Collective("all_gather", axis, self.buckets[bucket].meta.nbytes))
@@ -148,6 +149,8 @@ def verify_step(source: str, buckets: Sequence[Bucket], fed: Mapping[str, int], 
 def _check_gradient(buffer: Tensor, gradient: Tensor) -> None:
     if buffer.shape != gradient.shape:
         raise VerificationError("gradient shape", f"{tuple(gradient.shape)} for a parameter {tuple(buffer.shape)}")
+    if buffer.dtype != gradient.dtype:
+        raise VerificationError("gradient dtype", f"{gradient.dtype} for a buffer of {buffer.dtype}")
 
 
 def _compare(name: str, block: Block, emitted: list[Collective]) -> None:

@@ -15,6 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.placement import Placement, Varying
+from cost_model.precision import Precision
 from cost_model.program import Bucket
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
@@ -43,6 +44,7 @@ def make_buckets(
     mesh: tuple[int, int],
     shared: Collection[str],
     suffix: str,
+    precision: Precision,
 ) -> tuple[Bucket, ...]:
     """Buckets of parameters with one level, dtype and way to be reduced; from level 2 on, of the same segments too.
 
@@ -69,7 +71,7 @@ def make_buckets(
     for number, ((level, _, dtype, trainable, varying, tied), items) in enumerate(rows):
         parameters = tuple((i.target, metas[i.node].numel) for i in items)
         name = f"zero{level}/{tied or f'{number}{suffix}'}"
-        found.append(Bucket(name, level, dtype, dp, parameters, trainable, varying, tied))
+        found.append(Bucket(name, level, dtype, dp, parameters, trainable, varying, tied, precision.kept(dtype)))
     return tuple(found)
 
 
@@ -167,7 +169,11 @@ def _scatter(graph: fx.Graph, bucket: Bucket) -> None:
     row = _row(graph, bucket, done, segment)
     with graph.inserting_before(done[-1]):
         part = graph.call_function(vocabulary.reduce_scatter, (row, AXIS, bucket.dp, 0, 1))
-        _describe(part, bucket.part, ("scattered", part.name), segment, _label(gradients[-1]))
+        _describe(part, bucket.reduced_part, ("scattered", part.name), segment, _label(gradients[-1]))
+        assert bucket.gradients is not None
+        if bucket.gradients.dtype != bucket.reduced.dtype:
+            part = graph.call_function(aten.to.dtype, (part, torch_dtype(bucket.gradients.dtype)))
+            _describe(part, bucket.gradients, ("cast", part.name), segment, _label(gradients[-1]))
         kept = graph.call_function(vocabulary.accumulate, (part, bucket.name))
         kept.meta = {"segment": segment, "label": _label(gradients[-1])}
     for node in done:
@@ -178,15 +184,19 @@ def _row(graph: fx.Graph, bucket: Bucket, done: list[fx.Node], segment: int) -> 
     """All gradients of the bucket in a row; a single one that needs no padding is one already."""
     first = done[0].args[0]
     assert isinstance(first, fx.Node)
-    if len(done) == 1 and first.meta["val"].numel() == bucket.numel and first.meta["val"].is_contiguous():
+    value = first.meta["val"]
+    is_row = (
+        value.numel() == bucket.numel and value.is_contiguous() and value.dtype == torch_dtype(bucket.reduced.dtype)
+    )
+    if len(done) == 1 and is_row:
         with graph.inserting_before(done[0]):
             row = graph.call_function(aten.view.default, (first, [bucket.numel]))
-        _describe(row, bucket.meta, first.meta["storage"], segment, _label(first))
+        _describe(row, bucket.reduced, first.meta["storage"], segment, _label(first))
         return row
     with graph.inserting_before(done[0]):
         row = graph.call_function(aten.zeros.default, ([bucket.numel],))
-    row.kwargs = {"dtype": torch_dtype(bucket.dtype), "device": torch.device("cpu")}
-    _describe(row, bucket.meta, ("bucket", row.name), segment, _label(first))
+    row.kwargs = {"dtype": torch_dtype(bucket.reduced.dtype), "device": torch.device("cpu")}
+    _describe(row, bucket.reduced, ("bucket", row.name), segment, _label(first))
     for node in done:
         gradient, name = node.args
         assert isinstance(gradient, fx.Node)

@@ -68,7 +68,7 @@ class OneDevice:
                 kept = gradient.to(self._dtype(self.precision.grads, gradient.dtype))
                 tensor.grad = kept.to(tensor.dtype) / scale
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def state(self) -> dict[str, Tensor]:
         """In the model's own dtypes."""

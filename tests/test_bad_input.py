@@ -241,20 +241,6 @@ def test_more_stages_than_the_model_has_segments() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        (
-            {"precision": autopar.Precision(params="bf16")},
-            r"params=bf16 .* use Precision\(compute=...\) alone, or model.to\(dtype\)",
-        ),
-    ],
-)
-def test_what_is_not_supported_yet_is_named_with_what_is(keywords: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        estimate(Regression(), **keywords)
-
-
-@pytest.mark.parametrize(
-    ("keywords", "message"),
-    [
         ({"memory_cap": "30GiBs"}, "unknown unit 'GiBs'; did you mean 'GiB'"),
         ({"memory_cap": -5}, "must be finite and not negative"),
         ({"parallelism": {"dp": 2}}, "must be an autopar.Parallelism, not dict"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autopar.optimizer_price import OptimizerPrice
@@ -12,6 +12,7 @@ from cost_model.cluster import Cluster
 from cost_model.factors import Strategy
 from cost_model.ops import OpCall, entry_of, price_of
 from cost_model.placement import Placement, Shard, Varying, local_shape
+from cost_model.precision import Precision
 from cost_model.program import OpCost
 from cost_model.redistribution import can_convert, conversion_steps, step_collectives
 from cost_model.tensor import TensorMeta
@@ -46,12 +47,23 @@ def travels_forward(source: Placement, target: Placement) -> bool:
     return any(step is not None and step.forward not in ("", "slice") for step in steps)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """A parameter on a rank: as stored; its gradient as accumulated, and as summed; what is updated."""
+
+    stored: TensorMeta
+    gradient: TensorMeta
+    reduced: TensorMeta
+    updated: TensorMeta
+
+
 @dataclass(frozen=True, eq=False)
 class MeshPrices:
     """Seconds and bytes on a (dp, tp) mesh of a cluster whose ranks are laid out tp innermost.
 
     optimizer: the price of one parameter of each shape, from which rates per byte are taken; parameter_bytes: theirs;
-    reduced_bytes: of all parameters, whose gradients are reduced in a few large messages.
+    reduced_bytes: of all parameters, whose gradients are reduced in a few large messages. precision: in which dtypes
+    the gradient of a parameter, and what is updated, are kept.
     """
 
     cluster: Cluster
@@ -60,6 +72,7 @@ class MeshPrices:
     optimizer: OptimizerPrice
     parameter_bytes: int
     reduced_bytes: int
+    precision: Precision = Precision()
 
     @cached_property
     def tp_group(self) -> tuple[int, ...]:
@@ -143,13 +156,27 @@ class MeshPrices:
 
     def parameter_step_s(self, meta: TensorMeta, placement: Placement, zero: int = 0) -> float:
         """Gradient reduction, optimizer and gathering once per step, at the rates of the whole model's buffers."""
-        nbytes, varying = local_meta(meta, placement, self.tp).nbytes, isinstance(placement, Varying)
+        sizes, varying = self._sizes(local_meta(meta, placement, self.tp)), isinstance(placement, Varying)
+        around = 2 * self._cast_s(sizes.gradient, sizes.reduced)
+        update = sizes.updated.nbytes * self._optimizer_rate
+        update += self._cast_s(sizes.gradient, sizes.updated) + self._cast_s(sizes.updated, sizes.stored)
+        sent = sizes.reduced.nbytes
         if zero == 0:
-            return nbytes * (self._rate_s("all_reduce", "dp_tp" if varying else "dp") + self._optimizer_rate)
-        part = self._optimizer_rate + (self._rate_s("all_reduce", "tp") if varying else 0.0)
-        scattered = self._rate_s("reduce_scatter", "dp") if zero == 1 else 0.0
-        gathered = self._rate_s("all_gather", "dp") if zero < 3 else 0.0
-        return nbytes * (part / self.dp + scattered + gathered)
+            rate = self._rate_s("all_reduce", "dp_tp" if varying else "dp")
+            return sent * rate + update + (around if rate else 0.0)
+        part = update + ((sent * self._rate_s("all_reduce", "tp") + around) if varying else 0.0)
+        scattered = sent * self._rate_s("reduce_scatter", "dp") + around if zero == 1 else 0.0
+        gathered = sizes.stored.nbytes * self._rate_s("all_gather", "dp") if zero < 3 else 0.0
+        return part / self.dp + scattered + gathered
+
+    def _sizes(self, meta: TensorMeta) -> _Sizes:
+        kept = self.precision.kept(meta.dtype)
+        return _Sizes(meta, *(replace(meta, dtype=dtype) for dtype in (kept.grads, kept.reduce, kept.updated)))
+
+    def _cast_s(self, source: TensorMeta, target: TensorMeta) -> float:
+        if source.dtype == target.dtype:
+            return 0.0
+        return self.op_s(OpCost("copy", 0.0, float(source.nbytes + target.nbytes), target.dtype))
 
     @cached_property
     def _rate_s(self) -> Callable[[str, str], float]:
@@ -175,22 +202,27 @@ class MeshPrices:
     def parameter_time_s(self, meta: TensorMeta, placement: Placement, trainable: bool = True, zero: int = 0) -> float:
         """Once per microbatch: its gradient added to the buffer, after a reduction from level 2 on; at level 3 the
         parameter gathered for forward and for backward."""
-        nbytes = local_meta(meta, placement, self.tp).nbytes
-        gathers = 2 * nbytes * self._rate_s("all_gather", "dp") if zero == 3 else 0.0
+        sizes = self._sizes(local_meta(meta, placement, self.tp))
+        gathers = 2 * sizes.stored.nbytes * self._rate_s("all_gather", "dp") if zero == 3 else 0.0
         if not trainable:
             return gathers
-        added = self.op_s(OpCost("elementwise", 0.0, 3.0 * nbytes / (self.dp if zero > 1 else 1), meta.dtype))
+        kept, part = sizes.gradient, self.dp if zero > 1 else 1
+        added = self.op_s(OpCost("elementwise", 0.0, 3.0 * kept.nbytes / part, kept.dtype))
         if zero < 2:
-            return added
-        packed = self.op_s(OpCost("copy", 0.0, 3.0 * nbytes, meta.dtype))
-        return gathers + added + packed + nbytes * self._rate_s("reduce_scatter", "dp")
+            return added + self._cast_s(sizes.stored, kept)
+        row = sizes.reduced
+        packed = self.op_s(OpCost("copy", 0.0, float(sizes.stored.nbytes + 2 * row.nbytes), row.dtype))
+        added += self._cast_s(row, kept) / self.dp
+        return gathers + added + packed + row.nbytes * self._rate_s("reduce_scatter", "dp")
 
     def parameter_state_bytes(self, meta: TensorMeta, placement: Placement, trainable: bool, zero: int = 0) -> float:
-        """Weight, gradient and optimizer state, each split over dp from level 3, 2 and 1 on."""
-        state = self.optimizer.state_bytes / max(self.parameter_bytes, 1)
-        copies = ((1.0, 3), (1.0, 2), (state, 1)) if trainable else ((1.0, 3),)
-        held = sum(copy / (self.dp if zero >= level else 1) for copy, level in copies)
-        return local_meta(meta, placement, self.tp).nbytes * held
+        """Weight, gradient and optimizer state with the master copy, each split over dp from level 3, 2 and 1 on."""
+        sizes = self._sizes(local_meta(meta, placement, self.tp))
+        state = sizes.updated.nbytes * self.optimizer.state_bytes / max(self.parameter_bytes, 1)
+        if self.optimizer.costs and sizes.updated != sizes.stored:
+            state += sizes.updated.nbytes
+        held = [(sizes.stored.nbytes, 3)] + ([(sizes.gradient.nbytes, 2), (state, 1)] if trainable else [])
+        return sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
 
     def fastest_zero(self, meta: TensorMeta, placement: Placement) -> int:
         """Of the levels that cost no time in a microbatch, 0 and 1, the faster; 0 where they are equal."""

@@ -23,6 +23,7 @@ from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
 from cost_model.plan import RECOMPUTES
+from cost_model.precision import Precision
 from cost_model.strategies import strategy_text
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
@@ -87,12 +88,13 @@ class ModelSpace:
         cluster: Cluster,
         optimizer: OptimizerPrice,
         parameter_bytes: int,
+        precision: Precision,
         *,
         sharded: bool,
         divisible: bool,
     ) -> None:
         self.traced, self.analysis, self.cluster = traced, analysis, cluster
-        self.divisible = divisible
+        self.divisible, self.precision = divisible, precision
         self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
         self._models: dict[int, LocalModel | None] = {}
         self._chains: dict[tuple[int, int, int, Saving, bool | None], Chain | None] = {}
@@ -170,7 +172,9 @@ class ModelSpace:
         return found
 
     def mesh_prices(self, dp: int, tp: int) -> MeshPrices:
-        return MeshPrices(self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes())
+        return MeshPrices(
+            self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes(), self.precision
+        )
 
     def _reduced_bytes(self) -> int:
         whole = self.traced.global_graph

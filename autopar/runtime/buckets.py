@@ -18,6 +18,7 @@ class HeldBucket:
 
     weights: all parameters in a row, or at level 3 this rank's part of the row; gradients: likewise, from level 2 on
     the part alone, None where nothing is trained; params, grads: views of single parameters into whole rows.
+    master: this rank's part in the dtype that is updated, None where that is the weights' own.
     """
 
     def __init__(self, described: Tree, index: int, device: torch.device) -> None:
@@ -26,19 +27,22 @@ class HeldBucket:
         self.pieces: list[tuple[str, int, int, int]] = described["pieces"]
         self.weights: Tensor = described["weights"].to(device)
         self.part_numel = self.weights.numel() if self.zero == 3 else self.weights.numel() // self.dp
-        count = self.weights.numel() if self.zero == 1 else self.part_numel
-        self.gradients = self.weights.new_zeros(count) if described["trainable"] else None
+        self.master: Tensor | None = None if described["master"] is None else described["master"].to(device)
+        self.reduce_dtype: torch.dtype = getattr(torch, described["reduce"])
+        count, dtype = self.weights.numel() if self.zero == 1 else self.part_numel, getattr(torch, described["grads"])
+        self.gradients = self.weights.new_zeros(count, dtype=dtype) if described["trainable"] else None
         self.params = {} if self.zero == 3 else self._views(self.weights)
         self.grads = self._views(self.gradients) if self.zero == 1 and self.gradients is not None else {}
 
-    def updated(self) -> dict[str, Tensor]:
-        """The pieces of parameters that this rank updates, with their gradients."""
-        if self.gradients is None:
-            return {}
-        found = self.own(self.weights)
-        for name, gradient in self.own(self.gradients).items():
-            found[name].grad = gradient
-        return found
+    @property
+    def source(self) -> Tensor:
+        """What holds the values of this rank's part exactly: the master copy, else the weights."""
+        return self.weights if self.master is None else self.master
+
+    def round(self) -> None:
+        """This rank's part of the weights from its master copy."""
+        if self.master is not None:
+            self.part(self.weights).copy_(self.master)
 
     def own(self, row: Tensor) -> dict[str, Tensor]:
         """This rank's piece of each parameter that it has one of, as a view of a row."""
@@ -55,11 +59,16 @@ class HeldBucket:
         first = self.index * self.part_numel
         return row if row.numel() == self.part_numel else row[first : first + self.part_numel]
 
+    @property
+    def is_split(self) -> bool:
+        """Whether no rank holds the exact values of all of it."""
+        return self.zero == 3 or self.master is not None
+
     def whole(self, comm: Comm) -> Mapping[str, Tensor]:
-        """Every parameter whole; at level 3 all ranks of the dp axis must ask at once."""
-        if self.zero < 3:
+        """Every parameter whole; all ranks of the dp axis must ask at once."""
+        if not self.is_split:
             return self.params
-        return self._views(comm.all_gather(self.weights, "dp", self.dp, 0, 1))
+        return self._views(comm.all_gather(self.source, "dp", self.dp, 0, 1))
 
     def _views(self, row: Tensor) -> dict[str, Tensor]:
         found = {}
@@ -77,8 +86,7 @@ def gradient_buffers(
     views: dict[str, Tensor] = {}
     for dtype, names in layout:
         total = sum(params[n].numel() for n in names)
-        first = params[names[0]]
-        flat[dtype] = torch.zeros(total, dtype=first.dtype, device=first.device)
+        flat[dtype] = torch.zeros(total, dtype=getattr(torch, dtype), device=params[names[0]].device)
         offset = 0
         for name in names:
             count = params[name].numel()

@@ -58,14 +58,16 @@ def load(executor: RankExecutor, folder: str, states: Tree) -> None:
 
 
 def described_states(executor: RankExecutor) -> Tree:
-    """parameter -> optimizer state -> (whole shape, dtype) of a tensor, or the plain value itself."""
+    """parameter -> optimizer state -> (whole shape, dtype) of a tensor, or the plain value itself; no dtype where it is
+    that of what is updated, whatever that is where it is loaded."""
     layouts, described = _updated_layouts(executor), {}
     for name, state in _states(executor).items():
         found = described[name] = dict[str, Tree]()
         for kind, value in state.items():
             if isinstance(value, Tensor):
                 layout = _state_layout(layouts[name], value, f"{kind!r} of {name!r}")
-                found[kind] = (layout.shape, str(value.dtype).removeprefix("torch."))
+                follows = value.numel() > 1 and layout == layouts[name] and value.dtype == executor.updated[name].dtype
+                found[kind] = (layout.shape, None if follows else str(value.dtype).removeprefix("torch."))
             else:
                 found[kind] = _plain(value, f"{kind!r} of {name!r}")
     return described
@@ -97,9 +99,10 @@ def _states(executor: RankExecutor) -> dict[str, dict[str, Any]]:
 def _held(executor: RankExecutor) -> Iterator[tuple[str, Layout, Tensor]]:
     """(key, layout, tensor) of all that is saved."""
     updated = _updated_layouts(executor)
+    wholes = executor.wholes()
     for name, layout in _layouts(executor).items():
-        if name in executor.params or name in executor.buffers:
-            yield f"model/{name}", layout, (executor.params if name in executor.params else executor.buffers)[name]
+        if name in wholes:
+            yield f"model/{name}", layout, wholes[name]
     for name, piece in executor.parts().items():
         yield f"model/{name}", updated[name], piece
     for name, state in _states(executor).items():
@@ -154,7 +157,7 @@ def _made(layout: Layout, described: Tree, parameter: Tensor, on_device: bool) -
     """A tensor to read into, or the plain value. Step counts stay on the CPU as torch.optim keeps them."""
     if not isinstance(described, list | tuple):
         return described
-    shape, dtype = tuple(described[0]), getattr(torch, described[1])
+    shape, dtype = tuple(described[0]), parameter.dtype if described[1] is None else getattr(torch, described[1])
     local = layout.local_shape if shape == layout.shape else shape
     return torch.zeros(local, dtype=dtype, device=parameter.device if shape or on_device else "cpu")
 

@@ -60,7 +60,9 @@ class RankExecutor:
         axes = {name: ranks for name, (ranks, _) in self.groups.items()}
         self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
         self.flat, self.grads = gradient_buffers(payload["gradients"], self.params)
-        self.updated = {name: self.params[name] for name in self.grads}
+        self.masters: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload.pop("masters").items()}
+        self.updated = {name: self.masters.get(name, self.params[name]) for name in self.grads}
+        self.gradients = dict(self.grads)
         self.buckets = {b["name"]: HeldBucket(b, self.dp_index, self.device) for b in payload.pop("buckets")}
         for name, bucket in self.buckets.items():
             self._hold(name, bucket)
@@ -87,10 +89,10 @@ class RankExecutor:
     def _optimizer(self) -> torch.optim.Optimizer | None:
         if self.spec["optimizer"] is None:
             return None
-        for name, parameter in self.updated.items():
-            parameter.grad = self.grads[name]
         for bucket in self.buckets.values():
-            self.updated.update(bucket.updated())
+            if bucket.gradients is not None:
+                self.updated.update(bucket.own(bucket.source))
+                self.gradients.update(bucket.own(bucket.gradients))
         return build(OptimizerSpec.from_tree(self.spec["optimizer"]), self.updated)
 
     def _hold(self, name: str, bucket: HeldBucket) -> None:
@@ -265,10 +267,18 @@ class RankExecutor:
         for link in list(self.sending):
             self._wait(link)
 
-    def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int) -> None:
-        """Sum elements [start, stop) of a flat gradient buffer over an axis."""
-        part = self.flat[buffer][start:stop]
-        self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(part, axis, "sum"), f"all_reduce {axis}")
+    def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
+        """Sum elements [start, stop) of a flat gradient buffer over an axis, in a dtype."""
+        self._all_reduce(self.flat[buffer][start:stop], axis, getattr(torch, dtype))
+
+    def _all_reduce(self, part: Tensor, axis: str, dtype: torch.dtype) -> None:
+        def run() -> None:
+            sent = part.to(dtype)
+            summed = self.comm.all_reduce_(sent, axis, "sum")
+            if summed is not part:
+                part.copy_(summed)
+
+        self._timed("reduce", ONCE, run, f"all_reduce {axis}")
 
     def clip_gradients(self, max_norm: float) -> None:
         """Scale all gradients so that their norm over all ranks is at most this, as torch.nn.utils does."""
@@ -293,13 +303,20 @@ class RankExecutor:
 
     def scatter_gradients(self, axis: str, bucket: str) -> None:
         """This rank's part of a bucket's gradients becomes their sum over an axis."""
-        row = self.flat[bucket]
-        self._timed("reduce", ONCE, lambda: self.comm.reduce_scatter_(row, axis), f"reduce_scatter {axis}")
+        row, held = self.flat[bucket], self.buckets[bucket]
+
+        def run() -> None:
+            sent = row.to(held.reduce_dtype)
+            mine = self.comm.reduce_scatter_(sent, axis)
+            if sent is not row:
+                held.part(row).copy_(mine)
+
+        self._timed("reduce", ONCE, run, f"reduce_scatter {axis}")
 
     def reduce_part(self, axis: str, bucket: str) -> None:
         """Sum this rank's part of a bucket's gradients over another axis than that which it is split over."""
-        part = self.buckets[bucket].part(self.flat[bucket])
-        self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(part, axis, "sum"), f"all_reduce {axis}")
+        held = self.buckets[bucket]
+        self._all_reduce(held.part(self.flat[bucket]), axis, held.reduce_dtype)
 
     def gather_parameters(self, axis: str, bucket: str) -> None:
         """All of a bucket's parameters, from the ranks that updated them."""
@@ -307,9 +324,24 @@ class RankExecutor:
         self._timed("reduce", ONCE, lambda: self.comm.all_gather_(row, axis), f"all_gather {axis}")
 
     def update_parameters(self) -> None:
-        """One optimizer step on this rank's shards."""
+        """One optimizer step on this rank's shards, or their master copies; parameters are rounded from these."""
         if self.optimizer is not None:
-            self._timed("optimizer", ONCE, self.optimizer.step)
+            self._timed("optimizer", ONCE, self._update)
+
+    def _update(self) -> None:
+        assert self.optimizer is not None
+        for name, tensor in self.updated.items():
+            tensor.grad = self.gradients[name].to(tensor.dtype)
+        self.optimizer.step()
+        for tensor in self.updated.values():
+            tensor.grad = None
+        self._round()
+
+    def _round(self) -> None:
+        for name, master in self.masters.items():
+            self.params[name].copy_(master)
+        for bucket in self.buckets.values():
+            bucket.round()
 
     def update_buffer(self, name: str) -> None:
         """Give a buffer the value that backward found for it."""
@@ -377,7 +409,7 @@ class RankExecutor:
 
     def state(self, _: Tree = None) -> Tree:
         """Local shards of parameters by the model's names; all ranks must be asked at once."""
-        alone = {name: value for name, value in self.params.items() if name not in self.buckets}
+        alone = {n: self.masters.get(n, value) for n, value in self.params.items() if n not in self.buckets}
         with torch.no_grad():
             whole = {name: v for bucket in self.buckets.values() for name, v in bucket.whole(self.comm).items()}
         changed = {k: v.cpu() for k, v in self.buffers.items() if k in self.spec["changes"]}
@@ -409,13 +441,28 @@ class RankExecutor:
         from autopar.runtime import checkpoint
 
         checkpoint.load(self, request["folder"], request["states"])
+        self._refresh()
         self.configure(request["groups"])
         self.constants = self._set_up()
 
+    def _refresh(self) -> None:
+        """Parameters from master copies that were loaded."""
+        with torch.no_grad():
+            self._round()
+            for bucket in self.buckets.values():
+                if bucket.master is not None and bucket.zero < 3:
+                    self.comm.all_gather_(bucket.weights, "dp")
+
     def parts(self) -> dict[str, Tensor]:
-        """This rank's piece of each parameter that no rank holds whole."""
-        split = [bucket for bucket in self.buckets.values() if bucket.zero == 3]
-        return {name: piece for bucket in split for name, piece in bucket.own(bucket.weights).items()}
+        """This rank's piece of each parameter whose exact values no rank holds whole."""
+        split = [bucket for bucket in self.buckets.values() if bucket.is_split]
+        return {name: piece for bucket in split for name, piece in bucket.own(bucket.source).items()}
+
+    def wholes(self) -> dict[str, Tensor]:
+        """Parameters and buffers that this rank holds whole, or its shard of them on the tp axis."""
+        split = {name for b in self.buckets.values() if b.is_split for name, _, _ in b.parameters}
+        held = {**self.params, **self.masters, **self.buffers}
+        return {name: tensor for name, tensor in held.items() if name not in split}
 
     def release(self) -> None:
         """Let go of every process group."""

@@ -6,6 +6,8 @@ They stand in local programs only, so they are never planned. What travels is pr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cost_model.ops.table import OpCall, pass_of, register_priced, sweep, unpriced
 from cost_model.placement import Shard
 from cost_model.program import OpCost
@@ -47,7 +49,8 @@ def _accumulate_price(call: OpCall) -> OpCost:
 
 def _put_price(call: OpCall) -> OpCost:
     """Reads the gradient and writes its place in the bucket."""
-    return sweep("copy", call.inputs[1], call.inputs[1])
+    row, gradient = call.inputs
+    return sweep("copy", gradient, replace(gradient, dtype=row.dtype))
 
 
 register_priced("autopar.accumulate.default", _accumulate_price)
