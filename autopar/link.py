@@ -22,7 +22,7 @@ from passes.codegen import render_module
 from passes.cut import cut_stage, prologue
 from passes.graph import GraphInput, ModelGraph
 from passes.schedule_code import PartStep, Reduction, render_prologue, render_step
-from passes.segment import Segment, segment
+from passes.segment import Segment
 from passes.specialise import specialise
 from passes.stage import StageCode, build_stage, reduce_axis
 from passes.stitch import Templates
@@ -178,8 +178,7 @@ class Linker:
 
     def link(self, plan: Plan) -> Linked:
         """The whole program of a plan; VerificationError where its stages do not fit together."""
-        model = specialise(self.traced, plan.microbatch_size)
-        segments = segment(model)
+        model, segments = specialise(self.traced, plan.microbatch_size), self.traced.segments
         codes = tuple(self._code(model, segments, plan, index) for index in range(len(plan.stages)))
         for index, zeros in _unreached(codes).items():
             remade = self._code(model, segments, plan, index, zeros)

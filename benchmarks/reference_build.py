@@ -17,8 +17,7 @@ from cost_model.cluster import Cluster
 from cost_model.plan import Plan, StagePlan
 from cost_model.program import Program
 from passes.fingerprint import fingerprint
-from passes.segment import Segment, segment
-from passes.specialise import specialise
+from passes.segment import Segment
 
 # Megatron-LM's tensor parallelism (arXiv:1909.08053): columns of the first, rows of the second product of a pair.
 _BLOCK = {
@@ -134,7 +133,7 @@ class Builder:
         return self._job.linked(self._plan(layout)).program
 
     def _plan(self, layout: Layout) -> Plan:
-        parts = segment(specialise(self._job.traced, layout.microbatch))
+        parts = self._job.traced.segments
         ends = _stage_ends(parts, layout.cuts)
         microbatches, rest = divmod(self.batch, layout.dp * layout.microbatch)
         assert not rest, layout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import fx
 
@@ -45,15 +46,21 @@ def carried_values(segments: tuple[Segment, ...]) -> frozenset[str]:
     return frozenset(name for part in segments for name in part.carried)
 
 
-def segment(model: ModelGraph) -> tuple[Segment, ...]:
-    """The chain: atoms between cut points, those without parameters merged, repeated runs folded into blocks."""
+def segment(model: ModelGraph, other: ModelGraph | None = None) -> tuple[Segment, ...]:
+    """The chain: atoms between cut points, those without parameters merged, repeated runs folded into blocks.
+
+    other: the same graph at a second batch size. What is alike at both is alike at every size, sizes being affine in
+    the batch, so that one chain serves them all.
+    """
     active = active_nodes(model)
     nodes = [n for n in model.nodes() if n.name in active]
     if not nodes:
         return ()
     params = {i.node for i in model.inputs if i.kind == "parameter"}
     atoms = _merge_free(_atoms(model, nodes, params), params)
-    facts = _Facts(model, params, active, _shared_parameters(atoms, params), _carried(atoms))
+    trainable = {i.node for i in model.inputs if i.trainable}
+    twin = other if other is not None and _names(model) == _names(other) else None
+    facts = _Facts(model, twin, params, trainable, active, _shared_parameters(atoms, params), _carried(atoms))
     groups = _fold([_fingerprint(facts, atom) for atom in atoms])
     runs = [[n for atom in atoms[start:end] for n in atom] for start, end in groups]
     return _segments(replace(facts, carried=_carried(runs)), runs)
@@ -61,13 +68,28 @@ def segment(model: ModelGraph) -> tuple[Segment, ...]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """model: and what is known of its nodes by name: parameters, active calls, tied parameters, carried values."""
+    """model: and what is known of its nodes by name: parameters, active calls, tied parameters, carried values.
+
+    other: the same graph at a second batch size, None where there is none.
+    """
 
     model: ModelGraph
+    other: ModelGraph | None
     params: set[str]
+    trainable: set[str]
     active: frozenset[str]
     shared: frozenset[str]
     carried: frozenset[str]
+
+    @cached_property
+    def twins(self) -> dict[str, fx.Node]:
+        """Nodes of the other graph by name."""
+        assert self.other is not None
+        return {n.name: n for n in self.other.graph.nodes}
+
+
+def _names(model: ModelGraph) -> list[str]:
+    return [n.name for n in model.graph.nodes]
 
 
 def _cuttable(model: ModelGraph) -> frozenset[str]:
@@ -144,7 +166,15 @@ def _fingerprint(facts: _Facts, atom: list[fx.Node], before: str = "") -> str:
 
     before: what else tells atoms apart.
     """
-    model, params, active = facts.model, facts.params, facts.active
+    lines = [before, *_lines(facts, facts.model, atom)]
+    if facts.other is not None:
+        twins = facts.twins
+        lines += _lines(facts, facts.other, [twins[n.name] for n in atom])
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+def _lines(facts: _Facts, model: ModelGraph, atom: list[fx.Node]) -> list[str]:
+    """One line a call, operands numbered."""
     local = {n: f"%{i}" for i, n in enumerate(atom)}
     outside: dict[fx.Node, str] = {}
 
@@ -152,19 +182,22 @@ def _fingerprint(facts: _Facts, atom: list[fx.Node], before: str = "") -> str:
         if node in local:
             return local[node]
         if node not in outside:
-            kind = "parameter" if node.name in params else "activation" if node.name in active else "ambient"
+            kind = (
+                "parameter" if node.name in facts.params else "activation" if node.name in facts.active else "ambient"
+            )
             identity = node.name if node.name in facts.shared else "carried" if node.name in facts.carried else ""
-            outside[node] = f"{kind}{len(outside)}{identity}{model.metas[node.name]}{_trainable(model, node)}"
+            trainable = node.name in facts.trainable
+            outside[node] = f"{kind}{len(outside)}{identity}{model.metas[node.name]}{trainable}"
         return outside[node]
 
-    lines = [before]
+    lines = []
     for node in atom:
         args = fx.map_arg(node.args, lambda n: _Named(name(n)))
         kwargs = fx.map_arg(dict(node.kwargs), lambda n: _Named(name(n)))
         used_later = any(u not in local for u in node.users)
         carried = node.name in facts.carried
         lines.append(f"{node.target}{args}{kwargs}{model.metas[node.name]}{used_later}{carried}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return lines
 
 
 class _Named(str):
@@ -172,10 +205,6 @@ class _Named(str):
 
     def __repr__(self) -> str:
         return str(self)
-
-
-def _trainable(model: ModelGraph, node: fx.Node) -> bool:
-    return any(i.node == node.name and i.trainable for i in model.inputs)
 
 
 def _fold(kinds: list[str]) -> list[tuple[int, int]]:

@@ -8,6 +8,8 @@ batch size is divided by the global one whatever a microbatch holds.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import fx
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
-from passes.graph import Meta, ModelGraph
+from passes.graph import GraphInput, Meta, ModelGraph
 from passes.rewriter import GraphBuilder
 
 if TYPE_CHECKING:
@@ -30,13 +32,61 @@ class BatchMismatchError(ValueError):
 
 def specialise(traced: Traced, batch: int) -> ModelGraph:
     """The forward graph for ``batch`` samples; the traced graph itself for the global batch."""
-    whole, other = traced.global_graph, traced.other
-    if batch == whole.batch:
-        return whole
-    if other is None:
-        notes = "; ".join(traced.notes)
-        raise UnsupportedError(f"the batch of {whole.batch} cannot be split into parts of {batch}: {notes}")
-    return _Affine(whole, other, batch).run()
+    return Specialiser(traced).whole(batch)
+
+
+class Specialiser:
+    """One traced graph at any batch size; what all sizes have in common is looked at once."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+
+    def whole(self, batch: int) -> ModelGraph:
+        """Every call. Errors: UnsupportedError, BatchMismatchError."""
+        return self._affine(batch).run() if batch != self._batch else self.traced.global_graph
+
+    def part(self, batch: int, names: Collection[str]) -> ModelGraph:
+        """The named calls alone, what they read from others as inputs; errors are those of the whole graph."""
+        if batch == self._batch:
+            return self.traced.global_graph
+        affine = self._affine(batch)
+        span = self.traced.global_graph.batch - affine.other.batch
+        for difference in self._differences:
+            if difference * (batch - self._batch) % span:
+                raise BatchMismatchError(
+                    f"a size that differs by {difference} over {span} samples is broken at {batch}"
+                )
+        return affine.part(names)
+
+    def tensor(self, name: str, batch: int) -> TensorMeta:
+        """The meta of one value."""
+        known = self.traced.global_graph.tensor(name)
+        if batch == self._batch or self.traced.other is None:
+            return known
+        return self._affine(batch).tensor(known, self.traced.other.tensor(name))
+
+    @property
+    def _batch(self) -> int:
+        return self.traced.global_graph.batch
+
+    def _affine(self, batch: int) -> _Affine:
+        whole, other = self.traced.global_graph, self.traced.other
+        if other is None:
+            notes = "; ".join(self.traced.notes)
+            raise UnsupportedError(f"the batch of {whole.batch} cannot be split into parts of {batch}: {notes}")
+        return _Affine(whole, other, batch, self._twins)
+
+    @cached_property
+    def _twins(self) -> dict[fx.Node, fx.Node]:
+        assert self.traced.other is not None
+        return twins(self.traced.global_graph, self.traced.other)
+
+    @cached_property
+    def _differences(self) -> frozenset[int]:
+        """By how much the sizes in the graph differ between the two traces; every node is compared."""
+        survey = _Survey(self.traced.global_graph, self._affine(self._batch).other, self._batch, self._twins)
+        survey.run()
+        return frozenset(survey.differences)
 
 
 def twins(whole: ModelGraph, other: ModelGraph) -> dict[fx.Node, fx.Node]:
@@ -79,18 +129,36 @@ def _sizes_of(target: torch._ops.OpOverload) -> frozenset[str]:
 
 
 class _Affine:
-    def __init__(self, whole: ModelGraph, other: ModelGraph, batch: int) -> None:
-        self.whole, self.other, self.batch = whole, other, batch
+    """twins: every node of ``whole`` and the same node of ``other``."""
+
+    def __init__(self, whole: ModelGraph, other: ModelGraph, batch: int, twins: dict[fx.Node, fx.Node]) -> None:
+        self.whole, self.other, self.batch, self.twins = whole, other, batch, twins
 
     def run(self) -> ModelGraph:
         built, mapped = GraphBuilder(), {}
-        for node, twin in twins(self.whole, self.other).items():
+        for node, twin in self.twins.items():
             if node.op == "placeholder":
                 mapped[node] = built.placeholder(node.name, self._meta(node, twin))
             elif node.op == "call_function":
                 mapped[node] = self._copy(built, mapped, node, twin)
         built.graph.output(tuple(mapped[n] for n in self.whole.graph.nodes if n.name in self.whole.outputs))
         return ModelGraph(built.graph, built.metas, self.whole.inputs, self.whole.outputs, self.batch)
+
+    def part(self, names: Collection[str]) -> ModelGraph:
+        """Only the named calls, with placeholders for what they read of others."""
+        built, mapped = GraphBuilder(), {}
+        chosen = [n for n in self.twins if n.op == "call_function" and n.name in names]
+        read = dict.fromkeys(o for n in chosen for o in n.all_input_nodes if o.name not in names)
+        for node in read:
+            mapped[node] = built.placeholder(node.name, self._meta(node, self.twins[node]))
+        for node in chosen:
+            mapped[node] = self._copy(built, mapped, node, self.twins[node])
+        known = {i.node: i for i in self.whole.inputs}
+        inputs = (known.get(n.name) or GraphInput(n.name, "activation", n.name, False, False) for n in read)
+        return ModelGraph(built.graph, built.metas, tuple(inputs), (), self.batch)
+
+    def tensor(self, a: TensorMeta, b: TensorMeta) -> TensorMeta:
+        return self._blend_meta(a, b)
 
     def _copy(self, built: GraphBuilder, mapped: dict[fx.Node, Any], node: fx.Node, twin: fx.Node) -> fx.Node:
         made = built.copy(node, mapped, self._meta(node, twin))
@@ -126,6 +194,9 @@ class _Affine:
             return self._fixed(a, b)
         if not is_size or a == b:
             return a
+        return self._size(a, b)
+
+    def _size(self, a: int, b: int) -> int:
         numerator = (a - b) * (self.batch - self.whole.batch)
         value, rest = divmod(numerator, self.whole.batch - self.other.batch)
         if rest:
@@ -138,4 +209,16 @@ class _Affine:
             raise BatchMismatchError(
                 f"an argument is {a!r} at batch {self.whole.batch} and {b!r} at {self.other.batch}"
             )
+        return a
+
+
+class _Survey(_Affine):
+    """Compares all nodes at the global batch and remembers by how much sizes differ."""
+
+    def __init__(self, whole: ModelGraph, other: ModelGraph, batch: int, twins: dict[fx.Node, fx.Node]) -> None:
+        super().__init__(whole, other, batch, twins)
+        self.differences: set[int] = set()
+
+    def _size(self, a: int, b: int) -> int:
+        self.differences.add(a - b)
         return a

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from passes.experts import traceable_experts
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
 from passes.mutations import changed_buffers
+from passes.segment import Segment, segment
 from passes.watch import ValueWatch, check_hooks, no_own_backward
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -67,6 +69,11 @@ class Traced:
     spec: BatchSpec
     notes: tuple[str, ...]
     counters: Mapping[str, int | float] = field(hash=False, default_factory=dict)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The chain of segments, the same at every batch size."""
+        return segment(self.global_graph, self.other)
 
 
 class _WithLoss(nn.Module):

@@ -106,16 +106,27 @@ class RangeTable:
 
     cost: [class, price, entry, exit]; totals: the same with a last axis of four; middle: the best
     label before the range's last segment. Labels are padded to the widest boundary with infinity.
+    longest: segments of the longest ranges that are priced; longer ones stand at infinity until ``extend``.
     """
 
-    def __init__(self, chain: Chain, segments: Sequence[Segment]) -> None:
+    def __init__(self, chain: Chain, segments: Sequence[Segment], longest: int | None = None) -> None:
         self.chain, self.segments = chain, tuple(segments)
+        self.longest = len(chain) if longest is None else longest
         self.edges = edges_of(chain)
         self.folding = fold(chain.sequence)
         self.prices: list[Price] = []
+        self._clear()
+
+    def _clear(self) -> None:
         shape = (self.folding.classes, 0, self.edges.width, self.edges.width)
         self.cost, self.totals = np.zeros(shape), np.zeros((*shape, 4))
         self.middle = np.zeros(shape, dtype=np.int64)
+
+    def extend(self, longest: int) -> None:
+        """Price ranges of up to so many segments, at all prices known."""
+        known, self.prices, self.longest = self.prices, [], longest
+        self._clear()
+        self.add(known)
 
     def add(self, prices: Sequence[Price]) -> int:
         """Price every range at those prices that are new; returns how many were."""
@@ -192,7 +203,7 @@ class RangeTable:
         shape = (self.folding.classes, *one_cost.shape[1:])
         cost, totals = np.full(shape, np.inf), np.full((*shape, 4), np.inf)
         middle = np.zeros(shape, dtype=np.int64)
-        for length, (classes, parents, kinds) in enumerate(self.folding.lengths):
+        for length, (classes, parents, kinds) in enumerate(self.folding.lengths[: self.longest]):
             if length == 0:
                 cost[classes], totals[classes] = one_cost[kinds], one_totals[kinds]
                 continue

@@ -5,12 +5,14 @@ Every plan a price finds is a column wherever it fits; the plans of two prices a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from autopar.planner.bounds import Bound, Objective, StageSpace, Weights, bound, steeper, terminals
+from autopar.planner.bounds import TIME_ONLY, Bound, Objective, StageSpace, Weights, bound, steeper, terminals
 from autopar.planner.chain import Chain, IntArray
 from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
 from autopar.planner.factor_graph import FloatArray
@@ -25,6 +27,9 @@ MIXED_PRICES = 6
 TRIED_LEVELS = 4
 WORTH = 1e-5
 MAX_ILP_COLUMNS = 400
+CLOSE = 1e-9
+LONGEST = 2
+"""Ranges of so many times the mean length of stages are priced at first."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,33 @@ class _Found:
     best: tuple[Column, ...]
 
 
+def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objective) -> float:
+    """Seconds of balanced stages where neither memory nor cuts cost anything; infinite if nothing is allowed."""
+    price, total = Price(*objective.balanced), None
+    for kind, run in itertools.groupby(chain.sequence):
+        power = _power(segments[kind].solve((price,))[0].cost, len(list(run)))
+        total = power if total is None else _joined(total, power)
+    assert total is not None
+    return float(total.min())
+
+
+def _joined(a: FloatArray, b: FloatArray) -> FloatArray:
+    """The min-plus product."""
+    least: FloatArray = (a[:, :, None] + b[None]).min(axis=1)
+    return least
+
+
+def _power(cost: FloatArray, count: int) -> FloatArray:
+    """So many equal factors, by squaring."""
+    if count == 1:
+        return cost
+    half = _power(_joined(cost, cost), count // 2)
+    return half if count % 2 == 0 else _joined(half, cost)
+
+
 @dataclass(eq=False)
 class ConfigurationSolver:
-    """Solves one configuration of a chain whose shared variables are fixed; keeps its tables for a second solve.
+    """Solves one configuration of a chain whose shared variables are fixed.
 
     cap_bytes: per device, infinite if memory does not matter. extra_bytes: what the rewritten program was
     found to need beyond columns, per stage.
@@ -105,25 +134,35 @@ class ConfigurationSolver:
         c = self.configuration
         self.objective = Objective(c.pp, c.microbatches)
         self.extra_bytes = self.extra_bytes or [0.0] * c.pp
-        self.table = RangeTable(self.chain, self.segments)
         shape = (c.pp, c.microbatches, c.virtual_stages)
         self.held = [self.chain.in_flight(c.schedule, stage, *shape) for stage in range(c.pp)]
 
+    @cached_property
+    def table(self) -> RangeTable:
+        """Ranges about as long as stages are; ``solve`` extends it where longer ones matter."""
+        longest = min(len(self.chain), LONGEST * -(-len(self.chain) // self.configuration.pp))
+        return RangeTable(self.chain, self.segments, longest)
+
     def quick_bound_s(self) -> float:
         """Balanced stages, memory without limit, the cheapest cuts; infinite if no assignment is allowed."""
-        table, edges = self.table, self.table.edges
-        table.add([Price(*self.objective.balanced)])
-        whole = (edges.first == 0) & (edges.last == len(self.chain))
-        cuts = edges.cut_s[edges.first > 0]
-        cheapest = (self.configuration.pp - 1) * float(cuts.min()) if self.configuration.pp > 1 else 0.0
-        return float(table.edge_cost()[whole, 0].min()) + cheapest
+        return quick_bound_s(self.chain, self.segments, self.objective) + (self.objective.pp - 1) * self._cheapest_cut_s
+
+    @property
+    def _cheapest_cut_s(self) -> float:
+        if self.objective.pp == 1:
+            return 0.0
+        chain = self.chain
+        return min(chain.cut_s(i, label) for i in range(1, len(chain)) for label in chain.boundary_labels(i))
 
     def solve(self, cutoff_s: float) -> Outcome:
         """The best choice, or only a bound once that is over the cutoff, or what memory is short."""
-        self._first_prices()
-        found = self._refined(cutoff_s)
+        limit_s = cutoff_s * (1 + CLOSE)
+        spaces, best = self._start(limit_s)
+        if not all(len(space.edges) for space in spaces):
+            return self._nothing(limit_s)
+        found = self._refined(spaces, best, limit_s)
         if not np.isfinite(found.proven.bound_s):
-            return Outcome(np.inf, shortage=self._shortage())
+            return self._nothing(limit_s)
         if not found.pools:
             return Outcome(found.proven.bound_s)
         assert found.best, "a tiling that fits has columns that fit"
@@ -132,6 +171,71 @@ class ConfigurationSolver:
             pools = self._mixed(found)
             best = self._incumbent(pools, best)
         return self._chosen(pools, best, found.proven)
+
+    def _nothing(self, limit_s: float) -> Outcome:
+        """No tiling within the limit fits: without a limit none does at all."""
+        return Outcome(limit_s) if np.isfinite(limit_s) else Outcome(np.inf, shortage=self._shortage())
+
+    def _start(self, limit_s: float) -> tuple[tuple[StageSpace, ...], tuple[Column, ...]]:
+        """Edges through which a tiling within the limit may lead, and a first tiling, whose value limits them further.
+
+        Ranges are made longer until none of the longest is fast enough and fits: nor do longer ones, then.
+        """
+        self._first_prices()
+        while True:
+            spaces = tuple(self._space(stage) for stage in range(self.configuration.pp))
+            near = self._within(spaces, limit_s)
+            best = self._incumbent([self._pool(space) for space in near], ())
+            near = self._within(near, min(limit_s, self._value(best) * (1 + CLOSE)))
+            if not self._is_cut_short(spaces, min(limit_s, self._value(best) * (1 + CLOSE))):
+                return near, best
+            self.table.extend(min(len(self.chain), 2 * self.table.longest))
+
+    def _is_cut_short(self, spaces: Sequence[StageSpace], limit_s: float) -> bool:
+        """Whether ranges longer than those priced may be of use."""
+        table, edges = self.table, self.table.edges
+        if table.longest == len(self.chain):
+            return False
+        slowest_s = limit_s / self.configuration.microbatches
+        for space in spaces:
+            longest = edges.last[space.edges] - edges.first[space.edges] == table.longest
+            if (longest & (self._least_s(space) <= slowest_s)).any():
+                return True
+        return False
+
+    def _least_s(self, space: StageSpace) -> FloatArray:
+        """[edge of the space] the least seconds per microbatch of any assignment."""
+        edges, layer, e = self.table.edges, self.table.prices.index(Price(*TIME_ONLY)), space.edges
+        least: FloatArray = self.table.totals[edges.cls[e], layer, edges.entry[e], edges.exit[e], TIME]
+        return least
+
+    def _within(self, spaces: Sequence[StageSpace], limit_s: float) -> tuple[StageSpace, ...]:
+        """Without stages so slow that no tiling with them is within the limit, and what only they lead to."""
+        if self.configuration.pp == 1 or not np.isfinite(limit_s):
+            return tuple(spaces)
+        slowest_s = limit_s / self.configuration.microbatches
+        return self._connected([space.only(self._least_s(space) <= slowest_s) for space in spaces])
+
+    def _connected(self, spaces: Sequence[StageSpace]) -> tuple[StageSpace, ...]:
+        """Only edges on some way from the start to the end."""
+        edges, (starts, ends, nodes) = self.table.edges, self._ends()
+        found = list(spaces)
+        reached = np.zeros(nodes, dtype=bool)
+        reached[starts] = True
+        for stage, space in enumerate(found):
+            found[stage] = space.only(reached[edges.source[space.edges]])
+            reached = np.zeros(nodes, dtype=bool)
+            reached[edges.target[found[stage].edges]] = True
+        reached &= np.isin(np.arange(nodes), ends)
+        for stage in reversed(range(len(found))):
+            found[stage] = found[stage].only(reached[edges.target[found[stage].edges]])
+            reached = np.zeros(nodes, dtype=bool)
+            reached[edges.source[found[stage].edges]] = True
+        return tuple(found)
+
+    def forget(self) -> None:
+        """Drop the table; what segments know of prices stays."""
+        self.__dict__.pop("table", None)
 
     def needed_bytes(self, columns: Sequence[Column]) -> list[float]:
         """What each stage of a tiling takes."""
@@ -174,9 +278,9 @@ class ConfigurationSolver:
         least: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
         return least
 
-    def _refined(self, cutoff_s: float) -> _Found:
+    def _refined(self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], cutoff_s: float) -> _Found:
         """Add memory prices where the bound or the best columns hurt, until they meet or no price helps."""
-        found = self._look(tuple(self._space(stage) for stage in range(self.configuration.pp)), (), 0.0, cutoff_s)
+        found = self._look(spaces, best, 0.0, cutoff_s)
         for _ in range(ROUNDS - 1):
             if not found.pools or self._gap(found.best, found.proven) <= TOLERANCE:
                 break
@@ -198,7 +302,7 @@ class ConfigurationSolver:
 
     def _narrowed(self, found: _Found) -> tuple[StageSpace, ...]:
         """Without the edges through which no tiling can beat the best columns; those columns' own stay."""
-        limit = self._value(found.best) * (1 + 1e-9)
+        limit = self._value(found.best) * (1 + CLOSE)
         return tuple(
             space.only(edge_s <= limit) for space, edge_s in zip(found.spaces, found.proven.edge_s, strict=True)
         )
@@ -256,7 +360,7 @@ class ConfigurationSolver:
         starts, ends, nodes = self._ends()
         slow = [Arcs(a.source, a.target, a.slow_s, a.slow_s) for a in arcs]
         floor_s, _ = bottleneck(slow, starts, ends, nodes)
-        if not floor_s <= self._value(best):
+        if not np.isfinite(floor_s) or floor_s > self._value(best):
             return best
         microbatches = self.configuration.microbatches
         found = sweep(
@@ -364,6 +468,8 @@ class ConfigurationSolver:
         if not np.isfinite(self.cap_bytes):
             return None
         table, arcs, spaces = self.table, [], []
+        if table.longest < len(self.chain):
+            table.extend(len(self.chain))
         for stage in range(self.configuration.pp):
             edges = self._stage_edges(stage)
             space = StageSpace(stage, self.held[stage], edges, np.full(len(edges), np.inf))

@@ -19,7 +19,7 @@ class Factor:
     time_s: seconds per microbatch, forward and backward with collectives; infinite forbids a combination.
     step_s: seconds once per step (gradient reduction, optimizer).
     state_bytes: parameters, gradients and optimizer state; saved_bytes: kept per microbatch in flight.
-    Invariants: only ``time_s`` may be infinite, and only upwards; nothing is NaN.
+    Invariants: only ``time_s`` may be infinite; nothing is NaN or negative.
     """
 
     variables: tuple[str, ...]
@@ -36,7 +36,7 @@ class Factor:
                 continue
             array = np.asarray(given, dtype=np.float64)
             assert array.ndim == len(self.variables), (self.variables, name, array.shape)
-            legal = array > -np.inf if name == "time_s" else np.isfinite(array)
+            legal = (array >= 0) & (np.isfinite(array) | (name == "time_s"))
             assert legal.all(), (self.variables, name)
             object.__setattr__(self, name, array)
 

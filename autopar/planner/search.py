@@ -1,10 +1,10 @@
 """The outer search: meshes, microbatch sizes and labels of shared variables, best bound first.
 
-A unit is one configuration with one label for each shared variable. Units wait in a queue under their
-proven bound; a solved one waits under its objective. A unit is solved without a cap first: where that fits, no way to
-save memory is worth its time; where it does not, the unit waits again, for a solution under the cap with all of them.
-The first solved unit to come out, once the caller has confirmed that its rewritten program fits, is the answer:
-nothing left in the queue can beat it.
+Configurations wait in a queue under a proven bound. One that comes out is made into units, one for each choice of
+labels of shared variables, which wait under theirs; a solved unit waits under its objective. A unit is solved without a
+cap first: where that fits, no way to save memory is worth its time; where it does not, the unit waits again, for a
+solution under the cap with all of them. The first solved unit to come out, once the caller has confirmed that its
+rewritten program fits, is the answer: nothing left in the queue can beat it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain, in_flight
 from autopar.planner.columns import Column
-from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
+from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome, quick_bound_s
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.segment import Segment
 from cost_model.errors import ParallelismError, UnknownNameError
@@ -173,6 +174,16 @@ def _divisors(number: int, pinned: int | None) -> list[int]:
 
 
 @dataclass(eq=False)
+class _Waiting:
+    """A configuration whose units are not made yet. order: breaks ties; bound_s: proven for all of them."""
+
+    order: tuple[int, ...]
+    bound_s: float
+    configuration: Configuration
+    chain: Chain
+
+
+@dataclass(eq=False)
 class _Unit:
     """order: breaks ties; bound_s: proven; outcome: once solved; confirmations: how often it was too large.
 
@@ -210,15 +221,17 @@ class _Search:
         self.confirm, self.progress = confirm, progress
         self.segments: dict[FactorGraph, Segment] = {}
         self.units: list[_Unit] = []
-        self.queue: list[tuple[float, tuple[int, ...], _Unit]] = []
-        self.solved = 0
+        self.queue: list[tuple[float, tuple[int, ...], _Unit | _Waiting]] = []
+        self.solved, self.floor_s = 0, 0.0
         self.shortages: list[tuple[int, tuple[int, ...], Infeasible]] = []
 
     def answer(self) -> Solution | Infeasible:
         self._gather()
         while self.queue:
-            unit = heapq.heappop(self.queue)[2]
-            if unit.solution is None:
+            self.floor_s, _, unit = heapq.heappop(self.queue)
+            if isinstance(unit, _Waiting):
+                self._add_units(unit)
+            elif unit.solution is None:
                 self._solve(unit)
             elif self._fits(unit):
                 return self._final(unit, ())
@@ -230,9 +243,15 @@ class _Search:
         if not found:
             raise KeyboardInterrupt
         best = min(found, key=lambda unit: (not unit.confirmed, self._key(unit), unit.order))
-        note = f"interrupted after {self.solved} of {len(self.units)} configurations; the best plan so far is given"
+        note = f"interrupted after {self.solved} of {self._known()} configurations; the best plan so far is given"
         unsure = self.confirm is not None and not best.confirmed
-        return self._final(best, (note, "its exact peak memory was not confirmed") if unsure else (note,))
+        answer = self._final(best, (note, "its exact peak memory was not confirmed") if unsure else (note,))
+        bound_s = min(answer.bound_s, self.floor_s)
+        return replace(answer, bound_s=bound_s, gap=_gap(answer.objective_s, bound_s))
+
+    def _known(self) -> int:
+        """Units, and configurations whose units are not made yet."""
+        return len(self.units) + sum(isinstance(entry[2], _Waiting) for entry in self.queue)
 
     def write_lp(self, answer: Solution, path: str | Path) -> None:
         for unit in self.units:
@@ -241,7 +260,7 @@ class _Search:
                 unit.outcome.ilp.write_lp(path)
 
     def _gather(self) -> None:
-        """Put every possible unit in the queue under its quick bound."""
+        """Put every possible configuration in the queue under its quick bound."""
         chains: dict[tuple[int, int, int], Chain | None] = {}
         reasons: list[str] = []
         for c in configurations(self.num_devices, self.batch, self.pins):
@@ -259,7 +278,7 @@ class _Search:
                 virtual = "" if c.virtual_stages == 1 else f" x virtual_stages={c.virtual_stages}"
                 reasons.append(f"pp={c.pp}{virtual} is more than the {len(chain)} segments the model can be cut into")
             else:
-                self._add_units(c, chain)
+                self._await(c, chain)
         if not self.queue:
             raise ParallelismError(self._why(reasons))
 
@@ -271,13 +290,22 @@ class _Search:
             f"{pinned}: {detail}. Next: pin fewer degrees, or change the batch"
         )
 
-    def _add_units(self, c: Configuration, chain: Chain) -> None:
+    def _await(self, c: Configuration, chain: Chain) -> None:
+        bound_s = quick_bound_s(chain, self._segments(chain), Objective(c.pp, c.microbatches))
+        if math.isfinite(bound_s):
+            self._push(_Waiting((c.pp, c.tp, -c.microbatch_size), bound_s, c, chain))
+
+    def _segments(self, chain: Chain) -> list[Segment]:
+        return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
+
+    def _add_units(self, waiting: _Waiting) -> None:
+        """A unit for each choice of labels of shared variables."""
+        c, chain = waiting.configuration, waiting.chain
         domains = chain.shared_domains()
         for number, labels in enumerate(itertools.product(*domains.values())):
             fixed = chain.fixed(dict(zip(domains, labels, strict=True)))
-            segments = [self.segments.setdefault(g, Segment(g)) for g in fixed.kinds]
-            solver = ConfigurationSolver(fixed, segments, c, math.inf)
-            unit = _Unit((c.pp, c.tp, -c.microbatch_size, number), solver, solver.quick_bound_s())
+            solver = ConfigurationSolver(fixed, self._segments(fixed), c, math.inf)
+            unit = _Unit((*waiting.order, number), solver, max(waiting.bound_s, solver.quick_bound_s()))
             if math.isfinite(self.cap_bytes):
                 unit.capped = functools.partial(self._capped, c, fixed, dict(zip(domains, labels, strict=True)))
             if math.isfinite(unit.bound_s):
@@ -288,8 +316,7 @@ class _Search:
         saving = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
         solvers = []
         for each in [other.fixed(labels) for other in saving] or [chain]:
-            segments = [self.segments.setdefault(g, Segment(g)) for g in each.kinds]
-            solvers.append(ConfigurationSolver(each, segments, c, self.cap_bytes))
+            solvers.append(ConfigurationSolver(each, self._segments(each), c, self.cap_bytes))
         return solvers
 
     def _under_cap(self, unit: _Unit) -> None:
@@ -303,11 +330,12 @@ class _Search:
             self.units.append(other)
             self._push(other)
 
-    def _key(self, unit: _Unit) -> float:
+    def _key(self, unit: _Unit | _Waiting) -> float:
         """Twelve digits: sums that differ in the last bits are ties."""
-        return float(f"{unit.bound_s if unit.solution is None else unit.solution.objective_s:.12g}")
+        solution = unit.solution if isinstance(unit, _Unit) else None
+        return float(f"{unit.bound_s if solution is None else solution.objective_s:.12g}")
 
-    def _push(self, unit: _Unit) -> None:
+    def _push(self, unit: _Unit | _Waiting) -> None:
         heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
 
     def _best_s(self) -> float:
@@ -328,6 +356,7 @@ class _Search:
             self._short(unit, short.needed_bytes, short.stage, _stages(unit.solver, short.columns))
         if math.isfinite(unit.bound_s):
             self._push(unit)
+        unit.solver.forget()
         self._report(unit)
 
     def _is_small(self, unit: _Unit, columns: Sequence[Column]) -> bool:
@@ -340,7 +369,7 @@ class _Search:
         best_s = self._best_s()
         bound_s = min((key for key, _, _ in self.queue), default=best_s)
         known = best_s if math.isfinite(best_s) else None
-        self.progress(Progress(len(self.units), self.solved, known, bound_s, unit.solver.configuration))
+        self.progress(Progress(self._known(), self.solved, known, bound_s, unit.solver.configuration))
 
     def _solution(self, unit: _Unit, outcome: Outcome) -> Solution:
         assert outcome.choice is not None
@@ -408,7 +437,8 @@ class _Search:
     def _final(self, unit: _Unit, notes: tuple[str, ...]) -> Solution:
         assert unit.solution is not None
         found = unit.solution
-        bound_s = min(found.objective_s, *(other.bound_s for other in self.units))
+        waiting = (other.bound_s for _, _, other in self.queue)
+        bound_s = min(found.objective_s, *(other.bound_s for other in self.units), *waiting)
         gap = _gap(found.objective_s, bound_s)
         return Solution(found.configuration, found.stages, found.objective_s, bound_s, gap, (*found.notes, *notes))
 

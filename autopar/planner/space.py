@@ -7,6 +7,8 @@ several users is shared).
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,49 +31,71 @@ from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.dependence import active_nodes
 from passes.graph import ModelGraph
-from passes.segment import Segment, carried_values, segment
+from passes.segment import Segment, carried_values
 from passes.shard import form_key, input_key, op_key
-from passes.specialise import BatchMismatchError, specialise
+from passes.specialise import BatchMismatchError, Specialiser
 from passes.trace import Traced
 from passes.zero import zero_key
 
 EXIT = "exit"
 
 
+class Structure:
+    """What is the same at every microbatch size: the chain of segments and what its values are, by node."""
+
+    def __init__(self, traced: Traced) -> None:
+        model, self.segments = traced.global_graph, traced.segments
+        self.carried = carried_values(self.segments)
+        self.trainable = frozenset(i.node for i in model.inputs if i.trainable)
+        counts = Counter(name for part in self.segments for name in set(part.parameters))
+        self.shared = frozenset(name for name, count in counts.items() if count > 1)
+        placed = {i.node for i in model.inputs if i.kind == "parameter"} | active_nodes(model)
+        self.ambient = frozenset(n.name for n in model.graph.nodes if n.name not in placed)
+        self.representatives: dict[str, Segment] = {}
+        for part in self.segments:
+            self.representatives.setdefault(part.kind, part)
+
+    @cached_property
+    def first_holders(self) -> dict[str, Segment]:
+        """Parameter -> the first segment that has it."""
+        return {name: part for part in reversed(self.segments) for name in part.parameters}
+
+
 @dataclass(frozen=True, eq=False)
 class LocalModel:
-    """The model at one microbatch size."""
+    """The model at one microbatch size. model: the calls of one segment of each kind; the others are like these."""
 
+    structure: Structure
+    specialiser: Specialiser
     model: ModelGraph
-    segments: tuple[Segment, ...]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.structure.segments
 
     @cached_property
-    def shared(self) -> frozenset[str]:
-        """Parameters that more than one segment uses."""
-        seen: set[str] = set()
-        twice: set[str] = set()
-        for part in self.segments:
-            twice |= seen & set(part.parameters)
-            seen |= set(part.parameters)
-        return frozenset(twice)
-
-    @cached_property
-    def carried(self) -> frozenset[str]:
-        return carried_values(self.segments)
-
-    @cached_property
-    def ambient(self) -> frozenset[str]:
-        active = active_nodes(self.model)
-        placed = {i.node for i in self.model.inputs if i.kind == "parameter"}
-        return frozenset(n.name for n in self.model.graph.nodes if n.name not in active and n.name not in placed)
+    def cut_before(self) -> list[tuple[TensorMeta, int]]:
+        """Of each segment but the first, the activation that comes in and the bytes carried beside it; the first has
+        its own exit there."""
+        known: dict[tuple[str, tuple[str, ...]], tuple[TensorMeta, int]] = {}
+        found = []
+        for before, after in zip((self.segments[0], *self.segments), self.segments, strict=False):
+            key = (before.kind, after.carried)
+            if key not in known:
+                exit = self.tensor(self.structure.representatives[before.kind].exit)
+                known[key] = exit, sum(self.tensor(name).nbytes for name in after.carried)
+            found.append(known[key])
+        return found
 
     def has_sequence(self, tp: int) -> bool:
         """Whether a value between segments can be split along a sequence."""
-        return any(sequence_of(self.model.tensor(part.exit), tp) for part in self.segments)
+        return any(sequence_of(self.tensor(part.exit), tp) for part in self.structure.representatives.values())
 
-    @cached_property
-    def trainable(self) -> frozenset[str]:
-        return frozenset(i.node for i in self.model.inputs if i.trainable)
+    def tensor(self, name: str) -> TensorMeta:
+        """The meta of any value."""
+        if name in self.model.metas:
+            return self.model.tensor(name)
+        return self.specialiser.tensor(name, self.model.batch)
 
 
 class ModelSpace:
@@ -100,6 +124,8 @@ class ModelSpace:
         self._chains: dict[tuple[int, int, int, Saving, bool | None], Chain | None] = {}
         self._graphs: dict[tuple[int, int, bool | None, str], _SegmentGraph] = {}
         self._prices: dict[int, MeshPrices] = {}
+        self._mesh_prices: dict[tuple[int, int], MeshPrices] = {}
+        self.structure, self.specialiser = Structure(traced), Specialiser(traced)
 
     def local_model(self, microbatch_size: int) -> LocalModel | None:
         """Specialised and segmented once per size; None where the model does not allow the size."""
@@ -111,11 +137,12 @@ class ModelSpace:
         whole = self.traced.global_graph.batch
         if self.analysis.reason is not None and microbatch_size != whole:
             return None
+        names = {name for part in self.structure.representatives.values() for name in part.nodes}
         try:
-            model = specialise(self.traced, microbatch_size)
+            model = self.specialiser.part(microbatch_size, names)
         except (UnsupportedError, BatchMismatchError):
             return None
-        return LocalModel(model, segment(model))
+        return LocalModel(self.structure, self.specialiser, model)
 
     def chain(
         self, dp: int, tp: int, microbatch_size: int, saving: Saving = SAVE_ALL, sequence: bool | None = None
@@ -135,51 +162,57 @@ class ModelSpace:
         prices = self.mesh_prices(dp, tp)
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
-        for index, part in enumerate(local.segments):
-            if part.kind not in kinds:
-                kinds[part.kind] = len(graphs)
-                key = (local.model.batch, tp, sequence, part.kind)
-                if key not in self._graphs:
-                    last = index == len(local.segments) - 1
-                    shared_prices = self._prices.setdefault(tp, prices)
-                    self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last, sequence)
-                graphs.append(self._graphs[key].build(prices, saving))
-        inputs = self._input_bytes() // dp
-
-        def cut_s(position: int, label: str) -> float:
-            before, after = local.segments[position - 1], local.segments[position]
-            carried = sum(local.model.tensor(name).nbytes for name in after.carried)
-            return prices.transfer_s(local.model.tensor(before.exit), parse_placement(label), carried)
-
+        for part in local.structure.representatives.values():
+            kinds[part.kind] = len(graphs)
+            key = (local.model.batch, tp, sequence, part.kind)
+            if key not in self._graphs:
+                last = part is local.segments[-1]
+                shared_prices = self._prices.setdefault(tp, prices)
+                self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last, sequence)
+            graphs.append(self._graphs[key].build(prices, saving))
         order = tuple(kinds[part.kind] for part in local.segments)
-        moments = self._momentary_bytes(local, tp, saving, sequence)
+        inputs, moments = self._input_bytes // dp, self._momentary_bytes(local, tp, saving, sequence)
 
         def reserve_bytes(first: int, last: int) -> int:
-            return inputs + max(moments[kind] for kind in order[first:last])
+            return inputs + max(moments[kind] for kind in set(order[first:last]))
 
-        return Chain(tuple(graphs), order, cut_s, reserve_bytes)
+        return Chain(tuple(graphs), order, self._cut_s(local, prices), reserve_bytes)
+
+    def _cut_s(self, local: LocalModel, prices: MeshPrices) -> Callable[[int, str], float]:
+        @functools.cache
+        def transfer_s(meta: TensorMeta, label: str, carried_bytes: int) -> float:
+            return prices.transfer_s(meta, parse_placement(label), carried_bytes)
+
+        def cut_s(position: int, label: str) -> float:
+            exit, carried_bytes = local.cut_before[position]
+            return transfer_s(exit, label, carried_bytes)
+
+        return cut_s
 
     def _momentary_bytes(self, local: LocalModel, tp: int, saving: Saving, sequence: bool | None) -> list[int]:
         """Of each kind of segment, what the highest levels hold while its backward runs: what is made again, gradients
         before they are scattered, and gathered parameters twice, as they arrive and as they lie."""
         copies = {0: 0, 1: 0, 2: 1, 3: 2}[max(saving.zero, default=0)]
         found = []
-        for kind in dict.fromkeys(part.kind for part in local.segments):
+        for kind in local.structure.representatives:
             graph = self._graphs[(local.model.batch, tp, sequence, kind)]
-            parameters = sum(local.model.tensor(name).nbytes for name in graph.part.parameters)
+            parameters = sum(local.tensor(name).nbytes for name in graph.part.parameters)
             again = 0 if saving.recompute == (NONE,) else graph.segment_levels.again_bytes(saving.recompute[-1])
             found.append((again + copies * parameters) // tp)
         return found
 
     def mesh_prices(self, dp: int, tp: int) -> MeshPrices:
-        return MeshPrices(
-            self.cluster, dp, tp, self.optimizer, self.parameter_bytes, self._reduced_bytes(), self.precision
-        )
+        if (dp, tp) not in self._mesh_prices:
+            known = (self.optimizer, self.parameter_bytes, self._reduced_bytes, self.precision)
+            self._mesh_prices[dp, tp] = MeshPrices(self.cluster, dp, tp, *known)
+        return self._mesh_prices[dp, tp]
 
+    @cached_property
     def _reduced_bytes(self) -> int:
         whole = self.traced.global_graph
         return max(1, sum(whole.tensor(i.node).nbytes for i in whole.inputs if i.trainable))
 
+    @cached_property
     def _input_bytes(self) -> int:
         """Smallest batch input: every stage may need none but one of them; the rest is found exactly later."""
         whole = self.traced.global_graph
@@ -214,7 +247,7 @@ class _SegmentGraph:
     ) -> None:
         self.local, self.part, self.prices, self.tp = local, part, prices, tp
         self.sharded, self.last, self.sequence = sharded, last, sequence
-        self.space: OpSpace = op_space(local.model, part.nodes, local.ambient, tp)
+        self.space: OpSpace = op_space(local.model, part.nodes, local.structure.ambient, tp)
         if sequence is not None and tp > 1:
             ends = [name for name in (part.entry, part.exit) if name and self._along(name)]
             self.space = pin_sequence(self.space, ends, split=sequence)
@@ -243,7 +276,7 @@ class _SegmentGraph:
         users: dict[str, list[tuple[PlannedOp, int]]] = {}
         for op in self.space.ops:
             for index, operand in enumerate(op.operands):
-                if operand not in self.local.ambient and all(u[0] is not op for u in users.get(operand, [])):
+                if operand not in self.local.structure.ambient and all(u[0] is not op for u in users.get(operand, [])):
                     users.setdefault(operand, []).append((op, index))
         return users
 
@@ -251,7 +284,7 @@ class _SegmentGraph:
     def segment_levels(self) -> SegmentLevels:
         entry = None if self.part.entry is None else (self.part.entry, self._meta(self.part.entry).nbytes)
         parameters = frozenset(self.part.parameters)
-        return SegmentLevels(self.space, entry, parameters | self.local.ambient, set(parameters))
+        return SegmentLevels(self.space, entry, parameters | self.local.structure.ambient, set(parameters))
 
     def _at_levels(self, names: tuple[str, ...]) -> tuple[Factor, ...]:
         """The factors that know no mesh, under a choice of recompute levels."""
@@ -274,7 +307,7 @@ class _SegmentGraph:
         zero = {name: self._zero_levels(name, prices, saving) for name in self.part.parameters}
         steps = tuple(self._parameter(name, prices, levels) for name, levels in zero.items())
         entry = None if self.part.entry is None else input_key(self.part.entry)
-        shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.shared)
+        shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.structure.shared)
         levels = saving.recompute
         domains = self.domains if levels == (NONE,) else {**self.domains, RECOMPUTE: levels}
         free = {zero_key(name): tuple(map(str, known)) for name, known in zero.items() if len(known) > 1}
@@ -282,11 +315,11 @@ class _SegmentGraph:
         return FactorGraph(domains, (*self._at_levels(levels), *steps), entry, self.exit, shared)
 
     def _meta(self, tensor: str) -> TensorMeta:
-        return self.local.model.tensor(tensor)
+        return self.local.tensor(tensor)
 
     def _boundary(self, name: str) -> tuple[Placement, ...]:
         """Placements of an activation at a cut; one that is carried on is whole."""
-        if name in self.local.carried:
+        if name in self.local.structure.carried:
             return (REPLICATE,)
         places, along = boundary_placements(self._meta(name), self.tp), self._along(name)
         if self.sequence is None or not along:
@@ -294,7 +327,7 @@ class _SegmentGraph:
         return (PARTIAL, *along) if self.sequence else tuple(place for place in places if place not in along)
 
     def _along(self, name: str) -> tuple[Placement, ...]:
-        return () if name in self.local.carried else sequence_of(self._meta(name), self.tp)
+        return () if name in self.local.structure.carried else sequence_of(self._meta(name), self.tp)
 
     def _hold(self, name: str) -> None:
         """A carried value is whole on every rank: one that is made here is brought into that form."""
@@ -336,7 +369,7 @@ class _SegmentGraph:
         if self.tp == 1:
             return (REPLICATE,)
         shards: tuple[Placement, ...] = self.space.shards.get(name, ())
-        if name in self.local.shared:
+        if name in self.local.structure.shared:
             shards = tuple(Shard(d) for d, e in enumerate(meta.shape) if e % self.tp == 0 and e > 1)
         return (REPLICATE, VARYING, *(shards if self.sharded else ()))
 
@@ -344,14 +377,14 @@ class _SegmentGraph:
         """What the search chooses from: nothing where the fastest is taken, and not twice for one parameter."""
         if prices.dp == 1:
             return (0,)
-        first = name not in self.local.shared or self._is_first_holder(name)
+        first = name not in self.local.structure.shared or self._is_first_holder(name)
         return saving.zero if len(saving.zero) < 2 or first else (0,)
 
     def _parameter(self, name: str, prices: MeshPrices, levels: tuple[int, ...]) -> Factor:
         """[placement] or, with several levels, [placement, level]"""
         meta, places = self._meta(name), self.labels[name]
-        trainable = name in self.local.trainable
-        weight = 1.0 if name not in self.local.shared or self._is_first_holder(name) else 0.0
+        trainable = name in self.local.structure.trainable
+        weight = 1.0 if name not in self.local.structure.shared or self._is_first_holder(name) else 0.0
 
         def costs(place: Placement, zero: int) -> tuple[float, float, float]:
             time_s = prices.parameter_time_s(meta, place, trainable, zero) if trainable or zero else 0.0
@@ -366,8 +399,7 @@ class _SegmentGraph:
 
     def _is_first_holder(self, name: str) -> bool:
         """A shared parameter's state is counted in the first segment that holds it; copies are found exactly later."""
-        first = next(s for s in self.local.segments if name in s.parameters)
-        return first is self.part
+        return self.local.structure.first_holders[name] is self.part
 
     def _placed(self, name: str, places: tuple[Placement, ...]) -> None:
         self.labels[name] = places
@@ -527,11 +559,11 @@ class PinnedSpace:
         prices = self.space.mesh_prices(dp, tp)
         for part, like, assignment in segments:
             for name, known in zip(part.parameters, like.parameters, strict=True):
-                trainable = name in local.trainable
+                trainable = name in local.structure.trainable
                 if name in levels or dp == 1 or not self.space.divisible:
                     continue
                 place = parse_placement(assignment[input_key(known)])
-                fastest = prices.fastest_zero(local.model.tensor(name), place) if trainable else 0
+                fastest = prices.fastest_zero(local.tensor(name), place) if trainable else 0
                 level = int(assignment.get(zero_key(known), fastest if self.zero is None else self.zero))
                 levels[name] = level if trainable or level == 3 else 0
         return {name: level for name, level in levels.items() if level}

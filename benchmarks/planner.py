@@ -1,0 +1,63 @@
+"""Time of planning, tracing included, and the gap it leaves, for GPTs of 1.3B to 1T parameters; nothing is run.
+
+    python benchmarks/planner.py [CASE ...] [--depths]
+
+Prints the seconds on the clock and of the processor (imports excluded), the chosen plan, its step time and peak memory,
+and whether time and gap stay within the case's limits. --depths: the same model 12 to 96 layers deep instead, and how
+much longer the deepest takes than the shallowest. The exit code is 1 if a limit is missed by processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+from planner_cases import CASES, DEPTHS, Case
+
+import autopar
+
+DEPTH_FACTOR = 2.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(c.name for c in CASES)}; default: all")
+    parser.add_argument("--depths", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.depths:
+        return _depths()
+    unknown = set(arguments.cases) - {case.name for case in CASES}
+    if unknown:
+        parser.error(f"no case is called {', '.join(sorted(unknown))}")
+    chosen = [case for case in CASES if not arguments.cases or case.name in arguments.cases]
+    return int(any(measured(case) > case.limit_s for case in chosen))
+
+
+def measured(case: Case) -> float:
+    """Plan a case, print its row, and return the processor's seconds; infinity where the gap is too large."""
+    (model, inputs), cluster = case.model(), case.load_cluster()
+    wall, own = time.perf_counter(), time.process_time()
+    found = autopar.estimate(model, cluster, inputs, memory_cap=case.memory_cap)
+    wall, own = time.perf_counter() - wall, time.process_time() - own
+    plan = found.plan
+    print(
+        f"{case.name} on {case.devices}: {wall:.1f} s, processor {own:.1f} s of {case.limit_s:.0f} s; "
+        f"gap {found.gap:.2%} of {case.gap:.0%}; dp={plan.dp} tp={plan.tp} pp={plan.pp} {plan.microbatches} x "
+        f"{plan.microbatch_size}{plan.saving_text()}, step {found.step_time_s:.3f} s, "
+        f"peak {found.peak_bytes / 2**30:.2f} of {plan.memory_cap_bytes / 2**30:.2f} GiB",
+        flush=True,
+    )
+    return own if found.gap <= case.gap else float("inf")
+
+
+def _depths(cases: Sequence[Case] = DEPTHS) -> int:
+    seconds = [measured(case) for case in cases]
+    factor = seconds[-1] / seconds[0]
+    print(f"{cases[-1].layers / cases[0].layers:.0f} times the layers: {factor:.2f} times the time, of {DEPTH_FACTOR}")
+    return int(factor > DEPTH_FACTOR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
