@@ -22,6 +22,7 @@ from tyro.conf import arg, subcommand
 import autopar
 from cost_model.errors import AutoparError, ConfigError, UnknownNameError
 from cost_model.plan import Parallelism, Plan
+from cost_model.precision import Precision
 
 USAGE, INTERRUPTED = 2, 130
 LOCAL = "local"
@@ -49,6 +50,9 @@ class Command:
     recompute: Annotated[str | None, arg(metavar="LEVEL", help="pin recompute: none, selective or full")] = None
     schedule: Annotated[str | None, arg(metavar="S", help="pin the schedule: 1f1b or gpipe")] = None
     memory_cap: Annotated[str | None, arg(metavar="SIZE", help='memory of each device to use, such as "30GiB"')] = None
+    precision: Annotated[
+        str | None, arg(metavar="P", help="bf16 or fp16 with fp32 masters, or fields: params=bf16,reduce=bf16")
+    ] = None
     plan: Annotated[Path | None, arg(metavar="FILE", help="use the plan of this file instead of a search")] = None
     save: Annotated[Path | None, arg(metavar="FILE", help="write the plan to this file")] = None
     json: Annotated[bool, arg(help="print JSON and nothing else on standard output")] = False
@@ -244,7 +248,8 @@ def _keywords(command: Command) -> dict[str, Any]:
     pins = ("dp", "tp", "pp", "microbatch_size", "schedule", "zero", "recompute")
     parallelism = Parallelism(**{name: getattr(command, name) for name in pins})
     plan = None if command.plan is None else Plan.load(command.plan)
-    return {"parallelism": parallelism, "memory_cap": command.memory_cap, "plan": plan}
+    precision = None if command.precision is None else Precision.parse(command.precision)
+    return {"parallelism": parallelism, "memory_cap": command.memory_cap, "precision": precision, "plan": plan}
 
 
 def _save(plan: Plan, path: Path) -> None:

@@ -40,7 +40,8 @@ class StepRecord:
 
     step: how many there have been; loss: the mean over what was accumulated for it; samples: in all ranks;
     seconds: since the batch was handed over, accumulation included; learning_rates: of each group, as used;
-    grad_norm: before clipping, None where nothing was clipped.
+    grad_norm: before clipping, None where nothing was clipped. loss_scale: of the next step, 1 where losses are not
+    scaled; skipped: a gradient was infinite or NaN, so nothing was updated and the step does not count.
     """
 
     step: int
@@ -49,6 +50,8 @@ class StepRecord:
     seconds: float
     learning_rates: tuple[float, ...]
     grad_norm: float | None
+    loss_scale: float = 1.0
+    skipped: bool = False
 
 
 Hook = Callable[[StepRecord], None]
@@ -96,6 +99,18 @@ class Executable(Engine):
     def grad_norm(self) -> float:
         """Norm of all gradients, before clipping, in the last step that clipped; NaN where none did."""
         return float(self.call("gradient_norm")[0])
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by so that its fp16 gradients are neither lost nor infinite; else 1."""
+        return self._scaling()[0]
+
+    def _scaling(self) -> tuple[float, bool]:
+        """The scale of the loss, and whether the last update was skipped."""
+        if not self.plan.precision.scales_loss:
+            return 1.0, False
+        found = self.call("scaling")[0]
+        return float(found["state"][0]), bool(found["skipped"])
 
     def add_hook(self, hook: Hook) -> Callable[[], None]:
         """Call a function with a StepRecord after every update, in this process; returns what takes it away again."""
@@ -174,27 +189,35 @@ class Executable(Engine):
         return loss
 
     def _accumulated(self, loss: float, begin: float) -> None:
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not self._is_scaled_down():
             self._discard()
             raise NonFiniteLossError(self._steps, loss)
         self._pending.add(loss, time.perf_counter() - begin)
 
+    def _is_scaled_down(self) -> bool:
+        """Whether an update was skipped for the loss and a smaller scale may help: none below 1 does."""
+        return self.plan.precision.scales_loss and self.loss_scale >= 1
+
     def _updated(self, clipped: bool) -> None:
-        """Schedulers, hooks, and the count, after an update."""
+        """Schedulers, hooks, and the count, after an update; one that was skipped is told to hooks alone."""
         pending, self._pending = self._pending, _Pending()
-        self._steps += 1
-        loss = sum(pending.losses) / len(pending.losses)
+        (scale, skipped), loss = self._scaling(), sum(pending.losses) / len(pending.losses)
         rates = () if self._groups is None else tuple(float(g.get("lr", math.nan)) for g in self._groups.param_groups)
+        if not skipped:
+            self._advance(loss)
+        if self._hooks:
+            samples = len(pending.losses) * self.plan.batch
+            norm = self.grad_norm if clipped and not skipped else None
+            record = StepRecord(self._steps, loss, samples, pending.seconds, rates, norm, scale, skipped)
+            for hook in tuple(self._hooks):
+                hook(record)
+
+    def _advance(self, loss: float) -> None:
+        self._steps += 1
         if self._groups is not None:
             self._groups.step()
         if self._scheduler is not None:
             advance(self._scheduler, loss)
-        if self._hooks:
-            samples = len(pending.losses) * self.plan.batch
-            norm = self.grad_norm if clipped else None
-            record = StepRecord(self._steps, loss, samples, pending.seconds, rates, norm)
-            for hook in tuple(self._hooks):
-                hook(record)
 
     def _send_changed_options(self) -> None:
         changes = {} if self._groups is None else self._groups.changes()
@@ -229,6 +252,7 @@ class Executable(Engine):
         state["groups"] = {index: tree for rank in reversed(ranks) for index, tree in rank["groups"].items()}
         state["states"] = {name: kinds for rank in ranks for name, kinds in rank["states"].items()}
         scheduler = None if self._scheduler is None else self._scheduler.state_dict()
+        state["loss_scale"] = ranks[0]["loss_scale"]
         state |= {"scheduler_state": scheduler, "steps": self._steps, "drawn": self._drawn[False], "extra": extra}
         content, root = driver_file(state), Path(folder).resolve()
         name = decided(lambda: new_part(root, self._steps))
@@ -248,7 +272,7 @@ class Executable(Engine):
         part = root / decided(lambda: newest_part(root))
         saved = read_driver(part, process_index())
         check_fits(part, saved, here)
-        request = {"folder": str(part), "states": saved["states"], "groups": saved["groups"]}
+        request = {"folder": str(part), **{name: saved.get(name) for name in ("states", "groups", "loss_scale")}}
         self.call_alike("load", request)
         self._discard()
         if self._groups is not None:

@@ -17,6 +17,7 @@ from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, InfeasiblePlanError, ParallelismError
 from cost_model.estimate import Estimate
 from cost_model.plan import Parallelism, Plan
+from cost_model.precision import Precision
 
 NO_CAP_BYTES = 2**60
 AUTOMATIC, UNLIMITED, CHOSEN = "automatic", "without a memory cap", "as asked"
@@ -116,6 +117,7 @@ def explain(
     optimizer: OptimizerFactory | None = DEFAULT_OPTIMIZER,
     parallelism: Parallelism | None = None,
     memory_cap: str | int | None = None,
+    precision: Precision | None = None,
     plan: Plan | None = None,
 ) -> Explanation:
     """Explain the plan that these keywords of ``compile`` lead to; the model is traced once, nothing is run.
@@ -124,7 +126,8 @@ def explain(
     Errors: as for ``compile``.
     """
     start = time.perf_counter()
-    job = Job.of(model, cluster, inputs, Options.of(loss_fn, optimizer, parallelism, memory_cap, None, plan))
+    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan)
+    job = Job.of(model, cluster, inputs, options)
     chosen = job.planned(job.decide(start)).estimate
     pins, cap = job.options.parallelism, job.options.memory_cap_bytes
     candidates = [_candidate(kind, job.under(wanted, cap)) for kind, wanted in _kinds(pins, cluster.num_devices)]

@@ -15,6 +15,8 @@ from cost_model.tensor import TensorMeta
 if TYPE_CHECKING:
     from autopar.link import Linked, LinkedStage
 
+FOUND = Collective("all_reduce", "world", 4)
+"""Of whether a gradient is not finite, one float32, in every step that scales the loss."""
 NORM = Collective("all_reduce", "world", 8)
 """Of the sum of squares, one float64, in every step that clips."""
 
@@ -63,6 +65,16 @@ def clip_costs(part: LinkedStage) -> Iterator[OpCost]:
     for bucket in part.buckets:
         if bucket.gradients is not None:
             yield from _norm_and_scale(replace(bucket.part, dtype=bucket.gradients.dtype), bucket.gradients)
+
+
+def unscale_costs(part: LinkedStage) -> Iterator[OpCost]:
+    """Each gradient divided by the scale of the loss, and looked at, in one pass."""
+    rows = [TensorMeta((sum(part.metas[name].numel for name in names),), dtype) for dtype, names in part.layout]
+    rows += [replace(b.part, dtype=b.gradients.dtype) for b in part.buckets if b.gradients is not None]
+    for row in rows:
+        cost = price_of(OpCall("aten.mul_.Scalar", (row,), (row,), {}))
+        assert cost is not None
+        yield cost
 
 
 def _norm_and_scale(read: TensorMeta, scaled: TensorMeta) -> Iterator[OpCost]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from autopar.gradient_norm import NORM, clip_costs
+from autopar.gradient_norm import FOUND, NORM, clip_costs, unscale_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
@@ -204,6 +204,7 @@ class Linker:
         price = self._with_casts(stage, self._price(stage))
         clips = self.max_grad_norm is not None
         costs = (*clip_costs(stage), *price.costs) if clips else price.costs
+        costs = (*unscale_costs(stage), *costs) if plan.precision.scales_loss else costs
         rows = stage.gathered if self.local_batches and plan.dp > 1 else ()
         fed = [Collective("all_gather", "dp", self.traced.global_graph.tensor(i.node).nbytes) for i in rows]
         price, has_optimizer = replace(price, costs=costs), self.optimizer is not None
@@ -346,6 +347,7 @@ def _stage_program(
     collectives = [*fed, *(r.collective for r in stage.reductions)]
     casts = [*(0 for _ in fed), *(sum(target.nbytes for _, target in r.casts[:1]) for r in stage.reductions)]
     if plan.dp * plan.tp * plan.pp > 1:
+        collectives += [FOUND] if plan.precision.scales_loss else []
         collectives += [NORM] if clips else []
         collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
     return StageProgram(
@@ -384,7 +386,7 @@ def _chunk(code: StageCode, plan: StagePlan) -> Chunk:
 def _persistent(traced: Traced, stage: LinkedStage, dp: int) -> tuple[Value, ...]:
     """What a rank holds all step beside parameters: its part of the batch's inputs, step values, new buffers."""
     whole = traced.global_graph
-    metas = {i.node: whole.tensor(i.node) for i in stage.inputs if i.kind == "step"}
+    metas = {i.node: whole.tensor(i.node) for i in stage.inputs if i.kind in ("step", "scale")}
     for item, own_rows in stage.batch_inputs.items():
         meta = whole.tensor(item.node)
         metas[item.node] = replace(meta, shape=(meta.shape[0] // dp, *meta.shape[1:])) if own_rows else meta
@@ -407,6 +409,7 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
         dp=plan.dp,
         changed=linked_stage.updates,
         counters=linked.traced.counters,
+        scales_loss=plan.precision.scales_loss,
     )
     segments = " | ".join(", ".join(labels) for labels in plan.labels(stage))
     doc = (

@@ -64,6 +64,7 @@ def rank_payload(
         "source": linked.source(rank),
         "device": device,
         "timeout_s": timeout_s,
+        "scales_loss": plan.precision.scales_loss,
         "stage": stage,
         "dp_index": dp,
         "buckets": buckets,

@@ -70,6 +70,11 @@ class Precision:
         name = self.compute or self.params
         return None if name is None else DTYPES[name]
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients pass through fp16, whose range is short: see ``autopar.runtime.scaling``."""
+        return "fp16" in (self.params, self.compute, self.grads, self.reduce)
+
     def kept(self, stored: str) -> Kept:
         """What belongs to a parameter that is stored in a dtype."""
         if stored not in FLOATING:

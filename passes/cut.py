@@ -14,7 +14,7 @@ from passes.pieces import AMBIENT
 from passes.rewriter import GraphBuilder
 from passes.segment import Segment, carried_values
 
-_KIND_ORDER = {"parameter": 0, "buffer": 1, "constant": 2, "batch": 3, "step": 4, "activation": 5}
+_KIND_ORDER = {"parameter": 0, "buffer": 1, "constant": 2, "batch": 3, "step": 4, "scale": 5, "activation": 6}
 
 
 def cut_stage(

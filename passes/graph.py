@@ -25,7 +25,7 @@ class GraphInput:
     """A placeholder.
 
     kind: "parameter", "buffer", "constant", "batch" (a tensor of the user's batch), "step" (computed once per step
-    from the global batch) or "activation" (received from the stage before).
+    from the global batch), "scale" (of the loss) or "activation" (received from the stage before).
     target: the model's own name for parameters and buffers; the leaf's path for batch inputs.
     batched: dim 0 is the batch.
     changes: a buffer that a step gives a new value, which takes the place of a gradient (see ``batch_norm``).

@@ -5,6 +5,7 @@ AT_FORALL_LOWER_PRECISION_FP and AT_FORALL_FP32; the page of torch.amp, "Autocas
 and attention in the compute dtype; norms, softmax, losses, sums and functions of a wide range in at least float32; all
 others in the widest dtype of their operands. Ops that are restated before (``passes.restate``) are listed under the
 names they have here. What depends on no parameter (masks, positions) is left as it is and cast where it is used.
+Where gradients pass through fp16 the loss is multiplied by one more input, its scale.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ WIDE = frozenset(
 """Beside torch's list: means, variances and products over a dim, which here may be cut into parts that are summed."""
 _NEVER = frozenset("to _to_copy detach lift_fresh_copy embedding copy_".split())
 """Casts themselves, and a lookup, which takes rows as they are stored."""
+LOSS_SCALE = "loss_scale"
 _MASKS = ("mask", "attn_mask")
 
 
@@ -76,6 +78,7 @@ class _Cast:
 
     def run(self) -> ModelGraph:
         described = {i.node: i for i in self.model.inputs}
+        scale = self.built.placeholder(LOSS_SCALE, TensorMeta((), "float32")) if self.precision.scales_loss else None
         with FakeTensorMode(), torch.no_grad():
             for node in self.model.graph.nodes:
                 if node.op == "placeholder":
@@ -84,10 +87,21 @@ class _Cast:
                     self._call(node)
         by_name = {n.name: n for n in self.model.graph.nodes}
         outputs = tuple(self.mapped[by_name[name]] for name in self.model.outputs)
-        self.built.graph.output(outputs)
         inputs = tuple(replace(i, node=self.mapped[by_name[i.node]].name) for i in self.model.inputs)
+        if scale is not None:
+            outputs = (self._scaled(outputs[0], scale), *outputs[1:])
+            inputs = (GraphInput(scale.name, "scale", LOSS_SCALE, False, False), *inputs)
+        self.built.graph.output(outputs)
         names = tuple(node.name for node in outputs)
         return ModelGraph(self.built.graph, self.built.metas, inputs, names, self.model.batch)
+
+    def _scaled(self, loss: fx.Node, scale: fx.Node) -> fx.Node:
+        """The loss in at least float32, times the scale."""
+        dtype = widest([self.built.tensor(loss).dtype, "float32"])
+        with FakeTensorMode():
+            wide = self._as(loss, dtype, loss)
+        made: fx.Node = self.built.call(aten.mul.Tensor, (wide, scale), TensorMeta((), dtype), like=loss)
+        return made
 
     def _input(self, node: fx.Node, item: GraphInput) -> None:
         meta = self.model.tensor(node.name)

@@ -106,23 +106,26 @@ def render_step(
     dp: int = 1,
     changed: Sequence[str] = (),
     counters: Mapping[str, int | float] = NO_COUNTERS,
+    scales_loss: bool = False,
 ) -> str:
     """``def step(run)`` and its parts: the stage's schedule, gradient reduction, the update with the gathering of
     parameters; and the schedule's forward half alone, for evaluation.
 
     gathered: leaves of the batch that ``feed`` makes whole before, over dp replicas. changed: buffers that backward
-    gave a new value; counters: buffers to which a number is added.
+    gave a new value; counters: buffers to which a number is added. scales_loss: an update is skipped where a gradient
+    is not finite.
     """
     kept = [f'run.update_buffer("{name}")' for name in changed]
     kept += [f'run.count("{name}", {step})' for name, step in counters.items()]
     wait = ["run.wait_sends()"] if sends else []
     clip = [] if max_grad_norm is None else [f"run.clip_gradients({max_grad_norm!r})"]
+    skip = ["if run.adjust_scale():", "    return"] if scales_loss else []
     forwards = [line for step in steps if type(step) in _FORWARDS for line in _forward_lines(step)]
     functions = {
         "feed": ("Batch inputs of all replicas.", [f'run.gather_rows("{name}", {dp})' for name in gathered]),
         "accumulate": (doc, [_line(step) for step in steps] + wait + kept),
-        "reduce": ("Gradients of all ranks.", list(map(str, reductions))),
-        "update": ("Parameters.", [*clip, "run.update_parameters()", *map(str, gathers)]),
+        "reduce": ("Gradients of all ranks.", [*map(str, reductions), *(["run.unscale_gradients()"] * scales_loss)]),
+        "update": ("Parameters.", [*skip, *clip, "run.update_parameters()", *map(str, gathers)]),
         "step": ("One training step.", ["accumulate(run)", "reduce(run)", "update(run)"]),
         "evaluate": ("The loss alone.", forwards + wait),
     }

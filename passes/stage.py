@@ -229,10 +229,10 @@ class _Builder:
             return f'params["{self.buckets[name].name}"]'
         if item is None:
             return f'constants["{name}"]'
-        source = {"parameter": "params", "buffer": "buffers", "constant": "buffers", "batch": "batch", "step": "step"}
+        source = {"parameter": "params", "buffer": "buffers", "constant": "buffers", "scale": "step"}
         if item.kind == "activation":
             return "received.pop()"
-        return f'{source[item.kind]}["{item.target}"]'
+        return f'{source.get(item.kind, item.kind)}["{item.target}"]'
 
     def _storages_in(self, function: Function, kept: tuple[str, ...]) -> tuple[str, ...]:
         values = {v.name: v for i in function.block.instructions for v in i.outputs}

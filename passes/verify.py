@@ -79,7 +79,7 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[list[Collecti
         by_kind: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "batch": {}, "step": {}}
         for item in code.inputs:
             if item.kind != "activation":
-                kind = "buffer" if item.kind == "constant" else item.kind
+                kind = {"constant": "buffer", "scale": "step"}.get(item.kind, item.kind)
                 by_kind[kind][item.target] = fake(code.metas[item.node])
         for bucket in code.buckets:
             if bucket.zero == 3:

@@ -40,7 +40,9 @@ class OneDevice:
         self.graph: ModelGraph = cast(trace(model, batch), precision).global_graph
         self.run, self.precision = _Run(nn.Module(), graph=self.graph.graph), precision
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.own = {i.target: named[i.target].detach().clone() for i in self.graph.inputs if i.kind != "batch"}
+        self.own = {
+            i.target: named[i.target].detach().clone() for i in self.graph.inputs if i.kind not in ("batch", "scale")
+        }
         master = precision.master
         self.updated = {
             n: t.to(self._dtype(master, self._stored(t))).requires_grad_()
@@ -58,17 +60,18 @@ class OneDevice:
         return otherwise if name is None else getattr(torch, DTYPES[name])
 
     def step(self, batch: Mapping[str, Tensor], scale: float = 1.0) -> float:
-        """One update; the loss before it. scale: of the loss in backward."""
+        """One update; the loss before it. scale: of the loss, where the graph has one."""
         params = {n: t.detach().to(self._stored(self.own[n])).requires_grad_() for n, t in self.updated.items()}
-        values = {**self.own, **batch, **params}
+        scale = scale if self.precision.scales_loss else 1.0
+        values = {**self.own, **batch, **params, "loss_scale": torch.tensor(scale)}
         (loss,) = self.run.run(*(values[i.target] for i in self.graph.inputs))
-        found = torch.autograd.grad(loss, list(params.values()), torch.full_like(loss, scale), allow_unused=True)
+        found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         for tensor, gradient in zip(self.updated.values(), found, strict=True):
             if gradient is not None:
                 kept = gradient.to(self._dtype(self.precision.grads, gradient.dtype))
                 tensor.grad = kept.to(tensor.dtype) / scale
         self.optimizer.step()
-        return float(loss.detach())
+        return float(loss.detach()) / scale
 
     def state(self) -> dict[str, Tensor]:
         """In the model's own dtypes."""

@@ -316,3 +316,13 @@ def test_a_plan_of_the_version_before_has_the_models_own_precision() -> None:
     raw = json.loads(plan.to_json())
     del raw["precision"]
     assert autopar.Plan.from_json(json.dumps({**raw, "version": 2})) == plan
+
+
+def test_the_command_line_asks_for_it() -> None:
+    assert Precision.parse("bf16") == MEGATRON and Precision.parse("fp32") == Precision()
+    assert Precision.parse("params=bf16,reduce=bf16") == Precision(params="bf16", reduce="bf16")
+    for text in ("half", "params=bf16,colour=red", "params"):
+        with pytest.raises(ConfigError, match=f"precision '{text}': .* is not understood; give bf16, fp16, fp32"):
+            Precision.parse(text)
+    with pytest.raises(ConfigError, match="precision params must be .* not 'half'"):
+        Precision.parse("params=half")

@@ -24,6 +24,7 @@ from autopar.runtime.comm import Comm
 from autopar.runtime.groups import limit_waiting, make_groups
 from autopar.runtime.measure import ONCE, Event, measure, traced_step
 from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
+from autopar.runtime.scaling import LossScaler
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
@@ -73,6 +74,7 @@ class RankExecutor:
         self.chunks = [self._chunk(described) for described in payload["chunks"]]
         self.constants = self._set_up()
         self.optimizer = self._optimizer()
+        self.scaler = LossScaler(self.device) if payload["scales_loss"] else None
         self.events: list[Event] | None = None
         self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
         self._reset()
@@ -175,6 +177,8 @@ class RankExecutor:
         self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
         self.module.feed(self)
         self.step_values = self.module.prologue(self.batch, self.buffers, self.kernels, self.device)
+        if self.scaler is not None:
+            self.step_values["loss_scale"] = self.scaler.scale
         if self.spec["accumulates"] and self.accumulated == 0 and not keep:
             for buffer in self.flat.values():
                 buffer.zero_()
@@ -182,7 +186,7 @@ class RankExecutor:
     def _finish(self) -> float:
         loss = torch.zeros((), dtype=torch.float64)
         if self.loss is not None and self.spec["reports_loss"]:
-            loss.copy_(self.loss)
+            loss.copy_(self.loss if self.scaler is None else self.loss / self.scaler.scale)
         if self.world_size > 1:
             loss = loss.to(self.device)
             self._timed("loss", ONCE, lambda: dist.all_reduce(loss), WORLD_REDUCTION)
@@ -279,6 +283,24 @@ class RankExecutor:
                 part.copy_(summed)
 
         self._timed("reduce", ONCE, run, f"all_reduce {axis}")
+
+    def unscale_gradients(self) -> None:
+        """Gradients of the loss itself, and whether any rank has one that is not finite."""
+        assert self.scaler is not None
+        scaler, split = self.scaler, self.buckets
+        parts = [split[name].part(row) if name in split else row for name, row in self.flat.items()]
+        self._timed("optimizer", ONCE, lambda: scaler.unscale(parts))
+        if "world" in self.groups:
+            self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(scaler.found, "world", "sum"), WORLD_REDUCTION)
+
+    def adjust_scale(self) -> bool:
+        """Set the scale of the next step's loss; whether this update is skipped."""
+        assert self.scaler is not None
+        return self.scaler.adjust()
+
+    def scaling(self, _: Tree = None) -> Tree:
+        """The scale of the loss and since when it holds, and whether the last update was skipped; None without one."""
+        return None if self.scaler is None else {"state": self.scaler.state(), "skipped": self.scaler.skipped}
 
     def clip_gradients(self, max_norm: float) -> None:
         """Scale all gradients so that their norm over all ranks is at most this, as torch.nn.utils does."""
@@ -428,7 +450,8 @@ class RankExecutor:
         groups: Tree = {}
         if self.optimizer is not None:
             groups = group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.updated)
-        return {"groups": groups, "states": checkpoint.described_states(self)}
+        scale = None if self.scaler is None else self.scaler.state()
+        return {"groups": groups, "states": checkpoint.described_states(self), "loss_scale": scale}
 
     def save(self, folder: str) -> None:
         """Write this rank's part of a checkpoint, with all ranks."""
@@ -442,6 +465,8 @@ class RankExecutor:
 
         checkpoint.load(self, request["folder"], request["states"])
         self._refresh()
+        if self.scaler is not None and request["loss_scale"] is not None:
+            self.scaler.load(request["loss_scale"])
         self.configure(request["groups"])
         self.constants = self._set_up()
 
