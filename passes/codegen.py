@@ -25,6 +25,7 @@ RUNTIME_CALLS = {
     "autopar.attention_rows_backward.default": "kernels.attention_rows_backward",
     "autopar.count_labels.default": "kernels.count_labels",
     "autopar.put.default": "kernels.put",
+    "autopar.put_product.default": "kernels.put_product",
     "autopar.random_keys.default": "kernels.random_keys",
     "autopar.keep.default": "kernels.keep",
     "autopar.drop.default": "kernels.drop",
@@ -36,6 +37,10 @@ RUNTIME_CALLS = {
 }
 _PLACED = ("kernels.attention_rows", "kernels.attention_rows_backward")
 """Kernels that take a rank's place on an axis where the op names the axis."""
+ACCUMULATIONS = {
+    "autopar.accumulate.default": "accumulate",
+    "autopar.accumulate_product.default": "accumulate.product",
+}
 _INDENT = "    "
 _WIDTH = 120
 
@@ -92,9 +97,10 @@ def _wrapped(head: str, items: Sequence[str], tail: str) -> str:
 def _line(line: Line, names: _Names) -> str:
     node = line.node
     deletes = f"; del {', '.join(line.deletes)}" if line.deletes else ""
-    if str(node.target) == "autopar.accumulate.default":
-        gradient, parameter = node.args
-        return f'accumulate(grads["{parameter}"], {gradient}){deletes}'
+    if str(node.target) in ACCUMULATIONS:
+        *operands, parameter = node.args
+        arguments = [f'grads["{parameter}"]', *(_text(o) for o in operands)]
+        return _wrapped(f"{ACCUMULATIONS[str(node.target)]}(", arguments, f"){deletes}")
     callee = names.of(node)
     if line.in_place:
         callee += "_"

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from cost_model.errors import VerificationError
 from cost_model.program import Block, Instruction, Value
-from passes.codegen import RUNTIME_CALLS
+from passes.codegen import ACCUMULATIONS, RUNTIME_CALLS
 
-_ACCUMULATE = "autopar.accumulate.default"
 _OPS = {printed: op for op, printed in RUNTIME_CALLS.items()}
 _NOT_VALUES = ("comm", "device", "float", "grads", "torch")
-_OPS.update({f"{printed}_": op for op, printed in RUNTIME_CALLS.items()}, accumulate=_ACCUMULATE)
+_OPS.update(
+    {f"{printed}_": op for op, printed in RUNTIME_CALLS.items()},
+    **{printed: op for op, printed in ACCUMULATIONS.items()},
+)
 
 
 @dataclass(frozen=True)

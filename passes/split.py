@@ -256,6 +256,7 @@ def _accumulate(graph: fx.Graph, gradient: fx.Node, parameter: str) -> None:
         context = graph.inserting_after(gradient)
     with context:
         made = graph.call_function(vocabulary.accumulate, (gradient, parameter))
+    made.meta = {k: gradient.meta[k] for k in ("label", "nn_module_stack") if k in gradient.meta}
     made.meta["segment"] = gradient.meta.get("segment", AMBIENT)
 
 

@@ -11,6 +11,7 @@ from cost_model.program import Block, Bucket, Value
 from cost_model.tensor import TensorMeta
 from passes.cast_gradients import cast_gradients
 from passes.codegen import Sources, new_names, render_function, render_module, returns, returns_named
+from passes.fuse import fuse
 from passes.graph import GraphInput, ModelGraph
 from passes.lower import Function, Storages, lower
 from passes.pack import pack
@@ -112,16 +113,18 @@ def build_stage(
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter" or i.changes}
+    metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
     graphs = split(joint, invariant, parameters, recompute)
+    kept = {i.target: precision.kept(metas[i.node].dtype) for i in inputs if i.kind == "parameter"}
+    fuse(graphs.backward, {name: k.grads for name, k in kept.items() if k.grads == k.reduce})
     if splits_backward:
         activations = (i.node for i in inputs if i.kind == "activation")
         graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
-    metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
     buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix, precision)
     scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:
-        cast_gradients(graph, {i.target: precision.kept(metas[i.node].dtype).grads for i in alone})
+        cast_gradients(graph, {i.target: kept[i.target].grads for i in alone})
     gradients = finished(graphs)
     graphs = shard_state(graphs, buckets, parameters)
     return _Builder(sharded, graphs, last, buckets, gradients, suffix, precision).build()

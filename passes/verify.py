@@ -96,9 +96,9 @@ def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[list[Collecti
         grads = {i.target: fake(code.gradient(i)) for i in parameters}
         grads.update({bucket.name: fake(bucket.gradients or bucket.part) for bucket in code.buckets})
         grads |= {name: by_kind["buffer"][name] for name in code.updates}
-        returned = namespace[code.backward.name](*common, saved, grads, _check_gradient, comms[1], kernels, device)
+        returned = namespace[code.backward.name](*common, saved, grads, _CheckGradient(), comms[1], kernels, device)
         if code.weight is not None:
-            namespace[code.weight.name](*common, returned[1], grads, _check_gradient, comms[2], kernels, device)
+            namespace[code.weight.name](*common, returned[1], grads, _CheckGradient(), comms[2], kernels, device)
     return [comm.calls for comm in comms], output
 
 
@@ -146,11 +146,17 @@ def verify_step(source: str, buckets: Sequence[Bucket], fed: Mapping[str, int], 
         raise VerificationError("priced = run", f"the step reduces {run.before, run.after}, priced {priced}")
 
 
-def _check_gradient(buffer: Tensor, gradient: Tensor) -> None:
-    if buffer.shape != gradient.shape:
-        raise VerificationError("gradient shape", f"{tuple(gradient.shape)} for a parameter {tuple(buffer.shape)}")
-    if buffer.dtype != gradient.dtype:
-        raise VerificationError("gradient dtype", f"{gradient.dtype} for a buffer of {buffer.dtype}")
+class _CheckGradient:
+    """Stands in for what adds gradients to their buffers."""
+
+    def __call__(self, buffer: Tensor, gradient: Tensor) -> None:
+        if buffer.shape != gradient.shape:
+            raise VerificationError("gradient shape", f"{tuple(gradient.shape)} for a parameter {tuple(buffer.shape)}")
+        if buffer.dtype != gradient.dtype:
+            raise VerificationError("gradient dtype", f"{gradient.dtype} for a buffer of {buffer.dtype}")
+
+    def product(self, buffer: Tensor, left: Tensor, right: Tensor) -> None:
+        self(buffer, left @ right)
 
 
 def _compare(name: str, block: Block, emitted: list[Collective]) -> None:

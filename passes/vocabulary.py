@@ -86,9 +86,19 @@ def accumulate(grad: Tensor, parameter: str) -> None:
     """Adds a finished gradient to the parameter's buffer."""
 
 
+@define("accumulate_product(Tensor left, Tensor right, str parameter) -> ()")
+def accumulate_product(left: Tensor, right: Tensor, parameter: str) -> None:
+    """Adds the product of two matrices, a finished gradient, to the parameter's buffer."""
+
+
 @define("put(Tensor(a!) bucket, Tensor grad, int offset) -> ()")
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
     """Writes a finished gradient to its place in a bucket."""
+
+
+@define("put_product(Tensor(a!) bucket, Tensor left, Tensor right, int offset) -> ()")
+def put_product(bucket: Tensor, left: Tensor, right: Tensor, offset: int) -> None:
+    """Writes the product of two matrices, a finished gradient, to its place in a bucket."""
 
 
 @define("cross_entropy_sum(Tensor logits, Tensor labels, int ignore_index, float label_smoothing) -> Tensor")

@@ -19,6 +19,7 @@ from cost_model.precision import Precision
 from cost_model.program import Bucket
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
+from passes.fuse import ACCUMULATIONS, parameter_of, product
 from passes.graph import GraphInput, torch_dtype
 from passes.pieces import segment_of
 from passes.split import SplitGraphs, inputs_first
@@ -88,7 +89,7 @@ def _rows(items: list[GraphInput], metas: Mapping[str, TensorMeta], *, whole: bo
 
 def finished(graphs: SplitGraphs) -> tuple[str, ...]:
     """Parameters in the order in which their gradients are complete."""
-    names = [str(n.args[1]) for n in graphs.backwards[-1].nodes if n.target is vocabulary.accumulate]
+    names = [parameter_of(n) for n in graphs.backwards[-1].nodes if n.target in ACCUMULATIONS]
     return tuple(reversed(dict.fromkeys(reversed(names))))
 
 
@@ -163,47 +164,50 @@ def _unpack(graph: fx.Graph, parameter: fx.Node, full: fx.Node, offset: int, use
 def _scatter(graph: fx.Graph, bucket: Bucket) -> None:
     """Finished gradients go into the bucket; after the last of them it is reduced."""
     offsets = bucket.offsets()
-    done = [n for n in graph.nodes if n.target is vocabulary.accumulate and n.args[1] in offsets]
-    gradients = [n.args[0] for n in done]
+    done = [n for n in graph.nodes if n.target in ACCUMULATIONS and parameter_of(n) in offsets]
     segment = max(segment_of(n) for n in done)
     row = _row(graph, bucket, done, segment)
     with graph.inserting_before(done[-1]):
         part = graph.call_function(vocabulary.reduce_scatter, (row, AXIS, bucket.dp, 0, 1))
-        _describe(part, bucket.reduced_part, ("scattered", part.name), segment, _label(gradients[-1]))
+        _describe(part, bucket.reduced_part, ("scattered", part.name), segment, _label(done[-1]))
         assert bucket.gradients is not None
         if bucket.gradients.dtype != bucket.reduced.dtype:
             part = graph.call_function(aten.to.dtype, (part, torch_dtype(bucket.gradients.dtype)))
-            _describe(part, bucket.gradients, ("cast", part.name), segment, _label(gradients[-1]))
+            _describe(part, bucket.gradients, ("cast", part.name), segment, _label(done[-1]))
         kept = graph.call_function(vocabulary.accumulate, (part, bucket.name))
-        kept.meta = {"segment": segment, "label": _label(gradients[-1])}
+        kept.meta = {"segment": segment, "label": _label(done[-1])}
     for node in done:
         graph.erase_node(node)
 
 
 def _row(graph: fx.Graph, bucket: Bucket, done: list[fx.Node], segment: int) -> fx.Node:
     """All gradients of the bucket in a row; a single one that needs no padding is one already."""
-    first = done[0].args[0]
-    assert isinstance(first, fx.Node)
-    value = first.meta["val"]
-    is_row = (
-        value.numel() == bucket.numel and value.is_contiguous() and value.dtype == torch_dtype(bucket.reduced.dtype)
-    )
-    if len(done) == 1 and is_row:
+    if len(done) == 1 and (only := _whole_row(graph, bucket, done[0])) is not None:
         with graph.inserting_before(done[0]):
-            row = graph.call_function(aten.view.default, (first, [bucket.numel]))
-        _describe(row, bucket.reduced, first.meta["storage"], segment, _label(first))
+            row = graph.call_function(aten.view.default, (only, [bucket.numel]))
+        _describe(row, bucket.reduced, only.meta["storage"], segment, _label(done[0]))
         return row
     with graph.inserting_before(done[0]):
         row = graph.call_function(aten.zeros.default, ([bucket.numel],))
     row.kwargs = {"dtype": torch_dtype(bucket.reduced.dtype), "device": torch.device("cpu")}
-    _describe(row, bucket.reduced, ("bucket", row.name), segment, _label(first))
+    _describe(row, bucket.reduced, ("bucket", row.name), segment, _label(done[0]))
     for node in done:
-        gradient, name = node.args
-        assert isinstance(gradient, fx.Node)
+        write = vocabulary.put if node.target is vocabulary.accumulate else vocabulary.put_product
         with graph.inserting_before(node):
-            put = graph.call_function(vocabulary.put, (row, gradient, bucket.offsets()[str(name)]))
-        put.meta = {"segment": segment, "label": _label(gradient)}
+            put = graph.call_function(write, (row, *node.args[:-1], bucket.offsets()[parameter_of(node)]))
+        put.meta = {"segment": segment, "label": _label(node)}
     return row
+
+
+def _whole_row(graph: fx.Graph, bucket: Bucket, node: fx.Node) -> fx.Node | None:
+    """The only gradient of a bucket, where it is laid out as the bucket's row."""
+    if node.target is vocabulary.accumulate_product:
+        return product(graph, node) if sum(numel for _, numel in bucket.parameters) == bucket.numel else None
+    gradient = node.args[0]
+    assert isinstance(gradient, fx.Node)
+    value = gradient.meta["val"]
+    same = value.numel() == bucket.numel and value.dtype == torch_dtype(bucket.reduced.dtype)
+    return gradient if same and value.is_contiguous() else None
 
 
 def _label(node: object) -> str:

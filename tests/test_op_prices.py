@@ -163,6 +163,7 @@ FREE = {
 LOCAL = {
     "x": TensorMeta((4, 6), "float32"),
     "gathered": TensorMeta((4, 12), "float32"),
+    "weight": TensorMeta((6, 8), "float32"),
     "ids": TensorMeta((4,), "int64"),
     "index": TensorMeta((6,), "int64"),
     "key": TensorMeta((), "int64"),
@@ -184,7 +185,9 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "shard_ids": ("ids", "ids", {"size": 2, "extent": 8}),
     "forward_end": ("x", "x", {}),
     "accumulate": ("x", "", {"parameter": "w"}),
+    "accumulate_product": ("x weight", "", {"parameter": "w"}),
     "put": ("gathered x", "", {"offset": 0}),
+    "put_product": ("gathered x weight", "", {"offset": 0}),
     "experts_backward": ("x x ids2 routing gate_up down", "x routing gate_up down", {"activation": "silu", "total": 4}),
     "random_keys": ("state", "ids", {"count": 4}),
     "keep": ("key ids index", "mask", {"p": 0.1}),

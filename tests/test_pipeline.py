@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,10 @@ def test_what_the_stage_before_waits_for_holds_no_gradient_of_a_weight() -> None
         pins = Parallelism(dp=1, tp=1, pp=2, schedule=schedule, microbatch_size=2)
         exe = autopar.compile(model, cpu_cluster(2), batch, parallelism=pins)
         first, last = (stage.chunks[0] for stage in exe.planned.linked.program.stages)
-        products = [[i.op for i in block.instructions].count("aten.mm.default") for block in last.backwards]
-        accumulated = [
-            sum(i.op == "autopar.accumulate.default" for i in block.instructions) for block in last.backwards
-        ]
+        counts = [Counter(i.op for i in block.instructions) for block in last.backwards]
+        written = [c["autopar.accumulate_product.default"] for c in counts]
+        products = [c["aten.mm.default"] + n for c, n in zip(counts, written, strict=True)]
+        accumulated = [c["autopar.accumulate.default"] + n for c, n in zip(counts, written, strict=True)]
         if schedule == "1f1b":
             whole, all_accumulated = products[0], accumulated[0]
         else:

@@ -72,7 +72,7 @@ def planned(name: str, tp: int, sequence: bool | None) -> StageProgram:
 
 def collectives(stage: StageProgram, segments: Sequence[int] | None = None) -> list[Collective]:
     """Those of activations, in these segments."""
-    calls = [i for block in (stage.forward, stage.backward) for i in block.instructions]
+    calls = [i for block in (stage.chunks[0].forward, stage.chunks[0].backward) for i in block.instructions]
     chosen = [i.collective for i in calls if segments is None or i.segment in segments]
     return [c for c in chosen if c is not None and c.nbytes > SMALL]
 
@@ -89,13 +89,13 @@ def kinds(stage: StageProgram) -> Counter[str]:
 
 def norm_lengths(stage: StageProgram) -> set[int]:
     """Extents of the sequence in activations that norms make."""
-    calls = [i for i in stage.forward.instructions if any(name in i.op for name in NORMS)]
+    calls = [i for i in stage.chunks[0].forward.instructions if any(name in i.op for name in NORMS)]
     return {value.meta.shape[1] for call in calls for value in call.outputs if len(value.meta.shape) == 3}
 
 
 def saved_residuals(stage: StageProgram) -> set[int]:
     """Bytes of the sums of residual connections that are kept for the backward."""
-    sums = [i.outputs[0] for i in stage.forward.instructions if i.op == "aten.add.Tensor"]
+    sums = [i.outputs[0] for i in stage.chunks[0].forward.instructions if i.op == "aten.add.Tensor"]
     return {v.storage_bytes for v in sums if v.storage in stage.saved and v.meta.shape[2:] == (WIDTH,)}
 
 

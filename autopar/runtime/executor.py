@@ -504,12 +504,27 @@ class RankExecutor:
         return measure(self, request)
 
 
-def _store(buffer: Tensor, gradient: Tensor) -> None:
-    buffer.copy_(gradient)
+class _Store:
+    """The first and only gradients of a step: what the buffers held is not read."""
+
+    def __call__(self, buffer: Tensor, gradient: Tensor) -> None:
+        buffer.copy_(gradient)
+
+    def product(self, buffer: Tensor, left: Tensor, right: Tensor) -> None:
+        torch.mm(left, right, out=buffer)
 
 
-def _add(buffer: Tensor, gradient: Tensor) -> None:
-    buffer.add_(gradient)
+class _Add:
+    """Gradients of one of several microbatches, or batches."""
+
+    def __call__(self, buffer: Tensor, gradient: Tensor) -> None:
+        buffer.add_(gradient)
+
+    def product(self, buffer: Tensor, left: Tensor, right: Tensor) -> None:
+        torch.addmm(buffer, left, right, out=buffer)
+
+
+_store, _add = _Store(), _Add()
 
 
 def _load(source: str) -> SimpleNamespace:

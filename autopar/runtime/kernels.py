@@ -137,6 +137,12 @@ def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
     bucket[offset : offset + grad.numel()].view(grad.shape).copy_(grad)
 
 
+def put_product(bucket: Tensor, left: Tensor, right: Tensor, offset: int) -> None:
+    """Write the product of two matrices at an offset of a bucket."""
+    rows, columns = left.shape[0], right.shape[1]
+    torch.mm(left, right, out=bucket[offset : offset + rows * columns].view(rows, columns))
+
+
 def experts(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str, total: int
 ) -> Tensor:

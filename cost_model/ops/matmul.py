@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.table import Op, OpCall, bytes_moved, register, register_priced, saving, sweep
@@ -138,6 +139,20 @@ def _addend_map(call: OpCall) -> FactorMap:
 def _baddbmm_backward(call: OpCall) -> tuple[OpCost, ...]:
     (batch, m, k), (_, _, n) = call.inputs[1].shape, call.inputs[2].shape
     return *_gradients(call, batch, m, n, k), *_bias_gradient(call, call.inputs[0])
+
+
+def _product_price(call: OpCall) -> OpCost:
+    """A gemm whose result goes where gradients are kept; what lies there may be read."""
+    left, right = call.inputs[-2:]
+    m, n = left.shape[0], right.shape[1]
+    made = TensorMeta((m, n), left.dtype)
+    reads = made.nbytes if call.op.startswith("autopar.accumulate") else 0
+    cost = gemm_cost(OpCall(call.op, (left, right), (made,), call.args), 1, m, n, left.shape[1])
+    return replace(cost, nbytes=cost.nbytes + reads)
+
+
+for _name in ("autopar.accumulate_product.default", "autopar.put_product.default"):
+    register_priced(_name, _product_price)
 
 
 def _vector_factors(call: OpCall) -> FactorMap:
