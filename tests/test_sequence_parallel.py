@@ -19,7 +19,7 @@ import autopar
 from autopar.options import Options
 from autopar.planning import Job
 from cost_model.errors import ConfigError, ParallelismError
-from cost_model.program import Collective, StageProgram
+from cost_model.program import Collective, Chunk
 
 NORMS = ("norm", "aten.rsqrt")
 
@@ -61,41 +61,41 @@ def job_of(name: str, tp: int) -> Job:
     return Job.of(model, cluster, batch, Options.of(None, None, None, None, None, None))
 
 
-def planned(name: str, tp: int, sequence: bool | None) -> StageProgram:
+def planned(name: str, tp: int, sequence: bool | None) -> Chunk:
     """On GPUs, a microbatch of one sample: nothing but the sequence is left to split between products."""
     job = job_of(name, tp).under(
         autopar.Parallelism(dp=1, tp=tp, pp=1, microbatch_size=1, recompute="none", sequence_parallel=sequence), None
     )
     (stage,) = job.linked(job.plan(job.solve())).program.stages
-    return stage
+    return stage.chunks[0]
 
 
-def collectives(stage: StageProgram, segments: Sequence[int] | None = None) -> list[Collective]:
+def collectives(stage: Chunk, segments: Sequence[int] | None = None) -> list[Collective]:
     """Those of activations, in these segments."""
-    calls = [i for block in (stage.chunks[0].forward, stage.chunks[0].backward) for i in block.instructions]
+    calls = [i for block in (stage.forward, stage.backward) for i in block.instructions]
     chosen = [i.collective for i in calls if segments is None or i.segment in segments]
     return [c for c in chosen if c is not None and c.nbytes > SMALL]
 
 
-def sent_bytes(stage: StageProgram, segments: Sequence[int]) -> float:
+def sent_bytes(stage: Chunk, segments: Sequence[int]) -> float:
     """Activations that a rank sends, in units of (tp - 1) / tp: an all_reduce reduces and scatters, then gathers."""
     units = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
     return sum(units[c.kind] * c.nbytes for c in collectives(stage, segments))
 
 
-def kinds(stage: StageProgram) -> Counter[str]:
+def kinds(stage: Chunk) -> Counter[str]:
     return Counter(c.kind for c in collectives(stage))
 
 
-def norm_lengths(stage: StageProgram) -> set[int]:
+def norm_lengths(stage: Chunk) -> set[int]:
     """Extents of the sequence in activations that norms make."""
-    calls = [i for i in stage.chunks[0].forward.instructions if any(name in i.op for name in NORMS)]
+    calls = [i for i in stage.forward.instructions if any(name in i.op for name in NORMS)]
     return {value.meta.shape[1] for call in calls for value in call.outputs if len(value.meta.shape) == 3}
 
 
-def saved_residuals(stage: StageProgram) -> set[int]:
+def saved_residuals(stage: Chunk) -> set[int]:
     """Bytes of the sums of residual connections that are kept for the backward."""
-    sums = [i.outputs[0] for i in stage.chunks[0].forward.instructions if i.op == "aten.add.Tensor"]
+    sums = [i.outputs[0] for i in stage.forward.instructions if i.op == "aten.add.Tensor"]
     return {v.storage_bytes for v in sums if v.storage in stage.saved and v.meta.shape[2:] == (WIDTH,)}
 
 
