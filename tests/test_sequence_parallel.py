@@ -19,7 +19,7 @@ import autopar
 from autopar.options import Options
 from autopar.planning import Job
 from cost_model.errors import ConfigError, ParallelismError
-from cost_model.program import Collective, Chunk
+from cost_model.program import Chunk, Collective
 
 NORMS = ("norm", "aten.rsqrt")
 
