@@ -24,14 +24,16 @@ from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.planner.virtual import Assigned, recut
 from autopar.progress import planning_progress
+from autopar.report import seconds_text
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
+from autopar.schedules import WORTH, faster_schedules
 from cost_model.cluster import Cluster
 from cost_model.errors import InfeasiblePlanError, PlanMismatchError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
-from cost_model.simulate import estimate_program
+from cost_model.simulate import estimate_program, simulate
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
@@ -154,7 +156,23 @@ class Job:
         if self.options.parallelism.sequence_parallel:
             check_sequence(self.space)
         solution = self.solve()
-        return Decision(self.plan(solution), time.perf_counter() - start, solution.gap, solution.notes)
+        plan, notes = self._scheduled(solution)
+        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes))
+
+    def _scheduled(self, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
+        """The plan that was found, under the schedule that is fastest for it and fits."""
+        plan = self.plan(solution)
+        others = faster_schedules(solution, self.linked(plan).program, self.cluster, self.options.parallelism)
+        for configuration in others:
+            other = self.plan(replace(solution, configuration=configuration))
+            peak_bytes = max(peak.memory.total_bytes for peak in self._stage_peaks(other))
+            if peak_bytes <= self.cap_bytes and self._step_s(other) < (1 - WORTH) * self._step_s(plan):
+                seconds = f"{seconds_text(self._step_s(other))} against {seconds_text(self._step_s(plan))}"
+                return other, (f"{other.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}",)
+        return plan, ()
+
+    def _step_s(self, plan: Plan) -> float:
+        return simulate(self.linked(plan).program, self.cluster).step_time_s
 
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 import autopar
 from autopar import Parallelism
+from autopar.options import Options
+from autopar.planning import Job
+from autopar.schedules import WORTH
 from cost_model.errors import ParallelismError
+from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_blocks
 
 MEMORY_LOW, MEMORY_HIGH = -0.02, 0.10
 SHAPES: dict[str, dict[str, Any]] = {
@@ -220,3 +224,40 @@ def test_a_plan_file_says_which_part_is_where(tmp_path: Path) -> None:
     assert "interleaved x 2" in str(plan).splitlines()[0] and str(plan).count(" | ") == 2
     again = autopar.estimate(model, cpu_cluster(2), batch, plan=plan)
     assert again.step_time_s == found.step_time_s and len(again.stages) == 2
+
+
+# --- The planner's choice
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 4])
+def test_the_schedule_that_is_fastest_is_chosen(microbatch_size: int) -> None:
+    """Of those that are possible; a sketch of each says what the rewritten program then takes."""
+    model, batch = example_gpt(n_layer=4, n_embd=128)
+    found = {}
+    for schedule in (None, *SHAPES):
+        pins = Parallelism(dp=1, tp=1, pp=2, schedule=schedule, microbatch_size=microbatch_size)
+        job = Job.of(model, cpu_cluster(2, 1e11), batch, Options.of(None, ADAMW, pins, None, None, None))
+        found[schedule] = job.planned(job.decide(0.0))
+    times = {schedule: each.estimate.step_time_s for schedule, each in found.items()}
+    assert times[None] <= min(times.values()) / (1 - WORTH) and times[None] < times["1f1b"]
+    assert any("was chosen after the search" in note for note in found[None].estimate.notes)
+    cluster, program = cpu_cluster(2, 1e11), found["1f1b"].linked.program
+    assert sketched_step_s(with_weight_blocks(program), cluster) == pytest.approx(times["zero_bubble"], rel=0.02)
+    ends = [part.last_segment for part in found["interleaved"].plan.stages]
+    assert sketched_step_s(with_virtual_stages(program, ends), cluster) == pytest.approx(times["interleaved"], rel=0.02)
+
+
+def test_pins_and_caps_keep_a_schedule_away() -> None:
+    model, batch = example_gpt(n_layer=4, n_embd=128)
+
+    def schedule(memory_cap: int | None = None, **pins: Any) -> str:
+        parallelism = Parallelism(**{"dp": 1, "tp": 1, "pp": 2, "microbatch_size": 2, **pins})
+        cluster = cpu_cluster(2, 1e11)
+        return autopar.estimate(model, cluster, batch, parallelism=parallelism, memory_cap=memory_cap).plan.schedule
+
+    assert schedule() != "1f1b" == schedule(schedule="1f1b")
+    assert schedule(virtual_stages=1) == "zero_bubble"
+    assert schedule(pp=1, dp=2) == "1f1b"
+    slow = cpu_cluster(2, 1e3)
+    pins = Parallelism(dp=1, tp=1, pp=2, microbatch_size=1)
+    assert autopar.estimate(model, slow, batch, parallelism=pins).plan.virtual_stages == 1

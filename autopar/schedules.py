@@ -1,0 +1,62 @@
+"""Schedules: which others a plan that was found may run under, fastest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from autopar.planner.search import FEWEST_PARTS, Configuration, Solution
+from autopar.planner.virtual import recut
+from cost_model.cluster import Cluster
+from cost_model.plan import Parallelism
+from cost_model.program import Program
+from cost_model.schedule import refusal
+from cost_model.simulate import simulate
+from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_blocks
+
+WORTH = 0.01
+"""The least part of a step that another schedule must save: sketches are no more exact, and simple is better."""
+
+
+def faster_schedules(solution: Solution, program: Program, cluster: Cluster, pins: Parallelism) -> list[Configuration]:
+    """Configurations that run the same choices under another schedule, faster as far as sketches of ``program`` tell.
+
+    Where hardly any time is spent waiting for other stages, none is looked at.
+    """
+    base = simulate(program, cluster)
+    if solution.configuration.pp == 1 or base.breakdown.bubble_s < WORTH * base.step_time_s:
+        return []
+    found = [(seconds, c) for seconds, c in _sketched(solution, program, cluster, pins)]
+    worth = [(seconds, c) for seconds, c in found if seconds < (1 - WORTH) * base.step_time_s]
+    return [c for _, c in sorted(worth, key=lambda each: each[0])]
+
+
+def _sketched(
+    solution: Solution, program: Program, cluster: Cluster, pins: Parallelism
+) -> Iterator[tuple[float, Configuration]]:
+    """Seconds of a step under each other schedule that the pins allow; more virtual stages while they are faster."""
+    c = solution.configuration
+    if pins.schedule is None:
+        yield sketched_step_s(with_weight_blocks(program), cluster), replace(c, schedule="zero_bubble")
+    best_s = float("inf")
+    for virtual_stages in _numbers_of_parts(solution, pins):
+        other = replace(c, schedule="interleaved", virtual_stages=virtual_stages)
+        if refusal(other.schedule, other.pp, other.microbatches, virtual_stages) is not None:
+            return
+        ends = [part.last for part in recut(solution.stages, c.pp * virtual_stages)]
+        seconds = sketched_step_s(with_virtual_stages(program, ends), cluster)
+        if seconds >= best_s:
+            return
+        best_s = seconds
+        yield seconds, other
+
+
+def _numbers_of_parts(solution: Solution, pins: Parallelism) -> Iterator[int]:
+    """Twice as many each time, as many as there are segments for; those that the plan has already are left out."""
+    c = solution.configuration
+    if pins.schedule not in (None, "interleaved") or pins.virtual_stages is not None:
+        return
+    parts = FEWEST_PARTS if c.virtual_stages == 1 else 2 * c.virtual_stages
+    while c.pp * parts <= solution.stages[-1].last:
+        yield parts
+        parts *= 2

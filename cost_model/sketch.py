@@ -1,0 +1,68 @@
+"""Sketches: a program under another schedule, to be priced before it is rewritten.
+
+The same instructions in other blocks: what they take and what they send is said, what they hold in memory is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cost_model.prices import PricedCluster, price_stages
+from cost_model.program import Block, Chunk, Instruction, Program
+from cost_model.schedule import splits_backward
+from cost_model.simulate import step_time_s
+
+
+def sketched_step_s(sketch: Program, cluster: PricedCluster) -> float:
+    """Seconds of a step, each stage as slow as its slowest rank."""
+    return step_time_s(sketch, price_stages(sketch, cluster))
+
+
+def with_weight_blocks(program: Program) -> Program:
+    """Zero bubble: what the gradient that is sent back does not need runs apart."""
+    stages = tuple(
+        replace(stage, chunks=tuple(map(_split, stage.chunks)))
+        if splits_backward("zero_bubble", stage.stage)
+        else stage
+        for stage in program.stages
+    )
+    return replace(program, schedule="zero_bubble", stages=stages)
+
+
+def _split(chunk: Chunk) -> Chunk:
+    wanted, first = set(chunk.backward.outputs), set[int]()
+    for index in reversed(range(len(chunk.backward.instructions))):
+        instruction = chunk.backward.instructions[index]
+        if any(value.name in wanted for value in instruction.outputs):
+            first.add(index)
+            wanted.update(instruction.inputs)
+    lines = list(enumerate(chunk.backward.instructions))
+    backward = replace(chunk.backward, instructions=tuple(line for index, line in lines if index in first))
+    late = tuple(line for index, line in lines if index not in first)
+    return replace(chunk, backward=backward, weight=Block("weight", (), late, ()))
+
+
+def with_virtual_stages(program: Program, ends: Sequence[int]) -> Program:
+    """Interleaved: the chain cut before the segments ``ends``, as many parts for each stage."""
+    parts = [_part(program, first, last) for first, last in zip((0, *ends), ends, strict=False)]
+    crossing = next(chunk.sent for chunk in program.chain if chunk.sent is not None)
+    last = len(parts) - 1
+    chain = [
+        replace(part, sent=crossing if k < last else None, received=crossing if k else None)
+        for k, part in enumerate(parts)
+    ]
+    stages = tuple(replace(stage, chunks=tuple(chain[stage.stage :: program.pp])) for stage in program.stages)
+    return replace(program, schedule="interleaved", virtual_stages=len(parts) // program.pp, stages=stages)
+
+
+def _part(program: Program, first: int, last: int) -> Chunk:
+    """Instructions of segments [first, last); those of no segment go with the first one of their chunk."""
+    forward: list[Instruction] = []
+    backward: list[Instruction] = []
+    for chunk in program.chain:
+        if chunk.segments[0] < last and first <= chunk.segments[-1]:
+            for made, block in ((forward, chunk.forward), (backward, chunk.backward)):
+                made += [i for i in block.instructions if first <= max(i.segment, chunk.segments[0]) < last]
+    blocks = (Block("forward", (), tuple(forward), ()), Block("backward", (), tuple(backward), ()))
+    return Chunk(tuple(range(first, last)), *blocks, (), None, None)
