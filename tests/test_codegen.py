@@ -154,9 +154,11 @@ def _events(function: ast.FunctionDef) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "weight"])
 def test_variables_are_made_once_and_deleted_right_after_their_last_use(program: Any, name: str) -> None:
     for source in _sources(program):
+        if name not in _functions(source):
+            continue
         function = _functions(source)[name]
         arguments = {a.arg for a in function.args.args}
         events = [
@@ -200,7 +202,8 @@ def test_one_accumulation_for_each_trained_parameter(program: Any) -> None:
     for rank, source in enumerate(_sources(program)):
         stage, _, _ = program.planned.linked.coordinates[rank]
         expected = {s.name for s in program.planned.linked.stages[stage].shards if s.trainable}
-        calls = [n for n in ast.walk(_functions(source)["backward"]) if isinstance(n, ast.Call)]
+        backwards = [f for name, f in _functions(source).items() if name.startswith(("backward", "weight"))]
+        calls = [n for function in backwards for n in ast.walk(function) if isinstance(n, ast.Call)]
         targets = [
             ast.literal_eval(n.args[0].slice)
             for n in calls

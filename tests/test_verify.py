@@ -23,7 +23,7 @@ from passes.verify import verify_cuts, verify_emitted
 def codes() -> tuple[StageCode, ...]:
     """Two stages on two shards each, which reduce whole sums."""
     model, batch = example_gpt(tied=True)
-    pins = autopar.Parallelism(dp=1, tp=2, pp=2, microbatch_size=1, sequence_parallel=False)
+    pins = autopar.Parallelism(dp=1, tp=2, pp=2, microbatch_size=1, sequence_parallel=False, schedule="1f1b")
     exe = autopar.compile(model, cpu_cluster(4, bandwidth=1e12), batch, parallelism=pins)
     return tuple(code for stage in exe.planned.linked.stages for code in stage.chunks)
 
