@@ -26,6 +26,7 @@ GRIDS: dict[str, dict[str, int]] = {
     "dp2": {"dp": 2, "tp": 1, "pp": 1},
     "tp2": {"dp": 1, "tp": 2, "pp": 1},
     "pp2": {"dp": 1, "tp": 1, "pp": 2},
+    "zero3": {"dp": 2, "tp": 1, "pp": 1, "zero": 3},
     "dp2-tp2": {"dp": 2, "tp": 2, "pp": 1},
     "tp2-pp2": {"dp": 1, "tp": 2, "pp": 2},
     "automatic": {},
