@@ -10,14 +10,11 @@ import pytest
 import torch
 from families import FAMILIES, HUGGING_FACE, TRANSFORMERS
 from parity import check_parity, cpu_cluster, largest_error, reference
+from rules import count_rules, time_enumeration
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 
 import autopar
 from cost_model.errors import ParallelismError
-from cost_model.ops import entry_of
-from cost_model.ops.table import backward_only
-from passes.calls import call_of
-from passes.graph import is_getitem
 from passes.segment import segment
 from passes.trace import trace
 
@@ -75,18 +72,16 @@ def test_every_family_runs_as_on_one_device(family: str, grid: str) -> None:
 @pytest.mark.timeout(900)
 def test_ops_of_the_transformers_families_have_rules() -> None:
     """At least 98 of 100."""
-    known: dict[str, bool] = {}
-    for family in HUGGING_FACE:
-        graph = trace(*FAMILIES[family]()).global_graph
-        for node in graph.nodes():
-            entry = entry_of(str(node.target))
-            if not is_getitem(node):
-                has_map = entry is not None and entry.factors is not backward_only
-                has_map = has_map and entry is not None and entry.factors(call_of(node, graph.metas)) is not None
-                known[str(node.target)] = known.get(str(node.target), True) and has_map
+    known = count_rules(HUGGING_FACE)
     assert len(known) > 80
     missing = [name for name, has_map in known.items() if not has_map]
     assert len(missing) <= len(known) // 50, missing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_strategies_of_a_deep_model_are_found_in_half_a_second() -> None:
+    assert time_enumeration(32, [2, 4, 8])["equal blocks once"] < 0.5
 
 
 @pytest.mark.slow

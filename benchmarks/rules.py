@@ -1,0 +1,114 @@
+"""Time of rule lookup and strategy enumeration for Llama, and how many ops of the transformers families have a rule.
+
+    python benchmarks/rules.py [--layers 32] [--mesh 2 4 8]
+
+Enumeration is timed on each axis of the mesh, as planning does it, with equal blocks enumerated once, and over every
+call of the model, as if no two blocks were alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autopar.planner.space import LocalModel
+from autopar.planner.strategies import op_space
+from cost_model.ops import entry_of
+from cost_model.ops.table import backward_only
+from passes.calls import call_of
+from passes.graph import is_getitem
+from passes.segment import Segment, segment
+from passes.specialise import specialise
+from passes.trace import trace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+BATCH, LENGTH = 8, 1024
+
+
+def llama(layers: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The sizes of Llama 2 7B, on the meta device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, use_cache=False))
+        tokens = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    return model, {"input_ids": tokens, "labels": tokens}
+
+
+def enumerate_all(local: LocalModel, parts: Iterable[Segment], size: int) -> tuple[float, int, int]:
+    """CPU seconds (of one thread), calls and strategies of these segments on an axis of ``size`` ranks."""
+    ambient = local.ambient
+    start = time.process_time()
+    spaces = [op_space(local.model, part.nodes, ambient, size) for part in parts]
+    seconds = time.process_time() - start
+    ops = [op for space in spaces for op in space.ops]
+    return seconds, len(ops), sum(len(op.strategies) for op in ops)
+
+
+def time_enumeration(layers: int, mesh: list[int]) -> dict[str, float]:
+    """Seconds over all axes, printed, with equal blocks enumerated once and without."""
+    model = specialise(trace(*llama(layers)), BATCH)
+    local = LocalModel(model, segment(model))
+    distinct = tuple({part.kind: part for part in reversed(local.segments)}.values())
+    found = {}
+    for name, parts in (("equal blocks once", distinct), ("every layer", local.segments)):
+        rows = [enumerate_all(local, parts, size) for size in mesh]
+        found[name] = sum(row[0] for row in rows)
+        print(
+            f"Llama of {layers} layers, {name}: {found[name]:.3f} s for axes of {mesh} ranks "
+            f"({rows[0][1]} calls, {', '.join(str(row[2]) for row in rows)} strategies)"
+        )
+    return found
+
+
+def ruled_ops(family: str) -> dict[str, bool]:
+    """Op -> whether it has a factor map for every call of it that a family of ``tests/families.py`` makes."""
+    from families import FAMILIES
+
+    graph = trace(*FAMILIES[family]()).global_graph
+    found: dict[str, bool] = {}
+    for node in graph.nodes():
+        name, entry = str(node.target), entry_of(str(node.target))
+        if not is_getitem(node):
+            is_planned = entry is not None and entry.factors is not backward_only
+            has_map = is_planned and entry is not None and entry.factors(call_of(node, graph.metas)) is not None
+            found[name] = found.get(name, True) and has_map
+    return found
+
+
+def count_rules(families: Iterable[str]) -> dict[str, bool]:
+    """All ops of the families, with a printed row for each family."""
+    known: dict[str, bool] = {}
+    for family in families:
+        found = ruled_ops(family)
+        missing = sorted(name for name, has_map in found.items() if not has_map)
+        print(f"{family:<12} {len(found) - len(missing):>3} of {len(found):>3} ops have a rule {' '.join(missing)}")
+        known.update({name: known.get(name, True) and has_map for name, has_map in found.items()})
+    return known
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--mesh", type=int, nargs="+", default=[2, 4, 8])
+    given = parser.parse_args()
+    time_enumeration(given.layers, given.mesh)
+    from families import HUGGING_FACE
+
+    known = count_rules(HUGGING_FACE)
+    missing = [name for name, has_map in known.items() if not has_map]
+    print(
+        f"{len(HUGGING_FACE)} families: {len(known) - len(missing)} of {len(known)} ops have a rule {' '.join(missing)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
