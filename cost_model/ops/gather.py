@@ -18,6 +18,14 @@ from cost_model.ops.table import (
 )
 from cost_model.program import OpCost
 
+SOURCE = ((0,),)
+"""What is taken from a sum is the sum of what is taken."""
+
+
+def _written(call: OpCall) -> tuple[tuple[int, ...], ...]:
+    """Writing values over or onto a tensor is linear in both; a number is written once by every rank."""
+    return ((0, 2),) if len(call.inputs) == 3 else ()
+
 
 def _embedding_factors(call: OpCall) -> FactorMap | None:
     """A rank that holds some rows gives zero for the others: Partial.
@@ -70,7 +78,7 @@ def _index_factors(call: OpCall) -> FactorMap | None:
     out = [*kept[:front], "...", *kept[front:]]
     operands = ", ".join([" ".join(names), *["..."] * len(tensors)])
     whole = " ".join(names[d] for d in indexed)
-    return parse_map(f"{operands} -> {' '.join(out)}", call.inputs, call.outputs, whole=whole)
+    return parse_map(f"{operands} -> {' '.join(out)}", call.inputs, call.outputs, whole=whole, linear=SOURCE)
 
 
 def _index_price(call: OpCall) -> OpCost:
@@ -111,8 +119,9 @@ def _taken_factors(call: OpCall) -> FactorMap | None:
     """index_select: the dim is whole and another extent in the output; the index is whole."""
     names, dim = _named(call, len(call.inputs[0].shape))
     out = [*names[:dim], "taken", *names[dim + 1 :]]
+    whole = names[dim] if names else ""
     return parse_map(
-        f"{' '.join(names)}, taken -> {' '.join(out)}", call.inputs, call.outputs, whole=names[dim] if names else ""
+        f"{' '.join(names)}, taken -> {' '.join(out)}", call.inputs, call.outputs, whole=whole, linear=SOURCE
     )
 
 
@@ -128,7 +137,8 @@ def _pointed_factors(call: OpCall) -> FactorMap | None:
     parts = [i for i in range(len(names)) if i == dim or source.shape[i] != index.shape[i]]
     of_index = " ".join(f"b{i}" if i in parts else n for i, n in enumerate(names))
     whole = " ".join(f"a{i} b{i}" if i != dim else f"a{i}" for i in parts)
-    return parse_map(f"{' '.join(names)}, {of_index} -> {of_index}", call.inputs, call.outputs, whole=whole)
+    notation = f"{' '.join(names)}, {of_index} -> {of_index}"
+    return parse_map(notation, call.inputs, call.outputs, whole=whole, linear=SOURCE)
 
 
 def _scattered_factors(call: OpCall) -> FactorMap | None:
@@ -146,14 +156,8 @@ def _scattered_factors(call: OpCall) -> FactorMap | None:
         if value.shape and value.shape != index.shape:
             return None
         terms.append(of_index if value.shape else "")
-    is_linear = call.op.startswith("aten.scatter_add")
-    return parse_map(
-        f"{', '.join(terms)} -> {' '.join(names)}",
-        call.inputs,
-        call.outputs,
-        whole=whole,
-        linear=((0, 2),) if is_linear else (),
-    )
+    notation = f"{', '.join(terms)} -> {' '.join(names)}"
+    return parse_map(notation, call.inputs, call.outputs, whole=whole, linear=_written(call))
 
 
 def _filled_factors(call: OpCall) -> FactorMap:
@@ -161,15 +165,9 @@ def _filled_factors(call: OpCall) -> FactorMap:
     names, dim = _named(call, len(call.inputs[0].shape))
     of_value = " ".join([*names[:dim], "w", *names[dim + 1 :]])
     terms = [" ".join(names), "w", *[of_value if m.shape else "" for m in call.inputs[2:]]]
-    is_linear = call.op.startswith("aten.index_add") and len(call.inputs) == 3
     whole = f"{names[dim]} w" if names else ""
-    return parse_map(
-        f"{', '.join(terms)} -> {' '.join(names)}",
-        call.inputs,
-        call.outputs,
-        whole=whole,
-        linear=((0, 2),) if is_linear else (),
-    )
+    notation = f"{', '.join(terms)} -> {' '.join(names)}"
+    return parse_map(notation, call.inputs, call.outputs, whole=whole, linear=_written(call))
 
 
 def _put_factors(call: OpCall) -> FactorMap | None:
@@ -192,7 +190,8 @@ def _put_factors(call: OpCall) -> FactorMap | None:
     of_value = of_value[len(of_value) - len(values.shape) :]
     terms = [" ".join(names), *[" ".join(spots[broadcast - len(m.shape) :]) for m in tensors], " ".join(of_value)]
     whole = " ".join([*(names[d] for d in indexed), *spots])
-    return parse_map(f"{', '.join(terms)} -> {' '.join(names)}", call.inputs, call.outputs, whole=whole)
+    notation, last = f"{', '.join(terms)} -> {' '.join(names)}", len(call.inputs) - 1
+    return parse_map(notation, call.inputs, call.outputs, whole=whole, linear=((0, last),))
 
 
 def _scatter_backward(call: OpCall) -> tuple[OpCost, ...]:

@@ -102,7 +102,7 @@ for _name in ("aten.im2col.default", "aten.col2im.default"):
 
 
 def _grid_factors(call: OpCall) -> FactorMap:
-    return parse_map("n c h w, n y x two -> n c y x", call.inputs, call.outputs, whole="h w two")
+    return parse_map("n c h w, n y x two -> n c y x", call.inputs, call.outputs, whole="h w two", linear=((0,),))
 
 
 register(Op("aten.grid_sampler.default", _grid_factors, pass_of("gather", 8.0), _scattered, saving("in0", "in1")))
