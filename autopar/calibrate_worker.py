@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from autopar.runtime.comm import scatter_sum
+from autopar.runtime.comm import gather, scatter_sum
 from cost_model.device import STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.program import OpCost
@@ -186,7 +186,7 @@ def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup) -> tu
     members = dist.get_process_group_ranks(group)
     calls: dict[str, Call] = {
         "all_reduce": lambda: dist.all_reduce(full, group=group),
-        "all_gather": lambda: dist.all_gather_into_tensor(full, piece, group=group),
+        "all_gather": lambda: gather(full, piece, group),
         "reduce_scatter": lambda: scatter_sum(piece, full, group),
         "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         "broadcast": lambda: dist.broadcast(full, members[0], group=group),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -188,7 +189,7 @@ def _row(graph: fx.Graph, bucket: Bucket, done: list[fx.Node], segment: int) -> 
         _describe(row, bucket.reduced, only.meta["storage"], segment, _label(done[0]))
         return row
     with graph.inserting_before(done[0]):
-        row = graph.call_function(aten.zeros.default, ([bucket.numel],))
+        row = graph.call_function(_blank(bucket, done), ([bucket.numel],))
     row.kwargs = {"dtype": torch_dtype(bucket.reduced.dtype), "device": torch.device("cpu")}
     _describe(row, bucket.reduced, ("bucket", row.name), segment, _label(done[0]))
     for node in done:
@@ -197,6 +198,13 @@ def _row(graph: fx.Graph, bucket: Bucket, done: list[fx.Node], segment: int) -> 
             put = graph.call_function(write, (row, *node.args[:-1], bucket.offsets()[parameter_of(node)]))
         put.meta = {"segment": segment, "label": _label(node)}
     return row
+
+
+def _blank(bucket: Bucket, done: list[fx.Node]) -> Any:
+    """What makes the row: zeros only where gradients leave padding between or behind them."""
+    sizes = dict(bucket.parameters)
+    covered = sum(sizes[name] for name in {parameter_of(n) for n in done}) == bucket.numel
+    return aten.empty.memory_format if covered else aten.zeros.default
 
 
 def _whole_row(graph: fx.Graph, bucket: Bucket, node: fx.Node) -> fx.Node | None:

@@ -8,23 +8,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopar.runtime import exchange
+
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_gather_into: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_gather_native: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_native: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
+    """Flat ``whole``: the parts of all ranks of a group in order; ``part`` may lie in its place there."""
+    if whole.device.type == "cpu":
+        exchange.gather(whole, part, group)
+    else:
+        _gather_native(whole, part, group=group)
 
 
 def scatter_sum(out: Tensor, x: Tensor, group: dist.ProcessGroup, received: Tensor | None = None) -> None:
     """``out``: this rank's part of the sum of flat ``x`` over a group; it may lie in ``x``.
 
-    gloo's own reduce_scatter is an all_reduce of a copy; exchanging parts and adding them moves half of that and takes
-    half of the time. received: a buffer for the parts, of the size of ``x``.
+    received: a buffer of the size of ``x``, for CPU ranks, which exchange parts.
     """
-    if x.device.type != "cpu":
+    if x.device.type == "cpu":
+        exchange.scatter_sum(out, x, group, torch.empty_like(x) if received is None else received)
+    else:
         _scatter_native(out, x, group=group)
-        return
-    received = torch.empty_like(x) if received is None else received
-    dist.all_to_all_single(received, x, group=group)
-    torch.sum(received.view(-1, out.numel()), 0, out=out)
 
 
 class Comm:
@@ -58,7 +65,7 @@ class Comm:
         """All shards joined along ``dim``."""
         source = self._staged(x.contiguous(), 0)
         parts = self._fresh((size, *x.shape), x)
-        _gather_into(parts.view(-1), source.view(-1), group=self._groups[axis])
+        gather(parts.view(-1), source.view(-1), self._groups[axis])
         return _join(parts, dim, outer, copy=self.stage_buffers)
 
     def reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
@@ -85,7 +92,7 @@ class Comm:
         """``x``, each part of it taken from the rank whose part it is."""
         source = self._staged(self._mine(x, axis), 0)
         target = self._fresh(x.shape, x) if self.stage_buffers else x
-        _gather_into(target, source, group=self._groups[axis])
+        gather(target, source, self._groups[axis])
         return x if target is x else x.copy_(target)
 
     def _mine(self, x: Tensor, axis: str) -> Tensor:
