@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.batch import check_batch, random_leaves, rows_of_replica
+from autopar.inference import Inference, build_inference
 from autopar.link import Linked
 from autopar.options import Options, check_target
 from autopar.payload import model_tensors, rank_batch, rank_payload
@@ -16,11 +17,11 @@ from autopar.planning import Planned, plan_model
 from autopar.ranks import Ranks, agree_with_rank_0, is_main, process_index, start_ranks, under_launcher
 from autopar.runtime.comm import join_shards
 from cost_model.cluster import Cluster
-from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
+from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Plan
-from passes.trace import batch_spec
+from passes.trace import BatchSpec, batch_spec
 
 
 class Engine:
@@ -38,6 +39,8 @@ class Engine:
         self._ranks: Ranks | None = None
         self._loaded, self._closed = False, False
         self._drawn = {False: 0, True: 0}
+        self._inferences: dict[str, Inference] = {}
+        self.training = model.training
 
     @property
     def is_main(self) -> bool:
@@ -156,6 +159,35 @@ class Engine:
         self._drawn[evaluates] += 1
         return {rank: rank_batch(self._linked, rank, {**batch, **drawn}) for rank in hosted}
 
+    def inferred(self, batch: Any, *, loss: bool) -> Any:
+        """The loss of a batch, or what the model returns for it, in the mode that is set; the program is kept."""
+        self._check_open()
+        if self._options.local_batches:
+            raise UnsupportedError("inference takes the global batch, and this was compiled with local_batches=True")
+        if self._planned is None:
+            self.prepare(batch)
+        spec = batch_spec(batch)
+        described = [(p, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (p, v) for p, v in _leaves(spec)]
+        name = repr((self.training, loss, spec.is_kwargs, described))
+        if name not in self._inferences:
+            self._attach(name, batch, spec, loss=loss)
+        inference = self._inferences[name]
+        drawn = random_leaves(self._options.seed, self._drawn[True], range(spec.size), evaluates=True)
+        self._drawn[True] += 1
+        tensors = {**spec.tensors(), **drawn}
+        ranks = self._running().hosted
+        requests = {r: {"name": name, "batch": rank_batch(inference.linked, r, tensors)} for r in ranks}
+        return inference.result(self.call("infer", requests))
+
+    def _attach(self, name: str, batch: Any, spec: BatchSpec, *, loss: bool) -> None:
+        ranks = self._running() if self._loaded else self._load()
+        inference = build_inference(
+            name, self._model, batch, spec, self._options, self._linked, training=self.training, loss=loss
+        )
+        tensors = model_tensors(self._model, self._linked)
+        self.call("attach", {rank: inference.payload(rank, tensors, self._linked) for rank in ranks.hosted})
+        self._inferences[name] = inference
+
     def call(self, method: str, payloads: Mapping[int, Any] | None = None) -> list[Any]:
         """Call a method on every rank, with a payload for each that this process feeds; load the program if need be."""
         self._check_open()
@@ -240,3 +272,7 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _leaves(spec: BatchSpec) -> list[tuple[str, Any]]:
+    return list(zip(spec.paths, spec.leaves, strict=True))

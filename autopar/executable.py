@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -161,10 +161,28 @@ class Executable(Engine):
     def eval_step(self, batch: Any) -> float:
         """The global mean loss of a batch, parameters, gradients and everything else left as they are.
 
-        The program is that of the forward that was compiled, in the mode (train or eval) the model was in.
-        Errors: those of ``step``.
+        In the mode that ``train()`` and ``eval()`` set, at first that of the model. Errors: those of ``step``.
         """
+        if self.training != self._model.training:
+            return float(self.inferred(batch, loss=True))
         return float(self.call("evaluate", self.sent_parts(batch, evaluates=True))[0])
+
+    def forward(self, batch: Any) -> Any:
+        """What the model returns for a global batch, in the form in which it does: tensors on the CPU, on every rank.
+
+        In the mode that is set; buffers stay as they are. The batch may differ from that which was planned for: its
+        program is traced when its like is first seen. Errors: those of tracing, BatchError, UnsupportedError.
+        """
+        return self.inferred(batch, loss=False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of ``eval_step`` and ``forward``; the model itself, and how ``step`` trains it, stay."""
+        self.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """``train(False)``: no dropout, running statistics."""
+        return self.train(False)
 
     def trace(self, path: str | os.PathLike[str], batch: Any) -> float:
         """A step on a batch, measured: writes it as a Chrome trace beside the estimated one, with the same names.

@@ -159,6 +159,7 @@ class Linker:
 
     device_kind: "cpu" or "cuda", where the optimizer runs. max_grad_norm: what every step clips gradients to.
     local_batches: whether a rank is given the rows of its replica only, whatever it reads.
+    given: the buckets of each stage, where parameters are held by another program.
     """
 
     def __init__(
@@ -169,8 +170,9 @@ class Linker:
         device_kind: str,
         max_grad_norm: float | None = None,
         local_batches: bool = False,
+        given: Sequence[tuple[Bucket, ...]] | None = None,
     ) -> None:
-        self.traced, self.analysis = traced, analysis
+        self.traced, self.analysis, self.given = traced, analysis, given
         self.max_grad_norm, self.local_batches = max_grad_norm, local_batches
         self.optimizer, self.device_kind = optimizer, device_kind
         self._templates: Templates = {}
@@ -233,6 +235,7 @@ class Linker:
             suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
             splits_backward=splits_backward(plan.schedule, index % plan.pp),
             precision=plan.precision,
+            given=None if self.given is None else self.given[index % plan.pp],
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:

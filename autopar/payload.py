@@ -44,24 +44,13 @@ def rank_payload(
     timeout_s: float | None,
 ) -> dict[str, Any]:
     """The tree that ``RankExecutor`` is built from; saved: names of the parameters and buffers of a checkpoint."""
-    stage, dp, tp = linked.coordinates[rank]
-    plan, part = linked.plan, linked.stages[stage]
-    places = part.places
-    held = {i.target: (i, places[i.target]) for i in part.inputs if i.kind in ("parameter", "buffer", "constant")}
-    held.update(
-        {
-            i.target: (i, places.get(i.target, Shard(0)))
-            for i in part.prologue_inputs
-            if i.kind in ("buffer", "constant")
-        }
-    )
-    counters = {n: (GraphInput(n, "buffer", n, False, False), REPLICATE) for n in linked.traced.counters}
-    held = {**counters, **held}
-    own = {n: _local(tensors[n], p, tp, plan.tp) for n, (i, p) in held.items() if i.kind == "parameter"}
+    stage, dp, _ = linked.coordinates[rank]
+    plan, part, held = linked.plan, linked.stages[stage], _held(linked, stage)
+    own, values = local_tensors(linked, rank, tensors)
     buckets = [_bucket(b, dp, {n: own.pop(n) for n, _ in b.parameters}, optimizer) for b in part.buckets]
     masters = {s.name: own[s.name].to(torch_dtype(s.updated.dtype)) for s in part.alone if s.updated != s.meta}
     return {
-        "source": linked.source(rank),
+        **program_payload(linked, rank),
         "device": device,
         "timeout_s": timeout_s,
         "scales_loss": plan.precision.scales_loss,
@@ -70,7 +59,7 @@ def rank_payload(
         "buckets": buckets,
         "params": {n: tensor.to(torch_dtype(part.metas[n].dtype)) for n, tensor in own.items()},
         "masters": {} if optimizer is None else masters,
-        "buffers": {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"},
+        "buffers": values,
         "layouts": {
             n: _layout(linked, rank, n, p if i.kind == "parameter" else REPLICATE, tuple(tensors[n].shape))
             for n, (i, p) in held.items()
@@ -82,6 +71,34 @@ def rank_payload(
         "norm_spans": norm_spans(linked, stage, dp),
         "groups": groups(linked),
         "optimizer": None if optimizer is None else optimizer.to_tree(),
+    }
+
+
+def local_tensors(
+    linked: Linked, rank: int, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The shards of parameters that a rank's program reads, and its buffers."""
+    stage, _, tp = linked.coordinates[rank]
+    held, size = _held(linked, stage), linked.plan.tp
+    params = {n: _local(tensors[n], p, tp, size) for n, (i, p) in held.items() if i.kind == "parameter"}
+    return params, {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"}
+
+
+def _held(linked: Linked, stage: int) -> dict[str, tuple[GraphInput, Placement]]:
+    """What of the model a stage's ranks hold, and how it lies on the tp axis."""
+    part, kinds = linked.stages[stage], ("parameter", "buffer", "constant")
+    places = part.places
+    before = {i.target: (i, places.get(i.target, Shard(0))) for i in part.prologue_inputs if i.kind in kinds[1:]}
+    counters = {n: (GraphInput(n, "buffer", n, False, False), REPLICATE) for n in linked.traced.counters}
+    return {**counters, **{i.target: (i, places[i.target]) for i in part.inputs if i.kind in kinds}, **before}
+
+
+def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
+    """What a rank runs, without what it holds."""
+    stage, dp, tp = linked.coordinates[rank]
+    plan, part = linked.plan, linked.stages[stage]
+    return {
+        "source": linked.source(rank),
         "batch": tuple(i.target for i in part.batch_inputs),
         "sliced": _first_rows(part, dp * plan.microbatches * plan.microbatch_size),
         "microbatches": plan.microbatches,

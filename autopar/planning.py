@@ -123,10 +123,10 @@ class Job:
     @staticmethod
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
         traced = cast(trace(model, inputs, options.loss_fn), options.precision)
-        analysis, notes = _analysed(traced, model)
+        analysis, notes = analysed(traced, model)
         if analysis.reason is not None:  # once more, to say where
             traced = cast(trace(model, inputs, options.loss_fn, sources=True), options.precision)
-            analysis, notes = _analysed(traced, model)
+            analysis, notes = analysed(traced, model)
         whole = traced.global_graph
         check_trains(whole, has_optimizer=options.optimizer is not None)
         parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}
@@ -353,7 +353,7 @@ class Job:
             raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")
 
 
-def _analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
+def analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
     """How the batch splits, with what was assumed about ambient values checked."""
     analysis = analyse_batch(traced.global_graph, traced.other)
     analysis, notes = check_constant(traced, analysis, {**dict(model.named_buffers()), **traced.constants})

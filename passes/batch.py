@@ -12,6 +12,7 @@ part; that it is alike is assumed here and checked by ``constant``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -21,9 +22,10 @@ from cost_model.ops import entry_of
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Partial, Placement, Shard
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
-from passes.dependence import active_nodes
+from passes.dependence import active_nodes, ancestors
 from passes.graph import Meta, ModelGraph, is_getitem, source_of
 from passes.specialise import BatchMismatchError, changed_sizes, twins
+from passes.vocabulary import collect
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class BatchAnalysis:
     synchronised: calls that need statistics of all samples, which replicas exchange; each has one microbatch then.
     constant: (ambient node, dim, outer) assumed equal along the batch, where the dim is outer x batch x inner; to be
     checked by evaluation.
+    collected: output of the model by number -> how it lies along the batch; None: it depends on no
+    parameter and is made once, of the whole batch.
     """
 
     reason: str | None
@@ -44,6 +48,7 @@ class BatchAnalysis:
     shared: frozenset[tuple[str, str]] = frozenset()
     constant: tuple[tuple[str, int, int], ...] = ()
     synchronised: frozenset[str] = frozenset()
+    collected: tuple[tuple[int, Placement | None], ...] = ()
 
 
 class _CannotSplit(Exception):
@@ -246,7 +251,17 @@ class _Analysis:
             frozenset(self.shared),
             tuple(self.constant),
             frozenset(self.synchronised),
+            tuple(self._collected()),
         )
+
+    def _collected(self) -> Iterator[tuple[int, Placement | None]]:
+        by_name = {n.name: n for n in self.model.graph.nodes}
+        hoisted = set(ancestors([by_name[name] for name in self.hoisted]))
+        for node in self.model.nodes():
+            if node.target is collect:
+                place, number = self.places[node.name], node.args[1]
+                assert isinstance(number, int)
+                yield number, None if node in hoisted or isinstance(place, _Global | _Sized) else place
 
 
 def _along(rule: FactorMap, found: tuple[str, int] | None) -> Strategy | None:

@@ -19,6 +19,7 @@ RUNTIME_CALLS = {
     "autopar.take_shard.default": "comm.take_shard",
     "autopar.all_to_all.default": "comm.all_to_all",
     "autopar.shard_ids.default": "comm.shard_ids",
+    "autopar.collect.default": "comm.collect",
     "autopar.attention.default": "kernels.attention",
     "autopar.attention_backward.default": "kernels.attention_backward",
     "autopar.attention_rows.default": "kernels.attention_rows",

@@ -13,7 +13,7 @@ from passes.graph import ModelGraph
 from passes.joint import trace_values
 from passes.lower import Storages, lower
 
-PROLOGUE_SIGNATURE = "batch, buffers, kernels, device"
+PROLOGUE_SIGNATURE = "batch, buffers, comm, kernels, device"
 _CALLS = {
     Forward: "forward",
     Backward: "backward",

@@ -101,12 +101,14 @@ def build_stage(
     suffix: str = "",
     splits_backward: bool = False,
     precision: Precision = _OWN,
+    given: tuple[Bucket, ...] | None = None,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
     recompute: segment -> its level. shared: parameters that other stages hold too. suffix: as in ``StageCode``.
     splits_backward: whether gradients of parameters have a function of their own.
+    given: the buckets, where another program has chosen them.
     """
     sharded = pack(shard(model, choices, AXIS, tp, last=last))
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
@@ -120,7 +122,9 @@ def build_stage(
     if splits_backward:
         activations = (i.node for i in inputs if i.kind == "activation")
         graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
-    buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix, precision)
+    buckets = given
+    if buckets is None:
+        buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix, precision)
     scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:

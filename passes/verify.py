@@ -51,6 +51,9 @@ class RecordingComm:
         out: Tensor = vocabulary.take_shard(x, axis, *place)
         return out
 
+    def collect(self, x: Tensor, number: int) -> Tensor:
+        return x
+
     def shard_ids(self, ids: Tensor, axis: str, *place: int) -> Tensor:
         out: Tensor = vocabulary.shard_ids(ids, axis, *place)
         return out

@@ -81,6 +81,12 @@ def forward_end(x: Tensor) -> Tensor:
     return x.new_empty([0])
 
 
+@define("collect(Tensor x, int number) -> Tensor")
+def collect(x: Tensor, number: int) -> Tensor:
+    """x; a copy of it is handed to whoever runs the program, as output ``number`` of the model."""
+    return _like(x)
+
+
 @define("accumulate(Tensor grad, str parameter) -> ()")
 def accumulate(grad: Tensor, parameter: str) -> None:
     """Adds a finished gradient to the parameter's buffer."""
@@ -258,6 +264,16 @@ class _AllToAll(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return all_to_all(grads[0], *ctx.place), None, None, None, None
+
+
+class _Collect(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number: int) -> Any:
+        return collect(x, number)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
 
 
 class _Portion(Function):
@@ -543,5 +559,6 @@ DIFFERENTIABLE = {
     torch.ops.autopar.batch_norm.default: batch_norm,
     torch.ops.autopar.attention.default: attention,
     torch.ops.autopar.cross_entropy_sum.default: cross_entropy_sum,
+    torch.ops.autopar.collect.default: _Collect.apply,
 }
 """Opaque ops of forward graphs -> the functions with a gradient that stand for them when the joint graph is traced."""

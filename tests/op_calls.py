@@ -72,6 +72,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.count_labels.default": count_labels,
     "autopar.batch_norm.default": batch_norm,
     "autopar.experts.default": experts,
+    "autopar.collect.default": lambda x, number: x.clone(),
     "autopar.dropout.default": dropout,
     **{f"autopar.{name}.default": getattr(draws, name) for name in ("uniform", "normal", "random_integers")},
 }

@@ -143,6 +143,9 @@ class ThreadRanks:
         if errors:
             raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
         results = [f.result() for f in futures]
+        if method == "infer":
+            loss = sum(result["loss"] for result in results)
+            return [{**result, "loss": loss} for result in results]
         return [sum(results)] * len(results) if method in LOSSES else results
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:

@@ -46,6 +46,12 @@ class Comm:
         self._rank, self._axes, self._groups = rank, axes, groups
         self.stage_buffers = False
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.collected: dict[int, list[Tensor]] = {}
+
+    def collect(self, x: Tensor, number: int) -> Tensor:
+        """``x``, kept as one microbatch's part of an output of the model."""
+        self.collected.setdefault(number, []).append(x.cpu() if x.is_cuda else x.clone())
+        return x
 
     def index(self, axis: str) -> int:
         """This rank's place on an axis."""

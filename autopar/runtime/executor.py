@@ -6,10 +6,12 @@ Receives plain data only (source text, tensors, numbers), so it runs the same in
 from __future__ import annotations
 
 import contextlib
+import copy
 import linecache
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -54,8 +56,8 @@ class RankExecutor:
         self.device = torch.device(payload["device"])
         self.stage, self.dp_index = payload["stage"], payload["dp_index"]
         self.module = _load(payload["source"])
-        self.params: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
-        self.buffers: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
+        self.params: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
+        self.buffers: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
         self.groups = make_groups(payload["groups"], rank)
         limit_waiting([group for _, group in self.groups.values()], payload["timeout_s"])
         axes = {name: ranks for name, (ranks, _) in self.groups.items()}
@@ -77,7 +79,26 @@ class RankExecutor:
         self.scaler = LossScaler(self.device) if payload["scales_loss"] else None
         self.events: list[Event] | None = None
         self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
+        self.attached: dict[str, RankExecutor] = {}
         self._reset()
+
+    def attach(self, payload: Tree) -> None:
+        """Another program over the same parameters and buffers, and what it alone reads, for ``infer``."""
+        other = copy.copy(self)
+        other.spec = {**self.spec, **payload["program"]}
+        other.module = _load(other.spec["source"])
+        other.params = ChainMap(self.params, {k: v.to(self.device) for k, v in payload["params"].items()})
+        other.buffers = ChainMap(self.buffers, {k: v.to(self.device) for k, v in payload["buffers"].items()})
+        other.chunks = [other._chunk(described) for described in other.spec["chunks"]]
+        self.attached[payload["name"]] = other
+
+    def infer(self, request: Tree) -> Tree:
+        """The loss of an attached program on this rank's part of a batch, and the parts of what it collects."""
+        other = self.attached[request["name"]]
+        self.comm.collected = {}
+        other.constants = other._set_up()  # buffers may have changed since
+        loss = other.evaluate(request["batch"])
+        return {"loss": loss, "collected": self.comm.collected}
 
     def _chunk(self, described: Tree) -> _Chunk:
         names = ("setup", "forward", "backward", *(["weight"] if described["splits_backward"] else []))
@@ -176,7 +197,7 @@ class RankExecutor:
         self._reset()
         self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
         self.module.feed(self)
-        self.step_values = self.module.prologue(self.batch, self.buffers, self.kernels, self.device)
+        self.step_values = self.module.prologue(self.batch, self.buffers, self.comm, self.kernels, self.device)
         if self.scaler is not None:
             self.step_values["loss_scale"] = self.scaler.scale
         if self.spec["accumulates"] and self.accumulated == 0 and not keep:

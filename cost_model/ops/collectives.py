@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cost_model.ops.table import OpCall, pass_of, register_priced, sweep, unpriced
+from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.table import (
+    Op,
+    OpCall,
+    no_backward,
+    pass_of,
+    register,
+    register_priced,
+    saves_nothing,
+    sweep,
+    unpriced,
+)
 from cost_model.placement import Shard
 from cost_model.program import OpCost
 
@@ -53,6 +64,12 @@ def _put_price(call: OpCall) -> OpCost:
     return sweep("copy", gradient, replace(gradient, dtype=row.dtype))
 
 
+def _collect_factors(call: OpCall) -> FactorMap:
+    """Linear, and whole along the batch or not at all: what is handed over is no shard of a tp axis."""
+    return parse_map("... -> ...", call.inputs, call.outputs, linear=((0,),))
+
+
+register(Op("autopar.collect.default", _collect_factors, pass_of("copy"), no_backward, saves_nothing))
 register_priced("autopar.accumulate.default", _accumulate_price)
 register_priced("autopar.put.default", _put_price)
 register_priced("autopar.all_reduce.default autopar.forward_end.default", unpriced)

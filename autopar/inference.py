@@ -1,0 +1,200 @@
+"""Inference: a program that gives a model's outputs, or its loss in another mode, beside the one that trains.
+
+It is traced when it is first asked for and runs under the plan of training: on the same ranks, each stage with the
+segments whose parameters it holds, every parameter as it lies there already. Its ops follow from that
+(``passes.follow``); nothing is searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autopar.link import Linked, Linker
+from autopar.options import Options
+from autopar.payload import local_tensors, program_payload
+from autopar.planning import analysed
+from autopar.runtime.comm import join_shards
+from cost_model.errors import BatchError, UnsupportedError
+from cost_model.placement import Partial, Placement, Shard
+from cost_model.plan import Plan, StagePlan
+from passes.batch import BatchAnalysis
+from passes.follow import choices
+from passes.graph import ModelGraph
+from passes.precision import cast
+from passes.segment import Segment, carried_values, segment
+from passes.specialise import specialise
+from passes.trace import BatchSpec, Traced, trace
+from passes.vocabulary import collect
+
+_KEPT = (bool, int, float, str, type(None))
+
+
+class _Outputs:
+    """A loss function that collects every tensor of the model's outputs, and remembers how they hung together."""
+
+    def __init__(self) -> None:
+        self.leaves: list[Any] = []
+        self.spec: Any = None
+
+    def __call__(self, outputs: Any, _: Any) -> Tensor:
+        leaves, self.spec = pytree.tree_flatten(outputs)
+        self.leaves = [None if isinstance(v, Tensor) or not isinstance(v, _KEPT) else v for v in leaves]
+        self.numbers = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not self.numbers:
+            raise UnsupportedError("the model returns no tensor; return one, or a tuple, a list or a dict of them")
+        sums = [collect(leaves[number], number).float().sum() for number in self.numbers]
+        return torch.stack(sums).sum() if len(sums) > 1 else sums[0]
+
+    def joined(self, tensors: Mapping[int, Tensor]) -> Any:
+        """The outputs as the model returns them."""
+        return pytree.tree_unflatten([tensors.get(k, leaf) for k, leaf in enumerate(self.leaves)], self.spec)
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """linked: the program; collected: output -> how it lies along the batch; outputs: None where the loss is meant."""
+
+    name: str
+    linked: Linked
+    collected: Mapping[int, Placement | None]
+    outputs: _Outputs | None
+
+    def payload(self, rank: int, tensors: Mapping[str, Tensor], held: Linked) -> dict[str, Any]:
+        """What ``RankExecutor.attach`` takes: the program, and of the model what training does not hold there."""
+        stage = held.coordinates[rank][0]
+        known = {i.target for i in (*held.stages[stage].inputs, *held.stages[stage].prologue_inputs)}
+        params, buffers = local_tensors(self.linked, rank, {**tensors, **self.linked.traced.constants})
+        return {
+            "name": self.name,
+            "program": program_payload(self.linked, rank),
+            "params": {name: value for name, value in params.items() if name not in known},
+            "buffers": {name: value for name, value in buffers.items() if name not in known},
+        }
+
+    def result(self, ranks: Sequence[Mapping[str, Any]]) -> Any:
+        """The outputs of the global batch from the parts of all ranks; or the loss."""
+        if self.outputs is None:
+            return float(ranks[0]["loss"])
+        return self.outputs.joined({number: self._whole(number, ranks) for number in self.collected})
+
+    def _whole(self, number: int, ranks: Sequence[Mapping[str, Any]]) -> Tensor:
+        """An output from the parts of all replicas and microbatches, in order."""
+        plan, place = self.linked.plan, self.collected[number]
+        devices = self.linked.program.devices
+        for stage in range(plan.pp):
+            owners = [ranks[devices[stage, replica, 0]]["collected"] for replica in range(plan.dp)]
+            if number in owners[0]:
+                parts: list[Tensor] = [part for owner in owners for part in owner[number]]
+                if isinstance(place, Shard):
+                    return join_shards(parts, place.dim, place.outer)
+                return torch.stack(parts).sum(0) if isinstance(place, Partial) else parts[0]
+        raise AssertionError(f"no stage has output {number}")
+
+
+def build_inference(
+    name: str,
+    model: nn.Module,
+    inputs: Any,
+    spec: BatchSpec,
+    options: Options,
+    held: Linked,
+    *,
+    training: bool,
+    loss: bool,
+) -> Inference:
+    """Trace, follow and link. training: the mode; loss: of the model or ``loss_fn``, else all that the model returns.
+
+    Errors: those of tracing, UnsupportedError, BatchError.
+    """
+    outputs = None if loss else _Outputs()
+    with _in_mode(model, training):
+        traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
+    traced = _without_gradients(traced)
+    analysis, _ = analysed(traced, model)
+    plan = _plan(traced, analysis, held, spec.size)
+    buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
+    linked = Linker(traced, analysis, None, "cpu", given=buckets).link(plan)
+    linked.verify()
+    return Inference(name, linked, _collected(analysis, outputs), outputs)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in a mode; each of its parts as it was afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    if model.training != training:
+        model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _without_gradients(traced: Traced) -> Traced:
+    def plain(graph: ModelGraph) -> ModelGraph:
+        return graph.with_inputs(replace(i, trainable=False, changes=False) for i in graph.inputs)
+
+    other = None if traced.other is None else plain(traced.other)
+    return replace(traced, global_graph=plain(traced.global_graph), other=other, counters={})
+
+
+def _collected(analysis: BatchAnalysis, outputs: _Outputs | None) -> dict[int, Placement | None]:
+    """None: of one part, which is the whole."""
+    places = dict(analysis.collected)
+    return {} if outputs is None else {number: places.get(number) for number in outputs.numbers}
+
+
+def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, batch: int) -> Plan:
+    """The plan of training for another graph: parts of the chain by the parameters that they hold."""
+    plan, size = held.plan, held.plan.microbatch_size
+    if batch % plan.dp:
+        raise BatchError(f"a batch of {batch} samples does not divide over {plan.dp} replicas; pass a multiple")
+    if batch % (plan.dp * size):
+        size = batch // plan.dp
+    if analysis.reason is not None and size < batch:
+        raise UnsupportedError(f"the batch cannot be split over {plan.dp} replicas or microbatches: {analysis.reason}")
+    model = specialise(traced, size)
+    segments = segment(model)
+    targets = {i.node: i.target for i in model.inputs if i.kind == "parameter"}
+    ends = _ends(segments, targets, held)
+    places = {name: place for stage in held.stages for name, place in stage.places.items()}
+    lying = {node: places[target] for node, target in targets.items() if target in places}
+    crossing = {*carried_values(segments), *(segments[end].entry or "" for end in ends[:-1])}
+    chosen = choices(model, lying, crossing, plan.tp)
+    stages = tuple(StagePlan(first, last, chosen) for first, last in zip([0, *ends], ends, strict=False))
+    return replace(
+        plan,
+        batch=batch,
+        microbatch_size=size,
+        microbatches=batch // (plan.dp * size),
+        stages=stages,
+        segment_labels=tuple(part.label for part in segments),
+    )
+
+
+def _ends(segments: Sequence[Segment], targets: Mapping[str, str], held: Linked) -> list[int]:
+    """Where each part of the chain ends: it has the segments whose parameters the same part of training has."""
+    plan = held.plan
+    codes = [held.stages[k % plan.pp].chunks[k // plan.pp] for k in range(len(plan.stages))]
+    owned = [{i.target for i in code.inputs if i.kind == "parameter"} for code in codes]
+    known, part, ends = set().union(*owned), 0, []
+    for index, item in enumerate(segments):
+        needed = {targets[name] for name in item.parameters} & known
+        while part < len(owned) and not needed <= owned[part]:
+            ends.append(index)
+            part += 1
+    ends += [len(segments)] * (len(owned) - len(ends))
+    if part >= len(owned) or any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
+        raise UnsupportedError(
+            f"the outputs cannot be computed by the {plan.pp} stages of the plan: their parts of the model differ from "
+            "those of training; compile with parallelism=autopar.Parallelism(pp=1)"
+        )
+    return ends

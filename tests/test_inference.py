@@ -1,0 +1,207 @@
+"""Outputs and other modes: what a model returns on ranks is what it returns on one device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import SGD, cpu_cluster
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import autopar
+from cost_model.errors import BatchError, UnsupportedError
+from cost_model.placement import Shard
+
+on_threads = pytest.mark.usefixtures("thread_ranks")
+
+
+class Named(NamedTuple):
+    """One of the nested outputs."""
+
+    hidden: Tensor
+    flag: bool
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.drop = nn.BatchNorm1d(width), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(F.relu(self.up(self.norm(x)))))
+
+
+class Nested(nn.Module):
+    """Outputs of every kind: floating and whole numbers, of samples and of none, in tuples, lists and dicts."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.head = nn.Linear(width, 5)
+        self.register_buffer("table", torch.arange(6.0))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Any]:
+        first = self.blocks[0](x)
+        logits = self.head(self.blocks[1](first))
+        loss = None if y is None else F.cross_entropy(logits, y)
+        return {
+            "loss": loss,
+            "pair": (logits, [logits.argmax(-1), x > 0]),
+            "turned": logits.t(),
+            "named": Named(first[:, :3], True),
+            "fixed": self.table * 2,
+            "name": "nested",
+        }
+
+
+def nested() -> tuple[Nested, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Nested(), {"x": torch.randn(8, 128), "y": torch.randint(5, (8,))}
+
+
+def compiled(model: nn.Module, batch: Any, devices: int, **pins: Any) -> autopar.Executable:
+    parallelism = autopar.Parallelism(**{"dp": 1, "tp": 1, "pp": 1, **pins})
+    return autopar.compile(model, cpu_cluster(devices), batch, optimizer=SGD, parallelism=parallelism)
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    leaves, spec = torch.utils._pytree.tree_flatten(found)
+    wanted, same = torch.utils._pytree.tree_flatten(expected)
+    assert spec == same
+    for a, b in zip(leaves, wanted, strict=True):
+        if isinstance(b, Tensor):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+        else:
+            assert a == b
+
+
+def on_one_device(exe: autopar.Executable, model: nn.Module, *, training: bool) -> nn.Module:
+    """The model with what has been trained."""
+    trained = copy.deepcopy(model)
+    trained.load_state_dict(exe.full_state_dict())
+    return trained.train(training)
+
+
+PLANS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp": (2, {"dp": 2}),
+    "zero": (2, {"dp": 2, "zero": 3}),
+    "tp": (2, {"tp": 2}),
+    "pp": (2, {"pp": 2}),
+}
+
+
+@on_threads
+@pytest.mark.parametrize("plan", PLANS)
+def test_outputs_in_eval_mode_are_those_of_one_device_before_and_after_training(plan: str) -> None:
+    """Of the whole batch and of another one, without labels."""
+    devices, pins = PLANS[plan]
+    model, batch = nested()
+    with compiled(model, batch, devices, **pins) as exe:
+        exe.eval()
+        for _ in range(2):
+            plain = on_one_device(exe, model, training=False)
+            assert_alike(exe.forward(batch), plain(**batch))
+            assert exe.eval_step(batch) == pytest.approx(float(plain(**batch)["loss"].detach()), rel=1e-5)
+            exe.step(batch)
+        plain = on_one_device(exe, model, training=False)
+        assert_alike(exe.forward({"x": batch["x"][:4]}), plain(batch["x"][:4]))
+        if plan == "tp":
+            places = [p for stage in exe.planned.linked.stages for p in stage.places.values()]
+            assert any(isinstance(place, Shard) for place in places)
+
+
+@on_threads
+def test_transformers_outputs_and_the_model_stays_in_its_mode() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=32, n_positions=8, use_cache=False, bos_token_id=0, eos_token_id=0
+    )
+    model, ids = GPT2LMHeadModel(config).train(), torch.randint(32, (8, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    model.transformer.drop.eval()
+    with compiled(model, batch, 2, tp=2, microbatch_size=4) as exe:
+        found = exe.eval().forward(batch)
+        assert model.training and not model.transformer.drop.training
+        expected = on_one_device(exe, model, training=False)(**batch)
+        assert type(found) is type(expected)
+        assert_alike(found, expected)
+
+
+@on_threads
+def test_in_train_mode_forward_drops_anew_and_leaves_running_statistics() -> None:
+    model, batch = nested()
+    with compiled(model, batch, 2, dp=2) as exe:
+        before = exe.full_state_dict()
+        first, second = (exe.forward(batch)["pair"][0] for _ in range(2))
+        assert not torch.equal(first, second)
+        after = exe.full_state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert exe.eval().forward(batch)["pair"][0].equal(exe.forward(batch)["pair"][0])
+        assert not exe.train().forward(batch)["pair"][0].equal(first)
+
+
+@on_threads
+def test_a_model_compiled_for_evaluation_can_be_asked_with_dropout() -> None:
+    model, batch = nested()
+    with compiled(model.eval(), batch, 1) as exe:
+        plain = exe.eval_step(batch)
+        assert exe.train().eval_step(batch) != plain
+        assert exe.eval().eval_step(batch) == plain
+
+
+class Centred(nn.Module):
+    """An output made of all samples: of what came in, or of what parameters made of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.linear, self.number = nn.Linear(4, 4), number
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.linear(x)
+        return made, (x, made)[self.number].sort(0).values
+
+
+def _squares(outputs: Any, _: Any) -> Tensor:
+    loss: Tensor = outputs[0].square().mean()
+    return loss
+
+
+@on_threads
+def test_outputs_of_the_whole_batch_are_made_once_where_no_parameter_has_a_part_in_them() -> None:
+    torch.manual_seed(0)
+    batch = (torch.randn(8, 4),)
+    for number, refused in ((0, False), (1, True)):
+        model = Centred(number)
+        pins = autopar.Parallelism(dp=2, tp=1, pp=1)
+        with autopar.compile(model, cpu_cluster(2), batch, loss_fn=_squares, parallelism=pins) as exe:
+            if refused:
+                with pytest.raises(UnsupportedError, match="2 replicas"):
+                    exe.forward(batch)
+            else:
+                assert_alike(exe.forward(batch), model(*batch))
+
+
+@on_threads
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    model, batch = nested()
+    with compiled(model, batch, 2, dp=2) as exe, pytest.raises(BatchError, match="2 replicas"):
+        exe.forward({"x": batch["x"][:3]})
+
+
+@pytest.mark.slow
+def test_outputs_of_real_ranks() -> None:
+    model, batch = nested()
+    for pins in ({"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}):
+        with compiled(model, batch, 2, **pins) as exe:
+            exe.eval()
+            exe.step(batch)
+            plain = on_one_device(exe, model, training=False)
+            assert_alike(exe.forward(batch), plain(**batch))
+            assert exe.eval_step(batch) == pytest.approx(float(plain(**batch)["loss"].detach()), rel=1e-5)
