@@ -205,3 +205,17 @@ def test_outputs_of_real_ranks() -> None:
             plain = on_one_device(exe, model, training=False)
             assert_alike(exe.forward(batch), plain(**batch))
             assert exe.eval_step(batch) == pytest.approx(float(plain(**batch)["loss"].detach()), rel=1e-5)
+
+
+@on_threads
+def test_outputs_of_a_model_computed_in_half_precision() -> None:
+    """With dropout beside it: parameters are stored, and ops computed, as in training."""
+    model, batch = nested()
+    pins = autopar.Parallelism(dp=2, tp=1, pp=1, zero=3)
+    precision = autopar.Precision(params="bf16", compute="bf16", master="fp32")
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=SGD, parallelism=pins, precision=precision) as exe:
+        assert exe.step(batch) == pytest.approx(1.5, abs=1)
+        found = exe.eval().forward(batch)["pair"][0]
+        plain = on_one_device(exe, model, training=False)(**batch)["pair"][0]
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), plain.detach(), rtol=0.1, atol=0.05)
