@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its defaults keep, for good, a default group that exists when it is imported
 from torch import Tensor
 
+from autopar.runtime.allocator import keep_freed_memory
 from autopar.runtime.executor import RankExecutor
 from autopar.runtime.pool import WorkerPool
 from cost_model.cluster import Cluster
@@ -107,6 +108,7 @@ class LaunchedRank:
 
     def __init__(self, cluster: Cluster) -> None:
         _LaunchedGroup.join(cluster, self)
+        keep_freed_memory()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.hosted: Sequence[int] = (self.rank,)
         self.executor: RankExecutor | None = None

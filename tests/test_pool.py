@@ -183,7 +183,7 @@ def test_ranks_are_set_up_as_documented(pool: WorkerPool) -> None:
     assert [answer["rank"] for answer in answers] == [0, 1]
     for answer in answers:
         assert (answer["world_size"], answer["payload"], answer["threads"]) == (2, {"seed": 7}, 1)
-        assert (answer["trim"], answer["secret"]) == ("4294967296", None)
+        assert (answer["keeps"], answer["secret"]) == (True, None)
 
 
 def test_round_trip_of_a_batch_costs_little(pool: WorkerPool) -> None:

@@ -43,8 +43,6 @@ _LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refu
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",  # freed memory stays with the process: mapping pages anew for every
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",  # tensor makes adding two of 2 MiB ten times slower
     "PYTHONUNBUFFERED": "1",
     "PYTHONSAFEPATH": "1",
 }

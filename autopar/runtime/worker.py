@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from autopar.runtime.allocator import keep_freed_memory
 from autopar.runtime.channel import (
     CLOSE,
     ERROR,
@@ -102,6 +103,7 @@ def _join(config: WorkerConfig) -> Tree:
     """Join the process group; a reply like any other, for the ready message."""
     try:
         torch.set_num_threads(1)
+        keep_freed_memory()
         if config.backend == "nccl":
             torch.cuda.set_device(config.rank)
         store = dist.TCPStore(  # type: ignore[attr-defined]
