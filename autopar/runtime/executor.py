@@ -195,7 +195,7 @@ class RankExecutor:
     def _begin(self, batch: Mapping[str, Tensor], *, keep: bool = False) -> None:
         """keep: leave the gradients as they are."""
         self._reset()
-        self.batch = {name: batch[name].to(self.device) for name in self.spec["batch"]}
+        self.batch = {name: batch[name].to(self.device).contiguous() for name in self.spec["batch"]}
         self.module.feed(self)
         self.step_values = self.module.prologue(self.batch, self.buffers, self.comm, self.kernels, self.device)
         if self.scaler is not None:
