@@ -139,6 +139,10 @@ class Linked:
                 holders.setdefault(item.target, index)
         return holders
 
+    def at(self, plan: Plan) -> Linked:
+        """The same program on the devices of a plan that differs in nothing but these and the cap."""
+        return replace(self, plan=plan, program=replace(self.program, devices=device_map(plan)))
+
     def verify(self) -> None:
         """What is emitted is what is priced; VerificationError where it is not."""
         for stage, priced in zip(self.stages, self.program.stages, strict=True):

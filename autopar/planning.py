@@ -18,6 +18,7 @@ from autopar.checks import check_pins, check_plan, check_sequence, check_trains,
 from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
+from autopar.planner.regional import fastest_view, search_placed
 from autopar.planner.saving import NONE, RECOMPUTE
 from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
 from autopar.planner.smallest_cap import smallest_cap
@@ -33,6 +34,7 @@ from cost_model.errors import InfeasiblePlanError, PlanMismatchError, Unsupporte
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.program import Program
 from cost_model.simulate import estimate_program, simulate
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis, analyse_batch
@@ -188,11 +190,11 @@ class Job:
         return job
 
     def linked(self, plan: Plan) -> Linked:
-        """The program of a plan, rewritten once whatever the cap it was found under."""
-        key = replace(plan, memory_cap_bytes=0)
+        """The program of a plan, rewritten once whatever the cap it was found under and the devices it is placed on."""
+        key = replace(plan, memory_cap_bytes=0, cluster="", placement=tuple(range(len(plan.placement))))
         if key not in self._linked:
             self._linked[key] = self._linker.link(plan)
-        return self._linked[key]
+        return self._linked[key].at(plan)
 
     @cached_property
     def space(self) -> ModelSpace:
@@ -246,24 +248,66 @@ class Job:
         return found
 
     def _searched(self) -> Solution | Infeasible:
-        pins = self.options.parallelism
+        p = self.options.parallelism
+        pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages)
+        if self.cluster.network is None or not self.cluster.uneven or p.placement is not None:
+            return self._searched_under(pins)
+        return self._placed(pins)
+
+    def _searched_under(self, pins: Pins) -> Solution | Infeasible:
         with planning_progress() as report:
             return search(
                 self._pinned_space(),
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,
-                pins=Pins(
-                    pins.dp,
-                    pins.tp,
-                    self._stages(pins.pp),
-                    pins.microbatch_size,
-                    pins.schedule,
-                    pins.virtual_stages,
-                ),
+                pins=pins,
                 confirm=self._peaks,
                 progress=report,
             )
+
+    def _placed(self, pins: Pins) -> Solution | Infeasible:
+        """On an uneven network: meshes are priced on its fastest links, placed, and simulated where they are."""
+        view = self.on(fastest_view(self.cluster))
+
+        def simulated(solution: Solution) -> tuple[float, Solution]:
+            own = solution.configuration
+            free = pins.schedule is None and own.pp > 1 and own.virtual_stages == 1
+            names = ("1f1b", "gpipe") if free else (own.schedule,)
+            program = self.linked(self.plan(solution)).program
+            timed = [(self._simulated_s(replace(program, schedule=name)), name) for name in names]
+            step_s, name = min(timed, key=lambda each: each[0])
+            return step_s, replace(solution, configuration=replace(own, schedule=name))
+
+        return search_placed(
+            self.cluster,
+            view._pinned_space(),
+            self.batch,
+            pins,
+            self._sent_bytes,
+            sum(meta.nbytes for meta in self.parameters.values()),
+            view._searched_under,
+            simulated,
+        )
+
+    def _sent_bytes(self, microbatch_size: int) -> float:
+        """The largest activation between segments."""
+        local = self.space.local_model(microbatch_size)
+        assert local is not None
+        exits = (local.model.tensor(part.exit).nbytes for part in local.segments[:-1] if part.exit is not None)
+        return float(max(exits, default=0))
+
+    def _simulated_s(self, program: Program) -> float:
+        """Seconds of a step on this cluster; infinite where it does not fit."""
+        peaks = [peak.memory.total_bytes for peak in self._program_peaks(program)]
+        return math.inf if max(peaks) > self.cap_bytes else simulate(program, self.cluster).step_time_s
+
+    def on(self, cluster: Cluster) -> Job:
+        """The same model for another cluster, searched anew; trace and programs are shared."""
+        job = copy.copy(self)
+        job.cluster = cluster
+        job.__dict__.pop("space", None)
+        return job
 
     def _pinned_space(self) -> PinnedSpace:
         pins = self.options.parallelism
@@ -280,8 +324,10 @@ class Job:
         return [peak.memory.total_bytes for peak in self._stage_peaks(self.plan(solution))]
 
     def _stage_peaks(self, plan: Plan) -> list[StagePeak]:
+        return self._program_peaks(self.linked(plan).program)
+
+    def _program_peaks(self, program: Program) -> list[StagePeak]:
         rounding = allocator_rounding(self.cluster.devices[0].kind)
-        program = self.linked(plan).program
         return [stage_peak(s, program.pp, program.microbatches, program.schedule, rounding) for s in program.stages]
 
     def plan(self, solution: Solution | Infeasible) -> Plan:
@@ -301,7 +347,7 @@ class Job:
             microbatch_size=c.microbatch_size,
             microbatches=c.microbatches,
             memory_cap_bytes=self.cap_bytes,
-            placement=pinned or tuple(range(self.cluster.num_devices)),
+            placement=pinned or _placement_of(solution) or tuple(range(self.cluster.num_devices)),
             stages=_stage_plans(local, c, _parts(solution), self._pinned_space()),
             segment_labels=tuple(s.label for s in local.segments),
             precision=self.options.precision,
@@ -351,6 +397,10 @@ class Job:
         if needed > cap:
             advice = "raise memory_cap to that, or leave the plan out and let the planner search"
             raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")
+
+
+def _placement_of(solution: Solution | Infeasible) -> tuple[int, ...] | None:
+    return solution.placement if isinstance(solution, Solution) else None
 
 
 def analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:

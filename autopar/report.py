@@ -10,12 +10,14 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
+from cost_model.network import Network
 from cost_model.placement import Placement, Replicate, Shard, Varying, parse_placement
 from cost_model.plan import RECOMPUTES, Plan, folded, split_number
 from cost_model.program import Collective, ParameterShard, Program, StageProgram
@@ -90,6 +92,8 @@ def plan_text(planned: Planned, cluster: Cluster) -> str:
     """The plan, what each rank holds and sends, and the estimate in parts."""
     plan, estimate, program = planned.plan, planned.estimate, planned.linked.program
     parts: list[RenderableType] = [_head(estimate, cluster), _stage_table(estimate)]
+    if cluster.network is not None and len(cluster.network.regions) > 1:
+        parts.append(_placement_table(plan, cluster.network))
     if plan.tp > 1:
         parts.append(_parameter_table(program))
     if program.num_devices > 1:
@@ -194,6 +198,25 @@ def _memory_table(estimate: Estimate) -> Group:
 
 
 # --- What each rank holds
+
+
+def _placement_table(plan: Plan, network: Network) -> Group:
+    """Of each region: the replicas of every stage that are there."""
+    cells = np.array(plan.placement).reshape(plan.pp, plan.dp, plan.tp)
+    found: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    for stage, replicas in enumerate(cells):
+        for region in network.regions:
+            here = tuple(
+                d for d, shards in enumerate(replicas) if any(network.region(int(s)) == region for s in shards)
+            )
+            if here:
+                found.setdefault(region, {}).setdefault(here, []).append(str(stage))
+    rows = [
+        (region, folded(stages), folded([str(replica) for replica in here]))
+        for region, own in found.items()
+        for here, stages in own.items()
+    ]
+    return make_table("Placement", ("region", "stages", "replicas"), rows, words=3)
 
 
 def _parameter_table(program: Program) -> Group:

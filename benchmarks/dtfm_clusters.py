@@ -20,8 +20,8 @@ DATA = HERE.parent.parent / "shared" / "reference"
 FILES = HERE.parent / "cost_model" / "clusters"
 SOURCE = "DS3Lab/Decentralized_FM_alpha @ 2a6b658, scheduler/generate_heterogeneous_tc.py (arXiv:2206.01288)"
 # Fitted on cases 1, 3 and 5 of that system's results (python benchmarks/reference.py --table dtfm --fit).
-COPY_BANDWIDTH = "450 MB/s"
-NIC_EFFICIENCY = 0.6
+COPY_BANDWIDTH = "660 MB/s"
+NIC_EFFICIENCY = 0.545
 _TRANSPORT = f"""\
 [transport]
 start = "112 us"
@@ -75,9 +75,10 @@ def _links(case: Mapping[str, Any]) -> Iterator[str]:
     if not case["tc"]:
         rate = case["physical"]["inter_node_gbps_per_instance"]
         source = (
-            "delay: about 0.1 ms in a data center, an assumption; bandwidth of an instance, Amazon EC2 P3 page, 2017"
+            "delay: about 0.1 ms in a data center, an assumption; bandwidth of an instance, Amazon EC2 P3 page, 2017; "
+            "efficiency: fitted on case 1 (as copy_bandwidth); physical range 0.3 to 0.97"
         )
-        yield _figures("[within]", 0.1, rate, source)
+        yield _figures("[within]", 0.1, rate, source, NIC_EFFICIENCY)
         return
     yield _figures("[within]", case["intra"]["delay_ms"], case["intra"]["bandwidth_gbps"], "shaped by tc netem")
     for pair, link in case["inter"].items():

@@ -58,6 +58,7 @@ def report(table: Table, *, fitted: bool) -> dict[str, Any]:
         "rows": [_row(p) for p in found],
         "time": vars(Errors.of([p.time_error for p in found])),
         "memory": vars(Errors.of(memory)) if memory else None,
+        "judged": dict(table.judged(found)),
         "constants": _constants(table),
     }
     if fitted and table.constants:
@@ -112,6 +113,8 @@ def show(tree: Mapping[str, Any]) -> None:
     print(f"  time: {Errors(**tree['time'])}")
     if tree["memory"]:
         print(f"  memory: {Errors(**tree['memory'])}")
+    for name, value in tree["judged"].items():
+        print(f"  {name}: {value:.4f}")
     for constant in tree["constants"]:
         span = f"{constant['low']:g} to {constant['high']:g}"
         print(f"  constant: {constant['name']} = {constant['value']:g} ({span}: {constant['why']})")

@@ -8,9 +8,11 @@ exchanges, all_reduce of gradients after the last backward.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from reference_hardware import COPY, MATMUL, NIC, OFFLOAD, OFFLOADED, Constant, 
 from reference_megatron import scattered
 from reference_models import Shape
 from reference_programs import recomputed
-from reference_tables import Candidate, Row, Table
+from reference_tables import Candidate, Prediction, Row, Table
 
 from cost_model.cluster import Cluster
 from cost_model.network import FloatArray
@@ -80,6 +82,20 @@ class Dtfm(Table):
             return [_candidate(_passes_s, work, raw["microbatches_per_pass"], raw["grad_accum"], text)]
         return [_candidate(_blocking_s, work, 1, raw["microbatches"], text)]
 
+    def judged(self, found: Sequence[Prediction]) -> Mapping[str, float]:
+        """Spearman's rank correlation of all rows, and how many pairs of systems (means of their repetitions) on one
+        network with one model and batch come out in the order that was measured."""
+        ranks = np.argsort(np.argsort([[p.seconds for p in found], [p.row.measured_s for p in found]]))
+        runs: dict[tuple[Any, ...], dict[str, list[Prediction]]] = defaultdict(lambda: defaultdict(list))
+        for p in found:
+            raw = p.row.source
+            runs[raw["case"], raw["layers"], raw["batch_nominal"]][raw["system"]].append(p)
+        right = [ordered for systems in runs.values() for ordered in _ordered_pairs(systems.values())]
+        return {
+            "rank correlation": float(np.corrcoef(ranks)[0, 1]),
+            "pairs of systems in the measured order": float(np.mean(right)),
+        }
+
     def _placement(self, raw: Mapping[str, Any]) -> tuple[int, ...]:
         """Node of each rank. DT-FM's random maps give the rank of each node; Megatron-LM's rows, which hardly differ
         between the three, fit the reverse."""
@@ -96,6 +112,12 @@ class Dtfm(Table):
         rank = _ranks_of_dtfm if ours else _ranks_of_megatron
         devices = {cell: nodes[rank(program, *cell)] for cell in program.devices}
         return Work(replace(program, devices=devices, schedule="gpipe" if ours else "1f1b"), streams=ours)
+
+
+def _ordered_pairs(systems: Iterable[Sequence[Prediction]]) -> Iterator[bool]:
+    means = [(np.mean([p.seconds for p in own]), np.mean([p.row.measured_s for p in own])) for own in systems]
+    for (a, x), (b, y) in itertools.combinations(means, 2):
+        yield bool((a < b) == (x < y))
 
 
 def _candidate(seconds: Callable[..., float], work: Work, microbatches: int, count: int, text: str) -> Candidate:

@@ -79,6 +79,10 @@ class Table(ABC):
     def candidates(self, row: Row) -> Sequence[Candidate]:
         """All ways the row may have been run; the fastest is taken."""
 
+    def judged(self, found: Sequence[Prediction]) -> Mapping[str, float]:
+        """Other figures than errors that a table is judged by."""
+        return {}
+
     @functools.cache  # noqa: B019 - tables live as long as the benchmark
     def _candidates(self, row_index: int) -> Sequence[Candidate]:
         return self.candidates(self.rows[row_index])

@@ -154,8 +154,8 @@ class Cluster:
 
     @property
     def uneven(self) -> bool:
-        """Whether devices differ, or the links between them."""
-        return self.network is not None or len(set(map(id, self.devices))) > 1 and len(set(self.devices)) > 1
+        """Whether devices differ, or the links between pairs of them."""
+        return len(set(self.devices)) > 1 or (self.network is not None and not self.network.uniform)
 
     @property
     def rendezvous(self) -> bool:

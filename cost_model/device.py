@@ -207,6 +207,11 @@ class Device:
             return row.seconds(cost.nbytes)
         return row.seconds(cost, self.peak(cost.dtype), self.memory_bandwidth_bytes_per_s)
 
+    def product_s(self) -> float:
+        """Seconds of one large product in the fastest dtype: to compare devices by."""
+        dtype = max(self.peak_flops, key=lambda name: (self.peak_flops[name], name))
+        return self.op_time_s(OpCost("matmul", 2.0 * 4096**3, 6.0 * 4096**2, dtype, (1, 4096, 4096, 4096)))
+
     def peak(self, dtype: str) -> float:
         """Operations per second in this dtype. Errors: UnsupportedError where the device has none."""
         if dtype not in self.peak_flops:

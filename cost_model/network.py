@@ -109,6 +109,12 @@ class Network:
         return self.start_s + (around_s if backend == "gloo" else min(around_s, tree_s))
 
     @cached_property
+    def uniform(self) -> bool:
+        """Whether every device is as near to every other."""
+        off = ~np.eye(len(self.node_of), dtype=bool)
+        return all(len(np.unique(values[off])) <= 1 for values in (self.latencies_s, self.bandwidths))
+
+    @cached_property
     def latencies_s(self) -> FloatArray:
         """[device, device]"""
         return self._by_device(np.array(self.latency_s), "latency_s")

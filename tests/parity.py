@@ -19,10 +19,10 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 def cpu_cluster(num_devices: int, bandwidth: float = 1e9) -> autopar.Cluster:
-    """A made-up cluster of CPU ranks; parity does not depend on its figures."""
+    """A made-up cluster of CPU ranks, so near to each other that what can be sharded is."""
     shape = (num_devices, num_devices)
     return autopar.Cluster.from_matrix(
-        device="cpu", latency_s=np.full(shape, 1e-5), bandwidth_bytes_per_s=np.full(shape, bandwidth)
+        device="cpu", latency_s=np.full(shape, 2e-6), bandwidth_bytes_per_s=np.full(shape, bandwidth)
     )
 
 

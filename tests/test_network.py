@@ -257,3 +257,12 @@ def test_parts_that_are_exchanged_wait_for_the_link_not_for_each_other() -> None
         device="cpu", latency_s=np.full((4, 4), 0.5), bandwidth_bytes_per_s=np.full((4, 4), 100.0), backend="gloo"
     )
     assert cluster.collective_time_s("reduce_scatter", 400.0, (0, 1, 2, 3)) == pytest.approx(3 * 1.0 + 0.5)
+
+
+def test_a_network_of_equal_links_is_even() -> None:
+    everywhere = {"latency_s": np.full((3, 3), 0.1), "bandwidth_bytes_per_s": np.full((3, 3), 1e9)}
+    assert not Cluster.from_matrix(device="cpu", **everywhere).uneven
+    assert Cluster.from_matrix(device=["cpu", "cpu", "a64fx"], **everywhere).uneven
+    everywhere["latency_s"][0, 1] = 0.2
+    assert Cluster.from_matrix(device="cpu", **everywhere).uneven
+    assert good().uneven and not Cluster.load("dgx-h100", 16).uneven

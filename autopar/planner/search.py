@@ -90,6 +90,7 @@ class Solution:
     """objective_s: seconds of a step; bound_s: no plan of any configuration is faster.
 
     gap: (objective_s - bound_s) / bound_s, 0 where proven optimal. notes: fallbacks, timeouts, interruption.
+    placement: the device of each (stage, replica, shard), in that order; None: counting up.
     """
 
     configuration: Configuration
@@ -98,6 +99,7 @@ class Solution:
     bound_s: float
     gap: float
     notes: tuple[str, ...]
+    placement: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

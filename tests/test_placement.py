@@ -1,0 +1,161 @@
+"""Placements on uneven networks: exact on small ones, over a bound on large ones, alike each time."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import autopar
+from autopar.planner.placement import Placed, Prices, Traffic, place
+from cost_model.cluster import Cluster
+from cost_model.device import Device
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-2)
+REGIONS = """\
+schema = 1
+name = "sites"
+backend = "gloo"
+source = "a test"
+[transport]
+start = "1 ms"
+efficiency = 1
+source = "a test"
+{nodes}
+[within]
+latency = "1 ms"
+bandwidth = "1 GB/s"
+source = "a test"
+[between]
+latency = "50 ms"
+bandwidth = "10 MB/s"
+source = "a test"
+"""
+NODES = '[[nodes]]\nregion = "{}"\ndevice = "{}"\n'
+
+
+def sites(*nodes: tuple[str, str]) -> Cluster:
+    return Cluster.from_toml(REGIONS.format(nodes="".join(NODES.format(*node) for node in nodes)), "sites.toml")
+
+
+def traffic(pp: int, dp: int, tp: int = 1, *, sent: float = 1e6, reduced: float = 1e8) -> Traffic:
+    return Traffic(pp, dp, tp, 8, 0.1, sent, reduced)
+
+
+def brute_force_s(cluster: Cluster, what: Traffic) -> float:
+    prices = Prices(cluster, what)
+    orders = itertools.permutations(range(cluster.num_devices))
+    return min(prices.cost_s(np.array(order).reshape(what.pp, what.dp, what.tp)) for order in orders)
+
+
+MIXED = [("a", "v100-sxm2-16gb"), ("b", "a100-sxm-40gb"), ("a", "v100-sxm2-16gb"), ("c", "v100-sxm2-16gb")]
+
+
+@pytest.mark.parametrize("nodes", [MIXED, [*MIXED, ("b", "v100-sxm2-16gb"), ("a", "a100-sxm-40gb")]])
+@pytest.mark.parametrize("sent", [1e4, 1e7])
+def test_small_clusters_are_placed_exactly(nodes: list[tuple[str, str]], sent: float) -> None:
+    cluster = sites(*nodes)
+    for pp, dp in ((2, len(nodes) // 2), (len(nodes), 1), (1, len(nodes))):
+        what = traffic(pp, dp, sent=sent)
+        found = place(cluster, what)
+        assert found.exact and sorted(found.devices) == list(range(len(nodes)))
+        assert found.cost_s == pytest.approx(brute_force_s(cluster, what), rel=1e-12)
+        assert Prices(cluster, what).bound_s() <= found.cost_s * (1 + 1e-12)
+
+
+def regions_of(found: Placed, cluster: Cluster, shape: tuple[int, int]) -> list[list[str]]:
+    assert cluster.network is not None
+    return [[cluster.network.region(d) for d in row] for row in np.array(found.devices).reshape(shape).tolist()]
+
+
+def test_what_sends_more_stays_in_a_region() -> None:
+    """Large activations keep pipelines together, large gradients replicas of a stage."""
+    cluster = sites(*[("a", "v100-sxm2-16gb")] * 2, *[("b", "v100-sxm2-16gb")] * 2)
+    pipelines = regions_of(place(cluster, traffic(2, 2, sent=1e7, reduced=1e6)), cluster, (2, 2))
+    assert pipelines[0] == pipelines[1] and len(set(pipelines[0])) == 2
+    replicas = regions_of(place(cluster, traffic(2, 2, sent=1e4, reduced=1e9)), cluster, (2, 2))
+    assert all(len(set(row)) == 1 for row in replicas)
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+@pytest.mark.parametrize(("pp", "dp", "tp"), [(8, 8, 1), (4, 16, 1), (4, 8, 2)])
+def test_large_clusters_lie_between_the_bound_and_placements_by_hand(number: int, pp: int, dp: int, tp: int) -> None:
+    cluster = Cluster.load(f"dtfm-case{number}")
+    what = traffic(pp, dp, tp, sent=8e6, reduced=4e8)
+    prices, found = Prices(cluster, what), place(cluster, what)
+    assert sorted(found.devices) == list(range(64)) and not found.exact
+    assert found.cost_s == pytest.approx(prices.cost_s(np.array(found.devices).reshape(pp, dp, tp)))
+    assert found == place(cluster, what)
+    every = np.arange(64)
+    by_hand = [every.reshape(pp, dp, tp), every.reshape(dp, pp, tp).transpose(1, 0, 2)]
+    by_hand += [np.random.default_rng(seed).permutation(64).reshape(pp, dp, tp) for seed in range(3)]
+    assert 0 < found.bound_s <= found.cost_s <= min(map(prices.cost_s, by_hand))
+    assert found.gap == found.cost_s / found.bound_s - 1
+
+
+def test_a_slow_device_slows_its_replica_alone() -> None:
+    cluster = sites(("a", "a100-sxm-40gb"), ("a", "v100-sxm2-16gb"), ("a", "a100-sxm-40gb"), ("a", "v100-sxm2-16gb"))
+    what = replace(traffic(2, 2, sent=0.0, reduced=0.0), stage_s=1.0)
+    slow = cluster.devices[1].product_s() / cluster.devices[0].product_s()
+    schedule, _ = Prices(cluster, what).parts_s(np.array([[0, 1], [2, 3]]).reshape(2, 2, 1))
+    assert schedule[1] / schedule[0] == pytest.approx(slow, rel=0.05)
+    assert Device.load("a100-sxm-40gb").product_s() < Device.load("v100-sxm2-16gb").product_s()
+
+
+class Deep(nn.Module):
+    """Layers of one width; its activations are small beside its parameters."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def cpu_sites() -> Cluster:
+    return sites(("a", "cpu"), ("b", "cpu"), ("a", "cpu"), ("b", "cpu"))
+
+
+def test_a_plan_is_placed_by_region_and_never_slower_than_counting_up() -> None:
+    model, batch = Deep(256, 4), {"x": torch.randn(8, 256)}
+    estimates = {}
+    for placement in (None, (0, 1, 2, 3), (0, 2, 1, 3)):
+        pins = autopar.Parallelism(pp=2, dp=2, tp=1, placement=placement)
+        estimates[placement] = autopar.estimate(model, cpu_sites(), batch, optimizer=SGD, parallelism=pins)
+    free = estimates.pop(None)
+    assert free.step_time_s <= min(each.step_time_s for each in estimates.values()) * (1 + 1e-9)
+    assert math.isfinite(free.gap) and any("every placement was tried" in note for note in free.notes)
+    again = autopar.estimate(
+        model, cpu_sites(), batch, optimizer=SGD, parallelism=autopar.Parallelism(pp=2, dp=2, tp=1)
+    )
+    assert again.plan.to_json() == free.plan.to_json()
+
+
+def test_a_free_search_is_never_slower_than_any_mesh() -> None:
+    model, batch = Deep(256, 4), {"x": torch.randn(8, 256)}
+    free = autopar.estimate(model, cpu_sites(), batch, optimizer=SGD)
+    for pp, dp, tp in ((1, 4, 1), (4, 1, 1), (2, 2, 1), (1, 1, 4)):
+        pins = autopar.Parallelism(pp=pp, dp=dp, tp=tp)
+        pinned = autopar.estimate(model, cpu_sites(), batch, optimizer=SGD, parallelism=pins)
+        assert free.step_time_s <= pinned.step_time_s * 1.02, (pp, dp, tp)
+
+
+def test_the_plan_says_what_is_where() -> None:
+    from autopar.options import Options
+    from autopar.planning import plan_model
+    from autopar.report import plan_text
+
+    pins = autopar.Parallelism(pp=2, dp=2, tp=1, placement=(0, 2, 1, 3))
+    options = Options.of(None, SGD, pins, None, None, None)
+    text = plan_text(plan_model(Deep(16, 4), cpu_sites(), {"x": torch.randn(8, 16)}, options), cpu_sites())
+    rows = [line.split() for line in text.split("Placement")[1].splitlines()[3:5]]
+    assert rows == [["a", "0", "0..1"], ["b", "1", "0..1"]]
