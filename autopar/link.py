@@ -239,6 +239,7 @@ class Linker:
             suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
             splits_backward=splits_backward(plan.schedule, index % plan.pp),
             precision=plan.precision,
+            accumulates=plan.accumulates,
             given=None if self.given is None else self.given[index % plan.pp],
         )
 

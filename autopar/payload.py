@@ -103,7 +103,7 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
         "sliced": _first_rows(part, dp * plan.microbatches * plan.microbatch_size),
         "microbatches": plan.microbatches,
         "microbatch_size": plan.microbatch_size,
-        "accumulates": plan.microbatches > 1 or plan.virtual_stages > 1,
+        "accumulates": plan.accumulates,
         "reports_loss": stage == plan.pp - 1 and tp == 0,
         "chunks": [
             {

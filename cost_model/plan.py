@@ -149,6 +149,11 @@ class Plan:
         if len(self.placement) != count or any(device not in self.placement for device in range(count)):
             raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several microbatches, or of virtual stages that share parameters, add up."""
+        return self.microbatches > 1 or self.virtual_stages > 1
+
     def __str__(self) -> str:
         """The mesh, the microbatches and each stage's segments; the choices inside stages are left out."""
         count = f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''} of {self.microbatch_size}"

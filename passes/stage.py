@@ -19,7 +19,7 @@ from passes.shard import ShardedStage, shard
 from passes.split import SplitGraphs, split
 from passes.split_weight import split_weight
 from passes.stitch import Templates, stage_joint
-from passes.zero import finished, make_buckets, shard_name, shard_state
+from passes.zero import finished, make_buckets, scatters, shard_name, shard_state
 
 SETUP = "setup"
 FORWARD_SIGNATURE = "params, buffers, constants, batch, step, received, comm, kernels, device"
@@ -101,6 +101,7 @@ def build_stage(
     suffix: str = "",
     splits_backward: bool = False,
     precision: Precision = _OWN,
+    accumulates: bool = False,
     given: tuple[Bucket, ...] | None = None,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
@@ -108,6 +109,8 @@ def build_stage(
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
     recompute: segment -> its level. shared: parameters that other stages hold too. suffix: as in ``StageCode``.
     splits_backward: whether gradients of parameters have a function of their own.
+    accumulates: whether gradients of several microbatches add up. A product then finds its buffer in memory rather than
+    in the cache and is slower than one that is made apart and added, so it is not fused.
     given: the buckets, where another program has chosen them.
     """
     sharded = pack(shard(model, choices, AXIS, tp, last=last))
@@ -118,7 +121,8 @@ def build_stage(
     metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
     graphs = split(joint, invariant, parameters, recompute)
     kept = {i.target: precision.kept(metas[i.node].dtype) for i in inputs if i.kind == "parameter"}
-    fuse(graphs.backward, {name: k.grads for name, k in kept.items() if k.grads == k.reduce})
+    stored = {i.target for i in inputs if not accumulates or scatters(i.node, choices, dp)}
+    fuse(graphs.backward, {name: k.grads for name, k in kept.items() if name in stored and k.grads == k.reduce})
     if splits_backward:
         activations = (i.node for i in inputs if i.kind == "activation")
         graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})

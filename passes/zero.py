@@ -34,6 +34,11 @@ def zero_key(node: str) -> str:
     return f"zero:{node}"
 
 
+def scatters(node: str, choices: Mapping[str, str], dp: int) -> bool:
+    """Whether a parameter's gradient is reduced and scattered after each microbatch."""
+    return dp > 1 and int(choices.get(zero_key(node), "0")) > 1
+
+
 # --- Which parameters lie together
 
 
