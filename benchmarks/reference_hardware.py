@@ -149,8 +149,8 @@ class Work:
             self.stages.append(_StageWork.of(stage) if same == len(self.stages) else self.stages[same])
 
     def seconds(self, cluster: Cluster) -> float:
-        """Equal to ``simulate(program, cluster, streams=streams).step_time_s``."""
-        return step_time_s(self.program, self.prices(cluster), streams=self.streams)
+        """Equal to ``simulate(program, cluster, streams=streams, blocking=not streams).step_time_s``."""
+        return step_time_s(self.program, self.prices(cluster), streams=self.streams, blocking=not self.streams)
 
     def pass_s(self, cluster: Cluster, replica: int, microbatches: int) -> float:
         """Forward and backward of so many microbatches of one replica, without what is done once per step."""
@@ -158,7 +158,12 @@ class Work:
             replace(price, step_collectives_s=(), step_gathers_s=(), optimizer_s=0.0)
             for price in self.prices(cluster, replica)
         ]
-        return step_time_s(replace(self._without_step, microbatches=microbatches), prices, streams=self.streams)
+        return step_time_s(
+            replace(self._without_step, microbatches=microbatches),
+            prices,
+            streams=self.streams,
+            blocking=not self.streams,
+        )
 
     @functools.cached_property
     def _without_step(self) -> Program:

@@ -12,8 +12,8 @@ from cost_model.program import Block, Chunk, Collective, StageProgram
 from cost_model.schedule import (
     Backward,
     Forward,
-    RecvBackward,
-    RecvForward,
+    PostBackward,
+    PostForward,
     SendBackward,
     SendForward,
     Step,
@@ -255,9 +255,9 @@ class _StageWalk:
     def run(self, step: Step) -> None:
         blocks = self.blocks[step.chunk]
         match step:
-            case RecvForward():
+            case PostForward():
                 self._receive(step, blocks.activation_in)
-            case RecvBackward():
+            case PostBackward():
                 self._receive(step, blocks.gradient_in)
             case Forward():
                 self.buffers.add(blocks.activation_in, -1)

@@ -1,7 +1,8 @@
 """The order of work of each pipeline stage: the lists that code generation prints and the simulator times.
 
 A send is posted asynchronously; before the next send in the same direction is posted, and after
-the last step, the earlier one is waited for. A receive blocks where it stands. The two directions
+the last step, the earlier one is waited for. A receive is posted before the block that runs before
+it, so that the message travels behind that, and waited for where it is needed. The two directions
 use separate channels, so a pending send never holds up traffic the other way.
 
 A stage holds ``virtual_stages`` chunks of the model: chunk c of stage s is number c x pp + s of the chain, so that the
@@ -35,6 +36,22 @@ class Backward:
 
 
 @dataclass(frozen=True, slots=True)
+class PostForward:
+    """Post the receive of an activation."""
+
+    microbatch: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PostBackward:
+    """Post the receive of a gradient."""
+
+    microbatch: int
+    chunk: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SendForward:
     """Post the send of a chunk's activation to the next stage."""
 
@@ -44,7 +61,7 @@ class SendForward:
 
 @dataclass(frozen=True, slots=True)
 class RecvForward:
-    """Receive a chunk's activation from the previous stage; blocks."""
+    """Wait for a chunk's activation from the previous stage."""
 
     microbatch: int
     chunk: int = 0
@@ -60,7 +77,7 @@ class SendBackward:
 
 @dataclass(frozen=True, slots=True)
 class RecvBackward:
-    """Receive a chunk's gradient from the next stage; blocks."""
+    """Wait for a chunk's gradient from the next stage."""
 
     microbatch: int
     chunk: int = 0
@@ -74,7 +91,11 @@ class Weight:
     chunk: int = 0
 
 
-Step = Forward | Backward | SendForward | RecvForward | SendBackward | RecvBackward | Weight
+Step = (
+    Forward | Backward | Weight | SendForward | PostForward | RecvForward | SendBackward | PostBackward | RecvBackward
+)
+COMPUTE = (Forward, Backward, Weight)
+POSTS: dict[type[Step], type[Step]] = {RecvForward: PostForward, RecvBackward: PostBackward}
 
 
 def splits_backward(schedule: str, stage: int) -> bool:
@@ -139,7 +160,22 @@ def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int, virtua
         steps += backward_steps(*backward, stage, pp, virtual_stages)
     for backward in backwards[len(backwards) - warmup :]:
         steps += backward_steps(*backward, stage, pp, virtual_stages)
-    return tuple(_with_weights(steps, stage, microbatches) if splits_backward(schedule, stage) else steps)
+    if splits_backward(schedule, stage):
+        steps = list(_with_weights(steps, stage, microbatches))
+    return tuple(_posted_early(steps))
+
+
+def _posted_early(steps: Sequence[Step]) -> list[Step]:
+    """Each post moved before the last block that runs before its receive, though not before the channel is free."""
+    early: list[Step] = []
+    for step in steps:
+        if isinstance(step, PostForward | PostBackward):
+            ends = [at for at, before in enumerate(early) if isinstance(before, COMPUTE)]
+            free = [at + 1 for at, before in enumerate(early) if POSTS.get(type(before)) is type(step)]
+            early.insert(max([*ends[-1:], *free[-1:]], default=len(early)), step)
+        else:
+            early.append(step)
+    return early
 
 
 def _with_weights(steps: Sequence[Step], late: int, microbatches: int) -> Iterator[Step]:
@@ -180,7 +216,7 @@ def forward_steps(microbatch: int, chunk: int, stage: int, pp: int, virtual_stag
     """A forward with the transfers that its place in the chain needs."""
     steps: list[Step] = [Forward(microbatch, chunk)]
     if not is_first(stage, chunk):
-        steps.insert(0, RecvForward(microbatch, chunk))
+        steps[:0] = [PostForward(microbatch, chunk), RecvForward(microbatch, chunk)]
     if not is_last(stage, chunk, pp, virtual_stages):
         steps.append(SendForward(microbatch, chunk))
     return steps
@@ -190,7 +226,7 @@ def backward_steps(microbatch: int, chunk: int, stage: int, pp: int, virtual_sta
     """A backward with the transfers that its place in the chain needs."""
     steps: list[Step] = [Backward(microbatch, chunk)]
     if not is_last(stage, chunk, pp, virtual_stages):
-        steps.insert(0, RecvBackward(microbatch, chunk))
+        steps[:0] = [PostBackward(microbatch, chunk), RecvBackward(microbatch, chunk)]
     if not is_first(stage, chunk):
         steps.append(SendBackward(microbatch, chunk))
     return steps

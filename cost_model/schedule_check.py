@@ -74,7 +74,8 @@ def _check_complete(stage: int, steps: Sequence[Step], pp: int, microbatches: in
 
 
 def _flows(own: Sequence[Step], forward: list[Step], backward: list[Step], late: list[Step]) -> bool:
-    """Receive before forward before send, forward before backward, and the same on the way back; then what is late.
+    """Post before receive before forward before send, forward before backward, and the same on the way back; then what
+    is late.
 
     RecvBackward may stand anywhere before its backward, even before SendForward.
     """

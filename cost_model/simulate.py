@@ -8,6 +8,7 @@ runtime does not overlap.
 
 from __future__ import annotations
 
+import enum
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from cost_model.plan import Plan
 from cost_model.prices import TIED, BlockPrice, PricedCluster, StagePrice, collective_stages, price_replicas
 from cost_model.program import Collective, Program
 from cost_model.schedule import (
+    POSTS,
     Backward,
     Forward,
     RecvBackward,
@@ -31,6 +33,7 @@ from cost_model.schedule import (
     stage_schedule,
 )
 
+_POSTED: dict[type[Step], type[Step]] = {post: receive for receive, post in POSTS.items()}
 _COMPUTE: dict[type[Step], str] = {Forward: "forward", Backward: "backward", Weight: "weight"}
 STREAMS = ("compute", "receive", "send_forward", "send_backward")
 
@@ -74,17 +77,23 @@ class SimulationResult:
 
 
 def simulate(
-    program: Program, cluster: PricedCluster, *, driving_s: float = 0.0, streams: bool = False
+    program: Program,
+    cluster: PricedCluster,
+    *,
+    driving_s: float = 0.0,
+    streams: bool = False,
+    blocking: bool = False,
 ) -> SimulationResult:
     """Time and memory of one step of this very program.
 
     driving_s: what starting a step and collecting its loss costs, counted as ``other``. streams: as runtimes do that
     give each rank one stream for sends and one for receives (not autopar's): both run through their messages in
-    program order, ahead of the compute that needs them, and a message moves once it is at the head of both.
+    program order, ahead of the compute that needs them, and a message moves once it is at the head of both. blocking:
+    as runtimes do that post a receive only where they need the message.
     Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
     """
     assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
-    replicas = _run(program, price_replicas(program, cluster), streams)
+    replicas = _run(program, price_replicas(program, cluster), _mode(streams, blocking))
     ranks = max(replicas, key=lambda replica: max(rank.now for rank in replica))
     last = max(ranks, key=lambda rank: rank.now)
     return SimulationResult(
@@ -95,14 +104,29 @@ def simulate(
     )
 
 
-def step_time_s(program: Program, prices: Sequence[StagePrice], *, streams: bool = False) -> float:
+def step_time_s(
+    program: Program, prices: Sequence[StagePrice], *, streams: bool = False, blocking: bool = False
+) -> float:
     """Seconds of one step at given prices of its stages; as ``simulate``, without memory and timeline."""
-    return max(rank.now for rank in _run(program, (prices,), streams)[0])
+    return max(rank.now for rank in _run(program, (prices,), _mode(streams, blocking))[0])
 
 
-def _run(program: Program, replicas: Sequence[Sequence[StagePrice]], streams: bool) -> list[list[_Rank]]:
+class _Receives(enum.Enum):
+    """When a receive begins: before the block that runs before it, where it stands, or in the order of a stream."""
+
+    EARLY = enum.auto()
+    BLOCKING = enum.auto()
+    STREAMS = enum.auto()
+
+
+def _mode(streams: bool, blocking: bool) -> _Receives:
+    assert not (streams and blocking)
+    return _Receives.STREAMS if streams else _Receives.BLOCKING if blocking else _Receives.EARLY
+
+
+def _run(program: Program, replicas: Sequence[Sequence[StagePrice]], receives: _Receives) -> list[list[_Rank]]:
     """The ranks of each replica that differs from the others."""
-    runs = [_run_schedule(program, prices, streams) for prices in replicas]
+    runs = [_run_schedule(program, prices, receives) for prices in replicas]
     _run_step_work(program, runs)
     return runs
 
@@ -156,7 +180,7 @@ def _metadata(name: str, stage: int, thread: int, label: str) -> dict[str, objec
 
 
 class _Link:
-    """Messages one way between neighbours: when each was posted, and when each arrived.
+    """Messages one way between neighbours: when each was posted and called for, and when each arrived.
 
     prices: by the sender's chunk, the seconds of a transfer and the part of them that keeps no stream busy.
     notice_s: from a receiver's call to the moment when the sender knows of it.
@@ -165,31 +189,40 @@ class _Link:
     def __init__(self, sender: _Rank, stream: str, prices: Sequence[tuple[float, float]], notice_s: float) -> None:
         self.sender, self.stream, self.prices, self.notice_s = sender, stream, prices, notice_s
         self.posted: list[float] = []
-        self.chunks: list[int] = []
+        self.sends: list[Step] = []
+        self.called: list[float] = []
         self.done: list[float] = []
+        self.taken = 0
 
-    def post(self, at_s: float, chunk: int) -> None:
+    def post(self, at_s: float, step: Step) -> None:
         self.posted.append(at_s)
-        self.chunks.append(chunk)
+        self.sends.append(step)
+        self.move()
+
+    def move(self) -> None:
+        """Messages that both ends know of."""
+        while len(self.done) < min(len(self.posted), len(self.called)):
+            message, sender = len(self.done), self.sender
+            step = self.sends[message]
+            start = sender.egress_s(self, max(self.posted[message], self.called[message] + self.notice_s))
+            end = start + self.transfer_s(message)
+            sender.sent = (self, start, end - self.delay_s(message))
+            self.done.append(end)
+            sender.events.append(Event(sender.stage, self.stream, "send", step.microbatch, start, end, step.chunk))
 
     def transfer_s(self, message: int) -> float:
-        return self.prices[self.chunks[message]][0]
+        return self.prices[self.sends[message].chunk][0]
 
     def delay_s(self, message: int) -> float:
-        return self.prices[self.chunks[message]][1]
-
-    @property
-    def total_s(self) -> float:
-        """Of all transfers that are done."""
-        return sum(self.transfer_s(message) for message in range(len(self.done)))
+        return self.prices[self.sends[message].chunk][1]
 
 
 class _Rank:
     """The representative rank of one stage: its clock, where its time went, and its place in its list of steps."""
 
-    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], streams: bool) -> None:
-        self.stage, self.price, self.steps, self.streams = stage, price, steps, streams
-        self.received_s = 0.0
+    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], receives: _Receives) -> None:
+        self.stage, self.price, self.steps, self.receives = stage, price, steps, receives
+        self.received_s = self.received_exposed_s = 0.0
         self.sent: tuple[_Link | None, float, float] = (None, 0.0, 0.0)
         self.position = 0
         self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
@@ -244,7 +277,11 @@ class _Rank:
             self._compute(step)
             return True
         if kind is SendForward or kind is SendBackward:
-            return self._send(self.links[kind], step.chunk)
+            return self._send(self.links[kind], step)
+        if kind in _POSTED:
+            if self.receives is _Receives.EARLY:
+                self._expect(self.links[_POSTED[kind]])
+            return True
         return self._receive(self.links[kind], step)
 
     def _compute(self, step: Step) -> None:
@@ -256,43 +293,46 @@ class _Rank:
         self.events.append(Event(self.stage, "compute", name, step.microbatch, self.now, end, step.chunk))
         self.now = end
 
-    def _send(self, link: _Link, chunk: int) -> bool:
-        """Wait for the send before on this link, then post; the transfer itself is the receiver's event."""
-        if self.streams:
-            return self._post(link, chunk)
+    def _send(self, link: _Link, step: Step) -> bool:
+        """Wait for the send before on this link, then post."""
+        if self.receives is _Receives.STREAMS:
+            return self._post(link, step)
         if len(link.posted) > len(link.done):
             return False
         if link.done:
             self._wait_for_last(link)
-        link.post(self.now, chunk)
+        link.post(self.now, step)
         return True
 
     def _wait_for_last(self, link: _Link) -> None:
         self._wait(link.done[-1], link.transfer_s(len(link.done) - 1))
 
-    def _post(self, link: _Link, chunk: int) -> bool:
+    def _expect(self, link: _Link) -> None:
+        link.called.append(self.now)
+        link.move()
+
+    def _post(self, link: _Link, step: Step) -> bool:
         """Queue on the send stream, which runs through the sends of both directions."""
         own = [other for kind, other in self.links.items() if kind in (SendForward, SendBackward)]
         if any(len(other.posted) > len(other.done) for other in own):
             return False
         free = (other.done[-1] - other.delay_s(len(other.done) - 1) for other in own if other.done)
-        link.post(max([self.now, *free]), chunk)
+        link.post(max([self.now, *free]), step)
         return True
 
     def _receive(self, link: _Link, step: Step) -> bool:
-        message = len(link.done)
+        message = link.taken
         if message == len(link.posted):
             return False
-        posted, called = link.posted[-1], self.received_s if self.streams else self.now
-        start = link.sender.egress_s(link, max(posted, called + link.notice_s))
-        end = start + link.transfer_s(message)
-        link.sender.sent = (link, start, end - link.delay_s(message))
+        if self.receives is not _Receives.EARLY:
+            link.called.append(self.received_s if self.receives is _Receives.STREAMS else self.now)
+            link.move()
+        end = link.done[message]
+        link.taken += 1
         self.received_s = end - link.delay_s(message)
-        link.done.append(end)
+        called = link.called[message]
         self.events.append(Event(self.stage, "receive", "receive", step.microbatch, called, end, step.chunk))
-        sender, chunk = link.sender, link.chunks[message]
-        sender.events.append(Event(sender.stage, link.stream, "send", step.microbatch, start, end, chunk))
-        self._wait(end, link.transfer_s(message))
+        self.received_exposed_s += self._wait(end, link.transfer_s(message))
         return True
 
     def egress_s(self, link: _Link, start_s: float) -> float:
@@ -301,21 +341,24 @@ class _Rank:
         waits = self.price.shares_egress and other not in (None, link) and begun_s <= start_s
         return max(start_s, free_s) if waits else start_s
 
-    def _wait(self, until_s: float, transfer_s: float) -> None:
-        """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage."""
-        waited = until_s - self.now
-        if waited > 0.0:
-            exposed = min(waited, transfer_s)
-            self.communication_s += exposed
-            self.bubble_s += waited - exposed
-            self.now = until_s
+    def _wait(self, until_s: float, transfer_s: float) -> float:
+        """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage.
+
+        Returns the former.
+        """
+        waited = max(0.0, until_s - self.now)
+        exposed = min(waited, transfer_s)
+        self.communication_s += exposed
+        self.bubble_s += waited - exposed
+        self.now = max(self.now, until_s)
+        return exposed
 
 
-def _run_schedule(program: Program, prices: Sequence[StagePrice], streams: bool) -> list[_Rank]:
+def _run_schedule(program: Program, prices: Sequence[StagePrice], receives: _Receives) -> list[_Rank]:
     """Run all stages' steps; a stage that has moved wakes its neighbours."""
     pp, shape = program.pp, (program.pp, program.microbatches, program.virtual_stages)
     ranks = [
-        _Rank(stage, price, stage_schedule(program.schedule, stage, *shape), streams)
+        _Rank(stage, price, stage_schedule(program.schedule, stage, *shape), receives)
         for stage, price in enumerate(prices)
     ]
     for before in ranks[: pp if program.virtual_stages > 1 else pp - 1]:
@@ -410,7 +453,7 @@ def _memory(program: Program, cluster: PricedCluster, stage: int) -> MemoryBreak
 
 
 def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
-    """Seconds per step by op kind; "receive" holds the transfers that block this stage."""
+    """Seconds per step by op kind; "receive" holds the transfers that this stage waits for."""
     kinds: defaultdict[str, float] = defaultdict(float)
     for chunk in rank.price.chunks:
         for block in (chunk.forward, *chunk.backwards):
@@ -422,7 +465,6 @@ def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
         kinds[collective.kind] += seconds
     for kind, seconds in rank.price.optimizer_kinds_s.items():
         kinds[kind] += seconds
-    for step, link in rank.links.items():
-        if step in (RecvForward, RecvBackward):
-            kinds["receive"] += link.total_s
+    if rank.links:
+        kinds["receive"] = rank.received_exposed_s
     return dict(kinds)

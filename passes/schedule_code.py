@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cost_model.program import Collective
-from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, Step, Weight
+from cost_model.schedule import (
+    Backward,
+    Forward,
+    PostBackward,
+    PostForward,
+    RecvBackward,
+    RecvForward,
+    SendBackward,
+    SendForward,
+    Step,
+    Weight,
+)
 from cost_model.tensor import TensorMeta
 from passes.codegen import Sources, new_names, render_function, returns_named
 from passes.graph import ModelGraph
@@ -18,12 +29,14 @@ _CALLS = {
     Forward: "forward",
     Backward: "backward",
     SendForward: "send_forward",
+    PostForward: "expect_forward",
     RecvForward: "receive_forward",
     SendBackward: "send_backward",
+    PostBackward: "expect_backward",
     RecvBackward: "receive_backward",
     Weight: "weight",
 }
-_FORWARDS = (Forward, SendForward, RecvForward)
+_FORWARDS = (Forward, SendForward, PostForward, RecvForward)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from cost_model.errors import ParallelismError, UnknownNameError, VerificationEr
 from cost_model.schedule import (
     Backward,
     Forward,
+    PostBackward,
+    PostForward,
     RecvBackward,
     RecvForward,
     SendBackward,
@@ -25,16 +27,19 @@ SHORT = {
     Forward: "F",
     Backward: "B",
     SendForward: "sF",
+    PostForward: "pF",
     RecvForward: "rF",
     SendBackward: "sB",
+    PostBackward: "pB",
     RecvBackward: "rB",
     Weight: "W",
 }
 
 
-def text(steps: tuple[Step, ...]) -> str:
+def text(steps: tuple[Step, ...], posts: bool = False) -> str:
     """ "F2" is of microbatch 2, "F2/1" the same in chunk 1."""
-    return " ".join(f"{SHORT[type(s)]}{s.microbatch}{f'/{s.chunk}' if s.chunk else ''}" for s in steps)
+    shown = (s for s in steps if posts or not isinstance(s, PostForward | PostBackward))
+    return " ".join(f"{SHORT[type(s)]}{s.microbatch}{f'/{s.chunk}' if s.chunk else ''}" for s in shown)
 
 
 def stages(schedule: str, pp: int, microbatches: int, virtual_stages: int = 1) -> list[tuple[Step, ...]]:
@@ -116,6 +121,14 @@ def test_counts_that_a_schedule_cannot_run(
         stage_schedule(schedule, 0, pp, microbatches, virtual_stages)
 
 
+def test_receives_are_posted_before_the_block_before() -> None:
+    """One at a time on each channel; the first where nothing runs before it."""
+    assert [text(steps, posts=True) for steps in stages("1f1b", 2, 3)] == [
+        "F0 sF0 pB0 F1 sF1 rB0 B0 pB1 F2 sF2 rB1 pB2 B1 rB2 B2",
+        "pF0 rF0 F0 pF1 B0 sB0 rF1 F1 pF2 B1 sB1 rF2 F2 B2 sB2",
+    ]
+
+
 def test_one_stage_sends_nothing_and_1f1b_keeps_one_microbatch() -> None:
     assert text(stage_schedule("1f1b", 0, 1, 2)) == "F0 B0 F1 B1"
     assert text(stage_schedule("gpipe", 0, 1, 2)) == "F0 F1 B0 B1"
@@ -173,25 +186,28 @@ def test_backward_before_its_forward() -> None:
 
 def test_send_before_its_forward() -> None:
     lists = [list(steps) for steps in stages("gpipe", 2, 1)]
-    lists[0][:2] = [SendForward(0), Forward(0)]
+    first, send = lists[0].index(Forward(0)), lists[0].index(SendForward(0))
+    lists[0][first], lists[0][send] = lists[0][send], lists[0][first]
     assert failing_check(lists, 1) == "schedule_complete"
 
 
 def test_receives_in_another_order_than_sends() -> None:
     lists = [list(steps) for steps in stages("gpipe", 2, 2)]
-    lists[1][:4] = [RecvForward(1), Forward(1), RecvForward(0), Forward(0)]
+    kinds = (PostForward, RecvForward, Forward)
+    lists[1] = [type(step)(1 - step.microbatch) if isinstance(step, kinds) else step for step in lists[1]]
     assert failing_check(lists, 2) == "schedule_matching"
 
 
 def test_gradient_sends_in_another_order_than_receives() -> None:
     lists = [list(steps) for steps in stages("gpipe", 2, 2)]
-    lists[0][-4:] = [RecvBackward(1), Backward(1), RecvBackward(0), Backward(0)]
+    kinds = (PostBackward, RecvBackward, Backward)
+    lists[0] = [type(step)(1 - step.microbatch) if isinstance(step, kinds) else step for step in lists[0]]
     assert failing_check(lists, 2) == "schedule_matching"
 
 
 def test_stages_that_wait_for_each_other() -> None:
-    first: list[Step] = [Forward(0), RecvBackward(0), SendForward(0), Backward(0)]
-    last: list[Step] = [RecvForward(0), Forward(0), Backward(0), SendBackward(0)]
+    first: list[Step] = [Forward(0), PostBackward(0), RecvBackward(0), SendForward(0), Backward(0)]
+    last: list[Step] = [PostForward(0), RecvForward(0), Forward(0), Backward(0), SendBackward(0)]
     assert failing_check([first, last], 1) == "schedule_deadlock"
 
 

@@ -24,7 +24,17 @@ from cost_model.program import (
     StepWork,
     Value,
 )
-from cost_model.schedule import Backward, Forward, RecvBackward, RecvForward, SendBackward, SendForward, stage_schedule
+from cost_model.schedule import (
+    Backward,
+    Forward,
+    PostBackward,
+    PostForward,
+    RecvBackward,
+    RecvForward,
+    SendBackward,
+    SendForward,
+    stage_schedule,
+)
 from cost_model.simulate import Event, SimulationResult, chrome_trace, estimate_program, simulate, step_time_s
 from cost_model.tensor import TensorMeta
 
@@ -128,8 +138,8 @@ def pipeline(schedule: str, microbatches: int, times: Sequence[tuple[float, floa
     return program(stages, microbatches, schedule)
 
 
-def run(what: Program, transfer_s: float = 0.0, device: Device = Device()) -> SimulationResult:
-    return simulate(what, Cluster((device,) * what.num_devices, transfer_s))
+def run(what: Program, transfer_s: float = 0.0, device: Device = Device(), blocking: bool = False) -> SimulationResult:
+    return simulate(what, Cluster((device,) * what.num_devices, transfer_s), blocking=blocking)
 
 
 def interleaved(pp: int, virtual_stages: int, microbatches: int, forward_s: float, backward_s: float) -> Program:
@@ -206,7 +216,7 @@ def test_zero_bubble_of_three_stages_by_hand() -> None:
 
 def test_interleaved_by_hand_with_transfers() -> None:
     """Chunks of 1 + 2; every message takes 0.5; the last stage sends its first chunk's activation back to stage 0."""
-    result = run(interleaved(2, 2, 2, 2.0, 4.0), transfer_s=0.5)
+    result = run(interleaved(2, 2, 2, 2.0, 4.0), transfer_s=0.5, blocking=True)
     assert spans(result, 0, "forward") == [(0, 1), (1, 2), (3, 4), (4.5, 5.5)]
     assert spans(result, 1, "forward") == [(1.5, 2.5), (3, 4), (4.5, 5.5), (8, 9)]
     assert spans(result, 1, "backward")[0] == (5.5, 7.5)
@@ -221,7 +231,7 @@ def test_1f1b_of_three_stages_by_hand() -> None:
 
 
 def test_gpipe_with_transfers_by_hand() -> None:
-    result = run(pipeline("gpipe", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
+    result = run(pipeline("gpipe", 2, [(1.0, 2.0)] * 2), transfer_s=0.5, blocking=True)
     assert spans(result, 1, "receive") == [(0, 1.5), (2.5, 3)]
     assert spans(result, 1, "forward") == [(1.5, 2.5), (3, 4)]
     assert spans(result, 1, "send") == [(6, 6.5), (8.5, 9)]
@@ -232,12 +242,25 @@ def test_gpipe_with_transfers_by_hand() -> None:
 
 
 def test_1f1b_with_transfers_by_hand() -> None:
-    result = run(pipeline("1f1b", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
+    result = run(pipeline("1f1b", 2, [(1.0, 2.0)] * 2), transfer_s=0.5, blocking=True)
     assert spans(result, 1, "backward") == [(2.5, 4.5), (6, 8)]
     assert spans(result, 0, "backward") == [(5, 7), (8.5, 10.5)]
     parts = result.breakdown
     assert (parts.compute_s, parts.communication_s, parts.bubble_s) == (6, 1, 3.5)
     assert result.step_time_s == 10.5
+
+
+def test_receives_posted_early_by_hand() -> None:
+    """Stage 1 posts the receive of 1 before its backward of 0: it travels from 2.5 to 3, where 1f1b above waits."""
+    result = run(pipeline("1f1b", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
+    assert spans(result, 0, "send") == [(1, 1.5), (2.5, 3)]
+    assert spans(result, 1, "receive") == [(0, 1.5), (2.5, 3)]
+    assert spans(result, 1, "backward") == [(2.5, 4.5), (5.5, 7.5)]
+    assert spans(result, 0, "receive") == [(1, 5), (5, 8)]
+    assert spans(result, 0, "backward") == [(5, 7), (8, 10)]
+    parts = result.breakdown
+    assert (parts.compute_s, parts.communication_s, parts.bubble_s) == (6, 1, 3)
+    assert result.stages[1].op_kinds_s["receive"] == 0.5
 
 
 def test_streams_move_messages_behind_compute() -> None:
@@ -263,7 +286,7 @@ def test_a_delay_keeps_no_stream_busy() -> None:
 
 def test_a_sender_waits_for_its_send_before() -> None:
     """Stage 1 has microbatch 1 only at 8, so stage 0 cannot post microbatch 2 at 3 and begin the next forward."""
-    result = run(pipeline("gpipe", 4, [(1.0, 0.0), (5.0, 0.0)]), transfer_s=1.0)
+    result = run(pipeline("gpipe", 4, [(1.0, 0.0), (5.0, 0.0)]), transfer_s=1.0, blocking=True)
     assert spans(result, 0, "send") == [(1, 2), (7, 8), (13, 14), (19, 20)]
     assert spans(result, 0, "forward") == [(0, 1), (1, 2), (2, 3), (8, 9)]
     assert result.step_time_s == 20 + 5 + 4
@@ -333,7 +356,7 @@ def test_messages_both_ways_share_a_senders_rate() -> None:
     free = Cluster((Device(),) * 3, transfers_s=links, uneven=True)
 
     def gradients(shared: frozenset[int]) -> list[float]:
-        result = simulate(pipeline("1f1b", 4, times), dataclasses.replace(free, shared=shared))
+        result = simulate(pipeline("1f1b", 4, times), dataclasses.replace(free, shared=shared), blocking=True)
         return [end for _, end in spans(result, 0, "receive")]
 
     assert gradients(frozenset({0, 2})) == gradients(frozenset())  # these send one way only
@@ -439,7 +462,7 @@ def test_chrome_trace_has_every_event_in_microseconds() -> None:
     assert isinstance(trace, list)
     assert sum(event["ph"] == "X" for event in trace) == len(result.timeline)
     last = next(event for event in trace if event["name"] == "backward 1" and event["pid"] == 0)
-    assert (last["ts"], last["dur"]) == (8.5e6, 2e6)
+    assert (last["ts"], last["dur"]) == (8e6, 2e6)
     names = {event["args"]["name"] for event in trace if event["ph"] == "M" and event["pid"] == 1}
     assert names == {"stage 1", "compute", "receive", "send_forward", "send_backward"}
 
@@ -459,22 +482,37 @@ TIMES = st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=5)
 SCHEDULES = st.sampled_from(("gpipe", "1f1b"))
 
 
-def longest_path_s(schedule: str, microbatches: int, times: Sequence[tuple[float, float]], transfer_s: float) -> float:
+def longest_path_s(
+    schedule: str, microbatches: int, times: Sequence[tuple[float, float]], transfer_s: float, blocking: bool
+) -> float:
     """The step time as a fixed point: relax the end of every step until none moves."""
     pp = len(times)
     lists = [stage_schedule(schedule, stage, pp, microbatches) for stage in range(pp)]
     ends: dict[tuple[int, object], float] = {}
+    called: dict[tuple[int, object], float] = {}
     peers = {RecvForward: (SendForward, -1), RecvBackward: (SendBackward, 1)}
     receives = {SendForward: (RecvForward, 1), SendBackward: (RecvBackward, -1)}
+    posts = {PostForward: RecvForward, PostBackward: RecvBackward}
+
+    def arrival(stage: int, step: RecvForward | RecvBackward) -> float:
+        sender, offset = peers[type(step)]
+        posted = ends.get((stage + offset, sender(step.microbatch)), 0.0)
+        return max(posted, called.get((stage, step), 0.0)) + transfer_s
 
     def end_of(stage: int, step: Forward | Backward, before: float) -> float:
         kind = type(step)
+        if kind in posts:
+            if not blocking:
+                called[stage, posts[kind](step.microbatch)] = before
+            return before
         if kind in peers:
-            sender, offset = peers[kind]
-            return max(before, ends.get((stage + offset, sender(step.microbatch)), 0.0)) + transfer_s
+            if blocking:
+                called[stage, step] = before
+            return max(before, arrival(stage, step))
         if kind in receives:
             receiver, offset = receives[kind]
-            return max(before, ends.get((stage + offset, receiver(step.microbatch - 1)), 0.0))
+            earlier = step.microbatch > 0
+            return max(before, arrival(stage + offset, receiver(step.microbatch - 1)) if earlier else 0.0)
         return before + times[stage][kind is Backward]
 
     for _ in range(2 * pp * microbatches + 2 * pp + 4):
@@ -485,12 +523,20 @@ def longest_path_s(schedule: str, microbatches: int, times: Sequence[tuple[float
     return max(ends.values())
 
 
-@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS)
+@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, st.booleans())
 def test_step_time_is_the_longest_path(
+    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float, blocking: bool
+) -> None:
+    result = run(pipeline(schedule, microbatches, times), transfer_s, blocking=blocking)
+    assert result.step_time_s == longest_path_s(schedule, microbatches, times, transfer_s, blocking)
+
+
+@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS)
+def test_receives_posted_early_cost_nothing(
     schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float
 ) -> None:
-    result = run(pipeline(schedule, microbatches, times), transfer_s)
-    assert result.step_time_s == longest_path_s(schedule, microbatches, times, transfer_s)
+    what = pipeline(schedule, microbatches, times)
+    assert run(what, transfer_s).step_time_s <= run(what, transfer_s, blocking=True).step_time_s
 
 
 @given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, SECONDS)
@@ -526,7 +572,7 @@ def test_a_slower_op_never_makes_a_faster_step(
 def test_a_rank_does_one_thing_at_a_time(
     schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float
 ) -> None:
-    result = run(pipeline(schedule, microbatches, times), transfer_s)
+    result = run(pipeline(schedule, microbatches, times), transfer_s, blocking=True)
     for stage in range(len(times)):
         own = [e for e in result.timeline if e.stage == stage and e.stream in ("compute", "receive")]
         assert all(before.end_s <= after.start_s for before, after in zip(own, own[1:], strict=False))

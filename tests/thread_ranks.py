@@ -99,7 +99,12 @@ class ThreadExecutor(executor.RankExecutor):
 
     wires: Wires
 
-    def _receive(self, link: str, meta: Any, part: tuple[int, int]) -> Tensor:
+    def _expect(self, link: str, meta: Any) -> tuple[Any, Tensor]:
+        assert link not in self.expected
+        return meta, torch.empty(0)
+
+    def _receive(self, link: str, part: tuple[int, int]) -> Tensor:
+        meta, _ = self.expected.pop(link)
         (source, name), (shape, dtype) = self.spec["links"][link], meta
         tensor = self.wires.wire(source, self.rank, name).get(timeout=TIMEOUT_S)
         assert tuple(tensor.shape) == tuple(shape) and str(tensor.dtype) == f"torch.{dtype}", (meta, tensor.shape)

@@ -134,6 +134,7 @@ class RankExecutor:
         self.outgoing: dict[Part, Tensor] = {}
         self.grad_received: dict[Part, Tensor] = {}
         self.grad_outgoing: dict[Part, Tensor] = {}
+        self.expected: dict[str, tuple[Any, Tensor]] = {}
         self.sending: dict[str, tuple[Any, Tensor, Part]] = {}
         self.loss: Tensor | None = None
 
@@ -269,15 +270,21 @@ class RankExecutor:
             ),
         )  # fmt: skip
 
+    def expect_forward(self, microbatch: int, chunk: int = 0) -> None:
+        """Post the receive of an activation from the stage before."""
+        self.expected["receive_forward"] = self._expect("receive_forward", self.chunks[chunk].received)
+
     def receive_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the activation of a microbatch from the stage before."""
-        part = (microbatch, chunk)
-        self.received[part] = self._receive("receive_forward", self.chunks[chunk].received, part)
+        self.received[microbatch, chunk] = self._receive("receive_forward", (microbatch, chunk))
+
+    def expect_backward(self, microbatch: int, chunk: int = 0) -> None:
+        """Post the receive of a gradient from the stage after."""
+        self.expected["receive_backward"] = self._expect("receive_backward", self.chunks[chunk].sent)
 
     def receive_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the gradient of a microbatch from the stage after."""
-        part = (microbatch, chunk)
-        self.grad_received[part] = self._receive("receive_backward", self.chunks[chunk].sent, part)
+        self.grad_received[microbatch, chunk] = self._receive("receive_backward", (microbatch, chunk))
 
     def send_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Start sending an activation to the stage after."""
@@ -403,11 +410,14 @@ class RankExecutor:
         step = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.step_values.items()}
         return batch, step
 
-    def _receive(self, link: str, meta: Tree, part: Part) -> Tensor:
+    def _expect(self, link: str, meta: Tree) -> tuple[Any, Tensor]:
         (source, name), (shape, dtype) = self.spec["links"][link], meta
         buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-        group = self.groups[name][1]
-        self._timed(link, part, lambda: dist.recv(buffer, src=source, group=group))
+        return dist.irecv(buffer, src=source, group=self.groups[name][1]), buffer
+
+    def _receive(self, link: str, part: Part) -> Tensor:
+        work, buffer = self.expected.pop(link)
+        self._timed(link, part, work.wait)
         return buffer
 
     def _send(self, link: str, tensor: Tensor, part: Part) -> None:
