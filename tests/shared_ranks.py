@@ -43,5 +43,10 @@ def shared_ranks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autopar.ranks, "LocalRanks", SharedRanks)
         yield
+    end_ranks()
+
+
+def end_ranks() -> None:
+    """The next program starts ranks of its own."""
     while _POOLS:
         _POOLS.popitem()[1].close()
