@@ -19,9 +19,10 @@ from autopar.runtime import pool
 from cost_model.errors import WorkerError
 
 MIB = 2**20
-HEAP_SHARE = 0.2
-"""What the system may count beside the tensors: gloo's own copy of what it gathers, pieces of memory too small for the
-next request, messages, code. Plain data parallel holds a third more than this cap between its steps alone."""
+HEAP_SHARE = 0.02
+"""Pieces of memory too small for the next request."""
+THREADS_BYTES = 4 * 8 * MIB + 8 * MIB
+"""Counted though never touched: stacks of the two threads of each of two new process groups; and the program's text."""
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Ranks keep what they free, to be fast; with these they give it back, and the system's count is the allocator's."""
 
@@ -50,7 +51,8 @@ def train_within(cap_bytes: int, model: Any, batch: Any, **keywords: Any) -> lis
     """Two steps on ranks that may take no more than the cap beside what a tiny program takes."""
     with autopar.compile(Regression(), cpu_cluster(2), BATCH, optimizer=ADAMW) as tiny:
         tiny.step(BATCH)
-    limits = {pid: data_bytes(pid) + int((1 + HEAP_SHARE) * cap_bytes) for pid in workers()}
+    allowed = int((1 + HEAP_SHARE) * cap_bytes) + THREADS_BYTES
+    limits = {pid: data_bytes(pid) + allowed for pid in workers()}
     with autopar.compile(model, cpu_cluster(2), batch, optimizer=ADAMW, **keywords) as exe:
         for pid, limit in limits.items():
             resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit))
