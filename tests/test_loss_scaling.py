@@ -73,7 +73,7 @@ def test_the_scale_stays_finite() -> None:
     ("precision", "pins"),
     [
         (HALF, {"dp": 2, "zero": 1}),
-        (HALF, {"pp": 2, "microbatch_size": 2}),
+        pytest.param(HALF, {"pp": 2, "microbatch_size": 2}, marks=pytest.mark.slow),
         pytest.param(HALF, {"tp": 2}, marks=pytest.mark.slow),
         pytest.param(HALF, {"dp": 2, "zero": 3}, marks=pytest.mark.slow),
         pytest.param(PURE, {"dp": 2, "zero": 0}, marks=pytest.mark.slow),
