@@ -41,6 +41,7 @@ _HOMES = {
     "Plan": "cost_model.plan",
     "Precision": "cost_model.precision",
     "errors": "cost_model",
+    "register_rule": "autopar.rules",
 }
 __all__ = [
     "Cluster",
@@ -54,6 +55,7 @@ __all__ = [
     "compile",
     "errors",
     "estimate",
+    "register_rule",
 ]
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 
+from torch import fx
+
 from autopar.planner.space import LocalModel, ModelSpace, renaming
 from autopar.report import bytes_text
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
+from cost_model.ops import entry_of, price_of
 from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.schedule import check_counts
 from passes.batch import BatchAnalysis
+from passes.calls import call_of
 from passes.dependence import differentiable_nodes
 from passes.fingerprint import fingerprint
-from passes.graph import ModelGraph
+from passes.graph import ModelGraph, is_getitem, source_of
 from passes.segment import Segment
 from passes.zero import zero_key
 
@@ -209,3 +213,29 @@ def _check_zero(number: int, variable: str, label: str, domains: dict[str, tuple
         raise ConfigError(f"the plan's choice for {variable!r} is {label!r}, but it can be 1, 2, 3; plan again")
     if not divisible:
         raise ConfigError(f"the plan splits {variable!r} into pieces, which the optimizer does not allow; plan again")
+
+
+def unruled(model: ModelGraph) -> dict[str, list[fx.Node]]:
+    """Calls of each op that the op table does not know."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in model.nodes():
+        if not is_getitem(node) and entry_of(str(node.target)) is None:
+            found.setdefault(str(node.target), []).append(node)
+    return found
+
+
+def missing_rules(model: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[str, ...]:
+    """Ops without a rule: every rank of a tp axis does all of their work; where they stand, and what that costs.
+
+    The forward's seconds in a step; the backward's are not known, and count as twice as much.
+    """
+    device, notes = cluster.devices[0], []
+    for name, nodes in unruled(model).items():
+        costs = (price_of(call_of(node, model.metas)) for node in nodes)
+        whole_s = sum(device.op_time_s(cost) for cost in costs if cost is not None) / plan.dp
+        wasted = f", {3e3 * whole_s * (1 - 1 / plan.tp):.3g} ms of a step" if plan.tp > 1 else ""
+        notes.append(
+            f"{name} has no rule ({source_of(nodes[0])}): {len(nodes)} call(s) replicated{wasted}, priced by the bytes "
+            "that they move; autopar.register_rule gives it one"
+        )
+    return tuple(notes)

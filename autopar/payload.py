@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 
 from autopar.gradient_norm import norm_spans
 from autopar.link import Linked, LinkedStage
+from autopar.ranks import under_launcher
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from cost_model.errors import ConfigError
 from cost_model.placement import REPLICATE, Placement, Shard
 from cost_model.prices import axis_groups
 from cost_model.program import Bucket
-from passes.graph import GraphInput, torch_dtype
+from passes.graph import GraphInput, ModelGraph, is_getitem, torch_dtype
 
 WRAP = " to the other end"
 
@@ -99,6 +101,7 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
     plan, part = linked.plan, linked.stages[stage]
     return {
         "source": linked.source(rank),
+        "imports": imports(linked.traced.global_graph),
         "batch": tuple(i.target for i in part.batch_inputs),
         "sliced": _first_rows(part, dp * plan.microbatches * plan.microbatch_size),
         "microbatches": plan.microbatches,
@@ -116,6 +119,16 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
         ],
         "links": _links(linked, stage, dp, tp),
     }
+
+
+def imports(graph: ModelGraph) -> list[str]:
+    """Modules that define ops of the user's own. Errors: ConfigError for ops of a script, which no rank can import."""
+    names = {str(n.target).rpartition(".")[0].replace(".", "::") for n in graph.nodes() if not is_getitem(n)}
+    defined = {name: OPDEFS[name]._init_fn.__module__ for name in sorted(names) if name in OPDEFS}
+    script = next((name for name, module in defined.items() if module == "__main__"), None)
+    if script is not None and not under_launcher():
+        raise ConfigError(f"{script} is defined in the script itself; define it in a module, which ranks can import")
+    return [module for module in dict.fromkeys(defined.values()) if module != "__main__"]
 
 
 def _bucket(

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from autopar.checks import check_pins, check_plan, check_sequence, check_trains, plan_notes
+from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
 from autopar.link import Linked, Linker
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
@@ -126,7 +126,7 @@ class Job:
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
         traced = cast(trace(model, inputs, options.loss_fn), options.precision)
         analysis, notes = analysed(traced, model)
-        if analysis.reason is not None:  # once more, to say where
+        if analysis.reason is not None or unruled(traced.global_graph):  # once more, to say where
             traced = cast(trace(model, inputs, options.loss_fn, sources=True), options.precision)
             analysis, notes = analysed(traced, model)
         whole = traced.global_graph
@@ -135,7 +135,7 @@ class Job:
         updated = {n: replace(m, dtype=options.precision.kept(m.dtype).updated) for n, m in parameters.items()}
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in updated.items()}
         optimizer = capture(options.optimizer, shapes)
-        notes = (*traced.notes, *notes, *_unpriced(whole), *_random(whole, options.seed))
+        notes = (*traced.notes, *notes, *_random(whole, options.seed))
         return Job(cluster, options, traced, analysis, optimizer, updated, notes)
 
     @property
@@ -179,7 +179,8 @@ class Job:
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""
         plan, linked = decision.plan, self.linked(decision.plan)
-        notes = (*self.notes, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
+        missing = missing_rules(self.traced.global_graph, plan, self.cluster)
+        notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
         estimate = estimate_program(linked.program, self.cluster, plan, notes, decision.search_s, decision.gap)
         return Planned(plan, estimate, linked, self.optimizer)
 
@@ -419,15 +420,6 @@ def _synchronised_note(count: int) -> str:
         f"the statistics of {count} batch norm(s) are those of the global batch, as on one device: replicas exchange "
         "them (an all_gather forward, an all_reduce backward), and each replica has one microbatch"
     )
-
-
-def _unpriced(model: ModelGraph) -> tuple[str, ...]:
-    """Ops without an entry in the op table: replicated, priced by bytes, and named."""
-    from cost_model.ops import entry_of
-    from passes.graph import is_getitem
-
-    names = dict.fromkeys(str(n.target) for n in model.nodes() if not is_getitem(n) and entry_of(str(n.target)) is None)
-    return tuple(f"{name} has no rule: replicated and priced by the bytes it moves" for name in names)
 
 
 def _random(model: ModelGraph, seed: int) -> tuple[str, ...]:

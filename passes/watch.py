@@ -17,6 +17,8 @@ from cost_model.errors import UnsupportedError
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _REGISTER = ("register_hook", "register_post_accumulate_grad_hook")
+_REGISTERED = "torch._library.autograd"
+"""Where backwards of registered ops live: calls of such an op are traced whole, and their backward with them."""
 _NUMBERS = (bool, int, float)
 
 
@@ -39,7 +41,11 @@ def no_own_backward() -> Iterator[None]:
     Only the forward of either is traced, and its derivative would take the place of the user's backward.
     """
 
-    def refuse_function(cls: type, *_: Any, **__: Any) -> NoReturn:
+    apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == _REGISTERED:
+            return apply(cls, *args, **kwargs)
         raise UnsupportedError(
             f"{cls.__qualname__} is an autograd.Function: its backward is lost when a model is traced; state it with "
             "differentiable calls (a straight-through estimator: x + (f(x) - x).detach())"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import linecache
 import math
 import time
@@ -55,6 +56,8 @@ class RankExecutor:
         self.rank, self.world_size, self.spec = rank, world_size, payload
         self.device = torch.device(payload["device"])
         self.stage, self.dp_index = payload["stage"], payload["dp_index"]
+        for module in payload["imports"]:
+            importlib.import_module(module)
         self.module = _load(payload["source"])
         self.params: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
         self.buffers: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}

@@ -1,0 +1,155 @@
+"""Rules of the user's own: how an op that autopar does not know may be split, proved by execution if asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from autopar.aten_call import AtenCall
+from autopar.runtime.comm import join_shards, shard_of
+from cost_model.errors import ConfigError, RuleError
+from cost_model.factors import FactorMap, Strategy, parse_map, split_factor
+from cost_model.ops.table import OPS, Op, OpCall, bytes_moved, register
+from cost_model.placement import Partial, Placement, Shard
+from cost_model.program import OpCost
+
+_RANKS = 2
+_TOLERANCE = 1e-4
+_BACKWARD_FLOPS = 2.0
+"""Of a backward, in those of its forward: the gradients of two operands."""
+
+
+def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[Any] | None = None) -> None:
+    """Say how an op may be split: ``register_rule("my_lib::op", "b s d, e d -> b s e")``.
+
+    notation: factors of each dim of each tensor operand and result, as in einsum; "..." stands for leading dims,
+    "(q c)" for a dim made of two. A factor of the operands alone is summed over, by the op: split, its results add up.
+    Say so only of what is a plain sum. whole: factors that may not be split. The gradients of the op follow from its map.
+    check: arguments of one call; shards of it are run and compared with the whole, forward and backward.
+    Errors: ConfigError for an op that is not there or a notation that does not fit it, RuleError where a check fails.
+    """
+    name = _overload(op)
+    if name in OPS:
+        raise ConfigError(f"{op} has a rule already; `autopar coverage` lists them")
+    if notation.count("->") != 1:
+        raise ConfigError(f"a rule reads 'operands -> results', as \"b s d, e d -> b s e\", not {notation!r}")
+
+    def factors(call: OpCall) -> FactorMap:
+        try:
+            return parse_map(notation, call.inputs, call.outputs, whole=whole)
+        except (AssertionError, ValueError) as error:
+            shapes = ", ".join(str(list(m.shape)) for m in (*call.inputs, *call.outputs))
+            raise ConfigError(f"the rule {notation!r} of {op} does not fit a call on {shapes}; correct it") from error
+
+    def price(call: OpCall) -> OpCost:
+        return _price(call, factors(call))
+
+    def backward(call: OpCall) -> tuple[OpCost, ...]:
+        cost = price(call)
+        return (OpCost("other", _BACKWARD_FLOPS * cost.flops, _BACKWARD_FLOPS * cost.nbytes, cost.dtype),)
+
+    def saves(call: OpCall) -> tuple[str, ...]:
+        return tuple(f"in{i}" for i in range(len(call.inputs))) if call.outputs[0].is_floating else ()
+
+    if check is not None:
+        prove(op, factors, check)
+    register(Op(name, factors, price, backward, saves))
+
+
+def _overload(op: str) -> str:
+    """ "my_lib::op" as graphs name it; ConfigError where there is none."""
+    namespace, _, rest = op.partition("::")
+    name, _, overload = rest.partition(".")
+    try:
+        return str(getattr(getattr(getattr(torch.ops, namespace), name), overload or "default"))
+    except (AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f'there is no op {op!r}; write it as "my_lib::op", and import the module that defines it before'
+        ) from error
+
+
+def _price(call: OpCall, rule: FactorMap) -> OpCost:
+    """Two operations for each combination of the factors where some are summed, else one; every tensor moved once."""
+    summed = {f for dims in rule.inputs for names in dims for f in names} - {
+        f for dims in rule.outputs for names in dims for f in names
+    }
+    flops = float(math.prod(rule.sizes.values())) * (2.0 if summed else 1.0)
+    return OpCost("other", flops, float(bytes_moved(call)), call.inputs[0].dtype if call.inputs else "float32")
+
+
+def prove(op: str, factors: Any, arguments: Sequence[Any]) -> None:
+    """Run shards of a call along each factor, and compare with the whole. Errors: RuleError, ConfigError."""
+    namespace, _, rest = op.partition("::")
+    function = getattr(getattr(torch.ops, namespace), rest.partition(".")[0])
+    arguments = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
+    outputs, seeds, gradients = _run(function, arguments, None)
+    target = getattr(function, rest.partition(".")[2] or "default")
+    rule = factors(AtenCall(target, arguments, {}, outputs[0] if len(outputs) == 1 else outputs).op_call())
+    splits = [s for f in rule.sizes for s in (split_factor(rule, f, 1, _RANKS),) if s is not None]
+    if not splits:
+        raise ConfigError(f"no factor of {op}'s rule can be split in {_RANKS} on these arguments; pass even sizes")
+    for strategy in splits:
+        parts = [_run(function, _local(arguments, strategy, r), _parts(seeds, strategy, r)) for r in range(_RANKS)]
+        results = [_joined([p[0][i] for p in parts], place) for i, place in enumerate(strategy.outputs)]
+        _compare(op, strategy.factor, "result", results, outputs)
+        back = [_summed([p[2][i] for p in parts], place) for i, place in enumerate(strategy.inputs)]
+        _compare(op, strategy.factor, "gradient", back, gradients)
+
+
+def _run(
+    function: Any, arguments: Sequence[Any], seeds: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Results, the gradients they were given (drawn where there are none), and those of all tensor operands."""
+    inputs = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in arguments]
+    outputs = [leaf for leaf in pytree.tree_leaves(function(*inputs)) if isinstance(leaf, Tensor)]
+    seeds = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs] if seeds is None else list(seeds)
+    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+    tensors = [a for a in inputs if isinstance(a, Tensor)]
+    wanted = [t for t in tensors if t.requires_grad] if pairs else []
+    found = (
+        torch.autograd.grad([o for o, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True) if pairs else ()
+    )
+    known = {id(t): g for t, g in zip(wanted, found, strict=True)}
+    return [o.detach() for o in outputs], list(seeds), [known.get(id(t)) for t in tensors]
+
+
+def _local(arguments: Sequence[Any], strategy: Strategy, rank: int) -> list[Any]:
+    places = iter(strategy.inputs)
+    return [_part(a, next(places), rank) if isinstance(a, Tensor) else a for a in arguments]
+
+
+def _parts(seeds: Sequence[Tensor], strategy: Strategy, rank: int) -> list[Tensor]:
+    return [_part(s, place, rank) for s, place in zip(seeds, strategy.outputs, strict=True)]
+
+
+def _part(value: Tensor, place: Placement, rank: int) -> Tensor:
+    return shard_of(value, rank, _RANKS, place.dim, place.outer) if isinstance(place, Shard) else value
+
+
+def _joined(parts: list[Tensor], place: Placement) -> Tensor:
+    if isinstance(place, Shard):
+        return join_shards(parts, place.dim, place.outer)
+    return torch.stack(parts).sum(0) if isinstance(place, Partial) else parts[0]
+
+
+def _summed(parts: list[Tensor | None], place: Placement) -> Tensor | None:
+    """Gradients of shards lie as these do; those of an operand that all ranks hold add up."""
+    known = [p for p in parts if p is not None]
+    if not known:
+        return None
+    return join_shards(known, place.dim, place.outer) if isinstance(place, Shard) else torch.stack(known).sum(0)
+
+
+def _compare(op: str, factor: str, what: str, found: Sequence[Tensor | None], whole: Sequence[Tensor | None]) -> None:
+    for number, (a, b) in enumerate(zip(found, whole, strict=True)):
+        if a is not None and b is not None and not torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE):
+            raise RuleError(
+                op,
+                f"split along {factor!r}, {what} {number} is not that of the whole; correct the notation, or name the "
+                "factor in whole=",
+            )

@@ -1,0 +1,97 @@
+"""Rules of the user's own: given in one call, proved by execution, followed by the planner and priced."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import autopar
+from cost_model.errors import ConfigError, RuleError
+from cost_model.ops.table import OPS
+from cost_model.placement import Shard
+
+sys.path.append(str(Path(__file__).parent))
+import user_ops
+from parity import check_parity, cpu_cluster
+
+PROJECT, NOTATION = "user_ops::project", "b s d, e d -> b s e"
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Rules of a test are its own."""
+    known = dict(OPS)
+    yield
+    OPS.clear()
+    OPS.update(known)
+
+
+def call() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, 4, 6), torch.randn(8, 6)
+
+
+class Projected(nn.Module):
+    """Two products by the user's op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = (nn.Parameter(torch.randn(shape) / 8) for shape in ((256, 64), (64, 256)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(user_ops.project(user_ops.project(x, self.up).relu(), self.down), y)  # the line
+
+
+def batch() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(8, 4, 64), "y": torch.randn(8, 4, 64)}
+
+
+def test_a_right_rule_is_proved() -> None:
+    autopar.register_rule(PROJECT, NOTATION, check=call())
+    autopar.register_rule("user_ops::centre", "... d -> ... d", whole="d", check=(torch.randn(4, 6),))
+    assert {"user_ops.project.default", "user_ops.centre.default"} <= OPS.keys()
+
+
+@pytest.mark.parametrize(
+    ("op", "notation", "arguments", "said"),
+    [
+        ("user_ops::centre", "... d -> ... d", (torch.arange(24.0).reshape(4, 6) ** 2,), "along 'd'.*whole="),
+        ("user_ops::project", "b s d, e d -> b s e", call()[:1], None),
+        ("user_ops::project", "b s e, e d -> b s d", call(), "does not fit"),
+        ("user_ops::project", "b s d, e d", call(), "operands -> results"),
+        ("user_ops::nothing", NOTATION, call(), "import the module"),
+        ("aten::linear", NOTATION, call(), "already"),
+    ],
+)
+def test_wrong_rules_are_refused(op: str, notation: str, arguments: tuple[Any, ...], said: str | None) -> None:
+    with pytest.raises((ConfigError, RuleError) if said else Exception, match=said):
+        autopar.register_rule(op, notation, check=arguments)
+    assert "user_ops.project.default" not in OPS and "user_ops.centre.default" not in OPS
+
+
+def test_programs_follow_the_rule() -> None:
+    autopar.register_rule(PROJECT, NOTATION)
+    check_parity(Projected(), batch(), 2, 1e-5, dp=1, tp=2, pp=1)
+    parallelism = autopar.Parallelism(dp=1, tp=2, pp=1)
+    with autopar.compile(Projected(), cpu_cluster(2, 1e12), batch(), parallelism=parallelism) as exe:
+        places = exe.planned.linked.stages[0].places
+        assert isinstance(places["up"], Shard) and isinstance(places["down"], Shard)
+        assert not any("no rule" in note for note in exe.notes)
+
+
+def test_a_missing_rule_is_named_with_its_line_and_its_cost() -> None:
+    est = autopar.estimate(
+        Projected(), cpu_cluster(2), batch(), parallelism=autopar.Parallelism(dp=1, tp=2, pp=1, microbatch_size=8)
+    )
+    (note,) = (n for n in est.notes if "no rule (" in n)
+    assert "user_ops.project.default" in note and "# the line" in note
+    assert "2 call(s)" in note and "ms of a step" in note and "register_rule" in note
