@@ -29,7 +29,7 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
 
     notation: factors of each dim of each tensor operand and result, as in einsum; "..." stands for leading dims,
     "(q c)" for a dim made of two. A factor of the operands alone is summed over, by the op: split, its results add up.
-    Say so only of what is a plain sum. whole: factors that may not be split. The gradients of the op follow from its map.
+    Say so only of what is a plain sum. whole: factors that may not be split. Gradients follow from the map.
     check: arguments of one call; shards of it are run and compared with the whole, forward and backward.
     Errors: ConfigError for an op that is not there or a notation that does not fit it, RuleError where a check fails.
     """

@@ -12,7 +12,7 @@ import linecache
 import math
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -56,9 +56,7 @@ class RankExecutor:
         self.rank, self.world_size, self.spec = rank, world_size, payload
         self.device = torch.device(payload["device"])
         self.stage, self.dp_index = payload["stage"], payload["dp_index"]
-        for module in payload["imports"]:
-            importlib.import_module(module)
-        self.module = _load(payload["source"])
+        self.module = _load(payload["source"], payload["imports"])
         self.params: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
         self.buffers: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
         self.groups = make_groups(payload["groups"], rank)
@@ -89,7 +87,7 @@ class RankExecutor:
         """Another program over the same parameters and buffers, and what it alone reads, for ``infer``."""
         other = copy.copy(self)
         other.spec = {**self.spec, **payload["program"]}
-        other.module = _load(other.spec["source"])
+        other.module = _load(other.spec["source"], other.spec["imports"])
         other.params = ChainMap(self.params, {k: v.to(self.device) for k, v in payload["params"].items()})
         other.buffers = ChainMap(self.buffers, {k: v.to(self.device) for k, v in payload["buffers"].items()})
         other.chunks = [other._chunk(described) for described in other.spec["chunks"]]
@@ -561,8 +559,10 @@ class _Add:
 _store, _add = _Store(), _Add()
 
 
-def _load(source: str) -> SimpleNamespace:
-    """The generated module; its code shows in tracebacks."""
+def _load(source: str, imports: Sequence[str]) -> SimpleNamespace:
+    """The generated module; its code shows in tracebacks. imports: modules that define ops of the user's own."""
+    for module in imports:
+        importlib.import_module(module)
     filename = "<autopar program>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {}
