@@ -157,8 +157,14 @@ def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, batch: int) -> 
     plan, size = held.plan, held.plan.microbatch_size
     if batch % plan.dp:
         raise BatchError(f"a batch of {batch} samples does not divide over {plan.dp} replicas; pass a multiple")
-    if batch % (plan.dp * size):
-        size = batch // plan.dp
+    rounds = plan.pp if plan.virtual_stages > 1 else 1  # microbatches that interleaved stages take in turn
+    if batch % (plan.dp * size * rounds):
+        size = batch // plan.dp // rounds
+    if batch % (plan.dp * rounds):
+        raise BatchError(
+            f"a batch of {batch} samples does not divide over {plan.dp} replicas of {rounds} interleaved stages; "
+            f"pass a multiple of {plan.dp * rounds}"
+        )
     if analysis.reason is not None and size < batch:
         raise UnsupportedError(f"the batch cannot be split over {plan.dp} replicas or microbatches: {analysis.reason}")
     model = specialise(traced, size)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import example_gpt
+from models import example_gpt, hf_gpt2
 from parity import ADAMW, check_parity, cpu_cluster, largest_error
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
@@ -21,7 +21,7 @@ from autopar import Parallelism
 from autopar.options import Options
 from autopar.planning import Job
 from autopar.schedules import WORTH
-from cost_model.errors import ParallelismError
+from cost_model.errors import BatchError, ParallelismError
 from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_blocks
 
 MEMORY_LOW, MEMORY_HIGH = -0.02, 0.10
@@ -194,6 +194,20 @@ def test_clipping_accumulation_evaluation_and_checkpoints(pins: dict[str, Any], 
             states.append(exe.full_state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-9) and norms[0] == pytest.approx(norms[1], rel=1e-9)
     assert largest_error(states[0], states[1]) < 1e-8
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_inference_under_interleaved_stages() -> None:
+    """Batches whose microbatches the stages would not take in turn are cut otherwise, or refused by name."""
+    model, batch = hf_gpt2("eager", layers=4)
+    model.eval()
+    pins = Parallelism(dp=1, tp=1, pp=2, virtual_stages=2, microbatch_size=2)
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins) as exe, torch.no_grad():
+        for count in (6, 2):
+            part = {name: value[:count] for name, value in batch.items()}
+            assert torch.allclose(exe.eval().forward(part).logits, model(**part).logits, atol=1e-5)
+        with pytest.raises(BatchError, match="3 samples .* pass a multiple of 2"):
+            exe.forward({name: value[:3] for name, value in batch.items()})
 
 
 # --- Plans
