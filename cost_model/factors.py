@@ -27,6 +27,7 @@ class FactorMap:
     inside: factors that may be split because the op's own collectives finish the reduction; the outputs
       that lack them are then Replicate, not Partial, and inputs that lack them stay Replicate.
     ordered: factors that may only be split in consecutive runs (their indices are compared with rank offsets).
+    halo: factors whose neighbours are exchanged by the op itself where they are split, with the least extent of a part.
     addends: inputs added to the result of a contraction; while a contracted factor is split they are Partial.
     linear: sets of inputs which, Partial together (all other inputs Varying), give Partial outputs.
     A factor in no output is contracted (summed): splitting it gives Partial outputs.
@@ -38,6 +39,7 @@ class FactorMap:
     whole: frozenset[str] = frozenset()
     inside: frozenset[str] = frozenset()
     ordered: frozenset[str] = frozenset()
+    halo: Mapping[str, int] = field(default_factory=dict, hash=False)
     addends: frozenset[int] = frozenset()
     linear: tuple[frozenset[int], ...] = ()
 
@@ -110,6 +112,7 @@ def parse_map(
     whole: str = "",
     inside: str = "",
     ordered: str = "",
+    halo: Mapping[str, int] = NO_SIZES,
     addends: tuple[int, ...] = (),
     linear: tuple[tuple[int, ...], ...] = (),
     sizes: Mapping[str, int] = NO_SIZES,
@@ -139,6 +142,7 @@ def parse_map(
         whole=frozenset(whole.split()) & used,
         inside=frozenset(inside.split()) & used,
         ordered=frozenset(ordered.split()) & used,
+        halo={name: least for name, least in halo.items() if name in used},
         addends=frozenset(addends),
         linear=tuple(frozenset(group) for group in linear),
     )
@@ -167,6 +171,8 @@ def split_factor(rule: FactorMap, factor: str, outer: int, size: int) -> Strateg
         return None
     if factor in rule.ordered and outer != 1:
         return None
+    if factor in rule.halo and (outer != 1 or extent // size < rule.halo[factor]):
+        return None
     shards_out = [_place(dims, factor, outer, rule.sizes) for dims in rule.outputs]
     shards_in = [_place(dims, factor, outer, rule.sizes) for dims in rule.inputs]
     if factor in rule.inside:
@@ -177,7 +183,7 @@ def split_factor(rule: FactorMap, factor: str, outer: int, size: int) -> Strateg
     if not contracted and any(s is None for s in shards_out):
         return None
     inputs = tuple(s or (PARTIAL if contracted and i in rule.addends else VARYING) for i, s in enumerate(shards_in))
-    return Strategy(inputs, tuple(s or PARTIAL for s in shards_out), factor)
+    return Strategy(inputs, tuple(s or PARTIAL for s in shards_out), factor, inside=factor in rule.halo)
 
 
 def factor_of(rule: FactorMap, side: str, index: int, shard: Shard) -> tuple[str, int] | None:

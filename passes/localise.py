@@ -76,12 +76,27 @@ def _grouped_convolution(target: Any, position: int) -> Callable[[Strategy, tupl
     """``args[position]`` is the number of groups; where they are split, each rank has its share of them."""
 
     def localised(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
+        if strategy.inside:
+            return vocabulary.convolution_of_rows, (*_convolution(target, args), _shard_dim(strategy), axis, size), {}
         groups, place = args[position] if len(args) > position else 1, strategy.inputs[1]
         if groups == 1 or not (isinstance(place, Shard) and place.dim == 0 and place.outer < groups):
             return None
         return target, (*args[:position], groups // size, *args[position + 1 :]), {}
 
     return localised
+
+
+def _convolution(target: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """x, weight, bias, stride, padding, dilation, groups, all given."""
+    declared = [argument.default_value for argument in target._schema.arguments]
+    filled = (*args, *declared[len(args) :])
+    return (*filled[:6], filled[8]) if target == aten.convolution.default else filled[:7]
+
+
+def _shard_dim(strategy: Strategy) -> int:
+    place = strategy.inputs[0]
+    assert isinstance(place, Shard)
+    return place.dim
 
 
 def _group_norm(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:

@@ -542,6 +542,53 @@ def vocabulary_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, 
     return _VocabularyCrossEntropy.apply(logits, labels, ignore_index, axis, size)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def convolution_of_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dim: int,
+    axis: str,
+    size: int,
+) -> Tensor:
+    """A convolution of which each rank of an axis holds consecutive rows of spatial dim ``dim``, in and out."""
+    count = weight.ndim - 2
+    strides, pads, dilations = ([v[i % len(v)] for i in range(count)] for v in (stride, padding, dilation))
+    place = dim - (x.ndim - count)
+    after = dilations[place] * (weight.shape[2 + place] - 1) + 1 - strides[place] - pads[place]
+    padded = with_halo(x, dim, pads[place], after, axis, size)
+    pads[place] = 0
+    convolve = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[count]
+    return convolve(padded, weight, bias, strides, pads, dilations, groups)
+
+
+def with_halo(x: Tensor, dim: int, before: int, after: int, axis: str, size: int) -> Tensor:
+    """Consecutive parts of a dim, each with the last rows of the part before it and the first of the one after it.
+
+    The edges of all ranks are gathered, each takes its neighbours'; zeros at both ends.
+    """
+    extent = x.shape[dim]
+    edges = torch.cat([x.narrow(dim, extent - before, before), x.narrow(dim, 0, after)], dim)
+    gathered = gather(edges.unsqueeze(0), axis, size, 0, 1, True)
+    ranks = torch.ones(size, size, dtype=torch.bool, device=x.device)
+    parts = [x]
+    if before:
+        parts.insert(0, _part_of(gathered.narrow(dim + 1, 0, before), ranks.tril(-1).triu(-1), axis, size))
+    if after:
+        parts.append(_part_of(gathered.narrow(dim + 1, before, after), ranks.tril(1).triu(1), axis, size))
+    return torch.cat(parts, dim)
+
+
+def _part_of(gathered: Tensor, wanted: Tensor, axis: str, size: int) -> Tensor:
+    """The part that row ``rank`` of ``wanted`` [ranks, ranks] marks; zeros where it marks none."""
+    mine: Tensor = take_shard(wanted, axis, size, 0, 1)
+    marked = mine.reshape([size] + [1] * (gathered.ndim - 1))
+    return torch.where(marked, gathered, 0.0).sum(0)
+
+
 def vocabulary_embedding(weight: Tensor, ids: Tensor, padding_idx: int, axis: str, size: int) -> Tensor:
     """Lookup in a table sharded along its rows; rows of other ranks give zero, so the result is Partial.
 

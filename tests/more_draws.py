@@ -24,12 +24,12 @@ def _convolution(dims: int, transposed: bool) -> Callable[[Draw], tuple[Any, ...
     def draw(d: Draw) -> tuple[Any, ...]:
         groups = d.pick(1, 2, 4)
         ins, outs = groups * d.pick(2, 1, 3), groups * d.pick(2, 1, 3)
-        kernel = [d.pick(1, 2) for _ in range(dims)]
-        source = d.normal(d.pick(4, 3), ins, *[d.pick(4, 5) for _ in range(dims)])
+        kernel = [d.pick(1, 2, 3) for _ in range(dims)]
+        source = d.normal(d.pick(4, 3), ins, *[d.pick(4, 5, 8) for _ in range(dims)])
         shape = (ins, outs // groups, *kernel) if transposed else (outs, ins // groups, *kernel)
         bias = d.normal(outs) if d.pick(True, False) else None
         rest = ([0] * dims, groups) if transposed else ([1] * dims, groups)
-        stride, padding = d.pick(1, 2), d.pick(0, 1) if min(kernel) > 1 else 0
+        stride, padding = d.pick(1, 2, 3), d.pick(0, 1) if min(kernel) > 1 else 0
         return source, d.normal(*shape), bias, [stride] * dims, [padding] * dims, *rest
 
     return draw

@@ -116,6 +116,8 @@ def run_ranks(case: Case, strategy: Strategy, size: int, upstream: list[Tensor])
     ups = [gradients(g, p, size) for g, p in zip(upstream, strategy.outputs, strict=True)]
     shapes = [local_shape(tuple(o.shape), p, size) for o, p in zip(case.outputs, strategy.outputs, strict=True)]
     ranks = [leaves([p[rank] for p in placed], case.name) for rank in range(size)]
+    if strategy.inside and "conv" in case.name:
+        return convolution_of_rows(case, strategy, ranks, ups[0])
     if strategy.inside:
         assert case.name == "autopar.cross_entropy_sum.default"
         return vocabulary_cross_entropy(case, strategy, ranks, ups[0])
@@ -142,6 +144,29 @@ def attention_of_rows(case: Case, inputs: list[Tensor], size: int, rank: int) ->
     later = torch.arange(k.shape[2]) > rows.unsqueeze(1)
     mask = torch.zeros(later.shape, dtype=q.dtype).masked_fill(later, -torch.inf)
     return list(attention(q, k, v, mask, False, case.arguments["scale"]))
+
+
+def convolution_of_rows(case: Case, strategy: Strategy, ranks: list[list[Tensor]], ups: list[Tensor]) -> Run:
+    """Each rank has its rows, what it needs of its neighbours', and zeros beyond the first and the last."""
+    place, count = strategy.inputs[0], case.tensors[1].ndim - 2
+    assert isinstance(place, Shard)
+    dim = place.dim - (case.tensors[0].ndim - count)
+    stride, padding, dilation = (list(case.arguments[name]) for name in ("stride", "padding", "dilation"))
+    before, padding[dim] = padding[dim], 0
+    after = dilation[dim] * (case.tensors[1].shape[2 + dim] - 1) + 1 - stride[dim] - before
+    rows = [inputs[0] for inputs in ranks]
+    above = [torch.zeros_like(rows[0]), *rows[:-1]]
+    below = [*rows[1:], torch.zeros_like(rows[0])]
+    outputs = []
+    for rank, (_, *rest) in enumerate(ranks):
+        last = above[rank].narrow(place.dim, rows[rank].shape[place.dim] - before, before)
+        seen = torch.cat([last, rows[rank], below[rank].narrow(place.dim, 0, after)], place.dim)
+        convolve = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[count]
+        weight, bias = rest[0], rest[1] if len(rest) > 1 else None
+        outputs.append(convolve(seen, weight, bias, stride, padding, dilation, case.arguments["groups"]))
+    grads = torch.autograd.grad(outputs, [t for inputs in ranks for t in inputs], ups)
+    width = len(case.tensors)
+    return [[out] for out in outputs], [list(grads[i : i + width]) for i in range(0, len(grads), width)]
 
 
 def own_experts(index: Tensor, held: int, rank: int) -> Tensor:

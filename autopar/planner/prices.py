@@ -10,7 +10,7 @@ from functools import cached_property
 from autopar.optimizer_price import OptimizerPrice
 from cost_model.cluster import Cluster
 from cost_model.factors import Strategy
-from cost_model.ops import OpCall, entry_of, price_of
+from cost_model.ops import INSIDE, OpCall, entry_of, price_of
 from cost_model.placement import Placement, Shard, Varying, local_shape
 from cost_model.precision import Precision
 from cost_model.program import OpCost
@@ -104,7 +104,7 @@ class MeshPrices:
         backward = sum(self.op_s(c) for c in entry.backward_price(local)) if entry is not None else 2 * forward
         if cost is None:
             backward = max(backward, self.view_s)
-        return forward + backward + (self._inside_s(local) if strategy.inside else 0.0)
+        return forward + backward + self._inside_s(local, strategy)
 
     def again_s(self, call: OpCall, strategy: Strategy) -> float:
         """Forward of one call once more, without its own collectives."""
@@ -119,10 +119,12 @@ class MeshPrices:
             call.args,
         )
 
-    def _inside_s(self, local: OpCall) -> float:
-        """Cross entropy over sharded classes reduces the rows' maxima, then sums and targets together."""
-        rows = local.inputs[0].shape[0] * 4
-        return self.collective_s("all_reduce", rows) + self.collective_s("all_reduce", 2 * rows)
+    def _inside_s(self, local: OpCall, strategy: Strategy) -> float:
+        """Collectives by which the op itself finishes a split."""
+        place = strategy.inputs[0]
+        if not (strategy.inside and isinstance(place, Shard)):
+            return 0.0
+        return sum(self.collective_s(kind, nbytes) for kind, nbytes in INSIDE[local.op](local, place, self.tp))
 
     @cached_property
     def collective_s(self) -> Callable[[str, int], float]:

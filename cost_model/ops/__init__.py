@@ -21,9 +21,10 @@ from cost_model.ops import (
     spatial,
     views,
 )
-from cost_model.ops.table import OPS, Op, OpCall, Ref, entry_of, price_of
+from cost_model.ops.table import INSIDE, OPS, Op, OpCall, Ref, entry_of, price_of
 
 __all__ = [
+    "INSIDE",
     "OPS",
     "Op",
     "OpCall",

@@ -1,15 +1,22 @@
-"""Convolutions: batch, channels in, channels out and groups may be split; spatial dims and kernels are whole.
+"""Convolutions: batch, channels in, channels out and groups may be split, and spatial dims; kernels are whole.
 
 With one group the channels in are contracted, as in a matrix product. With more, dims of channels are (group, rest):
 groups are parallel, channels in within a group contracted, channels out within a group parallel.
+
+Of a spatial dim each output position reads a window. Windows side by side (the stride is the kernel's extent) split as
+a product does. Where they overlap, and as many output positions as strides fit in, a rank needs rows of its neighbours
+(a halo). Any other dim is whole.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cost_model.factors import FactorMap, parse_map
-from cost_model.ops.table import Op, OpCall, register, register_priced, saving, sweep
+from cost_model.ops.table import INSIDE, Op, OpCall, register, register_priced, saving, sweep
+from cost_model.placement import Shard
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
@@ -28,21 +35,82 @@ def _spatial(call: OpCall) -> int:
     return len(call.inputs[1].shape) - 2
 
 
+@dataclass(frozen=True)
+class Window:
+    """One spatial dim: stride, and the rows that a part needs of those before it and after it."""
+
+    stride: int
+    before: int
+    after: int
+
+
+def window(call: OpCall, dim: int) -> Window | None:
+    """Of spatial dim ``dim``; None where parts of the output do not read equal parts of the input and a halo."""
+    count = _spatial(call)
+    given = [call.args.get(name) for name in ("stride", "padding", "dilation")]
+    if _is_transposed(call) or not all(isinstance(value, list | tuple) and value for value in given):
+        return None
+    stride, padding, dilation = (_setting(call, name, dim) for name in ("stride", "padding", "dilation"))
+    kernel = call.inputs[1].shape[2 + dim]
+    rows, made = (meta.shape[len(meta.shape) - count + dim] for meta in (call.inputs[0], call.outputs[0]))
+    after = dilation * (kernel - 1) + 1 - stride - padding
+    return Window(stride, padding, after) if rows == made * stride and after >= 0 else None
+
+
+@dataclass(frozen=True)
+class _Dim:
+    """Terms of one spatial dim in input, weight and output; what is whole, and extents that the terms name."""
+
+    terms: tuple[str, str, str]
+    whole: str
+    sizes: Mapping[str, int]
+    halo: Mapping[str, int]
+
+
+def _dim(call: OpCall, i: int) -> _Dim:
+    found = window(call, i)
+    if found is None:
+        return _Dim((f"x{i}", f"k{i}", f"y{i}"), f"x{i} k{i} y{i}", {}, {})
+    if not found.before and not found.after and call.inputs[1].shape[2 + i] == found.stride:
+        return _Dim((f"(y{i} k{i})", f"k{i}", f"y{i}"), f"k{i}", {f"k{i}": found.stride}, {})
+    least = math.ceil(max(found.before, found.after) / found.stride)
+    return _Dim((f"(y{i} s{i})", f"k{i}", f"y{i}"), f"k{i} s{i}", {f"s{i}": found.stride}, {f"y{i}": max(least, 1)})
+
+
 def _factors(call: OpCall) -> FactorMap:
     """weight: [out, in / groups, *kernel]; transposed: [in, out / groups, *kernel]."""
     count, groups = _spatial(call), _groups(call)
+    dims = [_dim(call, i) for i in range(count)]
     batch = "n" if len(call.inputs[0].shape) == count + 2 else ""
-    before, after, kernel = (" ".join(f"{kind}{i}" for i in range(count)) for kind in ("x", "y", "k"))
+    before, kernel, after = (" ".join(dim.terms[side] for dim in dims) for side in range(3))
     weight = f"(g c) o {kernel}" if _is_transposed(call) else f"(g o) c {kernel}"
     bias = ", (g o)" if len(call.inputs) == 3 else ""
     return parse_map(
         f"{batch} (g c) {before}, {weight}{bias} -> {batch} (g o) {after}",
         call.inputs,
         call.outputs,
-        whole=f"{before} {after} {kernel}",
+        whole=" ".join(dim.whole for dim in dims),
+        halo={name: least for dim in dims for name, least in dim.halo.items()},
         addends=(2,) if bias else (),
-        sizes={"g": groups},
+        sizes={"g": groups, **{name: size for dim in dims for name, size in dim.sizes.items()}},
     )
+
+
+def _edges(local: OpCall, place: Shard, ranks: int) -> tuple[tuple[str, int], ...]:
+    """Every rank's first and last rows are gathered, and their gradients summed back."""
+    source, count = local.inputs[0], _spatial(local)
+    dim = place.dim - (len(source.shape) - count)
+    stride, padding, dilation = (_setting(local, name, dim) for name in ("stride", "padding", "dilation"))
+    rows = dilation * (local.inputs[1].shape[2 + dim] - 1) + 1 - stride
+    assert rows >= padding
+    nbytes = source.nbytes // source.shape[place.dim] * rows * ranks
+    return ("all_gather", nbytes), ("reduce_scatter", nbytes)
+
+
+def _setting(call: OpCall, name: str, dim: int) -> int:
+    value = call.args[name]
+    assert isinstance(value, list | tuple)
+    return int(value[dim % len(value)])
 
 
 def _gemm(weight: TensorMeta, groups: int, transposed: bool, positions: int) -> tuple[int, int, int, int]:
@@ -98,4 +166,5 @@ for _name in (
     "conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input convolution.default"
 ).split():
     register(Op(f"aten.{_name}", _factors, _price, _planned_backward, saving("in0", "in1")))
+    INSIDE[f"aten.{_name}"] = _edges
 register_priced("aten.convolution_backward.default", _traced_backward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.norm import SOFTMAX_FLOPS
 from cost_model.ops.table import (
+    INSIDE,
     Op,
     OpCall,
     backward_only,
@@ -15,6 +16,7 @@ from cost_model.ops.table import (
     saving,
     sweep,
 )
+from cost_model.placement import Shard
 from cost_model.program import OpCost
 
 
@@ -29,6 +31,12 @@ def _cross_entropy_factors(call: OpCall) -> FactorMap:
         whole="v" if smoothed else "",
         ordered="v",
     )
+
+
+def _reductions(local: OpCall, place: Shard, ranks: int) -> tuple[tuple[str, int], ...]:
+    """The rows' maxima, then sums and targets together, in float32."""
+    rows = local.inputs[0].shape[0] * 4
+    return ("all_reduce", rows), ("all_reduce", 2 * rows)
 
 
 def _cross_entropy_price(call: OpCall) -> OpCost:
@@ -73,6 +81,7 @@ register(
         saves=saving("in0", "in1"),
     )
 )
+INSIDE["autopar.cross_entropy_sum.default"] = _reductions
 register(
     Op(
         name="autopar.count_labels.default",

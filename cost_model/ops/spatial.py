@@ -1,4 +1,7 @@
-"""Ops over images: pooling, resizing, padding of borders, patches. Batch and channels parallel, spatial dims whole."""
+"""Ops over images: pooling, resizing, padding of borders, patches.
+
+Batch and channels are parallel; spatial dims are where windows lie side by side, and whole elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,56 @@ def _spatial_factors(count: int) -> Callable[[OpCall], FactorMap]:
     return factors
 
 
+def _pool_factors(count: int) -> Callable[[OpCall], FactorMap]:
+    """As all ops over images; a dim whose windows lie side by side is (window, place in it)."""
+
+    def factors(call: OpCall) -> FactorMap:
+        before, after, whole, sizes = [], [], [], {}
+        for i in range(count):
+            extent = _side_by_side(call, i, count)
+            before.append(f"(y{i} k{i})" if extent else f"x{i}")
+            after.append(f"y{i}")
+            whole += [f"k{i}"] if extent else [f"x{i}", f"y{i}"]
+            sizes.update({f"k{i}": extent} if extent else {})
+        notation = f"... {' '.join(before)} -> ... {' '.join(after)}"
+        linear = ((0,),) if call.op in _LINEAR else ()
+        return parse_map(notation, call.inputs, call.outputs, whole=" ".join(whole), linear=linear, sizes=sizes)
+
+    return factors
+
+
+def _side_by_side(call: OpCall, dim: int, count: int) -> int:
+    """Extent of a pool's windows along spatial dim ``dim`` where they cover it and do not overlap, else 0."""
+    source, made = (meta.shape[len(meta.shape) - count + dim] for meta in (call.inputs[0], call.outputs[0]))
+    kernel, stride, padding, dilation = (
+        _setting(call, name, dim) for name in ("kernel_size", "stride", "padding", "dilation")
+    )
+    is_plain = kernel > 1 and stride in (0, kernel) and padding == 0 and dilation in (0, 1)
+    return kernel if is_plain and source == made * kernel else 0
+
+
+def _setting(call: OpCall, name: str, dim: int) -> int:
+    """One number of an argument that has one for each dim or for all; 0 where none is given."""
+    value = call.args.get(name)
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    number = listed[dim % len(listed)] if listed else 0
+    return number if isinstance(number, int) else 0
+
+
 def _scattered(call: OpCall) -> tuple[OpCost, ...]:
     """The gradient is spread over the windows it came from."""
     (source, *_), (out, *_) = call.inputs, call.outputs
     return (sweep("scatter", source, out, flops=POOL_FLOPS * out.numel),) if source.is_floating else ()
 
 
-_POOLS = "max_pool{d}d.default avg_pool{d}d.default adaptive_avg_pool{d}d.default"
+_POOLS = {"max_pool": _pool_factors, "avg_pool": _pool_factors, "adaptive_avg_pool": _spatial_factors}
 _LINEAR = {f"aten.{kind}avg_pool{d}d.default" for kind in ("", "adaptive_") for d in (1, 2, 3)} | {
     "aten._adaptive_avg_pool2d.default"
 }
 for _d in (1, 2, 3):
-    for _name in _POOLS.format(d=_d).split():
+    for _name, _factors in _POOLS.items():
         _saves = saving("in0") if "max" in _name else saves_nothing
-        register(Op(f"aten.{_name}", _spatial_factors(_d), pass_of("reduction", POOL_FLOPS), _scattered, _saves))
+        register(Op(f"aten.{_name}{_d}d.default", _factors(_d), pass_of("reduction", POOL_FLOPS), _scattered, _saves))
 for _name, _d in (("max_pool2d_with_indices", 2), ("max_pool3d_with_indices", 3), ("adaptive_max_pool2d", 2)):
     register(
         Op(
@@ -67,14 +106,14 @@ for _name, _d in (
 
 
 def _shuffle_factors(call: OpCall) -> FactorMap:
-    """Channels are (c r r): c is parallel, what moves into the image is whole."""
+    """Channels are (c r r): what moves into the image is whole, all else parallel."""
     factor = call.args.get("upscale_factor") or call.args.get("downscale_factor")
     assert isinstance(factor, int)
     inward = "... (c r s) h w -> ... c (h r) (w s)"
     outward = "... c (h r) (w s) -> ... (c r s) h w"
     notation = inward if "unshuffle" not in call.op else outward
     sizes = {"r": factor, "s": factor}
-    return parse_map(notation, call.inputs, call.outputs, whole="r s h w", linear=((0,),), sizes=sizes)
+    return parse_map(notation, call.inputs, call.outputs, whole="r s", linear=((0,),), sizes=sizes)
 
 
 for _name in ("aten.pixel_shuffle.default", "aten.pixel_unshuffle.default"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from cost_model.factors import FactorMap
+from cost_model.placement import Shard
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
@@ -53,6 +54,13 @@ KINDS = frozenset(
     """matmul attention attention_backward elementwise transcendental softmax softmax_backward norm norm_backward
     reduction gather scatter copy random loss loss_backward optimizer other""".split()
 )
+
+
+INSIDE: dict[str, Callable[[OpCall, Shard, int], tuple[tuple[str, int], ...]]] = {}
+"""Of ops that finish a split by collectives of their own: kind and bytes of each, forward and backward.
+
+Asked with a rank's call, the shard of its first input and the number of ranks.
+"""
 
 
 def register(op: Op) -> None:
