@@ -141,7 +141,8 @@ def test_grouped_queries_follow_their_keys() -> None:
     rule = rule_of("aten.scaled_dot_product_attention.default", [q, kv, kv], [q], dropout_p=0.0)
     assert follow(rule, "in", 1, Shard(1), 2) == Strategy((Shard(1),) * 3, (Shard(1),), "g")
     assert follow(rule, "in", 0, Shard(1, 2), 4) == Strategy((Shard(1, 2), VARYING, VARYING), (Shard(1, 2),), "r")
-    assert follow(rule, "in", 0, Shard(2), 5) is None
+    assert follow(rule, "in", 0, Shard(2), 5) == Strategy((Shard(2), VARYING, VARYING), (Shard(2),), "t")
+    assert follow(rule, "in", 1, Shard(2), 5) is None and follow(rule, "in", 0, Shard(3), 2) is None
 
 
 def test_unequal_parts_and_partial_slices_are_whole() -> None:
