@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from autopar.runtime.norm import CHUNK
 from cost_model.ops import OpCall, price_of
 from cost_model.placement import Shard, parse_placement
 from cost_model.program import Collective, OpCost
@@ -65,6 +66,13 @@ def clip_costs(part: LinkedStage) -> Iterator[OpCost]:
     for bucket in part.buckets:
         if bucket.gradients is not None:
             yield from _norm_and_scale(replace(bucket.part, dtype=bucket.gradients.dtype), bucket.gradients)
+
+
+def norm_workspace_bytes(part: LinkedStage) -> int:
+    """What the norm of gradients of half types takes for a moment, a chunk of them in float64."""
+    rows = [(dtype, sum(part.metas[name].numel for name in names)) for dtype, names in part.layout]
+    rows += [(b.gradients.dtype, b.part.numel) for b in part.buckets if b.gradients is not None]
+    return max((8 * min(count, CHUNK) for dtype, count in rows if dtype in ("float16", "bfloat16")), default=0)
 
 
 def unscale_costs(part: LinkedStage) -> Iterator[OpCost]:

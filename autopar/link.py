@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from autopar.gradient_norm import FOUND, NORM, clip_costs, unscale_costs
+from autopar.gradient_norm import FOUND, NORM, clip_costs, norm_workspace_bytes, unscale_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
@@ -210,10 +210,11 @@ class Linker:
         price = self._with_casts(stage, self._price(stage))
         clips = self.max_grad_norm is not None
         costs = (*clip_costs(stage), *price.costs) if clips else price.costs
+        workspace = max(price.workspace_bytes, norm_workspace_bytes(stage) if clips else 0)
         costs = (*unscale_costs(stage), *costs) if plan.precision.scales_loss else costs
         rows = stage.gathered if self.local_batches and plan.dp > 1 else ()
         fed = [Collective("all_gather", "dp", self.traced.global_graph.tensor(i.node).nbytes) for i in rows]
-        price, has_optimizer = replace(price, costs=costs), self.optimizer is not None
+        price, has_optimizer = replace(price, costs=costs, workspace_bytes=workspace), self.optimizer is not None
         return _stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
 
     def _code(

@@ -34,6 +34,7 @@ from cost_model.errors import InfeasiblePlanError, PlanMismatchError, Unsupporte
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.precision import Precision
 from cost_model.program import Program
 from cost_model.simulate import estimate_program, simulate
 from cost_model.tensor import TensorMeta
@@ -135,7 +136,7 @@ class Job:
         updated = {n: replace(m, dtype=options.precision.kept(m.dtype).updated) for n, m in parameters.items()}
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in updated.items()}
         optimizer = capture(options.optimizer, shapes)
-        notes = (*traced.notes, *notes, *_random(whole, options.seed))
+        notes = (*traced.notes, *notes, *_random(whole, options.seed), *_scaled(options.precision))
         return Job(cluster, options, traced, analysis, optimizer, updated, notes)
 
     @property
@@ -420,6 +421,12 @@ def _synchronised_note(count: int) -> str:
         f"the statistics of {count} batch norm(s) are those of the global batch, as on one device: replicas exchange "
         "them (an all_gather forward, an all_reduce backward), and each replica has one microbatch"
     )
+
+
+def _scaled(precision: Precision) -> tuple[str, ...]:
+    if not precision.scales_loss:
+        return ()
+    return ("gradients pass through fp16: the loss is scaled, and an update with an infinite gradient is skipped",)
 
 
 def _random(model: ModelGraph, seed: int) -> tuple[str, ...]:

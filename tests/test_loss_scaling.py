@@ -20,6 +20,7 @@ from torch import nn
 import autopar
 from autopar import Parallelism, Precision
 from autopar.executable import StepRecord
+from autopar.runtime.norm import CHUNK, sum_of_squares
 from autopar.runtime.scaling import GROWTH, INITIAL, INTERVAL, LossScaler
 from cost_model.errors import NonFiniteLossError
 
@@ -63,6 +64,14 @@ def test_the_scale_stays_finite() -> None:
     scaler.load((2.0**127, INTERVAL - 1))
     scaler.unscale([torch.ones(2)])
     assert not scaler.adjust() and scaler.state() == (2.0**127, 0)
+
+
+def test_the_norm_of_half_gradients_is_beyond_their_range() -> None:
+    row = torch.full((2 * CHUNK + 5,), 300.0, dtype=torch.float16)
+    assert not torch.linalg.vector_norm(row).isfinite()
+    assert float(sum_of_squares(row)) == pytest.approx(row.numel() * 300.0**2, rel=1e-5)
+    assert float(sum_of_squares(row[:7].bfloat16())) == pytest.approx(7 * 300.0**2, rel=1e-6)
+    assert float(sum_of_squares(row[:7].double())) == pytest.approx(7 * 300.0**2, rel=1e-15)
 
 
 # --- In the program

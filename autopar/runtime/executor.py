@@ -26,6 +26,7 @@ from autopar.runtime.buckets import HeldBucket, gradient_buffers
 from autopar.runtime.comm import Comm
 from autopar.runtime.groups import limit_waiting, make_groups
 from autopar.runtime.measure import ONCE, Event, measure, traced_step
+from autopar.runtime.norm import sum_of_squares
 from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
 from autopar.runtime.scaling import LossScaler
 from cost_model.errors import CollectiveTimeoutError
@@ -345,7 +346,7 @@ class RankExecutor:
         """Of this rank's gradients, each divided by how many ranks hold it."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for buffer, start, stop, copies in self.spec["norm_spans"]:
-            total += torch.linalg.vector_norm(self.flat[buffer][start:stop]).double().square() / copies
+            total += sum_of_squares(self.flat[buffer][start:stop]) / copies
         return total
 
     def forget(self, microbatch: int, chunk: int = 0) -> None:
