@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 
 from torch import fx
 
@@ -126,7 +127,7 @@ def check_plan(plan: Plan, space: ModelSpace, pins: Parallelism) -> None:
 
     Errors: PlanMismatchError, ParallelismError, ConfigError.
     """
-    _check_origin(plan, space.traced.global_graph, space.cluster)
+    _check_origin(plan, space)
     for name, pinned in vars(pins).items():
         if pinned is not None and pinned != getattr(plan, name, pinned):
             raise ParallelismError(
@@ -144,7 +145,8 @@ def check_plan(plan: Plan, space: ModelSpace, pins: Parallelism) -> None:
     _check_agreement(plan)
 
 
-def _check_origin(plan: Plan, model: ModelGraph, cluster: Cluster) -> None:
+def _check_origin(plan: Plan, space: ModelSpace) -> None:
+    model, cluster = space.traced.global_graph, space.cluster
     for field, expected, found in (
         ("batch", model.batch, plan.batch),
         ("model", fingerprint(model), plan.model),
@@ -152,7 +154,24 @@ def _check_origin(plan: Plan, model: ModelGraph, cluster: Cluster) -> None:
         ("cluster", cluster.fingerprint(), plan.cluster),
     ):
         if expected != found:
-            raise PlanMismatchError(field, expected, found)
+            raise PlanMismatchError(field, expected, found, _difference(field, plan, space))
+
+
+def _difference(field: str, plan: Plan, space: ModelSpace) -> str:
+    """What a person can see of two fingerprints that differ."""
+    if field == "cluster":
+        return "the plan was made for other devices or links, or for figures of them measured anew"
+    if field != "model":
+        return ""
+    local = space.local_model(plan.microbatch_size)
+    here = () if local is None else tuple(part.label for part in local.segments)
+    pairs = zip_longest(plan.segment_labels, here, fillvalue="nothing")
+    first = next(((a, b) for a, b in pairs if a != b), None)
+    if first is None:
+        return (
+            "the plan was made for a model of the same parts with other shapes, dtypes, dropout or mode (train, eval)"
+        )
+    return f"the plan was made for another model: it has {first[0]!r} where this one has {first[1]!r}"
 
 
 def _domains(

@@ -18,6 +18,11 @@ from cost_model.units import parse_bytes
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[Any], torch.optim.lr_scheduler.LRScheduler]
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.AdamW, lr=3e-4)
+_EXAMPLES = {
+    "loss_fn": "lambda outputs, inputs: a scalar tensor",
+    "optimizer": "functools.partial(torch.optim.SGD, lr=0.1), which autopar calls with the parameters",
+    "scheduler": "functools.partial(CosineAnnealingLR, T_max=1000), which autopar calls with the optimizer",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Options:
         """Checked options; ConfigError or UnsupportedError with a next move."""
         for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer), ("scheduler", scheduler)):
             if value is not None and not callable(value):
-                raise ConfigError(f"{name} must be callable or None, not {type(value).__name__}")
+                found = type(value).__name__
+                raise ConfigError(f"{name} must be callable or None, not {found}: pass {_EXAMPLES[name]}")
         if parallelism is not None and not isinstance(parallelism, Parallelism):
             raise ConfigError(f"parallelism must be an autopar.Parallelism, not {type(parallelism).__name__}")
         if plan is not None and not isinstance(plan, Plan):

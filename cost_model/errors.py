@@ -129,11 +129,15 @@ def _size(nbytes: int) -> str:
 
 
 class PlanMismatchError(AutoparError):
-    """A plan was made for another model, cluster, batch or version. Attributes: field, expected, found."""
+    """A plan was made for another model, cluster, batch or version. Attributes: field, expected, found.
 
-    def __init__(self, field: str, expected: object, found: object) -> None:
+    difference: what is said in place of values that tell a person nothing.
+    """
+
+    def __init__(self, field: str, expected: object, found: object, difference: str = "") -> None:
         self.field, self.expected, self.found = field, expected, found
-        super().__init__(f"the plan's {field} is {found!r} but here it is {expected!r}; plan again for this {field}")
+        said = difference or f"the plan's {field} is {found!r} but here it is {expected!r}"
+        super().__init__(f"{said}; plan again for this {field}")
 
 
 class SolverError(AutoparError):

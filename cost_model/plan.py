@@ -222,7 +222,13 @@ class Plan:
         return Plan(**raw, stages=stages, segment_labels=labels, placement=placement, precision=precision)
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Errors: ConfigError where nothing can be written."""
+        try:
+            Path(path).write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the plan {str(path)!r}: {error.strerror}; name a file in a folder"
+            ) from error
 
     @staticmethod
     def load(path: str | Path) -> Plan:

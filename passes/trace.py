@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -260,7 +261,9 @@ def _export(
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
         _check_arguments(module.model, args, kwargs)
         raise _trace_error(error, module.model) from error
-    exported = functional(exported)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
+        exported = functional(exported)
     changed = changed_buffers(exported)
     graph, constants = _to_model_graph(exported, spec, size, aliases, changed.statistics)
     return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}

@@ -245,7 +245,10 @@ def test_more_stages_than_the_model_has_segments() -> None:
         ({"memory_cap": -5}, "must be finite and not negative"),
         ({"parallelism": {"dp": 2}}, "must be an autopar.Parallelism, not dict"),
         ({"plan": "plan.json"}, r"must be an autopar.Plan \(see Plan.load\), not str"),
-        ({"optimizer": torch.optim.SGD(Regression().parameters())}, "optimizer must be callable or None, not SGD"),
+        (
+            {"optimizer": torch.optim.SGD(Regression().parameters())},
+            "optimizer must be callable or None, not SGD: pass func",
+        ),
         ({"optimizer": lambda parameters: None}, "returned a NoneType, not a torch.optim.Optimizer"),
         ({"cluster": "dgx2-v100-32gb"}, r"must be an autopar.Cluster, not a str; see autopar.Cluster.load"),
     ],

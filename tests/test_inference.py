@@ -98,7 +98,9 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @on_threads
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", ["tp", "pp", *(pytest.param(p, marks=pytest.mark.slow) for p in ("one", "dp", "zero"))]
+)
 def test_outputs_in_eval_mode_are_those_of_one_device_before_and_after_training(plan: str) -> None:
     """Of the whole batch and of another one, without labels."""
     devices, pins = PLANS[plan]

@@ -79,6 +79,9 @@ def test_a_plan_of_version_2_says_what_it_did(plan: autopar.Plan) -> None:
     assert autopar.Plan.from_json(json.dumps(raw)) == plan
 
 
+SAID = {"model": "same parts with other shapes, dtypes", "cluster": "other devices or links"}
+
+
 @pytest.mark.parametrize(
     ("field", "use"),
     [
@@ -89,9 +92,25 @@ def test_a_plan_of_version_2_says_what_it_did(plan: autopar.Plan) -> None:
     ],
 )
 def test_a_plan_for_something_else(plan: autopar.Plan, field: str, use: Callable[[autopar.Plan], object]) -> None:
-    with pytest.raises(PlanMismatchError, match=f"the plan's {field} is .*; plan again for this {field}") as caught:
+    said = SAID.get(field, f"the plan's {field} is .* but here it is")
+    with pytest.raises(PlanMismatchError, match=f"{said}.*; plan again for this {field}") as caught:
         use(plan)
     assert caught.value.field == field and caught.value.expected != caught.value.found
+
+
+def test_a_plan_for_other_parts_names_the_first_that_differs(plan: autopar.Plan) -> None:
+    other = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+
+    def loss_fn(made: torch.Tensor, _: object) -> torch.Tensor:
+        return made.mean()
+
+    with pytest.raises(PlanMismatchError, match="another model: it has '.*' where this one has '0'"):
+        autopar.estimate(other, cpu_cluster(2), (torch.randn(plan.batch, 4),), loss_fn=loss_fn, plan=plan)
+
+
+def test_a_plan_is_written_into_a_folder_that_is_there(plan: autopar.Plan, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot write the plan .*nowhere.*name a file in a folder"):
+        plan.save(tmp_path / "nowhere" / "plan.json")
 
 
 def _edited(plan: autopar.Plan, **choices: str) -> autopar.Plan:
