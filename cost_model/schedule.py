@@ -169,13 +169,19 @@ def _posted_early(steps: Sequence[Step]) -> list[Step]:
     """Each post moved before the last block that runs before its receive, though not before the channel is free."""
     early: list[Step] = []
     for step in steps:
-        if isinstance(step, PostForward | PostBackward):
-            ends = [at for at, before in enumerate(early) if isinstance(before, COMPUTE)]
-            free = [at + 1 for at, before in enumerate(early) if POSTS.get(type(before)) is type(step)]
-            early.insert(max([*ends[-1:], *free[-1:]], default=len(early)), step)
-        else:
-            early.append(step)
+        is_post = isinstance(step, PostForward | PostBackward)
+        early.insert(_post_place(early, type(step)) if is_post else len(early), step)
     return early
+
+
+def _post_place(before: Sequence[Step], post: type[Step]) -> int:
+    """Where a post goes among the steps before it; only the last few are looked at."""
+    for at in range(len(before) - 1, -1, -1):
+        if isinstance(before[at], COMPUTE):
+            return at
+        if POSTS.get(type(before[at])) is post:
+            return at + 1
+    return len(before)
 
 
 def _with_weights(steps: Sequence[Step], late: int, microbatches: int) -> Iterator[Step]:
