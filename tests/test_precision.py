@@ -21,6 +21,7 @@ import autopar
 from autopar import Parallelism, Precision
 from cost_model.errors import ConfigError, PlanMismatchError, UnsupportedError
 from cost_model.ops.table import OPS, OpCall, price_of
+from cost_model.precision import DTYPES
 from cost_model.tensor import TensorMeta
 from passes.precision import COMPUTE, WIDE, cast
 from passes.segment import segment
@@ -211,6 +212,29 @@ def test_a_master_copy_keeps_what_half_rounds_away() -> None:
     assert not moved[Precision(params="bf16")].any()
     exact = moved[Precision(compute="bf16")]
     assert exact.any() and largest_error({name: moved[MEGATRON]}, {name: exact}) < 0.1
+
+
+class Predictor(Regression):
+    """Gives its outputs where there is nothing to compare them with."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        outputs = self.outputs(x)
+        return outputs if y is None else (outputs - y).square().mean()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_inference_has_the_precision_of_training(dtype: str) -> None:
+    """A scaled loss is told as it is, and outputs are not scaled at all."""
+    model, precision = Predictor(), Precision.mixed(dtype)
+    pins = Parallelism(dp=2, tp=1, pp=1, zero=1)
+    with autopar.compile(model, cpu_cluster(2), BATCH, optimizer=SGD, precision=precision, parallelism=pins) as exe:
+        exe.step(BATCH)
+        found, loss = exe.forward({"x": BATCH["x"]}), exe.eval_step(BATCH)
+        model.load_state_dict(exe.full_state_dict())
+    assert loss == pytest.approx(float(model(**BATCH).detach()), rel=1e-2)
+    assert found.dtype == getattr(torch, DTYPES[dtype])
+    assert torch.allclose(found.float(), model(BATCH["x"]), atol=4e-3)
 
 
 # --- What is priced and held
