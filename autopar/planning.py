@@ -296,8 +296,7 @@ class Job:
         """The largest activation between segments."""
         local = self.space.local_model(microbatch_size)
         assert local is not None
-        exits = (local.model.tensor(part.exit).nbytes for part in local.segments[:-1] if part.exit is not None)
-        return float(max(exits, default=0))
+        return float(max((exit.nbytes + carried for exit, carried in local.cut_before[1:]), default=0))
 
     def _simulated_s(self, program: Program) -> float:
         """Seconds of a step on this cluster; infinite where it does not fit."""

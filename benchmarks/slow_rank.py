@@ -69,7 +69,7 @@ def answer(told: dict[str, Any]) -> dict[str, Any]:
             "microbatches": plan.microbatches,
         }
         estimate = dataclasses.asdict(exe.estimate.breakdown)
-        return {"steps_s": times[2:], "estimate_s": exe.estimate.step_time_s, "breakdown": estimate, "plan": mesh}
+        return {"steps_s": times[2:], "estimate_s": exe.estimate.step_time_s, "breakdown": estimate, "plan_found": mesh}
 
 
 def main() -> None:

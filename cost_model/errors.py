@@ -179,14 +179,19 @@ class NonFiniteLossError(AutoparError):
 
 
 class CollectiveTimeoutError(AutoparError):
-    """A rank waited too long for another. Attributes: rank (that waited), timeout_s (None: torch's default)."""
+    """A rank waited too long for another.
 
-    def __init__(self, rank: int, timeout_s: float | None) -> None:
-        self.rank, self.timeout_s = rank, timeout_s
+    Attributes: rank (that waited), timeout_s (None: torch's default), peer (that it waited for; None where it was one
+    of several in a collective).
+    """
+
+    def __init__(self, rank: int, timeout_s: float | None, peer: int | None = None) -> None:
+        self.rank, self.timeout_s, self.peer = rank, timeout_s, peer
         waited = "too long" if timeout_s is None else f"{timeout_s:g} s"
+        other = "another rank" if peer is None else f"rank {peer}"
         super().__init__(
-            f"rank {rank} waited {waited} for another rank, which is stuck, far behind, or not in this step; "
-            "look at what the other ranks do, or compile with a longer timeout_s"
+            f"rank {rank} waited {waited} for {other}, which is stuck, far behind, cut off, or not in this step; "
+            "look at what the other ranks do and at the link between them, or compile with a longer timeout_s"
         )
 
 

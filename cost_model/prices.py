@@ -292,7 +292,7 @@ class _Pricer:
     def _shares_egress(self, stage: int, dps: Sequence[int]) -> bool:
         """Whether some rank's messages to both neighbours share a rate."""
         pp = self.program.pp
-        if not self.cluster.uneven or not 0 < stage < pp - 1:
+        if not 0 < stage < pp - 1:
             return False
         both = zip(self._pairs(stage, stage + 1, dps), self._pairs(stage, stage - 1, dps), strict=True)
         return any(max(self.cluster.senders(pairs)) > 1 for pairs in both)

@@ -112,7 +112,7 @@ def test_a_stuck_worker_ends_the_step_after_the_timeout() -> None:
         exe.step(BATCH)
         started = [pid for pid in workers() if pid not in before]
         os.kill(started[1], signal.SIGSTOP)
-        with pytest.raises(WorkerError, match=r"rank 0 raised CollectiveTimeoutError: rank 0 waited 2 s for another"):
+        with pytest.raises(WorkerError, match=r"rank 0 raised CollectiveTimeoutError: rank 0 waited 2 s for rank 1"):
             exe.step(BATCH)
         assert all_gone(started)
 

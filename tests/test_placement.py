@@ -149,6 +149,13 @@ def test_a_free_search_is_never_slower_than_any_mesh() -> None:
         assert free.step_time_s <= pinned.step_time_s * 1.02, (pp, dp, tp)
 
 
+def test_many_devices_are_planned_and_placed_alike_each_time() -> None:
+    cluster = sites(*[("a", "cpu")] * 6, *[("b", "cpu")] * 4)
+    found = [autopar.estimate(Deep(64, 12), cluster, {"x": torch.randn(20, 64)}, optimizer=SGD) for _ in range(2)]
+    assert found[0].plan == found[1].plan
+    assert sorted(found[0].plan.placement) == list(range(10)) and math.isfinite(found[0].step_time_s)
+
+
 def test_the_plan_says_what_is_where() -> None:
     from autopar.options import Options
     from autopar.planning import plan_model

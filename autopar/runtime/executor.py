@@ -35,6 +35,7 @@ Tree = Any
 Part = tuple[int, int]
 """(microbatch, chunk)."""
 WORLD_REDUCTION = "all_reduce world"
+_TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
@@ -138,6 +139,7 @@ class RankExecutor:
         self.grad_outgoing: dict[Part, Tensor] = {}
         self.expected: dict[str, tuple[Any, Tensor]] = {}
         self.sending: dict[str, tuple[Any, Tensor, Part]] = {}
+        self.peer = 1 - self.rank if self.world_size == 2 else None
         self.loss: Tensor | None = None
 
     # --- the step, as the generated program calls it
@@ -419,7 +421,8 @@ class RankExecutor:
 
     def _receive(self, link: str, part: Part) -> Tensor:
         work, buffer = self.expected.pop(link)
-        self._timed(link, part, work.wait)
+        with self._waiting_for(self.spec["links"][link][0]):
+            self._timed(link, part, work.wait)
         return buffer
 
     def _send(self, link: str, tensor: Tensor, part: Part) -> None:
@@ -432,7 +435,8 @@ class RankExecutor:
     def _wait(self, link: str) -> None:
         if link in self.sending:
             work, _, part = self.sending.pop(link)
-            self._timed(link, part, work.wait)
+            with self._waiting_for(self.spec["links"][link][0]):
+                self._timed(link, part, work.wait)
 
     def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
         """Run, and while measuring note when."""
@@ -452,9 +456,16 @@ class RankExecutor:
         try:
             yield
         except RuntimeError as error:
-            if "timed out" in str(error).lower():
-                raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"]) from error
+            if any(words in str(error).lower() for words in _TIMED_OUT):
+                raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"], self.peer) from error
             raise
+
+    @contextlib.contextmanager
+    def _waiting_for(self, peer: int | None) -> Iterator[None]:
+        """Remember whom this rank waits for; an error leaves it known."""
+        before, self.peer = self.peer, peer
+        yield
+        self.peer = before
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

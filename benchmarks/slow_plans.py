@@ -1,0 +1,178 @@
+"""Estimated against measured steps on slow networks of one machine (namespaces, ``slow_network.py``), over gloo.
+
+    python benchmarks/slow_plans.py [--nodes 3] [--rates 10 50 200] [--delays 0 5 20] [--steps 3] [--compare] [--json]
+
+A pipeline of one stage a node, under GPipe and 1F1B, in 1, 2 and 4 microbatches. --compare: the automatic plan against
+data parallelism and ZeRO 3 on the slowest network instead. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slow_network import SlowNetwork, why_not
+
+RANK_FILE = Path(__file__).resolve().parent / "slow_rank.py"
+_PAYLOAD = 0.97  # of frames: headers of Ethernet, IP and TCP in packets of 8,000 bytes, and acknowledgements
+# What a transfer and a collective cost two processes that are waiting for it; `Cluster.local` measures it with devices.
+_CLUSTER = """\
+schema = 1
+name = "slow"
+backend = "gloo"
+source = "slow_network.py"
+shared_egress = true
+
+[transport]
+start = "0.5 ms"
+efficiency = {payload}
+source = "headers of Ethernet, IP and TCP"
+
+[[nodes]]
+region = "here"
+count = {nodes}
+{device}
+
+[within]
+latency = {latency}
+bandwidth = {bandwidth}
+source = "slow_network.py"
+"""
+
+
+class SlowRanks:
+    """One rank on each node of a network; answers to what all are told come from rank 0 unless one failed."""
+
+    def __init__(self, network: SlowNetwork) -> None:
+        port = _free_port()
+        self.network = network
+        self.ranks = [
+            network.start(
+                node,
+                [sys.executable, str(RANK_FILE)],
+                {
+                    "RANK": str(node),
+                    "WORLD_SIZE": str(network.nodes),
+                    "MASTER_ADDR": network.address(0),
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",
+                },
+            )
+            for node in range(network.nodes)
+        ]
+        for rank in self.ranks:
+            _line(rank)
+
+    def tell(self, told: Mapping[str, Any]) -> None:
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps(told) + "\n")
+            rank.stdin.flush()
+
+    def answers(self) -> list[dict[str, Any]]:
+        return [_line(rank) for rank in self.ranks]
+
+
+def _line(rank: Any) -> dict[str, Any]:
+    line = rank.stdout.readline()
+    if not line:
+        return {"error": "Ended", "message": f"with code {rank.wait()}"}
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def cluster_text(nodes: int, bits_per_s: float, delay_s: float, device: str) -> str:
+    """The network's own settings as a cluster file."""
+    return _CLUSTER.format(
+        nodes=nodes, payload=_PAYLOAD, device=device, latency=delay_s + 2e-4, bandwidth=bits_per_s / 8
+    )
+
+
+def plans() -> Iterator[dict[str, Any]]:
+    for schedule, count in itertools.product(("gpipe", "1f1b"), (1, 2, 4)):
+        yield {"schedule": schedule, "microbatches": count}
+
+
+def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    with SlowNetwork(options.nodes) as network, tempfile.TemporaryDirectory() as folder:
+        network.shape(1e9, 0.0)
+        ranks = SlowRanks(network)
+        for mbit, ms in itertools.product(options.rates, options.delays):
+            network.shape(mbit * 1e6, ms * 1e-3)
+            path = Path(folder) / f"{mbit}-{ms}.toml"
+            path.write_text(cluster_text(options.nodes, mbit * 1e6, ms * 1e-3, 'device = "cpu"'))
+            told = {"cluster": str(path), "width": 512, "layers": options.nodes * 2, "steps": options.steps}
+            for name, pins, batch in _cases(options):
+                ranks.tell({**told, "batch": batch, "pins": pins})
+                yield {"rate": mbit, "delay": ms, "plan": name, **ranks.answers()[0]}
+
+
+def _cases(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], int]]:
+    nodes, batch = options.nodes, 256
+    if options.compare:
+        yield "automatic", {}, batch * nodes
+        yield "data parallel", {"dp": nodes, "tp": 1, "pp": 1, "zero": 0}, batch * nodes
+        yield "ZeRO 3", {"dp": nodes, "tp": 1, "pp": 1, "zero": 3}, batch * nodes
+        return
+    for plan in plans():
+        pins = {"dp": 1, "tp": 1, "pp": nodes, "schedule": plan["schedule"]}
+        yield (
+            f"{plan['schedule']} x{plan['microbatches']}",
+            {**pins, "microbatch_size": batch // plan["microbatches"]},
+            batch,
+        )
+
+
+def show(row: Mapping[str, Any]) -> float | None:
+    head = f"{row['rate']:5g} Mbit/s {row['delay']:4g} ms  {row['plan']:14}"
+    if "error" in row:
+        print(f"{head} {row['error']}: {row['message']}", flush=True)
+        return None
+    measured = statistics.median(row["steps_s"])
+    error = row["estimate_s"] / measured - 1
+    print(
+        f"{head} measured {measured:7.3f} s  estimated {row['estimate_s']:7.3f} s {error:+7.1%}  {row['plan_found']}",
+        flush=True,
+    )
+    return error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--rates", nargs="*", type=float, default=[10, 50, 200], help="Mbit/s")
+    parser.add_argument("--delays", nargs="*", type=float, default=[0, 5, 20], help="ms")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    if reason := why_not():
+        print(f"no slow networks on this machine: {reason}")
+        return 1
+    errors = []
+    for row in rows(options):
+        if options.json:
+            print(json.dumps(row), flush=True)
+        elif (error := show(row)) is not None:
+            errors.append(abs(error))
+    if errors:
+        print(f"mean error {statistics.fmean(errors):.1%}, largest {max(errors):.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Real slow networks on this machine: as slow as they say, and steps as long as estimated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+import slow_network  # noqa: E402
+from slow_plans import SlowRanks, cluster_text  # noqa: E402
+
+sys.path.remove(str(FOLDER))
+REASON = slow_network.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no slow networks here: {REASON}")
+
+SINK = """
+import socket
+with socket.create_server(("", 5000)) as listener:
+    print("up", flush=True)
+    peer, _ = listener.accept()
+    while head := peer.recv(8, socket.MSG_WAITALL):
+        left = int.from_bytes(head, "big")
+        while left:
+            left -= len(peer.recv(min(left, 1 << 20)))
+        peer.sendall(b"k")
+"""
+SOURCE = """
+import socket, sys, time
+peer = socket.create_connection((sys.argv[1], 5000))
+peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+print("up", flush=True)
+for line in sys.stdin:
+    start = time.perf_counter()
+    peer.sendall(int(line).to_bytes(8, "big") + b"x" * int(line))
+    peer.recv(1)
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+def asked(process: Any, line: object) -> str:
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+    return str(process.stdout.readline())
+
+
+def test_a_network_is_as_slow_as_it_says_and_leaves_nothing() -> None:
+    with slow_network.SlowNetwork(2) as network:
+        sink = network.start(0, [sys.executable, "-c", SINK], {})
+        assert sink.stdout is not None and sink.stdout.readline() == "up\n"
+        source = network.start(1, [sys.executable, "-c", SOURCE, network.address(0)], {})
+        assert source.stdout is not None and source.stdout.readline() == "up\n"
+        for bits_per_s, delay_s, nbytes in ((50e6, 0.0, 10**6), (20e6, 0.03, 10**5), (20e6, 0.03, 1)):
+            network.shape(bits_per_s, delay_s)
+            asked(source, nbytes)
+            seconds = min(float(asked(source, nbytes)) for _ in range(3))
+            expected = nbytes * 8 / bits_per_s + 2 * delay_s
+            assert 0.9 * expected <= seconds <= 1.2 * expected + 0.02, (bits_per_s, delay_s, nbytes)
+        assert slow_network.namespaces_of(os.getpid())
+    assert not slow_network.namespaces_of(os.getpid())
+    assert sink.poll() is not None and source.poll() is not None
+
+
+OWNER = f"""
+import sys, time
+sys.path.insert(0, {str(FOLDER)!r})
+from slow_network import SlowNetwork
+with SlowNetwork(2) as network:
+    network.start(0, ["sleep", "1000"], {{}})
+    print("up", flush=True)
+    time.sleep(1000)
+"""
+
+
+def test_what_a_killed_owner_left_goes_at_the_next_start() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None and owner.stdout.readline() == "up\n"
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert len(slow_network.namespaces_of(owner.pid)) == 3
+    with slow_network.SlowNetwork(1):
+        assert not slow_network.namespaces_of(owner.pid)
+
+
+def told(folder: Path, nodes: int, **others: Any) -> dict[str, Any]:
+    path = folder / "slow.toml"
+    path.write_text(cluster_text(nodes, 20e6, 0.005, 'device = "cpu"'))
+    pins = {"dp": 1, "tp": 1, "pp": nodes, "schedule": "gpipe", "microbatch_size": 64}
+    return {"cluster": str(path), "width": 512, "layers": 2 * nodes, "batch": 256, "pins": pins, "steps": 2, **others}
+
+
+@pytest.mark.slow
+def test_steps_take_as_long_as_estimated(tmp_path: Path) -> None:
+    with slow_network.SlowNetwork(3) as network:
+        network.shape(20e6, 0.005)
+        ranks = SlowRanks(network)
+        ranks.tell(told(tmp_path, 3))
+        found = ranks.answers()[0]
+    assert "error" not in found, found
+    # Tests may share the machine: a process that waits for a core is late for every message.
+    assert 0.65 * min(found["steps_s"]) <= found["estimate_s"] <= 1.15 * max(found["steps_s"])
