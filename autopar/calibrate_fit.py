@@ -164,7 +164,7 @@ def _device_head(
 
 
 def _gemm_section(kind: str, row: GemmRow, efficiency: float) -> str:
-    mask = f"mask_block = {row.mask_block:.6g}\n" if kind != "matmul" else ""
+    mask = f"mask_block = {row.mask_block:.6g}\n" if kind.startswith("attention") else ""
     return (
         f"[device.cost.{kind}]\nefficiency = {efficiency:.6g}\nhalf_m = {row.half_m:.6g}\nhalf_n = {row.half_n:.6g}\n"
         f"half_k = {row.half_k:.6g}\nhalf_outputs = {row.half_outputs:.6g}\n{mask}"

@@ -37,7 +37,7 @@ _PAGE_NUMEL = 1024
 @functools.cache
 def all_probes() -> tuple[Probe, ...]:
     """All probes, in a fixed order."""
-    return (*_products(), *_batched_products(), *_attentions(), *_dtypes(), *_streams())
+    return (*_products(), *_batched_products(), *_convolutions(), *_attentions(), *_dtypes(), *_streams())
 
 
 class _Bank:
@@ -112,6 +112,41 @@ def _bmm(batch: int, t: int, d: int, transposed: bool) -> Made:
     if transposed:
         return aten.bmm.default, (_random(batch, t, d), _random(batch, t, d).transpose(1, 2)), {}
     return aten.bmm.default, (_random(batch, t, t), _random(batch, t, d)), {}
+
+
+def _convolutions() -> Iterator[Probe]:
+    """Of the input of a model and of its layers, forward and backward."""
+    for shape in _CONVOLUTIONS:
+        batch, ins, outs, size, kernel = shape
+        label = f"convolution {kernel} x {kernel} of {batch} x {ins} x {size} x {size} to {outs}"
+        yield Probe("convolution", label, functools.partial(_convolution, *shape))
+        yield Probe("convolution", f"{label}, backward", functools.partial(_convolution_backward, *shape))
+
+
+_CONVOLUTIONS = (
+    (2, 4, 4, 4, 3),
+    (8, 3, 64, 32, 3),
+    (4, 32, 64, 32, 3),
+    (8, 64, 64, 32, 3),
+    (8, 64, 128, 32, 1),
+    (8, 128, 128, 16, 3),
+    (8, 256, 256, 8, 3),
+)
+
+
+def _convolution(batch: int, ins: int, outs: int, size: int, kernel: int) -> Made:
+    operands = (_random(batch, ins, size, size), _random(outs, ins, kernel, kernel), _random(outs))
+    return aten.convolution.default, (*operands, *_window(kernel)), {}
+
+
+def _convolution_backward(batch: int, ins: int, outs: int, size: int, kernel: int) -> Made:
+    operands = (_random(batch, outs, size, size), _random(batch, ins, size, size), _random(outs, ins, kernel, kernel))
+    return aten.convolution_backward.default, (*operands, [outs], *_window(kernel), [True, True, True]), {}
+
+
+def _window(kernel: int) -> tuple[object, ...]:
+    """Stride, padding, dilation, transposed, output padding and groups of a convolution that keeps the size."""
+    return [1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1
 
 
 def _attentions() -> Iterator[Probe]:

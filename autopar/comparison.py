@@ -32,6 +32,9 @@ _KERNEL_EVENTS: Mapping[str, tuple[str, ...]] = {
     "autopar.attention.default": _ATTENTION,
     "autopar.attention_backward.default": tuple(f"{name}_backward" for name in _ATTENTION),
     "autopar.accumulate.default": ("aten::copy_", "aten::add_"),
+    "autopar.accumulate_product.default": ("aten::mm", "aten::addmm"),
+    "autopar.put.default": ("aten::copy_",),
+    "autopar.put_product.default": ("aten::mm",),
 }
 """Events of the ops that ``autopar.runtime.kernels`` and the executor implement by ops of another name."""
 Measured: TypeAlias = Mapping[str, Any]

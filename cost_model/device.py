@@ -17,7 +17,8 @@ from cost_model.hardware_file import Table, read_shipped, shipped_names
 from cost_model.program import OpCost
 from cost_model.tensor import DTYPE_BYTES, FLOATING
 
-GEMM_KINDS = ("matmul", "attention", "attention_backward")
+GEMM_KINDS = ("matmul", "convolution", "attention", "attention_backward")
+_PRICED_LIKE = {"convolution": "matmul"}  # kinds that a device's file may leave out
 STREAM_KINDS = (
     "elementwise",
     "transcendental",
@@ -301,7 +302,8 @@ def _rows(table: Table, bandwidth: float, op_overhead_s: float, sources: dict[st
     table.only(KINDS)
     rows: dict[str, Row] = {}
     for kind in GEMM_KINDS:
-        rows[kind] = _gemm_row(table, kind, op_overhead_s, sources)
+        like = kind if kind in table.raw else _PRICED_LIKE.get(kind, kind)
+        rows[kind] = _gemm_row(table, like, op_overhead_s, sources)
     for kind in STREAM_KINDS:
         rows[kind] = _stream_row(table, kind, bandwidth, op_overhead_s, sources)
     return rows

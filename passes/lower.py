@@ -19,8 +19,8 @@ from cost_model.tensor import TensorMeta
 from passes.calls import call_of
 from passes.graph import Meta, is_getitem, meta_of
 from passes.storage import is_view, storage_of
+from passes.workspace import workspace_bytes
 
-_BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
 _COLLECTIVES = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
 
 
@@ -181,7 +181,7 @@ class _Lower:
             workspace_bytes=dropped
             + _staging_bytes(node, self.metas)
             + _parts_bytes(node, self.metas)
-            + _packing_bytes(node, cost),
+            + workspace_bytes(node, cost),
             frees=frees,
             segment=int(node.meta.get("segment", -1)),
         )
@@ -230,20 +230,6 @@ def _collective(node: fx.Node, metas: Mapping[str, Meta]) -> Collective | None:
 def _bytes(meta: Meta) -> int:
     assert isinstance(meta, TensorMeta)
     return meta.nbytes
-
-
-def _packing_bytes(node: fx.Node, cost: OpCost | None) -> int:
-    """What a product of half types packs on a CPU: blocks of both operands and of the result, the latter in float32.
-
-    oneDNN 3 as torch 2.13 calls it, found from its allocations: blocks of at most 256 x 1024 x 64; the first operand
-    only where it lies transposed. A GPU's libraries keep a workspace of their own, which is larger.
-    """
-    if cost is None or cost.gemm is None or cost.kind != "matmul" or cost.dtype not in ("bfloat16", "float16"):
-        return 0
-    _, m, n, k = cost.gemm
-    rows, depth, columns = min(m, 256), min(k, 1024), 64
-    transposed = any(not operand.meta["val"].is_contiguous() for operand in node.all_input_nodes[:2])
-    return 2 * depth * columns + 4 * rows * min(n, columns) + 2 * rows * depth * transposed + _BOOKKEEPING
 
 
 def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:

@@ -121,7 +121,7 @@ def _gemm(weight: TensorMeta, groups: int, transposed: bool, positions: int) -> 
 
 
 def _cost(call: OpCall, gemm: tuple[int, int, int, int], nbytes: int) -> OpCost:
-    return OpCost("matmul", 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm)
+    return OpCost("convolution", 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm)
 
 
 def _positions(call: OpCall) -> int:
@@ -157,7 +157,11 @@ def _traced_backward(call: OpCall) -> OpCost:
     products = float(sum(bool(w) for w in wanted[:2]))
     nbytes = products * sum(m.nbytes for m in (gradient, source, weight))
     return OpCost(
-        "matmul", 2.0 * math.prod(gemm) * max(products, 1.0), max(nbytes, float(gradient.nbytes)), source.dtype
+        "convolution",
+        2.0 * math.prod(gemm) * max(products, 1.0),
+        max(nbytes, float(gradient.nbytes)),
+        source.dtype,
+        gemm,
     )
 
 

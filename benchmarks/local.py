@@ -1,0 +1,231 @@
+"""Estimates held against this machine: step time and peak memory of eight models, each under several plans.
+
+    python benchmarks/local.py [--models NAME ...] [--plans NAME ...] [--steps 5] [--json]
+
+Every plan runs on two worker processes (``autopar.compare``). Errors are signed, relative to measured. Run it with
+nothing else on the machine. Models of Hugging Face are built from configurations; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import autopar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+Made = tuple[nn.Module, dict[str, Tensor]]
+TIME_MEAN, MEMORY_LARGEST = 0.08, 0.03
+PLANS = {
+    "dp2": autopar.Parallelism(dp=2, tp=1, pp=1),
+    "dp2 zero3": autopar.Parallelism(dp=2, tp=1, pp=1, zero=3),
+    "tp2": autopar.Parallelism(dp=1, tp=2, pp=1),
+    "pp2": autopar.Parallelism(dp=1, tp=1, pp=2),
+    "auto": autopar.Parallelism(),
+}
+
+
+def _tokens(batch: int, length: int, vocabulary: int = 1024) -> Tensor:
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def gpt() -> Made:
+    """The example's GPT, fused attention, tied head."""
+    from gpt import GPT, GPTConfig
+
+    tokens = _tokens(16, 129, 256)
+    batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    return GPT(GPTConfig(n_layer=4, n_embd=256)), batch
+
+
+def hf_gpt2() -> Made:
+    """Explicit attention and a head of 1,024 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=1024, n_positions=128, n_embd=256, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=False, attn_implementation="eager",
+    )  # fmt: skip
+    tokens = _tokens(8, 128)
+    return GPT2LMHeadModel(config), {"input_ids": tokens, "labels": tokens}
+
+
+def llama() -> Made:
+    """Grouped queries, rotary embeddings, RMS norms, a gated MLP."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, use_cache=False,
+    )  # fmt: skip
+    tokens = _tokens(8, 128)
+    return LlamaForCausalLM(config), {"input_ids": tokens, "labels": tokens}
+
+
+def bert() -> Made:
+    """An encoder with a head over its vocabulary."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=1024, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    tokens = _tokens(8, 128)
+    return BertForMaskedLM(config), {"input_ids": tokens, "labels": tokens}
+
+
+def vit() -> Made:
+    """Patches of images."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=64, patch_size=8, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=1024, num_labels=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, 64, 64, generator=generator)
+    return ViTForImageClassification(config), {"pixel_values": images, "labels": torch.arange(16)}
+
+
+def t5() -> Made:
+    """An encoder whose output every layer of the decoder reads."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=1024, d_model=256, d_kv=64, d_ff=1024, num_layers=2, num_heads=4, dropout_rate=0.0, use_cache=False,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    tokens = _tokens(8, 96)
+    return T5ForConditionalGeneration(config), {"input_ids": tokens, "labels": tokens}
+
+
+class Wide(nn.Module):
+    """A multi-layer perceptron: products and nothing else."""
+
+    def __init__(self, width: int = 1024, depth: int = 6) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return nn.functional.mse_loss(x, y)
+
+
+def mlp() -> Made:
+    """Six wide layers."""
+    generator = torch.Generator().manual_seed(0)
+    return Wide(), {name: torch.randn(256, 1024, generator=generator) for name in ("x", "y")}
+
+
+class Residual(nn.Module):
+    """Convolutions with group norms and skips."""
+
+    def __init__(self, channels: int = 64, depth: int = 4) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, channels, 3, padding=1)
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(depth))
+        self.head = nn.Linear(channels, 16)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        x = self.enter(images)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = x + torch.relu(norm(convolution(x)))
+        return nn.functional.cross_entropy(self.head(x.mean((2, 3))), labels)
+
+
+def resnet() -> Made:
+    """Images of 32 x 32."""
+    generator = torch.Generator().manual_seed(0)
+    return Residual(), {"images": torch.randn(16, 3, 32, 32, generator=generator), "labels": torch.arange(16)}
+
+
+MODELS: dict[str, Callable[[], Made]] = {
+    "gpt": gpt, "hf gpt2": hf_gpt2, "llama": llama, "bert": bert, "vit": vit, "t5": t5, "mlp": mlp, "resnet": resnet,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """Seconds and bytes as measured; errors relative to them."""
+
+    model: str
+    plan: str
+    step_time_s: float
+    step_time_error: float
+    peak_bytes: int
+    peak_memory_error: float
+
+
+def measured(name: str, plan: str, steps: int, cluster: autopar.Cluster) -> Row:
+    """One program, run and compared."""
+    torch.manual_seed(0)
+    model, batch = MODELS[name]()
+    exe = autopar.compile(model, cluster, batch, parallelism=PLANS[plan])
+    try:
+        found = autopar.compare(exe, batch, steps=steps)
+    finally:
+        exe.close()
+    seconds = statistics.median(found.steps_s)
+    return Row(name, plan, seconds, found.step_time_error, found.measured_peak_bytes, found.peak_memory_error)
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Mean size of the time errors, the largest memory error in size, and the lowest."""
+    memory = [row.peak_memory_error for row in rows]
+    return {
+        "time_mean": statistics.fmean(abs(row.step_time_error) for row in rows),
+        "memory_largest": max(memory, key=abs),
+        "memory_lowest": min(memory),
+    }
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("model", "plan", "step s", "time error", "peak MiB", "memory error")
+    for row in rows:
+        errors = (f"{row.step_time_error:+.1%}", f"{row.peak_memory_error:+.2%}")
+        table.add_row(
+            row.model, row.plan, f"{row.step_time_s:.3f}", errors[0], f"{row.peak_bytes / 2**20:.1f}", errors[1]
+        )
+    console, found = Console(), summary(rows)
+    console.print(table)
+    console.print(
+        f"time: mean {found['time_mean']:.1%} of {TIME_MEAN:.0%}; memory: largest {found['memory_largest']:+.2%} of "
+        f"{MEMORY_LARGEST:.0%}, lowest {found['memory_lowest']:+.2%} of 0 %"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=["dp2", "tp2", "pp2"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    cluster = autopar.Cluster.local(2)
+    cases = [(model, plan) for model in options.models for plan in options.plans]
+    rows = []
+    for model, plan in track(cases, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        rows.append(measured(model, plan, options.steps, cluster))
+        print(f"{model} {plan}: {rows[-1].step_time_error:+.1%} {rows[-1].peak_memory_error:+.2%}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"rows": [vars(row) for row in rows], **summary(rows)}, indent=2))
+    else:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Workspace: memory that kernels take for themselves while they run, beyond their operands and results.
+
+What CPU kernels of torch 2.13 (oneDNN 3) take was found from their allocations. A GPU's libraries have workspaces of
+their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from cost_model.program import OpCost
+
+aten = torch.ops.aten
+_BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
+_HALF = ("bfloat16", "float16")
+_BLOCK = 16  # channels that oneDNN lays side by side
+_PLAIN_CHANNELS = 4  # images of at most so many channels are read as they are
+_SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/native/Convolution.cpp, use_mkldnn
+
+
+def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
+    """Of one call."""
+    if cost is None or cost.gemm is None:
+        return 0
+    if cost.kind == "matmul" and cost.dtype in _HALF:
+        return _packing(node, cost)
+    if node.target is aten.convolution.default:
+        return _convolution(_Convolution.of(node.args[0], node.args[1], node.args[3], node.args[8]), _value(node))
+    if node.target is aten.convolution_backward.default:
+        gradient, source, weight, _, stride, _, _, _, _, groups, wanted = node.args
+        return _backward(_Convolution.of(source, weight, stride, groups), _value(gradient), wanted)
+    return 0
+
+
+def _packing(node: fx.Node, cost: OpCost) -> int:
+    """What a product of half types packs on a CPU: blocks of both operands and of the result, the latter in float32.
+
+    oneDNN 3 as torch 2.13 calls it, found from its allocations: blocks of at most 256 x 1024 x 64; the first operand
+    only where it lies transposed. A GPU's libraries keep a workspace of their own, which is larger.
+    """
+    assert cost.gemm is not None
+    _, m, n, k = cost.gemm
+    rows, depth, columns = min(m, 256), min(k, 1024), 64
+    transposed = any(not operand.meta["val"].is_contiguous() for operand in node.all_input_nodes[:2])
+    return 2 * depth * columns + 4 * rows * min(n, columns) + 2 * rows * depth * transposed + _BOOKKEEPING
+
+
+class _Convolution:
+    """One call's operands, and their bytes as oneDNN lays them out: channels in blocks, filled up with zeros."""
+
+    def __init__(self, source: Tensor, weight: Tensor, stride: list[int], groups: int) -> None:
+        self.source, self.weight, self.stride, self.groups = source, weight, stride, groups
+
+    @staticmethod
+    def of(source: Any, weight: Any, stride: Any, groups: Any) -> _Convolution:
+        return _Convolution(_value(source), _value(weight), stride, groups)
+
+    @property
+    def is_product(self) -> bool:
+        """Kernels of one element over few samples: a plain product."""
+        plain = all(size == 1 for size in (*self.weight.shape[2:], *self.stride))
+        return plain and self.source.shape[0] < _MANY_SAMPLES
+
+    @property
+    def is_small(self) -> bool:
+        """One small sample: a product with a matrix of patches."""
+        large_kernel = all(size > _SMALL_KERNEL for size in self.weight.shape[2:])
+        return self.groups == 1 and not large_kernel and len(self.source) == 1 and self.source.numel() <= _SMALL_NUMEL
+
+    def blocked(self, x: Tensor) -> int:
+        """Bytes of an image [batch, channels, ...]."""
+        return _nbytes(x) * _filled(x.shape[1]) // x.shape[1]
+
+    @property
+    def read(self) -> int:
+        """Bytes of the input's copy, where it is not read as it is."""
+        return 0 if self.source.shape[1] <= _PLAIN_CHANNELS else self.blocked(self.source)
+
+    @property
+    def copies(self) -> int:
+        """Of the input's gradient before it is laid out plainly."""
+        return 1 if all(step == 1 for step in self.stride) else 2
+
+    @property
+    def weights(self) -> int:
+        outs, ins = self.weight.shape[:2]
+        if self.groups > 1:
+            return _nbytes(self.weight)
+        filled = ins if ins <= _PLAIN_CHANNELS else _filled(ins)
+        return _nbytes(self.weight) * _filled(outs) // outs * filled // ins
+
+    def patches(self, positions: int) -> int:
+        return math.prod(self.weight.shape[1:]) * positions * self.source.element_size()
+
+
+def _convolution(call: _Convolution, out: Tensor) -> int:
+    """Copies of the operands, and the result before it is laid out plainly."""
+    if call.is_product:
+        return 0
+    if call.is_small:
+        return call.patches(math.prod(out.shape[2:]))
+    made = call.blocked(out)
+    return max(call.read + call.weights + made - _nbytes(out), made) + _BOOKKEEPING
+
+
+def _backward(call: _Convolution, gradient: Tensor, wanted: Any) -> int:
+    """First the gradient of the input, then that of the weight, each from copies of its own."""
+    if call.is_product:
+        return 0
+    if call.is_small:
+        return call.patches(math.prod(gradient.shape[2:]))
+    made, weights, weight = call.blocked(gradient), call.weights, _nbytes(call.weight)
+    needs = [call.read + made + weights - weight, weights + len(call.weight) * call.weight.element_size()]
+    if wanted[0]:
+        source = call.blocked(call.source)
+        needs += [made + weights + source - _nbytes(call.source) - weight, source * call.copies - weight]
+    return max(needs) + _BOOKKEEPING
+
+
+def _filled(channels: int) -> int:
+    return -(-channels // _BLOCK) * _BLOCK
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _value(node: Any) -> Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value

@@ -1,0 +1,75 @@
+"""What kernels take beyond their operands and results, against the allocations they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
+
+from cost_model.ops import price_of
+from passes.calls import call_of
+from passes.graph import meta_of
+from passes.workspace import workspace_bytes
+
+aten = torch.ops.aten
+SLACK = 4096
+SHAPES = {
+    "images": (8, 3, 64, 32, 3, 1, 1),
+    "layers": (8, 64, 64, 32, 3, 1, 1),
+    "weights that outweigh images": (4, 256, 256, 8, 3, 1, 1),
+    "one by one": (8, 64, 64, 32, 1, 1, 1),
+    "channels that fill no block": (8, 48, 40, 20, 5, 1, 1),
+    "each channel alone": (8, 64, 64, 32, 3, 1, 64),
+    "one small sample": (1, 8, 8, 8, 3, 1, 1),
+    "a stride": (8, 64, 64, 32, 3, 2, 1),
+}
+
+
+def peak_bytes(call: Callable[[], Any]) -> tuple[int, int]:
+    """The most that was allocated during a call, and what was left."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as taken:
+        kept = call()
+    events = [e for e in taken.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    del kept
+    return peak, total
+
+
+def said(call: Callable[..., Any], *operands: Tensor) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        graph = make_fx(call)(*(mode.from_tensor(o) for o in operands)).graph
+    node = next(n for n in graph.nodes if n.op == "call_function")
+    metas = {n.name: m for n in graph.nodes if (m := meta_of(n.meta.get("val"))) is not None}
+    return workspace_bytes(node, price_of(call_of(node, metas)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_convolution_takes_what_is_said(name: str) -> None:
+    batch, ins, outs, size, kernel, stride, groups = SHAPES[name]
+    source, weight, bias = (
+        torch.randn(batch, ins, size, size),
+        torch.randn(outs, ins // groups, kernel, kernel),
+        torch.randn(outs),
+    )
+    window = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
+
+    def forward(source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        made: Tensor = aten.convolution(source, weight, bias, *window)
+        return made
+
+    def backward(gradient: Tensor, source: Tensor, weight: Tensor) -> Any:
+        return aten.convolution_backward(gradient, source, weight, [outs], *window, [ins > 3, True, True])
+
+    gradient = forward(source, weight, bias)
+    for call, operands in ((forward, (source, weight, bias)), (backward, (gradient, source, weight))):
+        peak, left = peak_bytes(lambda call=call, operands=operands: call(*operands))
+        assert peak - left <= said(call, *operands) <= peak - left + SLACK + (peak - left) // 50
