@@ -144,3 +144,33 @@ def test_steps_out_of_order_and_losses_that_are_not_numbers_are_errors() -> None
         remove()
         assert math.isfinite(exe.step(BATCH)) and exe.steps == 3
     assert [record.step for record in records] == [2] and records[0].grad_norm is None
+
+
+class Normed(torch.nn.Module):
+    """A batch norm between two layers; running statistics move with every batch that is accumulated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3)
+        self.body = torch.nn.Sequential(*layers).double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.body(x), y)
+
+
+@pytest.mark.parametrize("pins", [{"dp": 2, "tp": 1, "pp": 1}, slow({"dp": 1, "tp": 2, "pp": 1})])
+def test_batch_norm_while_gradients_accumulate(pins: dict[str, int]) -> None:
+    model, plain = Normed(), Normed()
+    torch.manual_seed(1)
+    given = [{"x": torch.randn(8, 6).double(), "y": torch.randn(8, 3).double()} for _ in range(3)]
+    optimizer = SGD(plain.parameters())
+    for batch in given:
+        (plain(**batch) / len(given)).backward()
+    optimizer.step()
+    parallelism = autopar.Parallelism(**pins)
+    with autopar.compile(model, cpu_cluster(2), given[0], optimizer=SGD, parallelism=parallelism) as exe:
+        for batch in given:
+            exe.step(batch, update=False)
+        exe.update()
+        assert largest_error(exe.full_state_dict(), plain.state_dict()) < 1e-9
