@@ -30,7 +30,13 @@ GRIDS: dict[str, dict[str, int]] = {
 }
 WHOLE_BATCH = ("clip",)
 """Families whose loss compares all samples with each other: dp is refused by name."""
-QUICK = [("wide_resnet", "dp2"), ("wide_resnet", "tp2-pp2"), ("unet", "tp2-pp2"), ("recommender", "dp2-tp2")]
+QUICK = [
+    ("wide_resnet", "dp2"),
+    ("wide_resnet", "tp2-pp2"),
+    ("unet", "tp2-pp2"),
+    ("recommender", "dp2-tp2"),
+    ("albert", "tp2"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

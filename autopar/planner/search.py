@@ -13,7 +13,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,8 @@ __all__ = [
     "Space", "StageSolution", "in_flight", "search",
 ]  # fmt: skip
 MAX_CONFIRMATIONS = 8
+MOST_SHARED_LABELS = 256
+"""Combinations of labels of shared variables that are tried one by one: those of four parameters of four labels."""
 WORTH_TIGHTENING = 0.01
 FEWEST_PARTS = 2
 
@@ -303,16 +305,41 @@ class _Search:
     def _add_units(self, waiting: _Waiting) -> None:
         """A unit for each choice of labels of shared variables."""
         c, chain = waiting.configuration, waiting.chain
-        domains = chain.shared_domains()
-        for number, labels in enumerate(itertools.product(*domains.values())):
-            fixed = chain.fixed(dict(zip(domains, labels, strict=True)))
+        choices, notes = self._shared_labels(c, chain)
+        for number, labels in enumerate(choices):
+            fixed = chain.fixed(labels)
             solver = ConfigurationSolver(fixed, self._segments(fixed), c, math.inf)
-            unit = _Unit((*waiting.order, number), solver, max(waiting.bound_s, solver.quick_bound_s()))
+            bound_s = max(waiting.bound_s, solver.quick_bound_s())
+            unit = _Unit((*waiting.order, number), solver, bound_s, notes=notes)
             if math.isfinite(self.cap_bytes):
-                unit.capped = functools.partial(self._capped, c, fixed, dict(zip(domains, labels, strict=True)))
+                unit.capped = functools.partial(self._capped, c, fixed, labels)
             if math.isfinite(unit.bound_s):
                 self.units.append(unit)
                 self._push(unit)
+
+    def _shared_labels(self, c: Configuration, chain: Chain) -> tuple[Iterable[dict[str, str]], tuple[str, ...]]:
+        """Choices of labels of shared variables, and a note where they are too many to try.
+
+        Then it is the choice of the best plan in which each use may lie otherwise, as its first use has it, and the
+        first labels of all (whole on every rank).
+        """
+        domains = chain.shared_domains()
+        count = math.prod(map(len, domains.values()))
+        if count <= MOST_SHARED_LABELS:
+            return (dict(zip(domains, labels, strict=True)) for labels in itertools.product(*domains.values())), ()
+        solver = ConfigurationSolver(chain, self._segments(chain), c, math.inf)
+        choice = solver.solve(math.inf).choice
+        chosen: dict[str, str] = {}
+        for stage in _stages(solver, choice.columns) if choice is not None else ():
+            for variable, label in (item for assignment in stage.assignments for item in assignment.items()):
+                if label in domains.get(variable, ()):
+                    chosen.setdefault(variable, label)
+        first = {variable: labels[0] for variable, labels in domains.items()}
+        note = (
+            f"{len(domains)} parameters are used in several blocks: {count} combinations of their placements are too "
+            "many, so the one that the blocks choose apart was taken; the gap is to plans with that"
+        )
+        return (first | chosen, first), (note,)
 
     def _capped(self, c: Configuration, chain: Chain, labels: Mapping[str, str]) -> list[ConfigurationSolver]:
         saving = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
