@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from autopar.alike import Outliner
 from autopar.gradient_norm import FOUND, NORM, clip_costs, norm_workspace_bytes, unscale_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
@@ -181,30 +182,63 @@ class Linker:
         self.optimizer, self.device_kind = optimizer, device_kind
         self._templates: Templates = {}
         self._prices: dict[tuple[tuple[str, TensorMeta], ...], OptimizerPrice] = {}
+        self._outliner = Outliner(traced, analysis)
+        self._models: dict[int, ModelGraph] = {}
+        self._codes: dict[tuple[Hashable, ...], StageCode] = {}
 
     def link(self, plan: Plan) -> Linked:
         """The whole program of a plan; VerificationError where its stages do not fit together."""
-        model, segments = specialise(self.traced, plan.microbatch_size), self.traced.segments
-        codes = tuple(self._code(model, segments, plan, index) for index in range(len(plan.stages)))
+        model = specialise(self.traced, plan.microbatch_size)
+        codes = tuple(self._code(model, plan, index) for index in range(len(plan.stages)))
         for index, zeros in _unreached(codes).items():
-            remade = self._code(model, segments, plan, index, zeros)
-            codes = (*codes[:index], remade, *codes[index + 1 :])
+            codes = (*codes[:index], self._code(model, plan, index, zeros), *codes[index + 1 :])
         verify_cuts(codes)
         chunks = [codes[stage :: plan.pp] for stage in range(plan.pp)]
         tied = _tied(chunks)
         stages = tuple(_link_stage(self.traced, own, plan, tied, self.optimizer is not None) for own in chunks)
         check_schedule([steps_of(plan, stage) for stage in range(plan.pp)], plan.microbatches, plan.virtual_stages)
-        program = Program(
-            dp=plan.dp,
-            tp=plan.tp,
-            pp=plan.pp,
-            microbatches=plan.microbatches,
-            schedule=plan.schedule,
-            stages=tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)),
-            devices=device_map(plan),
-            virtual_stages=plan.virtual_stages,
-        )
+        program = _program(plan, tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)))
         return Linked(self.traced, plan, stages, program, self.max_grad_norm, self.local_batches)
+
+    def price(self, plan: Plan, exact: int | None = None) -> Program:
+        """The program of a plan as ``link`` makes it, but for names: stages that are alike are made once.
+
+        exact: a stage that has its own names all the same.
+        """
+        if self.given is not None:
+            return self.link(plan).program
+        shared = _held_by_several(self.traced.segments, plan)
+        keys = [self._key(plan, index, shared, exact) for index in range(len(plan.stages))]
+        for index, key in enumerate(keys):
+            if key not in self._codes:
+                self._codes[key] = self._code(self._model(plan.microbatch_size), plan, index)
+        codes = tuple(self._codes[key] for key in keys)
+        targets = {i.target for i in self.traced.global_graph.inputs if i.node in shared}
+        if any(names & targets for names in _unreached(codes).values()):
+            return self.link(plan).program
+        chunks = [codes[stage :: plan.pp] for stage in range(plan.pp)]
+        tied = {name: name for name in _tied(chunks) if name in targets}
+        known: dict[tuple[int, ...], StageProgram] = {}
+        stages = []
+        for index, own in enumerate(chunks):
+            same = tuple(map(id, own))
+            if same not in known:
+                linked = _link_stage(self.traced, own, plan, tied, self.optimizer is not None)
+                known[same] = self._stage_program(linked, index, plan)
+            stages.append(_at(known[same], index, plan))
+        return _program(plan, tuple(stages))
+
+    def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
+        last, chunk = index == len(plan.stages) - 1, index // plan.pp if plan.virtual_stages > 1 else 0
+        size = (plan.microbatch_size, plan.dp, plan.tp, plan.precision)
+        itself = index if exact is not None and index % plan.pp == exact else None
+        split = splits_backward(plan.schedule, index % plan.pp)
+        return (self._outliner.outline(plan, index, shared), size, last, chunk, split, itself)
+
+    def _model(self, microbatch_size: int) -> ModelGraph:
+        if microbatch_size not in self._models:
+            self._models[microbatch_size] = specialise(self.traced, microbatch_size)
+        return self._models[microbatch_size]
 
     def _stage_program(self, stage: LinkedStage, index: int, plan: Plan) -> StageProgram:
         price = self._with_casts(stage, self._price(stage))
@@ -217,15 +251,8 @@ class Linker:
         price, has_optimizer = replace(price, costs=costs, workspace_bytes=workspace), self.optimizer is not None
         return _stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
 
-    def _code(
-        self,
-        model: ModelGraph,
-        segments: tuple[Segment, ...],
-        plan: Plan,
-        index: int,
-        zeros: frozenset[str] = frozenset(),
-    ) -> StageCode:
-        stage, whole = plan.stages[index], self.traced.global_graph.batch
+    def _code(self, model: ModelGraph, plan: Plan, index: int, zeros: frozenset[str] = frozenset()) -> StageCode:
+        stage, whole, segments = plan.stages[index], self.traced.global_graph.batch, self.traced.segments
         cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole, plan.dp)
         return build_stage(
             cut,
@@ -277,6 +304,26 @@ def merged_inputs(codes: Sequence[StageCode]) -> tuple[GraphInput, ...]:
 def merged_buckets(codes: Sequence[StageCode]) -> tuple[Bucket, ...]:
     """The buckets of several parts of the chain, each once."""
     return tuple({bucket.name: bucket for code in codes for bucket in code.buckets}.values())
+
+
+def _program(plan: Plan, stages: tuple[StageProgram, ...]) -> Program:
+    return Program(
+        dp=plan.dp,
+        tp=plan.tp,
+        pp=plan.pp,
+        microbatches=plan.microbatches,
+        schedule=plan.schedule,
+        stages=stages,
+        devices=device_map(plan),
+        virtual_stages=plan.virtual_stages,
+    )
+
+
+def _at(stage: StageProgram, index: int, plan: Plan) -> StageProgram:
+    """The program of a stage as that of another one."""
+    chunks = zip(stage.chunks, plan.chunks(index), strict=True)
+    moved = tuple(replace(c, segments=tuple(range(p.first_segment, p.last_segment))) for c, p in chunks)
+    return replace(stage, stage=index, chunks=moved)
 
 
 def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:

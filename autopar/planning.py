@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
-from autopar.link import Linked, Linker
+from autopar.link import Linked, Linker, device_map
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import Options, check_target
 from autopar.planner.regional import fastest_view, search_placed
@@ -46,6 +46,7 @@ from passes.precision import cast
 from passes.random_vocabulary import DRAWING, DROPOUT
 from passes.segment import Segment
 from passes.trace import Traced, trace
+from passes.verify import verify_priced
 from passes.zero import zero_key
 
 _PREFIXES = ("op:", "input:", "form:")
@@ -67,12 +68,20 @@ Agree = Callable[[Callable[[], Decision]], Decision]
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """Everything known before the first step."""
+    """Everything known before the first step. job: what the program is made by, once it is asked for."""
 
     plan: Plan
     estimate: Estimate
-    linked: Linked
+    job: Job
     optimizer: OptimizerSpec | None
+
+    @cached_property
+    def linked(self) -> Linked:
+        """The program of every rank; what it does is what was priced, or VerificationError."""
+        with collector_paused():
+            linked = self.job.linked(self.plan)
+        verify_priced(linked.program, self.job.program(self.plan))
+        return linked
 
 
 def plan_model(
@@ -118,6 +127,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
+        self._programs: dict[Plan, Program] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
             self.traced, self.analysis, self.optimizer, kind, options.max_grad_norm, options.local_batches
@@ -165,7 +175,7 @@ class Job:
     def _scheduled(self, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
         """The plan that was found, under the schedule that is fastest for it and fits."""
         plan = self.plan(solution)
-        others = faster_schedules(solution, self.linked(plan).program, self.cluster, self.options.parallelism)
+        others = faster_schedules(solution, self.program(plan), self.cluster, self.options.parallelism)
         for configuration in others:
             other = self.plan(replace(solution, configuration=configuration))
             peak_bytes = max(peak.memory.total_bytes for peak in self._stage_peaks(other))
@@ -175,15 +185,16 @@ class Job:
         return plan, ()
 
     def _step_s(self, plan: Plan) -> float:
-        return simulate(self.linked(plan).program, self.cluster).step_time_s
+        return simulate(self.program(plan), self.cluster).step_time_s
 
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""
-        plan, linked = decision.plan, self.linked(decision.plan)
+        plan = decision.plan
         missing = missing_rules(self.traced.global_graph, plan, self.cluster)
         notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
-        estimate = estimate_program(linked.program, self.cluster, plan, notes, decision.search_s, decision.gap)
-        return Planned(plan, estimate, linked, self.optimizer)
+        program = self.program(plan)
+        estimate = estimate_program(program, self.cluster, plan, notes, decision.search_s, decision.gap)
+        return Planned(plan, estimate, self, self.optimizer)
 
     def under(self, parallelism: Parallelism, memory_cap_bytes: int | None) -> Job:
         """The same model under other pins and another cap, searched anew; trace, prices and programs are shared."""
@@ -193,10 +204,17 @@ class Job:
 
     def linked(self, plan: Plan) -> Linked:
         """The program of a plan, rewritten once whatever the cap it was found under and the devices it is placed on."""
-        key = replace(plan, memory_cap_bytes=0, cluster="", placement=tuple(range(len(plan.placement))))
+        key = _unplaced(plan)
         if key not in self._linked:
             self._linked[key] = self._linker.link(plan)
         return self._linked[key].at(plan)
+
+    def program(self, plan: Plan) -> Program:
+        """What prices see of it: that of ``linked`` but for the names of stages that are alike."""
+        key = _unplaced(plan)
+        if key not in self._programs:
+            self._programs[key] = self._linker.price(plan)
+        return replace(self._programs[key], devices=device_map(plan))
 
     @cached_property
     def space(self) -> ModelSpace:
@@ -276,7 +294,7 @@ class Job:
             own = solution.configuration
             free = pins.schedule is None and own.pp > 1 and own.virtual_stages == 1
             names = ("1f1b", "gpipe") if free else (own.schedule,)
-            program = self.linked(self.plan(solution)).program
+            program = self.program(self.plan(solution))
             timed = [(self._simulated_s(replace(program, schedule=name)), name) for name in names]
             step_s, name = min(timed, key=lambda each: each[0])
             return step_s, replace(solution, configuration=replace(own, schedule=name))
@@ -324,8 +342,9 @@ class Job:
         """Exact peak bytes of each stage of the rewritten program."""
         return [peak.memory.total_bytes for peak in self._stage_peaks(self.plan(solution))]
 
-    def _stage_peaks(self, plan: Plan) -> list[StagePeak]:
-        return self._program_peaks(self.linked(plan).program)
+    def _stage_peaks(self, plan: Plan, exact: int | None = None) -> list[StagePeak]:
+        """exact: a stage whose tensors have their own names, not those of a stage that is alike."""
+        return self._program_peaks(self.program(plan) if exact is None else self._linker.price(plan, exact))
 
     def _program_peaks(self, program: Program) -> list[StagePeak]:
         rounding = allocator_rounding(self.cluster.devices[0].kind)
@@ -376,7 +395,7 @@ class Job:
         """With the stage of the plan that binds, and what is largest there."""
         peaks = self._stage_peaks(plan)
         stage = max(range(plan.pp), key=lambda number: peaks[number].memory.total_bytes)
-        tensors = peaks[stage].largest()
+        tensors = self._stage_peaks(plan, stage)[stage].largest()
         return InfeasiblePlanError(
             cap_bytes=cap_bytes,
             needed_bytes=needed_bytes,
@@ -480,3 +499,8 @@ def _placements(segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]]) 
             if variable.startswith(_PREFIXES) and not is_inner_entry:
                 choices[rename(variable)] = label
     return choices
+
+
+def _unplaced(plan: Plan) -> Plan:
+    """Equal for plans of one program."""
+    return replace(plan, memory_cap_bytes=0, cluster="", placement=tuple(range(len(plan.placement))))

@@ -10,12 +10,38 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.errors import VerificationError
-from cost_model.program import Block, Bucket, Collective, StepWork
+from cost_model.program import Block, Bucket, Collective, Program, StageProgram, StepWork
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes import vocabulary
 from passes.graph import torch_dtype
 from passes.printed import check_printed
 from passes.stage import StageCode
+
+
+def verify_priced(linked: Program, priced: Program) -> None:
+    """Stage by stage the same work on the same bytes, names aside; VerificationError for the first that differs."""
+    for a, b in zip(linked.stages, priced.stages, strict=True):
+        if _work(a) != _work(b):
+            raise VerificationError(
+                "priced stage", f"stage {a.stage} runs another program than the one that was priced"
+            )
+
+
+def _work(stage: StageProgram) -> list[object]:
+    """What a stage's price depends on."""
+    blocks = [block for c in stage.chunks for block in (c.forward, c.backward, c.weight) if block is not None]
+    work: list[object] = [
+        [
+            (i.op, i.cost, i.collective, i.workspace_bytes, len(i.frees), [v.storage_bytes for v in i.outputs])
+            for i in block.instructions
+        ]
+        for block in blocks
+    ]
+    work += [[(v.meta, v.storage_bytes) for v in block.inputs] for block in blocks]
+    work += [(c.segments, len(c.saved), c.sent, c.received) for c in stage.chunks]
+    work += [(s.meta, s.placement, s.trainable, s.reduce_axis, s.tied) for s in stage.parameters]
+    work += [[(v.meta, v.storage_bytes) for v in stage.persistent], stage.step]
+    return work
 
 
 class RecordingComm:

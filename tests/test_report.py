@@ -137,7 +137,9 @@ def placed(found: Planned) -> Planned:
     program = found.linked.program
     stages = [dataclasses.replace(s, parameters=tuple(map(shard, s.parameters))) for s in program.stages]
     linked = dataclasses.replace(found.linked, program=dataclasses.replace(program, stages=tuple(stages)))
-    return dataclasses.replace(found, linked=linked)
+    other = dataclasses.replace(found)
+    vars(other)["linked"] = linked  # what the property would make
+    return other
 
 
 @MESHES

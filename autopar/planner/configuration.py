@@ -28,6 +28,7 @@ TRIED_LEVELS = 4
 WORTH = 1e-5
 MAX_ILP_COLUMNS = 400
 CLOSE = 1e-9
+HINTED = 64
 LONGEST = 2
 """Ranges of so many times the mean length of stages are priced at first."""
 
@@ -102,6 +103,15 @@ def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objectiv
     return float(total.min())
 
 
+def mean_bytes(chain: Chain, segments: Sequence[Segment], held: Sequence[int]) -> float:
+    """Of a stage, on average, where all hold the mean number of microbatches and each segment needs as little as it
+    may: a guess at whether anything fits, which costs next to nothing."""
+    price, total = Price(0.0, 0.0, 1.0, sum(held) / len(held)), 0.0
+    for kind, run in itertools.groupby(chain.sequence):
+        total += len(list(run)) * float(segments[kind].solve((price,))[0].cost.min())
+    return total / len(held)
+
+
 def _joined(a: FloatArray, b: FloatArray) -> FloatArray:
     """The min-plus product."""
     least: FloatArray = (a[:, :, None] + b[None]).min(axis=1)
@@ -121,7 +131,7 @@ class ConfigurationSolver:
     """Solves one configuration of a chain whose shared variables are fixed.
 
     cap_bytes: per device, infinite if memory does not matter. extra_bytes: what the rewritten program was
-    found to need beyond columns, per stage.
+    found to need beyond columns, per stage. hints_s: prices of a byte, in seconds, that proved much elsewhere.
     """
 
     chain: Chain
@@ -129,6 +139,7 @@ class ConfigurationSolver:
     configuration: Configuration
     cap_bytes: float
     extra_bytes: list[float] = field(default_factory=list)
+    hints_s: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         c = self.configuration
@@ -233,6 +244,11 @@ class ConfigurationSolver:
             reached[edges.source[found[stage].edges]] = True
         return tuple(found)
 
+    @property
+    def guess_bytes(self) -> float:
+        """See ``mean_bytes``."""
+        return mean_bytes(self.chain, self.segments, self.held)
+
     def forget(self) -> None:
         """Drop the table; what segments know of prices stays."""
         self.__dict__.pop("table", None)
@@ -252,7 +268,20 @@ class ConfigurationSolver:
         prices = [Price(*weights) for weights in self.objective.free]
         if np.isfinite(self.cap_bytes):
             prices += [Price(0.0, 0.0, 1.0, float(held)) for held in dict.fromkeys(self.held)]
+            prices += self._hinted()
         self.table.add(prices)
+
+    def _hinted(self) -> list[Price]:
+        """The latest hints for each stage, as many as are cheap."""
+        held, priced = tuple(dict.fromkeys(self.held)), self.objective.priced
+        known = list(self.hints_s)[-max(1, HINTED // (len(held) * len(priced))) :]
+        pairs = [(weights, hint_s * weights[0]) for weights in priced for hint_s in known]
+        return [Price(*weights, byte, byte * count) for weights, byte in pairs for count in held]
+
+    def learned_s(self) -> float | None:
+        """The last price of a byte that was tried, in seconds of a microbatch; None where memory did not bind."""
+        tried = [p.state_price / p.time_weight for p in self.table.prices if p.state_price and p.time_weight]
+        return tried[-1] if tried else None
 
     def _stage_edges(self, stage: int) -> IntArray:
         """Edges with room for the other stages before and after, that some assignment allows."""
@@ -333,11 +362,11 @@ class ConfigurationSolver:
         edges, e = self.table.edges, space.edges
         totals = self.table.totals[edges.cls[e], :, edges.entry[e], edges.exit[e]]
         over = totals[:, :, STATE] + space.held * totals[:, :, SAVED] > space.capacity_bytes[:, None]
-        picked: set[tuple[int, int]] = set()
+        count, picked = totals.shape[1], []
         for weights in self._weightings():
             cost = weights[0] * totals[:, :, TIME] + weights[1] * totals[:, :, STEP]
-            picked.update(enumerate(np.where(over, np.inf, cost).argmin(axis=1).tolist()))
-        rows, prices = np.array(sorted(picked), dtype=np.int64).reshape(-1, 2).T
+            picked.append(np.arange(len(e)) * count + np.where(over, np.inf, cost).argmin(axis=1))
+        rows, prices = np.divmod(np.unique(np.concatenate(picked)), count)
         fits = ~over[rows, prices]
         rows, prices = rows[fits], prices[fits]
         return _Pool(e[rows], prices, totals[rows, prices, TIME], totals[rows, prices, STEP])

@@ -1,10 +1,10 @@
 """The outer search: meshes, microbatch sizes and labels of shared variables, best bound first.
 
 Configurations wait in a queue under a proven bound. One that comes out is made into units, one for each choice of
-labels of shared variables, which wait under theirs; a solved unit waits under its objective. A unit is solved without a
-cap first: where that fits, no way to save memory is worth its time; where it does not, the unit waits again, for a
-solution under the cap with all of them. The first solved unit to come out, once the caller has confirmed that its
-rewritten program fits, is the answer: nothing left in the queue can beat it.
+labels of shared variables, which wait under theirs; a solved unit waits under its objective. A unit that may fit is
+solved without a cap first: where it does, no way to save memory is worth its time; where it does not, the unit waits
+again, for a solution under the cap with all of them. The first solved unit to come out, once the caller has confirmed
+that its rewritten program fits, is the answer: nothing left in the queue can beat it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ MAX_CONFIRMATIONS = 8
 MOST_SHARED_LABELS = 256
 """Combinations of labels of shared variables that are tried one by one: those of four parameters of four labels."""
 WORTH_TIGHTENING = 0.01
+HINTS = 4
+ALIKE = 0.2
 FEWEST_PARTS = 2
 
 
@@ -227,6 +229,7 @@ class _Search:
         self.units: list[_Unit] = []
         self.queue: list[tuple[float, tuple[int, ...], _Unit | _Waiting]] = []
         self.solved, self.floor_s = 0, 0.0
+        self.hints_s: list[float] = []
         self.shortages: list[tuple[int, tuple[int, ...], Infeasible]] = []
 
     def answer(self) -> Solution | Infeasible:
@@ -371,8 +374,12 @@ class _Search:
         return min((unit.solution.objective_s for unit in self.units if unit.solution is not None), default=math.inf)
 
     def _solve(self, unit: _Unit) -> None:
+        if unit.capped is not None and unit.solver.guess_bytes > self.cap_bytes:
+            self._under_cap(unit)
+        unit.solver.hints_s = tuple(self.hints_s)
         outcome = unit.solver.solve(self._best_s() * (1 + 1e-12))
         unit.outcome = outcome
+        self._learn(unit.solver)
         if outcome.shortage is not None and self._loosened(unit):
             return
         unit.bound_s = max(unit.bound_s, outcome.bound_s)
@@ -387,6 +394,14 @@ class _Search:
             self._push(unit)
         unit.solver.forget()
         self._report(unit)
+
+    def _learn(self, solver: ConfigurationSolver) -> None:
+        """What a byte is worth differs little between configurations: the latest prices, each once, the newest last."""
+        learned_s = solver.learned_s()
+        if learned_s is not None:
+            self.hints_s = [h for h in self.hints_s if abs(h - learned_s) > ALIKE * learned_s][1 - HINTS :] + [
+                learned_s
+            ]
 
     def _is_small(self, unit: _Unit, columns: Sequence[Column]) -> bool:
         return max(unit.solver.needed_bytes(columns)) <= self.cap_bytes
