@@ -78,7 +78,7 @@ def test_gpt_on_real_ranks() -> None:
     ("make", "pins"),
     [
         pytest.param(_gpt, {"tp": 4, "recompute": "full"}, id="gpt"),
-        pytest.param(FAMILIES["llama"], {"tp": 2, "dp": 2}, id="grouped queries"),
+        pytest.param(FAMILIES["llama"], {"tp": 2, "dp": 2}, id="grouped queries", marks=pytest.mark.slow),
         pytest.param(FAMILIES["bert"], {"tp": 4}, id="a mask of unequal lengths"),
     ],
 )

@@ -130,10 +130,10 @@ def test_gpt_runs_as_on_one_device() -> None:
     ("name", "pins"),
     [
         ("gpt", {"tp": 4}),
-        ("gpt", {"tp": 2, "dp": 2, "zero": 3}),
+        pytest.param("gpt", {"tp": 2, "dp": 2, "zero": 3}, marks=pytest.mark.slow),
         ("gpt", {"tp": 2, "pp": 2, "microbatch_size": 2, "recompute": "full"}),
         ("llama", {"tp": 4}),
-        ("t5", {"tp": 2}),
+        pytest.param("t5", {"tp": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

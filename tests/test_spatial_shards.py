@@ -73,9 +73,12 @@ def test_on_real_ranks(cheap_rows: None) -> None:
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize(
     ("cheap_rows", "sizes", "pins"),
-    [(2, (24, 8), {"tp": 3}), (3, (8, 16), {"tp": 4}), (2, (16, 16), {"tp": 2, "dp": 2, "recompute": "full"})],
+    [
+        pytest.param(2, (24, 8), {"tp": 3}, id="height"),
+        pytest.param(3, (8, 16), {"tp": 4}, id="width"),
+        pytest.param(2, (16, 16), {"tp": 2, "dp": 2, "recompute": "full"}, id="replicas", marks=pytest.mark.slow),
+    ],
     indirect=["cheap_rows"],
-    ids=["height", "width", "replicas"],
 )
 def test_images_run_as_on_one_device(cheap_rows: None, sizes: tuple[int, int], pins: dict[str, Any]) -> None:
     model, batch = images(*sizes)
