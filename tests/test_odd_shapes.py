@@ -70,7 +70,7 @@ def _losses(self: Any, x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
 def _both_ways(self: Any, x: Tensor, y: Tensor) -> Tensor:
     """One weight as it is, transposed, as a table and as a factor."""
     weight = self.a.weight
-    hidden = torch.tanh(x @ weight) * weight[0] + F.embedding(torch.arange(x.shape[0]) % 12, weight)
+    hidden = torch.tanh(x @ weight) * weight[0] + F.embedding(torch.arange(4), weight).sum(0)
     return F.mse_loss(self.b(hidden @ weight.t()), y) + F.mse_loss(self.a(self.c(hidden)), y)
 
 
