@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,22 @@ def test_steps_take_as_long_as_estimated(tmp_path: Path) -> None:
     assert "error" not in found, found
     # Tests may share the machine: a process that waits for a core is late for every message.
     assert 0.65 * min(found["steps_s"]) <= found["estimate_s"] <= 1.15 * max(found["steps_s"])
+
+
+@pytest.mark.slow
+def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path) -> None:
+    with slow_network.SlowNetwork(2) as network:
+        network.shape(20e6, 0.005)
+        ranks = SlowRanks(network)
+        ranks.tell(told(tmp_path, 2, steps=1000, timeout_s=6, announced=True))
+        assert ranks.answers() == [{"running": True}] * 2
+        time.sleep(1)  # into some step
+        begin = time.monotonic()
+        network.cut(1)
+        answers = ranks.answers()
+        assert time.monotonic() - begin < 60
+    assert all(answer["error"] == "CollectiveTimeoutError" for answer in answers), json.dumps(answers)
+    assert sorted(answer["message"].split(", which")[0] for answer in answers) == [
+        "rank 0 waited 6 s for rank 1",
+        "rank 1 waited 6 s for rank 0",
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import importlib
 import linecache
 import math
@@ -422,7 +423,7 @@ class RankExecutor:
     def _receive(self, link: str, part: Part) -> Tensor:
         work, buffer = self.expected.pop(link)
         with self._waiting_for(self.spec["links"][link][0]):
-            self._timed(link, part, work.wait)
+            self._timed(link, part, lambda: self._wait_for(work))
         return buffer
 
     def _send(self, link: str, tensor: Tensor, part: Part) -> None:
@@ -436,7 +437,7 @@ class RankExecutor:
         if link in self.sending:
             work, _, part = self.sending.pop(link)
             with self._waiting_for(self.spec["links"][link][0]):
-                self._timed(link, part, work.wait)
+                self._timed(link, part, lambda: self._wait_for(work))
 
     def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
         """Run, and while measuring note when."""
@@ -459,6 +460,11 @@ class RankExecutor:
             if any(words in str(error).lower() for words in _TIMED_OUT):
                 raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"], self.peer) from error
             raise
+
+    def _wait_for(self, work: Any) -> None:
+        """As long as the user wants to wait: what a message waits by itself is what its group was made with."""
+        timeout_s = self.spec["timeout_s"]
+        work.wait() if timeout_s is None else work.wait(datetime.timedelta(seconds=timeout_s))
 
     @contextlib.contextmanager
     def _waiting_for(self, peer: int | None) -> Iterator[None]:
