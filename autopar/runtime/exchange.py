@@ -22,7 +22,7 @@ def gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
         sent = dist.isend(leaving, group=group, group_dst=(rank + 1) % size)
         if step == 1 and parts[rank].data_ptr() != leaving.data_ptr():
             parts[rank].copy_(leaving)
-        _wait(received, sent)
+        _wait(group, received, sent)
         leaving = arriving
 
 
@@ -38,12 +38,14 @@ def scatter_sum(out: Tensor, x: Tensor, group: dist.ProcessGroup, received: Tens
     sends = [dist.isend(parts[other], group=group, group_dst=other) for other in others]
     total = parts[rank]
     for other, work in receives.items():
-        _wait(work)
+        _wait(group, work)
         total = torch.add(total, arriving[other], out=out)
-    _wait(*sends)
+    _wait(group, *sends)
 
 
-def _wait(*works: dist.Work | None) -> None:
+def _wait(group: dist.ProcessGroup, *works: dist.Work | None) -> None:
+    """As long as the group waits in collectives; by themselves messages wait as long as it did when it was made."""
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
     for work in works:
         assert work is not None, "this rank is in the group"
-        work.wait()
+        work.wait(timeout)
