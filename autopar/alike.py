@@ -85,7 +85,8 @@ class _Ambient:
     def lines(self, segments: tuple[Segment, ...]) -> list[str]:
         for segment in segments:
             for name in segment.nodes:
-                read = " ".join(self._name(operand) for operand in self.view.nodes[name].all_input_nodes)
+                node = self.view.nodes.get(name)  # None: the model does without this call at the other batch size
+                read = "absent" if node is None else " ".join(map(self._name, node.all_input_nodes))
                 self.found.append(f"{self.names[name]} reads {read}")
         return self.found
 

@@ -175,7 +175,7 @@ def test_measured_peaks_fall_and_are_as_estimated() -> None:
     model, batch = example_gpt(attention="explicit", n_layer=4)
     peaks = []
     for level in RECOMPUTES:
-        parallelism = Parallelism(pp=2, microbatch_size=4, recompute=level)
+        parallelism = Parallelism(pp=2, microbatch_size=4, schedule="1f1b", recompute=level)
         with autopar.compile(model, cpu_cluster(2), batch, optimizer=ADAMW, parallelism=parallelism) as exe:
             found = autopar.compare(exe, batch, 1, warmup=1)
         assert MEMORY_LOW <= found.peak_memory_error <= MEMORY_HIGH, level
