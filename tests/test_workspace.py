@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,15 @@ SHAPES = {
     "one small sample": (1, 8, 8, 8, 3, 1, 1),
     "a stride": (8, 64, 64, 32, 3, 2, 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As ranks run; kernels for several threads take other copies."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def peak_bytes(call: Callable[[], Any]) -> tuple[int, int]:
