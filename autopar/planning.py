@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +28,7 @@ from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH, faster_schedules
 from cost_model.cluster import Cluster
+from cost_model.collector import collector_paused
 from cost_model.errors import InfeasiblePlanError, PlanMismatchError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
@@ -93,24 +92,6 @@ def plan_model(
     with collector_paused():
         job = Job.of(model, cluster, inputs, options)
         return job.planned(agree(lambda: job.decide(start)))
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Graphs are many small objects that live to the end: looking for garbage among them costs a tenth of the time.
-
-    At the end they go to the oldest generation unseen, where the collector finds them when it next looks there.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            if not gc.get_freeze_count():  # what others froze stays frozen
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
 
 
 @dataclass(eq=False)

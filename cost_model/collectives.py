@@ -54,11 +54,6 @@ def ring_s(links: Sequence[Link], nbytes: float, rounds: int) -> float:
     return float(arrived.max())
 
 
-def chain_s(links: Sequence[Link], nbytes: float) -> float:
-    """Seconds until so many bytes have passed along all links in small pieces: the narrowest link's, and latencies."""
-    return nbytes / min(x.bandwidth_bytes_per_s for x in links) + sum(x.latency_s for x in links)
-
-
 def all_reduce_s(ranks: int, nbytes: float, link: Link) -> float:
     """min of the ring, 2 (p - 1) (a + S / pB), and recursive doubling, ceil(log2 p) (a + S / B)."""
     ring = 2 * (ranks - 1) * link.seconds(nbytes / ranks)

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cost_model.collectives import FLAT, Link, chain_s, ring_s, slowest
+from cost_model.collectives import FLAT, Link, ring_s, slowest
 
 Rows = tuple[tuple[float, ...], ...]
 FloatArray = npt.NDArray[np.float64]
@@ -95,15 +95,15 @@ class Network:
     def collective_s(self, kind: str, nbytes: float, devices: tuple[int, ...], backend: str) -> float:
         """Seconds of a collective, with groups like this one at work on the other devices of its nodes.
 
-        A ring in the order of the group; gloo's broadcast is a tree, its reduce_scatter an exchange of parts (as
-        autopar runs it); NCCL may reduce or gather along a tree where that is faster, and broadcasts along a chain.
+        A ring in the order of the group; a broadcast is a tree, gloo's reduce_scatter an exchange of parts (as autopar
+        runs it); NCCL may reduce or gather along a tree where that is faster.
         """
         if kind == "all_to_all" or (kind == "reduce_scatter" and backend == "gloo"):
             return self.start_s + self._exchange_s(nbytes, devices)
         links = self._ring(devices)
         tree_s = FLAT[kind](len(devices), nbytes, slowest(links))
         if kind == "broadcast":
-            return self.start_s + (tree_s if backend == "gloo" else chain_s(links[:-1], nbytes))
+            return self.start_s + tree_s
         rounds = (2 if kind == "all_reduce" else 1) * (len(devices) - 1)
         around_s = ring_s(links, nbytes / len(devices), rounds)
         return self.start_s + (around_s if backend == "gloo" else min(around_s, tree_s))

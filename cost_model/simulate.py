@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cost_model.collector import collector_paused
 from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
@@ -76,6 +77,7 @@ class SimulationResult:
         return max(stage.peak_bytes for stage in self.stages)
 
 
+@collector_paused()
 def simulate(
     program: Program,
     cluster: PricedCluster,
