@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import autopar.ranks
-from autopar.runtime import executor
+from autopar.runtime import executor, held
 from autopar.runtime.comm import Comm, _join, _parts
 
 TIMEOUT_S = 60.0
@@ -129,8 +129,8 @@ class ThreadRanks:
 
     def load(self, payloads: Mapping[int, Any]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(executor, "make_groups", _groups)
-            patch.setattr(executor, "Comm", lambda rank, axes, groups: ThreadComm(self.wires, rank, axes))
+            patch.setattr(held, "make_groups", _groups)
+            patch.setattr(held, "Comm", lambda rank, axes, groups: ThreadComm(self.wires, rank, axes))
             self.executors = [ThreadExecutor(rank, 1, copy.deepcopy(payloads[rank])) for rank in self.hosted]
         for each in self.executors:
             each.wires = self.wires

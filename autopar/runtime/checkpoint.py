@@ -39,73 +39,73 @@ from autopar.runtime.layout import Layout, Piece
 from cost_model.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from autopar.runtime.executor import RankExecutor
+    from autopar.runtime.held import Held
 
 Tree = Any
 
 
-def save(executor: RankExecutor, folder: str) -> None:
+def save(rank: Held, folder: str) -> None:
     """Write what this rank is the writer of; all ranks take part, and the metadata is written last."""
-    pieces = [p for key, layout, tensor in _held(executor) if layout.writes for p in layout.pieces(key, tensor)]
+    pieces = [p for key, layout, tensor in _held(rank) if layout.writes for p in layout.pieces(key, tensor)]
     save_state({}, storage_writer=FileSystemWriter(folder), planner=_Writer(pieces))
 
 
-def load(executor: RankExecutor, folder: str, states: Tree) -> None:
+def load(rank: Held, folder: str, states: Tree) -> None:
     """Read this rank's shards; states: parameter -> optimizer state -> (whole shape, dtype), or a plain value."""
-    _make_states(executor, states)
-    pieces = [p for key, layout, tensor in _held(executor) for p in layout.pieces(key, tensor)]
+    _make_states(rank, states)
+    pieces = [p for key, layout, tensor in _held(rank) for p in layout.pieces(key, tensor)]
     load_state({}, storage_reader=FileSystemReader(folder), planner=_Reader(pieces))
 
 
-def described_states(executor: RankExecutor) -> Tree:
+def described_states(rank: Held) -> Tree:
     """parameter -> optimizer state -> (whole shape, dtype) of a tensor, or the plain value itself; no dtype where it is
     that of what is updated, whatever that is where it is loaded."""
-    layouts, described = _updated_layouts(executor), {}
-    for name, state in _states(executor).items():
+    layouts, described = _updated_layouts(rank), {}
+    for name, state in _states(rank).items():
         found = described[name] = dict[str, Tree]()
         for kind, value in state.items():
             if isinstance(value, Tensor):
                 layout = _state_layout(layouts[name], value, f"{kind!r} of {name!r}")
-                follows = value.numel() > 1 and layout == layouts[name] and value.dtype == executor.updated[name].dtype
+                follows = value.numel() > 1 and layout == layouts[name] and value.dtype == rank.updated[name].dtype
                 found[kind] = (layout.shape, None if follows else str(value.dtype).removeprefix("torch."))
             else:
                 found[kind] = _plain(value, f"{kind!r} of {name!r}")
     return described
 
 
-def _layouts(executor: RankExecutor) -> dict[str, Layout]:
-    return {name: Layout(**described) for name, described in executor.spec["layouts"].items()}
+def _layouts(rank: Held) -> dict[str, Layout]:
+    return {name: Layout(**described) for name, described in rank.spec["layouts"].items()}
 
 
-def _updated_layouts(executor: RankExecutor) -> dict[str, Layout]:
+def _updated_layouts(rank: Held) -> dict[str, Layout]:
     """Of what the optimizer updates: of parameters in buckets that is a piece, which this rank alone writes for its
     place on the other axes."""
-    layouts = _layouts(executor)
-    found = {name: layouts[name] for name in executor.updated if name in layouts}
-    for name, span in executor.spans.items():
+    layouts = _layouts(rank)
+    found = {name: layouts[name] for name in rank.updated if name in layouts}
+    for name, span in rank.spans.items():
         if name in layouts:
             found[name] = replace(layouts[name], span=span, writes=layouts[name].writes_pieces)
     return found
 
 
-def _states(executor: RankExecutor) -> dict[str, dict[str, Any]]:
+def _states(rank: Held) -> dict[str, dict[str, Any]]:
     """Parameter -> its optimizer state."""
-    if executor.optimizer is None:
+    if rank.optimizer is None:
         return {}
-    names = {id(parameter): name for name, parameter in executor.updated.items()}
-    return {names[id(parameter)]: state for parameter, state in executor.optimizer.state.items()}
+    names = {id(parameter): name for name, parameter in rank.updated.items()}
+    return {names[id(parameter)]: state for parameter, state in rank.optimizer.state.items()}
 
 
-def _held(executor: RankExecutor) -> Iterator[tuple[str, Layout, Tensor]]:
+def _held(rank: Held) -> Iterator[tuple[str, Layout, Tensor]]:
     """(key, layout, tensor) of all that is saved."""
-    updated = _updated_layouts(executor)
-    wholes = executor.wholes()
-    for name, layout in _layouts(executor).items():
+    updated = _updated_layouts(rank)
+    wholes = rank.wholes()
+    for name, layout in _layouts(rank).items():
         if name in wholes:
             yield f"model/{name}", layout, wholes[name]
-    for name, piece in executor.parts().items():
+    for name, piece in rank.parts().items():
         yield f"model/{name}", updated[name], piece
-    for name, state in _states(executor).items():
+    for name, state in _states(rank).items():
         for kind, value in state.items():
             if isinstance(value, Tensor):
                 key = f"optimizer/{name}/{kind}"
@@ -137,20 +137,20 @@ def _plain(value: Any, what: str) -> Tree:
     )
 
 
-def _make_states(executor: RankExecutor, states: Tree) -> None:
+def _make_states(rank: Held, states: Tree) -> None:
     """Empty optimizer state as the checkpoint has it, whether or not the optimizer has made its own yet."""
-    if executor.optimizer is None:
+    if rank.optimizer is None:
         return
-    layouts = _updated_layouts(executor)
-    names = {id(parameter): name for name, parameter in executor.updated.items()}
-    executor.optimizer.state.clear()
-    for group in executor.optimizer.param_groups:
+    layouts = _updated_layouts(rank)
+    names = {id(parameter): name for name, parameter in rank.updated.items()}
+    rank.optimizer.state.clear()
+    for group in rank.optimizer.param_groups:
         on_device = bool(group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
             name = names[id(parameter)]
             made = {k: _made(layouts[name], v, parameter, on_device) for k, v in states.get(name, {}).items()}
             if made:
-                executor.optimizer.state[parameter] = made
+                rank.optimizer.state[parameter] = made
 
 
 def _made(layout: Layout, described: Tree, parameter: Tensor, on_device: bool) -> Any:

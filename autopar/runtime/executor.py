@@ -13,7 +13,7 @@ import linecache
 import math
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,13 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.runtime import kernels
-from autopar.runtime.buckets import HeldBucket, gradient_buffers
-from autopar.runtime.comm import Comm
-from autopar.runtime.groups import limit_waiting, make_groups
+from autopar.runtime.accumulation import Add, Store
+from autopar.runtime.held import Held
 from autopar.runtime.measure import ONCE, Event, measure, traced_step
 from autopar.runtime.norm import sum_of_squares
-from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
-from autopar.runtime.scaling import LossScaler
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
@@ -38,6 +35,7 @@ Part = tuple[int, int]
 WORLD_REDUCTION = "all_reduce world"
 _TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+_store, _add = Store(), Add()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,35 +50,15 @@ class _Chunk:
     sent: Tree
 
 
-class RankExecutor:
+class RankExecutor(Held):
     """One rank. ``payload`` is built by ``autopar.payload``; methods take and return plain trees."""
 
     def __init__(self, rank: int, world_size: int, payload: Tree) -> None:
-        self.rank, self.world_size, self.spec = rank, world_size, payload
-        self.device = torch.device(payload["device"])
-        self.stage, self.dp_index = payload["stage"], payload["dp_index"]
+        super().__init__(rank, world_size, payload)
         self.module = _load(payload["source"], payload["imports"])
-        self.params: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["params"].items()}
-        self.buffers: MutableMapping[str, Tensor] = {k: v.to(self.device) for k, v in payload["buffers"].items()}
-        self.groups = make_groups(payload["groups"], rank)
-        limit_waiting([group for _, group in self.groups.values()], payload["timeout_s"])
-        axes = {name: ranks for name, (ranks, _) in self.groups.items()}
-        self.comm = Comm(rank, axes, {name: group for name, (_, group) in self.groups.items()})
-        self.flat, self.grads = gradient_buffers(payload["gradients"], self.params)
-        self.masters: dict[str, Tensor] = {k: v.to(self.device) for k, v in payload.pop("masters").items()}
-        self.updated = {name: self.masters.get(name, self.params[name]) for name in self.grads}
-        self.gradients = dict(self.grads)
-        self.buckets = {b["name"]: HeldBucket(b, self.dp_index, self.device) for b in payload.pop("buckets")}
-        for name, bucket in self.buckets.items():
-            self._hold(name, bucket)
-        self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
-        self.updates = {name: torch.zeros_like(self.buffers[name]) for name in payload["updates"]}
-        self.targets = {**self.grads, **self.updates}
         self.kernels: ModuleType = kernels
         self.chunks = [self._chunk(described) for described in payload["chunks"]]
         self.constants = self._set_up()
-        self.optimizer = self._optimizer()
-        self.scaler = LossScaler(self.device) if payload["scales_loss"] else None
         self.events: list[Event] | None = None
         self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
         self.attached: dict[str, RankExecutor] = {}
@@ -91,8 +69,8 @@ class RankExecutor:
         other = copy.copy(self)
         other.spec = {**self.spec, **payload["program"]}
         other.module = _load(other.spec["source"], other.spec["imports"])
-        other.params = ChainMap(self.params, {k: v.to(self.device) for k, v in payload["params"].items()})
-        other.buffers = ChainMap(self.buffers, {k: v.to(self.device) for k, v in payload["buffers"].items()})
+        other.params = ChainMap(self.params, self._here(payload["params"]))
+        other.buffers = ChainMap(self.buffers, self._here(payload["buffers"]))
         other.chunks = [other._chunk(described) for described in other.spec["chunks"]]
         self.attached[payload["name"]] = other
 
@@ -112,22 +90,6 @@ class RankExecutor:
     def _set_up(self) -> list[dict[str, Tensor]]:
         """Values of each chunk that never change."""
         return [chunk.setup(self.buffers, self.comm, kernels, self.device) for chunk in self.chunks]
-
-    def _optimizer(self) -> torch.optim.Optimizer | None:
-        if self.spec["optimizer"] is None:
-            return None
-        for bucket in self.buckets.values():
-            if bucket.gradients is not None:
-                self.updated.update(bucket.own(bucket.source))
-                self.gradients.update(bucket.own(bucket.gradients))
-        return build(OptimizerSpec.from_tree(self.spec["optimizer"]), self.updated)
-
-    def _hold(self, name: str, bucket: HeldBucket) -> None:
-        """A bucket's rows where forward and backward look for them."""
-        self.params.update(bucket.params or {name: bucket.weights})
-        if bucket.gradients is not None:
-            self.flat[name] = bucket.gradients
-            self.grads.update(bucket.grads or {name: bucket.gradients})
 
     def _reset(self) -> None:
         self.batch: dict[str, Tensor] = {}
@@ -331,10 +293,6 @@ class RankExecutor:
         assert self.scaler is not None
         return self.scaler.adjust()
 
-    def scaling(self, _: Tree = None) -> Tree:
-        """The scale of the loss and since when it holds, and whether the last update was skipped; None without one."""
-        return None if self.scaler is None else {"state": self.scaler.state(), "skipped": self.scaler.skipped}
-
     def clip_gradients(self, max_norm: float) -> None:
         """Scale all gradients so that their norm over all ranks is at most this, as torch.nn.utils does."""
         squares = self._timed("optimizer", ONCE, self._sum_of_squares)
@@ -390,13 +348,7 @@ class RankExecutor:
         self.optimizer.step()
         for tensor in self.updated.values():
             tensor.grad = None
-        self._round()
-
-    def _round(self) -> None:
-        for name, master in self.masters.items():
-            self.params[name].copy_(master)
-        for bucket in self.buckets.values():
-            bucket.round()
+        self.round()
 
     def update_buffer(self, name: str) -> None:
         """Give a buffer the value that backward found for it."""
@@ -477,72 +429,9 @@ class RankExecutor:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    # --- state
-
-    def state(self, _: Tree = None) -> Tree:
-        """Local shards of parameters by the model's names; all ranks must be asked at once."""
-        alone = {n: self.masters.get(n, value) for n, value in self.params.items() if n not in self.buckets}
-        with torch.no_grad():
-            whole = {name: v for bucket in self.buckets.values() for name, v in bucket.whole(self.comm).items()}
-        changed = {k: v.cpu() for k, v in self.buffers.items() if k in self.spec["changes"]}
-        params = {k: v.cpu() for k, v in {**alone, **whole}.items()}
-        return {"params": params, "changed": changed, "stage": self.stage}
-
-    def configure(self, groups: Tree) -> None:
-        """Set options of the optimizer's groups, by their place in the user's optimizer."""
-        if self.optimizer is not None:
-            set_group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.updated, groups)
-
-    def training_state(self, _: Tree = None) -> Tree:
-        """What a checkpoint says beside tensors: options of groups, and what state the optimizer has."""
-        from autopar.runtime import checkpoint
-
-        groups: Tree = {}
-        if self.optimizer is not None:
-            groups = group_options(OptimizerSpec.from_tree(self.spec["optimizer"]), self.optimizer, self.updated)
-        scale = None if self.scaler is None else self.scaler.state()
-        return {"groups": groups, "states": checkpoint.described_states(self), "loss_scale": scale}
-
-    def save(self, folder: str) -> None:
-        """Write this rank's part of a checkpoint, with all ranks."""
-        from autopar.runtime import checkpoint
-
-        checkpoint.save(self, folder)
-
     def load(self, request: Tree) -> None:
-        """Read this rank's part of a checkpoint, with all ranks."""
-        from autopar.runtime import checkpoint
-
-        checkpoint.load(self, request["folder"], request["states"])
-        self._refresh()
-        if self.scaler is not None and request["loss_scale"] is not None:
-            self.scaler.load(request["loss_scale"])
-        self.configure(request["groups"])
+        super().load(request)
         self.constants = self._set_up()
-
-    def _refresh(self) -> None:
-        """Parameters from master copies that were loaded."""
-        with torch.no_grad():
-            self._round()
-            for bucket in self.buckets.values():
-                if bucket.master is not None and bucket.zero < 3:
-                    self.comm.all_gather_(bucket.weights, "dp")
-
-    def parts(self) -> dict[str, Tensor]:
-        """This rank's piece of each parameter whose exact values no rank holds whole."""
-        split = [bucket for bucket in self.buckets.values() if bucket.is_split]
-        return {name: piece for bucket in split for name, piece in bucket.own(bucket.source).items()}
-
-    def wholes(self) -> dict[str, Tensor]:
-        """Parameters and buffers that this rank holds whole, or its shard of them on the tp axis."""
-        split = {name for b in self.buckets.values() if b.is_split for name, _, _ in b.parameters}
-        held = {**self.params, **self.masters, **self.buffers}
-        return {name: tensor for name, tensor in held.items() if name not in split}
-
-    def release(self) -> None:
-        """Let go of every process group."""
-        self.groups.clear()
-        self.comm.release()
 
     def trace(self, batch: Tree) -> Tree:
         """A step that trains, with what this rank did in it from when all ranks were ready."""
@@ -552,29 +441,6 @@ class RankExecutor:
     def measure(self, request: Tree) -> Tree:
         """Time and memory of this rank, for ``compare``."""
         return measure(self, request)
-
-
-class _Store:
-    """The first and only gradients of a step: what the buffers held is not read."""
-
-    def __call__(self, buffer: Tensor, gradient: Tensor) -> None:
-        buffer.copy_(gradient)
-
-    def product(self, buffer: Tensor, left: Tensor, right: Tensor) -> None:
-        torch.mm(left, right, out=buffer)
-
-
-class _Add:
-    """Gradients of one of several microbatches, or batches."""
-
-    def __call__(self, buffer: Tensor, gradient: Tensor) -> None:
-        buffer.add_(gradient)
-
-    def product(self, buffer: Tensor, left: Tensor, right: Tensor) -> None:
-        torch.addmm(buffer, left, right, out=buffer)
-
-
-_store, _add = _Store(), _Add()
 
 
 def _load(source: str, imports: Sequence[str]) -> SimpleNamespace:
