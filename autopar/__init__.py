@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autopar.cluster import Cluster
     from autopar.comparison import Comparison, compare
     from autopar.executable import Executable
+    from autopar.explanation import Explanation, explain
     from cost_model import errors
     from cost_model.estimate import Estimate
     from cost_model.plan import Parallelism, Plan
@@ -36,6 +37,8 @@ _HOMES = {
     "compare": "autopar.comparison",
     "Comparison": "autopar.comparison",
     "Executable": "autopar.executable",
+    "explain": "autopar.explanation",
+    "Explanation": "autopar.explanation",
     "Estimate": "cost_model.estimate",
     "Parallelism": "cost_model.plan",
     "Plan": "cost_model.plan",
@@ -48,6 +51,7 @@ __all__ = [
     "Comparison",
     "Estimate",
     "Executable",
+    "Explanation",
     "Parallelism",
     "Plan",
     "Precision",
@@ -55,6 +59,7 @@ __all__ = [
     "compile",
     "errors",
     "estimate",
+    "explain",
     "register_rule",
 ]
 

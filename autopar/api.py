@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from autopar.executable import Executable
-from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options, SchedulerFactory
+from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, OptimizerFactory, Options, SchedulerFactory
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
@@ -32,6 +33,8 @@ def compile(
     timeout_s: float | None = None,
     local_batches: bool = False,
     seed: int = 0,
+    solver: str = COLUMNS,
+    write_lp: str | Path | None = None,
 ) -> Executable:
     """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
 
@@ -45,7 +48,10 @@ def compile(
     local_batches: under a launcher, each rank passes to ``step`` the samples of its replica only, replica
     ``exe.data_parallel_rank`` of ``exe.data_parallel_size``; ``inputs`` is one global batch all the same.
     seed: of dropout and all else that forward draws, which no plan changes: one device draws the same.
-    Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError.
+    solver: "columns" (dynamic programs inside segments, an integer program over stages, a proven gap) or "flat" (one
+    integer program of all choices, exact, for small graphs). write_lp: a file for the integer program of the plan.
+    Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError
+    (ProblemSizeError where a flat program would be too large).
     """
     options = Options.of(
         loss_fn,
@@ -59,6 +65,8 @@ def compile(
         timeout_s,
         local_batches,
         seed,
+        solver,
+        write_lp,
     )
     executable = Executable(model, cluster, options)
     if inputs is not None:
@@ -82,6 +90,8 @@ def estimate(
     timeout_s: float | None = None,
     local_batches: bool = False,
     seed: int = 0,
+    solver: str = COLUMNS,
+    write_lp: str | Path | None = None,
 ) -> Estimate:
     """Time and memory of the program that ``compile`` would run; no devices, no weights, nothing is run.
 
@@ -99,5 +109,7 @@ def estimate(
         timeout_s,
         local_batches,
         seed,
+        solver,
+        write_lp,
     )
     return plan_model(model, cluster, inputs, options).estimate

@@ -53,6 +53,9 @@ class Command:
     precision: Annotated[
         str | None, arg(metavar="P", help="bf16 or fp16 with fp32 masters, or fields: params=bf16,reduce=bf16")
     ] = None
+    solver: Annotated[str, arg(metavar="S", help="columns, or flat: one integer program, exact, for small graphs")] = (
+        "columns"
+    )
     plan: Annotated[Path | None, arg(metavar="FILE", help="use the plan of this file instead of a search")] = None
     save: Annotated[Path | None, arg(metavar="FILE", help="write the plan to this file")] = None
     json: Annotated[bool, arg(help="print JSON and nothing else on standard output")] = False
@@ -66,6 +69,10 @@ class Estimate(Command):
 @dataclass(frozen=True)
 class PlanCommand(Command):
     """The best plan: stages, what each rank holds and sends, and its estimate; nothing is run."""
+
+    write_lp: Annotated[
+        Path | None, arg(metavar="FILE", help="write the integer program that chose the plan, in LP format")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,15 @@ def _keywords(command: Command) -> dict[str, Any]:
     parallelism = Parallelism(**{name: getattr(command, name) for name in pins})
     plan = None if command.plan is None else Plan.load(command.plan)
     precision = None if command.precision is None else Precision.parse(command.precision)
-    return {"parallelism": parallelism, "memory_cap": command.memory_cap, "precision": precision, "plan": plan}
+    keywords: dict[str, Any] = {
+        "parallelism": parallelism,
+        "memory_cap": command.memory_cap,
+        "precision": precision,
+        "plan": plan,
+    }
+    if isinstance(command, PlanCommand):
+        keywords["write_lp"] = command.write_lp
+    return {**keywords, "solver": command.solver}
 
 
 def _save(plan: Plan, path: Path) -> None:
@@ -293,9 +308,7 @@ def _compare(command: Command, cluster: autopar.Cluster, user: Loaded, keywords:
 
 
 def _explain(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: dict[str, Any]) -> Answer:
-    from autopar.explain import explain
-
-    found = explain(user.model, cluster, user.inputs, **keywords)
+    found = autopar.explain(user.model, cluster, user.inputs, **keywords)
     return Answer(found.summary(), found.as_dict(), found.chosen.plan)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cost_model.cluster import Cluster
-from cost_model.errors import ConfigError
+from cost_model.errors import ConfigError, UnknownNameError
 from cost_model.plan import Parallelism, Plan
 from cost_model.precision import Precision
 from cost_model.units import parse_bytes
@@ -18,6 +19,8 @@ from cost_model.units import parse_bytes
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[Any], torch.optim.lr_scheduler.LRScheduler]
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.AdamW, lr=3e-4)
+COLUMNS, FLAT = "columns", "flat"
+SOLVERS = (COLUMNS, FLAT)
 _EXAMPLES = {
     "loss_fn": "lambda outputs, inputs: a scalar tensor",
     "optimizer": "functools.partial(torch.optim.SGD, lr=0.1), which autopar calls with the parameters",
@@ -40,6 +43,8 @@ class Options:
     timeout_s: float | None = None
     local_batches: bool = False
     seed: int = 0
+    solver: str = COLUMNS
+    write_lp: Path | None = None
 
     @staticmethod
     def of(
@@ -54,6 +59,8 @@ class Options:
         timeout_s: float | None = None,
         local_batches: bool = False,
         seed: int = 0,
+        solver: str = COLUMNS,
+        write_lp: str | Path | None = None,
     ) -> Options:
         """Checked options; ConfigError or UnsupportedError with a next move."""
         for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer), ("scheduler", scheduler)):
@@ -75,6 +82,8 @@ class Options:
             raise ConfigError(f"max_grad_norm must be above 0, or None for no clipping, not {max_grad_norm!r}")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ConfigError(f"seed must be a whole number of 64 bits, not {seed!r}")
+        if solver not in SOLVERS:
+            raise UnknownNameError("solver", str(solver), SOLVERS)
         norm = None if max_grad_norm is None else float(max_grad_norm)
         return Options(
             loss_fn,
@@ -88,7 +97,23 @@ class Options:
             timeout_s,
             local_batches,
             seed,
+            solver,
+            _lp_path(write_lp, plan),
         )
+
+
+def _lp_path(write_lp: str | Path | None, plan: Plan | None) -> Path | None:
+    """Where an integer program can be written. Errors: ConfigError."""
+    if write_lp is None:
+        return None
+    if plan is not None:
+        raise ConfigError("write_lp writes the integer program of a search, and a given plan is not searched; drop one")
+    path = Path(write_lp)
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(
+            f"cannot write the integer program to {str(path)!r}: its folder does not exist; make it first"
+        )
+    return path
 
 
 def check_target(model: object, cluster: object) -> None:

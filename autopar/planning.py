@@ -15,7 +15,7 @@ from torch import nn
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
 from autopar.link import Linked, Linker, device_map
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
-from autopar.options import Options, check_target
+from autopar.options import FLAT, Options, check_target
 from autopar.planner.regional import fastest_view, search_placed
 from autopar.planner.saving import NONE, RECOMPUTE
 from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
@@ -29,7 +29,7 @@ from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH, faster_schedules
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
-from cost_model.errors import InfeasiblePlanError, PlanMismatchError, UnsupportedError
+from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.plan import Parallelism, Plan, StagePlan
@@ -150,8 +150,19 @@ class Job:
         if self.options.parallelism.sequence_parallel:
             check_sequence(self.space)
         solution = self.solve()
+        self._write_lp(solution)
         plan, notes = self._scheduled(solution)
         return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes))
+
+    def _write_lp(self, solution: Solution) -> None:
+        path = self.options.write_lp
+        if path is None:
+            return
+        assert solution.ilp is not None
+        try:
+            solution.ilp.write_lp(path)
+        except OSError as error:
+            raise ConfigError(f"cannot write the integer program to {str(path)!r}: {error.strerror}") from error
 
     def _scheduled(self, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
         """The plan that was found, under the schedule that is fastest for it and fits."""
@@ -265,6 +276,7 @@ class Job:
                 pins=pins,
                 confirm=self._peaks,
                 progress=report,
+                flat=self.options.solver == FLAT,
             )
 
     def _placed(self, pins: Pins) -> Solution | Infeasible:

@@ -150,6 +150,17 @@ class SolverError(AutoparError):
         )
 
 
+class ProblemSizeError(UnsupportedError):
+    """The flat integer program is too large to be solved. Attributes: variables, most_variables."""
+
+    def __init__(self, variables: int, most_variables: int, mesh: str) -> None:
+        self.variables, self.most_variables = variables, most_variables
+        super().__init__(
+            f"the flat program of {mesh} would have {variables:,} variables, more than the {most_variables:,} that "
+            "solver='flat' takes; use the default solver, pin degrees and microbatch_size, or plan fewer layers"
+        )
+
+
 class VerificationError(AutoparError):
     """A pass broke an invariant: a bug of autopar, never of the user. Attributes: check."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from user_optimizers import Limiting
 
 import autopar
+from autopar.planner import flat_solver
 from autopar.planner.search import Configuration, Infeasible, Solution
 from autopar.planner.smallest_cap import smallest_cap
 from cost_model.errors import (
@@ -29,6 +30,7 @@ from cost_model.errors import (
     InfeasiblePlanError,
     ParallelismError,
     PlanMismatchError,
+    ProblemSizeError,
     TraceError,
     UnknownNameError,
     UnsupportedError,
@@ -258,6 +260,18 @@ def test_keywords_of_the_wrong_kind(keywords: dict[str, Any], message: str) -> N
         estimate(Regression(), **keywords)
 
 
+def test_a_graph_too_large_for_the_flat_solver_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert estimate(Regression(), tp=2, solver="flat").gap == 0.0
+    monkeypatch.setattr(flat_solver, "MOST_VARIABLES", 10)
+    with pytest.raises(ProblemSizeError, match=r"of dp=1 tp=2 pp=1 microbatch_size=\d .* more than the 10 .*; use the"):
+        estimate(Regression(), tp=2, solver="flat")
+
+
+def test_a_program_of_a_search_is_not_written_for_a_plan_that_is_given(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a given plan is not searched; drop one"):
+        estimate(Regression(), plan=estimate(Regression()).plan, write_lp=tmp_path / "stages.lp")
+
+
 def test_an_unknown_device_or_cluster_offers_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="unknown device 'v100-sxm2-16g'; did you mean 'v100-sxm2-16gb'"):
         autopar.Cluster.from_matrix(
@@ -371,6 +385,7 @@ def test_a_smallest_cap_is_found_where_smaller_ones_do_and_do_not() -> None:
         InfeasiblePlanError(cap_bytes=1, needed_bytes=2**31, stage=1, tensors=(("w", 5),), advice="wait"),
         WorldSizeError(2, 3),
         PlanMismatchError("batch", 1, 2),
+        ProblemSizeError(9, 8, "tp=2"),
         TraceError("no", "file.py:1: x"),
         UnknownNameError("device", "v10", ["v100"]),
     ],

@@ -176,6 +176,15 @@ def test_a_saved_plan_is_used_again(folder: Path, capsys: pytest.CaptureFixture[
     assert "the plan was given, not searched" in again["notes"]
 
 
+@pytest.mark.parametrize(("solver", "row"), [("columns", "one_column_1:"), ("flat", "one_range_1:")])
+def test_the_integer_program_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], solver: str, row: str
+) -> None:
+    line = ("plan", "tagger.py:factory", *SHIPPED, "--pp", "2", "--solver", solver, "--write-lp", "stages.lp")
+    assert tree_of(capsys, *line)["plan"]["pp"] == 2
+    assert f"\n{row}" in (folder / "stages.lp").read_text()
+
+
 def test_a_model_in_a_package_with_a_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = tree_of(capsys, "estimate", "zoo.tagger:with_loss", *SHIPPED)
     assert tree["step_time_s"] > 0 and tree["plan"]["batch"] == 8
@@ -270,6 +279,8 @@ def test_one_device_has_one_kind(folder: Path, capsys: pytest.CaptureFixture[str
             "'bench.toml': not an autopar plan",
         ),
         (("plan", "tagger.py:factory", *SHIPPED, "--save", "no/a.json"), "ConfigError", "its folder does not exist"),
+        (("plan", "tagger.py:factory", *SHIPPED, "--write-lp", "no/a.lp"), "ConfigError", "its folder does not exist"),
+        (("plan", "tagger.py:factory", *SHIPPED, "--solver", "flatt"), "UnknownNameError", "did you mean 'flat'"),
         (("compare", "tagger.py:factory", "--cluster", "bench.toml", "--steps", "0"), "ConfigError", "steps must be"),
         (("compare", "tagger.py:on_meta", "--cluster", "bench.toml"), "BatchError", "on the meta device"),
     ],

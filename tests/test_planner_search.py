@@ -379,7 +379,9 @@ def test_cbc_gives_the_same_plan_and_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_program_of_the_answer_can_be_written(tmp_path: Path) -> None:
-    search(RandomSpace(8), DEVICES, BATCH, lp_path=tmp_path / "stages.lp", pins=Pins(pp=2))
+    found = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
+    assert isinstance(found, Solution) and found.ilp is not None
+    found.ilp.write_lp(tmp_path / "stages.lp")
     assert "one_column_1" in (tmp_path / "stages.lp").read_text()
 
 

@@ -9,8 +9,8 @@ segments should not all change plan at the same price.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,7 +37,8 @@ class Column:
     """One way to run segments [first, last) as a stage.
 
     entry, exit: label indices at its two boundaries. time_s, cut_s: per microbatch, the latter of the
-    cut before it; step_s: per step; saved_bytes: per microbatch in flight.
+    cut before it; step_s: per step; saved_bytes: per microbatch in flight. parts: by which prices its segments were
+    planned; assigned: the labels of each, where no prices did it.
     """
 
     first: int
@@ -50,6 +51,7 @@ class Column:
     saved_bytes: float
     cut_s: float
     parts: tuple[Part, ...]
+    assigned: tuple[Mapping[str, str], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import Choice, StageIlp, objective_s
 from autopar.planner.paths import Arcs, bottleneck, levels_of, sweep
 from autopar.planner.segment import Price, Segment
+from autopar.planner.solvers import Program
 
 ROUNDS = 10
 TOLERANCE = 1e-4
@@ -65,7 +66,7 @@ class Outcome:
     bound_s: float
     choice: Choice | None = None
     shortage: Shortage | None = None
-    ilp: StageIlp | None = None
+    ilp: Program | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,6 +85,14 @@ class FactorGraph:
         priced = (f for f in self.factors if f.time_s is not None)
         return float(sum(f.time_s[tuple(at[v] for v in f.variables)] for f in priced if f.time_s is not None))
 
+    def totals(self, assignment: Mapping[str, str]) -> FloatArray:
+        """[4] the components of an assignment of all variables, in the order of ``COMPONENTS``."""
+        total = np.zeros(4)
+        for factor in self.factors:
+            at = tuple(self.domains[v].index(assignment[v]) for v in factor.variables)
+            total += [0.0 if array is None else array[at] for array in factor.components()]
+        return total
+
     def fixed(self, labels: Mapping[str, str]) -> FactorGraph:
         """The same graph where each shared variable named in ``labels`` keeps that one label; self if none is."""
         held = {v: self.domains[v].index(labels[v]) for v in self.shared if v in labels}

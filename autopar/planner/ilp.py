@@ -1,4 +1,4 @@
-"""The exact choice: one column per stage, as an integer program solved by HiGHS or, failing that, CBC.
+"""The exact choice: one column per stage, as an integer program (``autopar.planner.solvers`` solves it).
 
 Variables: x[s, c] = 1 if stage s is column c; slowest = time of the slowest stage; step = the largest
 per-step cost. Times are divided by a unit near the slowest stage, since solvers' tolerances are absolute.
@@ -6,17 +6,17 @@ per-step cost. Times are divided by a unit near the slowest stage, since solvers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pulp
 
 from autopar.planner.columns import Column
+from autopar.planner.solvers import TIME_LIMIT_S, Answer, solved
 from cost_model.errors import SolverError
 
 Offers = Sequence[Sequence[Column]]
-TIME_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,10 @@ class StageIlp:
 
         Raises SolverError, naming what was tried, if none gives a solution.
         """
-        failures: list[tuple[str, str]] = []
-        for name, make in SOLVERS:
-            reason = _attempt(self.problem, make(time_limit_s))
-            if reason is None:
-                return self._choice(name, failures)
-            failures.append((name, reason))
-        raise SolverError(tuple(failures))
+        answer = solved(self.problem, time_limit_s)
+        if not answer.feasible:
+            raise SolverError(((answer.solver, "the columns do not tile the chain"),))
+        return self._choice(answer)
 
     def _objective(self) -> pulp.LpAffineExpression:
         """sum_s sum_c (time[c] + cut[c]) x[s, c] + (microbatches - 1) slowest + step"""
@@ -117,18 +114,18 @@ class StageIlp:
         for (position, label), terms in sorted(meeting.items(), key=lambda item: item[0]):
             self.problem += pulp.LpAffineExpression(terms) == 0, f"meet_{s}_{position}_{label}"
 
-    def _choice(self, solver: str, failures: Sequence[tuple[str, str]]) -> Choice:
+    def _choice(self, answer: Answer) -> Choice:
         columns = tuple(
             next(c for x, c in zip(picks, offered, strict=True) if round(x.value() or 0.0) == 1)
             for picks, offered in zip(self.picks, self.offers, strict=True)
         )
         found_s = objective_s(columns, self.microbatches)
-        optimal = self.problem.sol_status == pulp.LpSolutionOptimal
-        notes = [f"ILP solver {name} did not work ({reason}); {solver} was used" for name, reason in failures]
-        bound_s = found_s if optimal else min(found_s, relaxed_s(self.offers, self.microbatches))
-        if not optimal:
-            notes.append(f"{solver} stopped at its time limit, {_percent(found_s, bound_s)} above the bound it left")
-        return Choice(columns, found_s, bound_s, optimal, solver, tuple(notes))
+        bound_s = found_s if answer.optimal else min(found_s, relaxed_s(self.offers, self.microbatches))
+        notes = answer.notes
+        if not answer.optimal:
+            above = _percent(found_s, bound_s)
+            notes = (*notes, f"{answer.solver} stopped at its time limit, {above} above the bound it left")
+        return Choice(columns, found_s, bound_s, answer.optimal, answer.solver, notes)
 
 
 def relaxed_s(offers: Offers, microbatches: int) -> float:
@@ -145,27 +142,3 @@ def _unit_s(offers: Offers) -> float:
 
 def _percent(found_s: float, bound_s: float) -> str:
     return f"{(found_s / bound_s - 1) * 100:.2f} %" if bound_s > 0 else "unboundedly"
-
-
-def _attempt(problem: pulp.LpProblem, solver: pulp.LpSolver) -> str | None:
-    """None if the solver left an integer solution, else why not."""
-    if not solver.available():
-        return "not installed"
-    try:
-        problem.solve(solver)
-    except pulp.PulpError as error:
-        return str(error)
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
-        return f"no solution ({pulp.LpSolution[problem.sol_status]})"
-    return None
-
-
-def _highs(time_limit_s: float) -> pulp.LpSolver:
-    return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=time_limit_s)
-
-
-def _cbc(time_limit_s: float) -> pulp.LpSolver:
-    return pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, threads=1, timeLimit=time_limit_s)
-
-
-SOLVERS: tuple[tuple[str, Callable[[float], pulp.LpSolver]], ...] = (("HiGHS", _highs), ("CBC", _cbc))

@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 from autopar.planner.bounds import Objective
@@ -23,7 +22,9 @@ from autopar.planner.chain import Chain, in_flight
 from autopar.planner.columns import Column
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome, quick_bound_s
 from autopar.planner.factor_graph import Factor, FactorGraph
+from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.segment import Segment
+from autopar.planner.solvers import Program
 from cost_model.errors import ParallelismError, UnknownNameError
 from cost_model.plan import SCHEDULES
 from cost_model.schedule import refusal
@@ -94,7 +95,7 @@ class Solution:
     """objective_s: seconds of a step; bound_s: no plan of any configuration is faster.
 
     gap: (objective_s - bound_s) / bound_s, 0 where proven optimal. notes: fallbacks, timeouts, interruption.
-    placement: the device of each (stage, replica, shard), in that order; None: counting up.
+    placement: the device of each (stage, replica, shard), in that order; None: counting up. ilp: that chose it.
     """
 
     configuration: Configuration
@@ -104,6 +105,7 @@ class Solution:
     gap: float
     notes: tuple[str, ...]
     placement: tuple[int, ...] | None = None
+    ilp: Program | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -142,24 +144,22 @@ def search(
     pins: Pins | None = None,
     confirm: Confirm | None = None,
     progress: Callable[[Progress], None] | None = None,
-    lp_path: str | Path | None = None,
+    flat: bool = False,
 ) -> Solution | Infeasible:
     """The fastest plan for a global batch on all devices, under a memory cap per device (None: no cap).
 
     confirm(solution) gives the exact peak bytes of each stage after rewriting; a stage over the cap is
-    tightened by the difference and solved again. lp_path: where to write the ILP of the answer.
+    tightened by the difference and solved again. flat: each configuration is one integer program (``flat_solver``).
     Ctrl-C returns the best plan so far with its gap, if there is one. Equal input gives an equal answer;
     ties go to fewer stages, then less tensor parallelism, then larger microbatches, then first labels.
-    Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver.
+    Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver,
+    ProblemSizeError where ``flat`` is asked for and the program would be too large.
     """
-    run = _Search(space, num_devices, batch, cap_bytes, pins or Pins(), confirm, progress)
+    run = _Search(space, num_devices, batch, cap_bytes, pins or Pins(), confirm, progress, flat)
     try:
-        answer = run.answer()
+        return run.answer()
     except KeyboardInterrupt:
-        answer = run.interrupted()
-    if lp_path is not None and isinstance(answer, Solution):
-        run.write_lp(answer, lp_path)
-    return answer
+        return run.interrupted()
 
 
 def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configuration]:
@@ -221,7 +221,9 @@ class _Search:
         pins: Pins,
         confirm: Confirm | None,
         progress: Callable[[Progress], None] | None,
+        flat: bool,
     ) -> None:
+        self.flat, self.solver = flat, FlatSolver if flat else ConfigurationSolver
         self.space, self.num_devices, self.batch, self.pins = space, num_devices, batch, pins
         self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
         self.confirm, self.progress = confirm, progress
@@ -259,12 +261,6 @@ class _Search:
     def _known(self) -> int:
         """Units, and configurations whose units are not made yet."""
         return len(self.units) + sum(isinstance(entry[2], _Waiting) for entry in self.queue)
-
-    def write_lp(self, answer: Solution, path: str | Path) -> None:
-        for unit in self.units:
-            if unit.solution is not None and unit.solution.stages is answer.stages:
-                assert unit.outcome is not None and unit.outcome.ilp is not None
-                unit.outcome.ilp.write_lp(path)
 
     def _gather(self) -> None:
         """Put every possible configuration in the queue under its quick bound."""
@@ -311,7 +307,7 @@ class _Search:
         choices, notes = self._shared_labels(c, chain)
         for number, labels in enumerate(choices):
             fixed = chain.fixed(labels)
-            solver = ConfigurationSolver(fixed, self._segments(fixed), c, math.inf)
+            solver = self.solver(fixed, self._segments(fixed), c, math.inf)
             bound_s = max(waiting.bound_s, solver.quick_bound_s())
             unit = _Unit((*waiting.order, number), solver, bound_s, notes=notes)
             if math.isfinite(self.cap_bytes):
@@ -324,9 +320,9 @@ class _Search:
         """Choices of labels of shared variables, and a note where they are too many to try.
 
         Then it is the choice of the best plan in which each use may lie otherwise, as its first use has it, and the
-        first labels of all (whole on every rank).
+        first labels of all (whole on every rank). A flat program chooses them itself.
         """
-        domains = chain.shared_domains()
+        domains = {} if self.flat else chain.shared_domains()
         count = math.prod(map(len, domains.values()))
         if count <= MOST_SHARED_LABELS:
             return (dict(zip(domains, labels, strict=True)) for labels in itertools.product(*domains.values())), ()
@@ -348,7 +344,7 @@ class _Search:
         saving = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
         solvers = []
         for each in [other.fixed(labels) for other in saving] or [chain]:
-            solvers.append(ConfigurationSolver(each, self._segments(each), c, self.cap_bytes))
+            solvers.append(self.solver(each, self._segments(each), c, self.cap_bytes))
         return solvers
 
     def _under_cap(self, unit: _Unit) -> None:
@@ -420,9 +416,9 @@ class _Search:
         choice = outcome.choice
         stages = _stages(unit.solver, choice.columns)
         gap = _gap(choice.objective_s, unit.bound_s)
-        return Solution(
-            unit.solver.configuration, stages, choice.objective_s, unit.bound_s, gap, (*choice.notes, *unit.notes)
-        )
+        notes = (*choice.notes, *unit.notes)
+        c = unit.solver.configuration
+        return Solution(c, stages, choice.objective_s, unit.bound_s, gap, notes, ilp=outcome.ilp)
 
     def _fits(self, unit: _Unit) -> bool:
         """Ask for exact peaks; over the cap, tighten those stages by what they need beyond their columns, and put the
@@ -484,7 +480,7 @@ class _Search:
         waiting = (other.bound_s for _, _, other in self.queue)
         bound_s = min(found.objective_s, *(other.bound_s for other in self.units), *waiting)
         gap = _gap(found.objective_s, bound_s)
-        return Solution(found.configuration, found.stages, found.objective_s, bound_s, gap, (*found.notes, *notes))
+        return replace(found, bound_s=bound_s, gap=gap, notes=(*found.notes, *notes))
 
     def _infeasible(self) -> Infeasible:
         if not self.shortages:
@@ -502,8 +498,12 @@ def _stages(solver: ConfigurationSolver, columns: Sequence[Column]) -> tuple[Sta
     return tuple(_stage(solver, column) for column in columns)
 
 
+def _assignments(solver: ConfigurationSolver, c: Column) -> tuple[Mapping[str, str], ...]:
+    return c.assigned or solver.table.assignments(c)
+
+
 def _stage(solver: ConfigurationSolver, c: Column) -> StageSolution:
-    chain, assignments = solver.chain, solver.table.assignments(c)
+    chain, assignments = solver.chain, _assignments(solver, c)
     kinds = (chain.kinds[kind] for kind in chain.sequence[c.first : c.last])
     return StageSolution(
         c.first,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group
 from torch import Tensor, nn
 
-from autopar.options import DEFAULT_OPTIMIZER, OptimizerFactory, Options
+from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, OptimizerFactory, Options
 from autopar.planning import Job
 from autopar.report import bytes_text, cluster_text, make_table, mesh_text, percent_text, render, seconds_text
 from cost_model.cluster import Cluster
@@ -119,6 +119,7 @@ def explain(
     memory_cap: str | int | None = None,
     precision: Precision | None = None,
     plan: Plan | None = None,
+    solver: str = COLUMNS,
 ) -> Explanation:
     """Explain the plan that these keywords of ``compile`` lead to; the model is traced once, nothing is run.
 
@@ -126,7 +127,7 @@ def explain(
     Errors: as for ``compile``.
     """
     start = time.perf_counter()
-    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan)
+    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, solver=solver)
     job = Job.of(model, cluster, inputs, options)
     chosen = job.planned(job.decide(start)).estimate
     pins, cap = job.options.parallelism, job.options.memory_cap_bytes
