@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE.parent.parent / "shared" / "reference"
+DATA = HERE / "reference"
 FILES = HERE.parent / "cost_model" / "clusters"
 SOURCE = "DS3Lab/Decentralized_FM_alpha @ 2a6b658, scheduler/generate_heterogeneous_tc.py (arXiv:2206.01288)"
 # Fitted on cases 1, 3 and 5 of that system's results (python benchmarks/reference.py --table dtfm --fit).

@@ -27,7 +27,7 @@ from reference_networks import Networks
 from reference_tables import Prediction, Table
 
 TABLES: tuple[type[Table], ...] = (AutoDistTensor, AutoDistPipeline, Megatron, Networks, Dtfm, A64fx)
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "reference"
+DATA = Path(__file__).resolve().parent / "reference"
 
 
 @dataclass(frozen=True)
