@@ -49,6 +49,7 @@ class Command:
     zero: Annotated[int | None, arg(metavar="LEVEL", help="pin the ZeRO level, 0 to 3")] = None
     recompute: Annotated[str | None, arg(metavar="LEVEL", help="pin recompute: none, selective or full")] = None
     schedule: Annotated[str | None, arg(metavar="S", help="pin the schedule: 1f1b or gpipe")] = None
+    window: Annotated[int | None, arg(metavar="N", help="pin how far 1f1b runs ahead of transfers")] = None
     memory_cap: Annotated[str | None, arg(metavar="SIZE", help='memory of each device to use, such as "30GiB"')] = None
     precision: Annotated[
         str | None, arg(metavar="P", help="bf16 or fp16 with fp32 masters, or fields: params=bf16,reduce=bf16")
@@ -252,7 +253,7 @@ def _coverage() -> Answer:
 
 def _keywords(command: Command) -> dict[str, Any]:
     """The keywords of autopar.compile that the line gives."""
-    pins = ("dp", "tp", "pp", "microbatch_size", "schedule", "zero", "recompute")
+    pins = ("dp", "tp", "pp", "microbatch_size", "schedule", "window", "zero", "recompute")
     parallelism = Parallelism(**{name: getattr(command, name) for name in pins})
     plan = None if command.plan is None else Plan.load(command.plan)
     precision = None if command.precision is None else Precision.parse(command.precision)

@@ -196,7 +196,8 @@ class Linker:
         chunks = [codes[stage :: plan.pp] for stage in range(plan.pp)]
         tied = _tied(chunks)
         stages = tuple(_link_stage(self.traced, own, plan, tied, self.optimizer is not None) for own in chunks)
-        check_schedule([steps_of(plan, stage) for stage in range(plan.pp)], plan.microbatches, plan.virtual_stages)
+        lists = [steps_of(plan, stage) for stage in range(plan.pp)]
+        check_schedule(lists, plan.microbatches, plan.virtual_stages, plan.window)
         program = _program(plan, tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)))
         return Linked(self.traced, plan, stages, program, self.max_grad_norm, self.local_batches)
 
@@ -292,7 +293,7 @@ class Linker:
 
 def steps_of(plan: Plan, stage: int) -> tuple[Step, ...]:
     """The order of work of one stage."""
-    return stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches, plan.virtual_stages)
+    return stage_schedule(plan.schedule, stage, plan.pp, plan.microbatches, plan.virtual_stages, plan.window)
 
 
 def merged_inputs(codes: Sequence[StageCode]) -> tuple[GraphInput, ...]:
@@ -316,6 +317,7 @@ def _program(plan: Plan, stages: tuple[StageProgram, ...]) -> Program:
         stages=stages,
         devices=device_map(plan),
         virtual_stages=plan.virtual_stages,
+        window=plan.window,
     )
 
 

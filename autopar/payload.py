@@ -107,6 +107,7 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
         "microbatches": plan.microbatches,
         "microbatch_size": plan.microbatch_size,
         "accumulates": plan.accumulates,
+        "window": plan.window,
         "reports_loss": stage == plan.pp - 1 and tp == 0,
         "chunks": [
             {

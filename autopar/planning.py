@@ -261,7 +261,7 @@ class Job:
 
     def _searched(self) -> Solution | Infeasible:
         p = self.options.parallelism
-        pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages)
+        pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages, p.window)
         if self.cluster.network is None or not self.cluster.uneven or p.placement is not None:
             return self._searched_under(pins)
         return self._placed(pins)
@@ -341,7 +341,8 @@ class Job:
 
     def _program_peaks(self, program: Program) -> list[StagePeak]:
         rounding = allocator_rounding(self.cluster.devices[0].kind)
-        return [stage_peak(s, program.pp, program.microbatches, program.schedule, rounding) for s in program.stages]
+        p = program
+        return [stage_peak(s, p.pp, p.microbatches, p.schedule, rounding, p.window) for s in p.stages]
 
     def plan(self, solution: Solution | Infeasible) -> Plan:
         """The search's answer as a plan file holds it."""
@@ -365,6 +366,7 @@ class Job:
             segment_labels=tuple(s.label for s in local.segments),
             precision=self.options.precision,
             virtual_stages=c.virtual_stages,
+            window=c.window,
         )
 
     def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:

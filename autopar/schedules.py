@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from autopar.planner.search import FEWEST_PARTS, Configuration, Solution
@@ -16,15 +16,17 @@ from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_
 
 WORTH = 0.01
 """The least part of a step that another schedule must save: sketches are no more exact, and simple is better."""
+MAX_WINDOW = 8
 
 
 def faster_schedules(solution: Solution, program: Program, cluster: Cluster, pins: Parallelism) -> list[Configuration]:
     """Configurations that run the same choices under another schedule, faster as far as sketches of ``program`` tell.
 
-    Where hardly any time is spent waiting for other stages, none is looked at.
+    Where hardly any time is spent waiting for other stages and their messages, none is looked at.
     """
     base = simulate(program, cluster)
-    if solution.configuration.pp == 1 or base.breakdown.bubble_s < WORTH * base.step_time_s:
+    waits_s = base.breakdown.bubble_s + max(stage.op_kinds_s.get("receive", 0.0) for stage in base.stages)
+    if solution.configuration.pp == 1 or waits_s < WORTH * base.step_time_s:
         return []
     found = [(seconds, c) for seconds, c in _sketched(solution, program, cluster, pins)]
     worth = [(seconds, c) for seconds, c in found if seconds < (1 - WORTH) * base.step_time_s]
@@ -36,6 +38,8 @@ def _sketched(
 ) -> Iterator[tuple[float, Configuration]]:
     """Seconds of a step under each other schedule that the pins allow; more virtual stages while they are faster."""
     c = solution.configuration
+    for window, seconds in windows(program, pins, lambda wider: sketched_step_s(wider, cluster)):
+        yield seconds, replace(c, window=window)
     if pins.schedule is None:
         yield sketched_step_s(with_weight_blocks(program), cluster), replace(c, schedule="zero_bubble")
     best_s = float("inf")
@@ -49,6 +53,19 @@ def _sketched(
             return
         best_s = seconds
         yield seconds, other
+
+
+def windows(program: Program, pins: Parallelism, seconds: Callable[[Program], float]) -> Iterator[tuple[int, float]]:
+    """Each wider window of 1f1b, and what a step takes with it, while that is less."""
+    best_s = float("inf")
+    for window in range(2, min(MAX_WINDOW, program.microbatches) + 1):
+        if program.schedule != "1f1b" or pins.window is not None:
+            return
+        found_s = seconds(replace(program, window=window))
+        if found_s >= best_s:
+            return
+        best_s = found_s
+        yield window, found_s
 
 
 def _numbers_of_parts(solution: Solution, pins: Parallelism) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,19 +84,21 @@ class StagePeak:
 
 
 def stage_memory(
-    stage: StageProgram, pp: int, microbatches: int, schedule: str, round_bytes: Rounding
+    stage: StageProgram, pp: int, microbatches: int, schedule: str, round_bytes: Rounding, window: int = 1
 ) -> MemoryBreakdown:
     """Memory of each device of a stage at the peak of its step; the parts sum to that peak."""
-    return stage_peak(stage, pp, microbatches, schedule, round_bytes).memory
+    return stage_peak(stage, pp, microbatches, schedule, round_bytes, window).memory
 
 
-def stage_peak(stage: StageProgram, pp: int, microbatches: int, schedule: str, round_bytes: Rounding) -> StagePeak:
+def stage_peak(
+    stage: StageProgram, pp: int, microbatches: int, schedule: str, round_bytes: Rounding, window: int = 1
+) -> StagePeak:
     """Walk a stage's schedule, then its reduction and its optimizer, and return the peak; equal peaks give the first.
 
-    A send's buffer is alive until the next send in its direction is posted, or until the schedule ends.
+    A send's buffer is alive until the window-th send after it in its direction is posted, or until the schedule ends.
     """
-    walk = _StageWalk([_ChunkBlocks.of(chunk, stage, round_bytes) for chunk in stage.chunks])
-    for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks)):
+    walk = _StageWalk([_ChunkBlocks.of(chunk, stage, round_bytes) for chunk in stage.chunks], window)
+    for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks), window):
         walk.run(step)
     walk.finish(stage, round_bytes)
     return walk.peak(static_memory(stage, round_bytes))
@@ -243,12 +246,12 @@ class _Held:
 class _StageWalk:
     """Walks the steps of a stage and remembers the moment at which most is alive."""
 
-    def __init__(self, blocks: Sequence[_ChunkBlocks]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[_ChunkBlocks], window: int) -> None:
+        self.blocks, self.window = blocks, window
         self.carried, self.kept, self.buffers = _Held(), _Held(), _Held()
-        self.sending_forward: SendForward | None = None
-        self.sending_backward: SendBackward | None = None
-        self.outlived = False
+        self.sending_forward: deque[SendForward] = deque()
+        self.sending_backward: deque[SendBackward] = deque()
+        self.outlived: set[SendForward] = set()
         self.best = -1
         self.best_moment: tuple[Step | str, int, int, int, _Amount] = ("", 0, 0, 0, _Amount())
 
@@ -276,9 +279,9 @@ class _StageWalk:
                 self.kept.add(blocks.kept, -1)
                 self._last_read(step, blocks, blocks.weight, blocks.weight_while_sending)
             case SendBackward():
-                if self.sending_backward is not None:
-                    self.buffers.add(self.blocks[self.sending_backward.chunk].gradient_out, -1)
-                self.sending_backward = step
+                self.sending_backward.append(step)
+                if len(self.sending_backward) > self.window:
+                    self.buffers.add(self.blocks[self.sending_backward.popleft().chunk].gradient_out, -1)
 
     def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
         """After the last step: sends are waited for, gradients reduced, parameters updated and gathered."""
@@ -312,22 +315,23 @@ class _StageWalk:
         self._see(step, _Amount())
 
     def _send_forward(self, step: SendForward) -> None:
-        if self.sending_forward is not None:
-            before = self.blocks[self.sending_forward.chunk]
+        self.sending_forward.append(step)
+        if len(self.sending_forward) > self.window:
+            sent = self.sending_forward.popleft()
+            before = self.blocks[sent.chunk]
             self.buffers.add(before.activation_out, -1)
-            if self.outlived:
+            if sent in self.outlived:
                 self.buffers.add(before.shared_out, -1)
-        self.sending_forward, self.outlived = step, False
 
     def _last_read(self, step: Step, blocks: _ChunkBlocks, alone: _Amount, while_sending: _Amount) -> None:
         """A send of this very microbatch that is not waited for yet holds the activation beyond the block that ends
         it."""
         sent = SendForward(step.microbatch, step.chunk)
-        outlived = self.sending_forward == sent and type(step) is blocks.shared_by
+        outlived = sent in self.sending_forward and type(step) is blocks.shared_by
         self._see(step, while_sending if outlived else alone)
         if outlived:
             self.buffers.add(blocks.shared_out)
-            self.outlived = True
+            self.outlived.add(sent)
 
 
 def _collective_buffer_bytes(collective: Collective) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, UnknownNameError
 from cost_model.precision import Precision
 
-SCHEMA_VERSION = 3
-OLDER_VERSIONS = (2,)
+SCHEMA_VERSION = 4
+OLDER_VERSIONS = (2, 3)
 """That can be read too: a field that such a version lacks has a default, which means what that version did."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
@@ -26,6 +26,7 @@ class Parallelism:
     """Pins on the plan; None leaves a field to the planner. Degrees multiply to the number of devices.
 
     microbatch_size: samples per microbatch per data-parallel replica.
+    window: microbatches that 1f1b has under way for each stage that comes after (see ``stage_schedule``).
     placement: device index of each (stage, dp replica, tp shard), in that order.
     """
 
@@ -37,11 +38,12 @@ class Parallelism:
     schedule: str | None = None
     microbatch_size: int | None = None
     virtual_stages: int | None = None
+    window: int | None = None
     sequence_parallel: bool | None = None
     placement: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "microbatch_size", "virtual_stages"):
+        for name in ("dp", "tp", "pp", "microbatch_size", "virtual_stages", "window"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ParallelismError(f"{name} must be a positive integer or None, not {value!r}")
@@ -60,6 +62,12 @@ class Parallelism:
             )
         if self.virtual_stages not in (None, 1):
             object.__setattr__(self, "schedule", "interleaved")
+        if self.window not in (None, 1):
+            if self.schedule not in (None, "1f1b"):
+                raise ParallelismError(
+                    f"schedule={self.schedule!r} has no window of {self.window}; use schedule='1f1b', or window=1"
+                )
+            object.__setattr__(self, "schedule", "1f1b")
         if self.placement is not None:
             object.__setattr__(self, "placement", _device_tuple(self.placement))
 
@@ -104,6 +112,7 @@ class Plan:
     stages: the parts of the chain in order, ``virtual_stages`` for each pipeline stage: part k runs on stage k % pp.
     batch: global batch size in samples; microbatches: per data-parallel replica.
     fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
+    window: as in ``Parallelism``.
     """
 
     model: str
@@ -121,6 +130,7 @@ class Plan:
     segment_labels: tuple[str, ...]
     precision: Precision = Precision()
     virtual_stages: int = 1
+    window: int = 1
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -135,11 +145,13 @@ class Plan:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("batch", "dp", "tp", "pp", "microbatch_size", "microbatches", "virtual_stages"):
+        for name in ("batch", "dp", "tp", "pp", "microbatch_size", "microbatches", "virtual_stages", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"a plan's {name} must be at least 1, not {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             raise UnknownNameError("schedule", self.schedule, SCHEDULES)
+        if self.window > 1 and self.schedule != "1f1b":
+            raise ConfigError(f"a plan under {self.schedule} cannot have a window of {self.window}: only 1f1b has one")
         if self.microbatch_size * self.microbatches * self.dp != self.batch:
             raise ConfigError(
                 f"a plan for a batch of {self.batch} cannot have dp={self.dp} replicas with {self.microbatches} "
@@ -164,8 +176,9 @@ class Plan:
         return "\n".join([head, *(f"stage {stage}: {self.labels_text(stage)}" for stage in range(self.pp))])
 
     def schedule_text(self) -> str:
-        """The schedule, with its virtual stages where there are several."""
-        return self.schedule if self.virtual_stages == 1 else f"{self.schedule} x {self.virtual_stages}"
+        """The schedule, with its virtual stages and its window where they are more than one."""
+        parts = "" if self.virtual_stages == 1 else f" x {self.virtual_stages}"
+        return f"{self.schedule}{parts}" if self.window == 1 else f"{self.schedule}{parts} in windows of {self.window}"
 
     def saving_text(self) -> str:
         """What is split over replicas and what is recomputed, after a comma; empty where nothing is."""

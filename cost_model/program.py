@@ -290,7 +290,8 @@ class StageProgram:
 class Program:
     """The whole distributed program: one StageProgram per stage, all ranks by symmetry.
 
-    dp, tp, pp: mesh degrees; microbatches: per data-parallel replica; virtual_stages: chunks of each stage.
+    dp, tp, pp: mesh degrees; microbatches: per data-parallel replica; virtual_stages: chunks of each stage; window: as
+    in ``stage_schedule``.
     devices[(stage, dp, tp)] = device index in the cluster.
     """
 
@@ -302,6 +303,7 @@ class Program:
     stages: tuple[StageProgram, ...]
     devices: Mapping[tuple[int, int, int], int] = field(hash=False)
     virtual_stages: int = 1
+    window: int = 1
 
     def __post_init__(self) -> None:
         assert len(self.stages) == self.pp

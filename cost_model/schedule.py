@@ -129,28 +129,33 @@ def refusal(schedule: str, pp: int, microbatches: int, virtual_stages: int) -> s
     return None
 
 
-def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> int:
+def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1, window: int = 1) -> int:
     """Most forwards of a stage's chunks that have begun and whose backwards (or weight blocks) have not ended.
 
-    gpipe: all; 1f1b: pp - stage (Narayanan et al., 2021, "Efficient large-scale language model training", 2.2);
-    zero_bubble: pp.
+    gpipe: all; 1f1b: 1 + window (pp - stage - 1), where a window of one is that of Narayanan et al., 2021, "Efficient
+    large-scale language model training", 2.2; zero_bubble: pp.
     """
     late = stage if splits_backward(schedule, stage) else 0
     count = microbatches * virtual_stages
-    return min(_warmup(schedule, stage, pp, microbatches, virtual_stages) + 1 + late, count)
+    return min(_warmup(schedule, stage, pp, microbatches, virtual_stages, window) + 1 + late, count)
 
 
 @functools.lru_cache(maxsize=1024)
-def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> tuple[Step, ...]:
+def stage_schedule(
+    schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1, window: int = 1
+) -> tuple[Step, ...]:
     """Steps of one stage in order: warm-up forwards, then pairs of forward and backward, then the backwards left.
 
+    window: microbatches that 1f1b has under way for each stage that comes after, and messages that may be under way on
+    each channel: with more than one, transfers that take longer than a block hide behind several (Zhuang et al., 2022,
+    "On optimizing the communication of model parallelism", has two of them).
     zero_bubble: stage s runs each weight block after the backward of s microbatches later, so that what it waits for in
     the end is filled and no stage holds more than the first (ZB-H1 of Qi et al., 2023, "Zero bubble pipeline
     parallelism", 2.3). Backwards of a chunk run in the order of its forwards, so gradients are summed in the same order
     in every schedule.
     """
     check_counts(schedule, pp, microbatches, virtual_stages)
-    warmup = _warmup(schedule, stage, pp, microbatches, virtual_stages)
+    warmup = _warmup(schedule, stage, pp, microbatches, virtual_stages, window)
     forwards, backwards = _in_groups(pp, microbatches, virtual_stages)
     steps: list[Step] = []
     for forward in forwards[:warmup]:
@@ -162,26 +167,32 @@ def stage_schedule(schedule: str, stage: int, pp: int, microbatches: int, virtua
         steps += backward_steps(*backward, stage, pp, virtual_stages)
     if splits_backward(schedule, stage):
         steps = list(_with_weights(steps, stage, microbatches))
-    return tuple(_posted_early(steps))
+    return tuple(_posted_early(steps, window))
 
 
-def _posted_early(steps: Sequence[Step]) -> list[Step]:
-    """Each post moved before the last block that runs before its receive, though not before the channel is free."""
+def _posted_early(steps: Sequence[Step], window: int) -> list[Step]:
+    """Each post moved before the last block that runs before its receive, and before two more, a forward and a
+    backward, for each further message of the window; though not before its channel has room for it."""
     early: list[Step] = []
     for step in steps:
         is_post = isinstance(step, PostForward | PostBackward)
-        early.insert(_post_place(early, type(step)) if is_post else len(early), step)
+        early.insert(_post_place(early, type(step), window) if is_post else len(early), step)
     return early
 
 
-def _post_place(before: Sequence[Step], post: type[Step]) -> int:
+def _post_place(before: Sequence[Step], post: type[Step], window: int) -> int:
     """Where a post goes among the steps before it; only the last few are looked at."""
+    place, blocks, received = len(before), 0, 0
     for at in range(len(before) - 1, -1, -1):
-        if isinstance(before[at], COMPUTE):
-            return at
-        if POSTS.get(type(before[at])) is post:
+        kind = type(before[at])
+        received += POSTS.get(kind) is post
+        if kind is post or received == window:
             return at + 1
-    return len(before)
+        if kind in COMPUTE:
+            place, blocks = at, blocks + 1
+            if blocks == 2 * window - 1:
+                return at
+    return place
 
 
 def _with_weights(steps: Sequence[Step], late: int, microbatches: int) -> Iterator[Step]:
@@ -202,7 +213,7 @@ def _in_groups(pp: int, microbatches: int, virtual_stages: int) -> tuple[list[tu
     return forwards, backwards
 
 
-def _warmup(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int) -> int:
+def _warmup(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int, window: int) -> int:
     """Forwards before the first backward, less the one that is paired with it in 1f1b.
 
     interleaved: Narayanan et al., 2021, 2.2: until the first microbatch comes back to the stage in its last chunk,
@@ -211,7 +222,9 @@ def _warmup(schedule: str, stage: int, pp: int, microbatches: int, virtual_stage
     assert 0 <= stage < pp and microbatches >= 1, (stage, pp, microbatches)
     if schedule == "gpipe":
         return microbatches
-    if schedule in ("1f1b", "zero_bubble"):
+    if schedule == "1f1b":
+        return min(window * (pp - 1 - stage), microbatches)
+    if schedule == "zero_bubble":
         return min(pp - 1 - stage, microbatches)
     if schedule == "interleaved":
         return min(2 * (pp - 1 - stage) + (virtual_stages - 1) * pp, virtual_stages * microbatches)

@@ -25,7 +25,7 @@ from cost_model.schedule import (
 class Guarantee(enum.Enum):
     """Under which sends a schedule is free of deadlock.
 
-    ASYNCHRONOUS: one send per direction may be pending, which is what the runtime does.
+    ASYNCHRONOUS: a window of sends per direction may be pending, which is what the runtime does.
     RENDEZVOUS: even if every send blocks until it is received; implies ASYNCHRONOUS.
     """
 
@@ -33,7 +33,9 @@ class Guarantee(enum.Enum):
     RENDEZVOUS = "rendezvous"
 
 
-def check_schedule(stages: Sequence[Sequence[Step]], microbatches: int, virtual_stages: int = 1) -> Guarantee:
+def check_schedule(
+    stages: Sequence[Sequence[Step]], microbatches: int, virtual_stages: int = 1, window: int = 1
+) -> Guarantee:
     """Verify the step lists of all stages together and say what sends they are safe under.
 
     Raises VerificationError with check "schedule_complete" (a block missing, doubled or without its
@@ -44,7 +46,7 @@ def check_schedule(stages: Sequence[Sequence[Step]], microbatches: int, virtual_
         _check_complete(stage, steps, pp, microbatches, virtual_stages)
     for stage, steps in enumerate(stages):
         _check_matching(stage, steps, stages)
-    stuck = _stuck_positions(stages, pending=1)
+    stuck = _stuck_positions(stages, pending=window)
     if stuck:
         where = ", ".join(f"stage {stage} at {stages[stage][at]}" for stage, at in sorted(stuck.items()))
         raise VerificationError("schedule_deadlock", f"no stage can go on: {where}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cost_model.collector import collector_paused
+from cost_model.egress import Egress
 from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
@@ -206,11 +207,16 @@ class _Link:
         while len(self.done) < min(len(self.posted), len(self.called)):
             message, sender = len(self.done), self.sender
             step = self.sends[message]
-            start = sender.egress_s(self, max(self.posted[message], self.called[message] + self.notice_s))
-            end = start + self.transfer_s(message)
-            sender.sent = (self, start, end - self.delay_s(message))
+            known = max(self.posted[message], self.called[message] + self.notice_s, self.free_s())
+            delay_s = self.delay_s(message)
+            start, left = sender.egress.send(known, self.transfer_s(message) - delay_s)
+            end = left + delay_s
             self.done.append(end)
             sender.events.append(Event(sender.stage, self.stream, "send", step.microbatch, start, end, step.chunk))
+
+    def free_s(self) -> float:
+        """When the last message has left."""
+        return self.done[-1] - self.delay_s(len(self.done) - 1) if self.done else 0.0
 
     def transfer_s(self, message: int) -> float:
         return self.prices[self.sends[message].chunk][0]
@@ -222,10 +228,10 @@ class _Link:
 class _Rank:
     """The representative rank of one stage: its clock, where its time went, and its place in its list of steps."""
 
-    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], receives: _Receives) -> None:
-        self.stage, self.price, self.steps, self.receives = stage, price, steps, receives
+    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], receives: _Receives, window: int) -> None:
+        self.stage, self.price, self.steps, self.receives, self.window = stage, price, steps, receives, window
         self.received_s = self.received_exposed_s = 0.0
-        self.sent: tuple[_Link | None, float, float] = (None, 0.0, 0.0)
+        self.egress = Egress(price.shares_egress)
         self.position = 0
         self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
         self.reduction_s = self.optimizer_s = 0.0
@@ -247,7 +253,7 @@ class _Rank:
         for kind in (SendForward, SendBackward):
             link = self.links.get(kind)
             if link is not None and link.done:
-                self._wait_for_last(link)
+                self._wait(link.done[-1], link.transfer_s(len(link.done) - 1))
 
     def reduce(self, collective: Collective, seconds: float, start_s: float) -> None:
         """Take part in a collective of the step that starts when its last member is there."""
@@ -296,18 +302,16 @@ class _Rank:
         self.now = end
 
     def _send(self, link: _Link, step: Step) -> bool:
-        """Wait for the send before on this link, then post."""
+        """Wait until fewer than a window of sends are under way on this link, then post."""
         if self.receives is _Receives.STREAMS:
             return self._post(link, step)
-        if len(link.posted) > len(link.done):
+        before = len(link.posted) - self.window
+        if before >= len(link.done):
             return False
-        if link.done:
-            self._wait_for_last(link)
+        if before >= 0:
+            self._wait(link.done[before], link.transfer_s(before))
         link.post(self.now, step)
         return True
-
-    def _wait_for_last(self, link: _Link) -> None:
-        self._wait(link.done[-1], link.transfer_s(len(link.done) - 1))
 
     def _expect(self, link: _Link) -> None:
         link.called.append(self.now)
@@ -318,8 +322,7 @@ class _Rank:
         own = [other for kind, other in self.links.items() if kind in (SendForward, SendBackward)]
         if any(len(other.posted) > len(other.done) for other in own):
             return False
-        free = (other.done[-1] - other.delay_s(len(other.done) - 1) for other in own if other.done)
-        link.post(max([self.now, *free]), step)
+        link.post(max([self.now, *(other.free_s() for other in own)]), step)
         return True
 
     def _receive(self, link: _Link, step: Step) -> bool:
@@ -337,12 +340,6 @@ class _Rank:
         self.received_exposed_s += self._wait(end, link.transfer_s(message))
         return True
 
-    def egress_s(self, link: _Link, start_s: float) -> float:
-        """When a message can leave that could at ``start_s``: after one the other way, if they share a rate."""
-        other, begun_s, free_s = self.sent
-        waits = self.price.shares_egress and other not in (None, link) and begun_s <= start_s
-        return max(start_s, free_s) if waits else start_s
-
     def _wait(self, until_s: float, transfer_s: float) -> float:
         """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage.
 
@@ -358,9 +355,9 @@ class _Rank:
 
 def _run_schedule(program: Program, prices: Sequence[StagePrice], receives: _Receives) -> list[_Rank]:
     """Run all stages' steps; a stage that has moved wakes its neighbours."""
-    pp, shape = program.pp, (program.pp, program.microbatches, program.virtual_stages)
+    pp, shape = program.pp, (program.pp, program.microbatches, program.virtual_stages, program.window)
     ranks = [
-        _Rank(stage, price, stage_schedule(program.schedule, stage, *shape), receives)
+        _Rank(stage, price, stage_schedule(program.schedule, stage, *shape), receives, program.window)
         for stage, price in enumerate(prices)
     ]
     for before in ranks[: pp if program.virtual_stages > 1 else pp - 1]:
@@ -449,8 +446,8 @@ def _memory(program: Program, cluster: PricedCluster, stage: int) -> MemoryBreak
     """Memory under the allocator of the stage's devices; the larger where they are of several kinds."""
     cells = ((stage, dp, tp) for dp in range(program.dp) for tp in range(program.tp))
     kinds = sorted({cluster.devices[program.devices[cell]].kind for cell in cells})
-    own, count, schedule = program.stages[stage], program.microbatches, program.schedule
-    memories = [stage_memory(own, program.pp, count, schedule, allocator_rounding(kind)) for kind in kinds]
+    own, shape = program.stages[stage], (program.pp, program.microbatches, program.schedule)
+    memories = [stage_memory(own, *shape, allocator_rounding(kind), program.window) for kind in kinds]
     return max(memories, key=lambda memory: memory.total_bytes)
 
 

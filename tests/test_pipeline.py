@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import example_gpt, hf_gpt2
@@ -98,8 +99,24 @@ def test_zero_bubble(pins: dict[str, Any]) -> None:
     assert _check({**pins, "schedule": "zero_bubble"}).schedule == "zero_bubble"
 
 
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"pp": 2, "window": 2, "microbatch_size": 1},
+        {"pp": 4, "window": 3, "microbatch_size": 1, "recompute": "full"},
+        {"pp": 2, "dp": 2, "window": 5, "microbatch_size": 1, "zero": 3},
+    ],
+    ids=_name,
+)
+def test_windows(pins: dict[str, Any]) -> None:
+    plan = _check(pins)
+    assert (plan.schedule, plan.window) == ("1f1b", pins["window"])
+    assert "1f1b in windows of" in str(plan)
+
+
 @pytest.mark.usefixtures("shared_ranks")
-@pytest.mark.parametrize("pins", [{"virtual_stages": 2}, {"schedule": "zero_bubble"}], ids=_name)
+@pytest.mark.parametrize("pins", [{"virtual_stages": 2}, {"schedule": "zero_bubble"}, {"window": 3}], ids=_name)
 def test_new_schedules_on_real_ranks(pins: dict[str, Any]) -> None:
     _check({"pp": 2, "dp": 2, "microbatch_size": 1, "zero": 2, **pins})
 
@@ -275,3 +292,25 @@ def test_pins_and_caps_keep_a_schedule_away() -> None:
     slow = cpu_cluster(2, 1e3)
     pins = Parallelism(dp=1, tp=1, pp=2, microbatch_size=1)
     assert autopar.estimate(model, slow, batch, parallelism=pins).plan.virtual_stages == 1
+
+
+def test_a_window_is_chosen_where_messages_are_slow() -> None:
+    """A hop of 20 ms beside blocks of less: with one microbatch under way for each later stage every one waits."""
+    model, batch = example_gpt(n_layer=4)
+    far = np.full((2, 2), 0.02)
+    cluster = autopar.Cluster.from_matrix(device="cpu", latency_s=far, bandwidth_bytes_per_s=far * 1e12)
+    found = {}
+    for window in (None, 1, 2):
+        pins = Parallelism(dp=1, tp=1, pp=2, schedule="1f1b", microbatch_size=1, window=window)
+        found[window] = autopar.estimate(model, cluster, batch, parallelism=pins)
+    assert found[None].plan.window > 1 and found[1].plan.window == 1 and found[2].plan.window == 2
+    assert found[None].step_time_s <= found[2].step_time_s < 0.8 * found[1].step_time_s
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"), [("gpipe", "'gpipe' has no window of 2"), ("1f2b", "must be one of gpipe")]
+)
+def test_windows_are_of_1f1b(schedule: str, message: str) -> None:
+    with pytest.raises(ParallelismError, match=message):
+        Parallelism(schedule=schedule, window=2)
+    assert Parallelism(window=2).schedule == "1f1b"

@@ -141,6 +141,34 @@ def test_generated_schedules_are_safe(schedule: str, pp: int, microbatches: int)
         assert guarantee is Guarantee.RENDEZVOUS
 
 
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 5))
+def test_windows_are_safe_and_keep_their_messages_under_way(pp: int, microbatches: int, window: int) -> None:
+    """No more than a window of receives is posted on a channel, and no more microbatches are held than said."""
+    lists = [stage_schedule("1f1b", stage, pp, microbatches, window=window) for stage in range(pp)]
+    assert check_schedule(lists, microbatches, window=window) is not None
+    for stage, steps in enumerate(lists):
+        posted = [0, 0]
+        alive = most = 0
+        for step in steps:
+            posted[0] += (type(step) is PostForward) - (type(step) is RecvForward)
+            posted[1] += (type(step) is PostBackward) - (type(step) is RecvBackward)
+            assert max(posted) <= window
+            alive += (type(step) is Forward) - (type(step) is Backward)
+            most = max(most, alive)
+        assert most == in_flight("1f1b", stage, pp, microbatches, window=window)
+        assert most == min(1 + window * (pp - 1 - stage), microbatches)
+        for kind in (PostForward, PostBackward):
+            order = [step.microbatch for step in steps if type(step) is kind]
+            assert order == sorted(order)
+
+
+def test_a_window_of_two_in_text() -> None:
+    assert [text(stage_schedule("1f1b", stage, 2, 4, window=2), posts=True) for stage in range(2)] == [
+        "pB0 F0 sF0 F1 sF1 pB1 F2 sF2 rB0 pB2 B0 F3 sF3 rB1 pB3 B1 rB2 B2 rB3 B3",
+        "pF0 pF1 rF0 F0 pF2 B0 sB0 rF1 F1 pF3 B1 sB1 rF2 F2 B2 sB2 rF3 F3 B3 sB3",
+    ]
+
+
 def test_1f1b_needs_asynchronous_sends() -> None:
     assert check_schedule(stages("1f1b", 2, 2), 2) is Guarantee.ASYNCHRONOUS
 

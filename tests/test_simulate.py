@@ -1,6 +1,7 @@
 """The simulator against schedules worked by hand, against longest paths, and against its own laws."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cost_model.egress import Egress
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.plan import Plan, StagePlan
 from cost_model.prices import axis_groups, price_replicas, price_stages
@@ -284,6 +286,22 @@ def test_a_delay_keeps_no_stream_busy() -> None:
     assert sends == {0: [(1, 3), (3, 5), (5, 7)], 1: [(1, 3), (2, 4), (3, 5)]}
 
 
+def test_a_window_hides_what_a_message_takes() -> None:
+    """Four seconds each way and two of work: a round trip of ten takes a window of five."""
+    what = pipeline("1f1b", 40, [(1.0, 1.0)] * 2)
+    cluster = Cluster((Device(),) * 2, 4.0, 4.0)
+    times = [simulate(dataclasses.replace(what, window=window), cluster).step_time_s for window in (1, 2, 4, 5, 6)]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == times[-2] == 1 + 4 + 40 * 2 + 4 + 1 and times[0] > 40 * 5
+
+
+def test_messages_under_way_leave_one_after_the_other() -> None:
+    """Of three seconds each, one of them delay: two are under way at once, and leave two seconds apart."""
+    what = dataclasses.replace(pipeline("1f1b", 4, [(0.5, 0.5)] * 2), window=4)
+    result = simulate(what, Cluster((Device(),) * 2, 3.0, 1.0))
+    assert spans(result, 0, "send") == [(0.5, 3.5), (2.5, 5.5), (4.5, 7.5), (6.5, 9.5)]
+
+
 def test_a_sender_waits_for_its_send_before() -> None:
     """Stage 1 has microbatch 1 only at 8, so stage 0 cannot post microbatch 2 at 3 and begin the next forward."""
     result = run(pipeline("gpipe", 4, [(1.0, 0.0), (5.0, 0.0)]), transfer_s=1.0, blocking=True)
@@ -362,6 +380,18 @@ def test_messages_both_ways_share_a_senders_rate() -> None:
     assert gradients(frozenset({0, 2})) == gradients(frozenset())  # these send one way only
     late = [b - a for a, b in zip(gradients(frozenset()), gradients(frozenset({1})), strict=True)]
     assert late[0] == 2.5
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=12))
+def test_what_shares_a_rate_leaves_one_at_a_time(messages: list[tuple[int, int]]) -> None:
+    """Second by second: each message in turn takes the first ones that are left from when it is ready."""
+    egress, taken = Egress(True), set[int]()
+    for ready, busy in messages:
+        own = list(itertools.islice((s for s in itertools.count(ready) if s not in taken), busy))
+        taken.update(own)
+        assert egress.send(float(ready), float(busy)) == (own[0], own[-1] + 1)
+    assert all(a < b for a, b in zip(egress.begins, egress.ends, strict=True))
+    assert Egress(False).send(1.0, 2.0) == (1.0, 3.0)
 
 
 def test_the_slowest_device_of_a_stage_sets_its_ops() -> None:

@@ -15,9 +15,9 @@ from cost_model.schedule import in_flight as schedule_in_flight
 IntArray = npt.NDArray[np.int64]
 
 
-def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1) -> int:
+def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1, window: int = 1) -> int:
     """Microbatches whose saved activations a stage holds at once, those of one virtual stage counting in part."""
-    return -(-schedule_in_flight(schedule, stage, pp, microbatches, virtual_stages) // virtual_stages)
+    return -(-schedule_in_flight(schedule, stage, pp, microbatches, virtual_stages, window) // virtual_stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Chain:
     cut_s(i, label): seconds per microbatch, forward and backward, of a cut before segment i (i >= 1)
     where the boundary has that label; never negative, infinite forbids the cut.
     reserve_bytes(first, last): bytes of a stage of segments [first, last) beside state and saved.
-    in_flight(schedule, stage, pp, microbatches, virtual_stages): microbatches a stage holds at once.
+    in_flight(schedule, stage, pp, microbatches, virtual_stages, window): microbatches a stage holds at once.
     Invariant: neighbours agree on the labels of their common boundary.
     """
 

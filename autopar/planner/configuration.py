@@ -38,7 +38,7 @@ LONGEST = 2
 class Configuration:
     """Mesh degrees, schedule and microbatching. microbatches: per data-parallel replica.
 
-    virtual_stages: into so many parts the stages that are searched for are cut again.
+    virtual_stages: into so many parts the stages that are searched for are cut again. window: as in ``stage_schedule``.
     """
 
     dp: int
@@ -48,6 +48,7 @@ class Configuration:
     microbatch_size: int
     microbatches: int
     virtual_stages: int = 1
+    window: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class ConfigurationSolver:
         c = self.configuration
         self.objective = Objective(c.pp, c.microbatches)
         self.extra_bytes = self.extra_bytes or [0.0] * c.pp
-        shape = (c.pp, c.microbatches, c.virtual_stages)
+        shape = (c.pp, c.microbatches, c.virtual_stages, c.window)
         self.held = [self.chain.in_flight(c.schedule, stage, *shape) for stage in range(c.pp)]
 
     @cached_property

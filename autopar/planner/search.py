@@ -66,6 +66,7 @@ class Pins:
     microbatch_size: int | None = None
     schedule: str | None = None
     virtual_stages: int | None = None
+    window: int | None = None
 
     @property
     def parts(self) -> int:
@@ -172,7 +173,8 @@ def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configu
             if pins.dp not in (None, dp) or batch % dp:
                 continue
             for size in reversed(_divisors(batch // dp, pins.microbatch_size)):
-                yield Configuration(dp, tp, pp, pins.schedule or "1f1b", size, batch // dp // size, pins.parts)
+                schedule, window = pins.schedule or "1f1b", pins.window or 1
+                yield Configuration(dp, tp, pp, schedule, size, batch // dp // size, pins.parts, window)
 
 
 def _divisors(number: int, pinned: int | None) -> list[int]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import importlib
 import linecache
 import math
 import time
-from collections import ChainMap
+from collections import ChainMap, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -100,8 +101,8 @@ class RankExecutor(Held):
         self.outgoing: dict[Part, Tensor] = {}
         self.grad_received: dict[Part, Tensor] = {}
         self.grad_outgoing: dict[Part, Tensor] = {}
-        self.expected: dict[str, tuple[Any, Tensor]] = {}
-        self.sending: dict[str, tuple[Any, Tensor, Part]] = {}
+        self.expected: defaultdict[str, deque[tuple[Any, Tensor]]] = defaultdict(deque)
+        self.sending: defaultdict[str, deque[tuple[Any, Tensor, Part]]] = defaultdict(deque)
         self.peer = 1 - self.rank if self.world_size == 2 else None
         self.loss: Tensor | None = None
 
@@ -239,7 +240,7 @@ class RankExecutor(Held):
 
     def expect_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Post the receive of an activation from the stage before."""
-        self.expected["receive_forward"] = self._expect("receive_forward", self.chunks[chunk].received)
+        self.expected["receive_forward"].append(self._expect("receive_forward", self.chunks[chunk].received))
 
     def receive_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the activation of a microbatch from the stage before."""
@@ -247,7 +248,7 @@ class RankExecutor(Held):
 
     def expect_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Post the receive of a gradient from the stage after."""
-        self.expected["receive_backward"] = self._expect("receive_backward", self.chunks[chunk].sent)
+        self.expected["receive_backward"].append(self._expect("receive_backward", self.chunks[chunk].sent))
 
     def receive_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the gradient of a microbatch from the stage after."""
@@ -263,8 +264,8 @@ class RankExecutor(Held):
 
     def wait_sends(self) -> None:
         """Wait until everything sent has left."""
-        for link in list(self.sending):
-            self._wait(link)
+        for link in self.sending:
+            self._wait(link, 0)
 
     def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
         """Sum elements [start, stop) of a flat gradient buffer over an axis, in a dtype."""
@@ -373,23 +374,24 @@ class RankExecutor(Held):
         return dist.irecv(buffer, src=source, group=self.groups[name][1]), buffer
 
     def _receive(self, link: str, part: Part) -> Tensor:
-        work, buffer = self.expected.pop(link)
+        work, buffer = self.expected[link].popleft()
         with self._waiting_for(self.spec["links"][link][0]):
             self._timed(link, part, lambda: self._wait_for(work))
         return buffer
 
     def _send(self, link: str, tensor: Tensor, part: Part) -> None:
-        self._wait(link)
+        self._wait(link, self.spec["window"] - 1)
         target, name = self.spec["links"][link]
         contiguous = tensor.contiguous()
         work = dist.isend(contiguous, dst=target, group=self.groups[name][1])
-        self.sending[link] = (work, contiguous, part)
+        self.sending[link].append((work, contiguous, part))
 
-    def _wait(self, link: str) -> None:
-        if link in self.sending:
-            work, _, part = self.sending.pop(link)
+    def _wait(self, link: str, most: int) -> None:
+        """Until at most so many sends are under way."""
+        while len(self.sending[link]) > most:
+            work, _, part = self.sending[link].popleft()
             with self._waiting_for(self.spec["links"][link][0]):
-                self._timed(link, part, lambda: self._wait_for(work))
+                self._timed(link, part, functools.partial(self._wait_for, work))
 
     def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
         """Run, and while measuring note when."""
