@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from autopar.runtime.comm import gather, scatter_sum
+from autopar.runtime.exchange import End, Exchange, exchange_of
 from cost_model.device import STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.program import OpCost
@@ -98,6 +98,7 @@ class Calibrator:
         self._probes = all_probes()
         self._costs: dict[int, OpCost] = {}
         self._groups = {size: _own_group(rank, world_size, size) for size in message_ranks(world_size)}
+        self._exchanges = {size: exchange_of(group, torch.device("cpu")) for size, group in self._groups.items()}
 
     def resident_bytes(self, payload: Any) -> int:
         """The most this rank has held so far; asked for first, it is interpreter, torch and process group."""
@@ -122,7 +123,8 @@ class Calibrator:
     def measure_message(self, payload: Mapping[str, Any]) -> float:
         """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once."""
         group = self._groups[payload["ranks"]]
-        call, messages = _message(payload["kind"], payload["nbytes"], payload["ranks"], group)
+        exchange = self._exchanges[payload["ranks"]]
+        call, messages = _message(payload["kind"], payload["nbytes"], payload["ranks"], group, exchange)
         call()
         return _wall_seconds(call, payload["repeats"], group) / messages
 
@@ -188,20 +190,25 @@ def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
     return statistics.median(samples)
 
 
-def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup) -> tuple[Call, int]:
+def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup, exchange: Exchange) -> tuple[Call, int]:
     """A call that moves ``nbytes`` of the full tensor as its price counts them, and how many messages that is."""
     full = torch.zeros(max(1, nbytes // 4 // ranks) * ranks)
     other, piece = torch.zeros_like(full), torch.zeros(full.numel() // ranks)
     members = dist.get_process_group_ranks(group)
     calls: dict[str, Call] = {
-        "all_reduce": lambda: dist.all_reduce(full, group=group),
-        "all_gather": lambda: gather(full, piece, group),
-        "reduce_scatter": lambda: scatter_sum(piece, full, group),
+        "all_reduce": lambda: exchange.begin_all_reduce(full, "sum")(),
+        "all_gather": lambda: _settled(exchange, exchange.begin_gather(full, piece)),
+        "reduce_scatter": lambda: exchange.begin_scatter(piece, full, other[piece.numel() :])(),
         "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         "broadcast": lambda: dist.broadcast(full, members[0], group=group),
         "transfer": functools.partial(_ping_pong, full, members),
     }
     return calls[kind], 2 if kind == "transfer" else 1
+
+
+def _settled(exchange: Exchange, end: End) -> None:
+    end()
+    exchange.settle()
 
 
 def _ping_pong(tensor: torch.Tensor, members: list[int]) -> None:

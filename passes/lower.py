@@ -250,7 +250,10 @@ def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
     is_consecutive = Shard(first, second).is_consecutive(meta.shape)
     if collective.kind == "all_gather":
         return (0 if is_whole else meta.nbytes) + (0 if is_consecutive else collective.nbytes)
-    return collective.nbytes * (1 if is_whole and is_consecutive else 2)
+    size = node.args[2]
+    assert isinstance(size, int)
+    arriving = collective.nbytes // size * (size - 1)
+    return arriving + (0 if is_whole and is_consecutive else collective.nbytes)
 
 
 def _parts_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autopar.runtime import exchange
-
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_gather_native: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_scatter_native: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from autopar.runtime.exchange import End, Exchange, exchange_of
 
 
-def gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
-    """Flat ``whole``: the parts of all ranks of a group in order; ``part`` may lie in its place there."""
-    if whole.device.type == "cpu":
-        exchange.gather(whole, part, group)
-    else:
-        _gather_native(whole, part, group=group)
+@dataclass(frozen=True)
+class Begun:
+    """A collective on its way: what it makes, and what ends it."""
 
-
-def scatter_sum(out: Tensor, x: Tensor, group: dist.ProcessGroup, received: Tensor | None = None) -> None:
-    """``out``: this rank's part of the sum of flat ``x`` over a group; it may lie in ``x``.
-
-    received: a buffer of the size of ``x``, for CPU ranks, which exchange parts.
-    """
-    if x.device.type == "cpu":
-        exchange.scatter_sum(out, x, group, torch.empty_like(x) if received is None else received)
-    else:
-        _scatter_native(out, x, group=group)
+    made: Tensor
+    end: End
 
 
 class Comm:
@@ -45,6 +31,7 @@ class Comm:
     def __init__(self, rank: int, axes: Mapping[str, Sequence[int]], groups: Mapping[str, dist.ProcessGroup]) -> None:
         self._rank, self._axes, self._groups = rank, axes, groups
         self.stage_buffers = False
+        self._exchanges: dict[str, Exchange] = {}
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
         self.collected: dict[int, list[Tensor]] = {}
 
@@ -64,21 +51,21 @@ class Comm:
     def all_reduce_(self, x: Tensor, axis: str, op: str) -> Tensor:
         """``x``, overwritten by its reduction over the axis."""
         target = self._staged(x, 0)
-        dist.all_reduce(target, op=_OPS[op], group=self._groups[axis])
+        self._exchange(axis, x).begin_all_reduce(target, op)()
         return x if target is x else x.copy_(target)
 
     def all_gather(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
         """All shards joined along ``dim``."""
         source = self._staged(x.contiguous(), 0)
         parts = self._fresh((size, *x.shape), x)
-        gather(parts.view(-1), source.view(-1), self._groups[axis])
+        self._gather(parts, source, axis)
         return _join(parts, dim, outer, copy=self.stage_buffers)
 
     def reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Tensor:
         """This rank's shard of the sum of ``x`` over the axis."""
         parts = self._staged(_parts(x, size, dim, outer), 0)
         out = x.new_empty(parts.shape[1:])
-        self._scatter(out.view(-1), parts.view(-1), axis)
+        self._scatter(out, parts, axis)
         return out
 
     def reduce_scatter_(self, x: Tensor, axis: str) -> Tensor:
@@ -87,19 +74,76 @@ class Comm:
         self._scatter(mine, self._staged(x, 0), axis)
         return mine
 
-    def _scatter(self, out: Tensor, x: Tensor, axis: str) -> None:
-        """With persistent buffers as much is allocated for a moment as without."""
-        received = self._buffer(x.shape, x, 1) if self.stage_buffers else None
-        moment = torch.empty_like(x) if self.stage_buffers else None
-        scatter_sum(out, x, self._groups[axis], received)
-        del moment
-
     def all_gather_(self, x: Tensor, axis: str) -> Tensor:
         """``x``, each part of it taken from the rank whose part it is."""
         source = self._staged(self._mine(x, axis), 0)
         target = self._fresh(x.shape, x) if self.stage_buffers else x
-        gather(target, source, self._groups[axis])
+        self._gather(target, source, axis)
         return x if target is x else x.copy_(target)
+
+    def begin_all_reduce(self, x: Tensor, axis: str, op: str) -> Begun:
+        """``all_reduce``, to be waited for."""
+        return self.begin_all_reduce_(x.clone(memory_format=torch.contiguous_format), axis, op)
+
+    def begin_all_reduce_(self, x: Tensor, axis: str, op: str) -> Begun:
+        """``all_reduce_``, to be waited for."""
+        if self.stage_buffers:
+            return Begun(self.all_reduce_(x, axis, op), _at_once)
+        return Begun(x, self._exchange(axis, x).begin_all_reduce(x, op))
+
+    def begin_all_gather(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Begun:
+        """``all_gather`` of shards that lie one behind the other, to be waited for. ``x`` stays as it is until
+        ``settle``."""
+        whole = x.new_empty([s * size if d == dim else s for d, s in enumerate(x.shape)])
+        if not self.stage_buffers:
+            return Begun(whole, self._exchange(axis, x).begin_gather(whole.view(-1), x.view(-1)))
+        target = self._fresh(whole.shape, x)
+        self._gather(target, self._staged(x, 0), axis)
+        return Begun(whole.copy_(target), _at_once)
+
+    def begin_reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Begun:
+        """``reduce_scatter`` of shards that lie one behind the other, to be ended by ``sum_arrived``. ``x`` stays as it
+        is until then."""
+        arriving = x.new_empty(x.numel() // size * (size - 1))
+        out = arriving[: x.numel() // size]
+        if not self.stage_buffers:
+            return Begun(out, self._exchange(axis, x).begin_scatter(out, x.view(-1), arriving))
+        row = self._staged(x, 0).view(-1)
+        self._exchange(axis, x).begin_scatter(out, row, self._buffer(arriving.shape, x, 1))()
+        return Begun(out, _at_once)
+
+    def wait(self, begun: Begun) -> Tensor:
+        """What a collective has made."""
+        begun.end()
+        return begun.made
+
+    def sum_arrived(self, x: Tensor, begun: Begun, axis: str, size: int, dim: int, outer: int) -> Tensor:
+        """This rank's shard of the sum of ``x``."""
+        begun.end()
+        return begun.made.view([s // size if d == dim else s for d, s in enumerate(x.shape)])
+
+    def settle(self) -> None:
+        """Wait until nobody reads what this rank has given to ``begin_all_gather``."""
+        for exchange in self._exchanges.values():
+            exchange.settle()
+
+    def _exchange(self, axis: str, x: Tensor) -> Exchange:
+        """Made at first use, which comes at the same moment for all ranks of the axis."""
+        if axis not in self._exchanges:
+            self._exchanges[axis] = exchange_of(self._groups[axis], x.device)
+        return self._exchanges[axis]
+
+    def _gather(self, whole: Tensor, part: Tensor, axis: str) -> None:
+        exchange = self._exchange(axis, part)
+        exchange.begin_gather(whole.view(-1), part.view(-1))()
+        exchange.settle()
+
+    def _scatter(self, out: Tensor, x: Tensor, axis: str) -> None:
+        """With persistent buffers as much is allocated for a moment as without."""
+        size = len(self._axes[axis])
+        arriving = x.new_empty(x.numel() // size * (size - 1))
+        kept = self._buffer(arriving.shape, x, 1) if self.stage_buffers else arriving
+        self._exchange(axis, x).begin_scatter(out.view(-1), x.view(-1), kept)()
 
     def _mine(self, x: Tensor, axis: str) -> Tensor:
         return x.view(len(self._axes[axis]), -1)[self.index(axis)]
@@ -130,6 +174,9 @@ class Comm:
     def release(self) -> None:
         """Let go of the process groups; no collective can be called any more."""
         self._groups = {}
+        for exchange in self._exchanges.values():
+            exchange.close()
+        self._exchanges.clear()
 
     def _staged(self, x: Tensor, slot: int) -> Tensor:
         return x if not self.stage_buffers else self._buffer(x.shape, x, slot).copy_(x)
@@ -144,6 +191,10 @@ class Comm:
         if held is None or held.numel() < count:
             held = self._buffers[(like.dtype, slot)] = torch.empty(count, dtype=like.dtype, device=like.device)
         return held[:count].view(tuple(shape))
+
+
+def _at_once() -> None:
+    """The end of what has ended where it began."""
 
 
 def shard_of(x: Tensor, index: int, size: int, dim: int, outer: int) -> Tensor:

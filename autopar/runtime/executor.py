@@ -344,6 +344,7 @@ class RankExecutor(Held):
 
     def _update(self) -> None:
         assert self.optimizer is not None
+        self.comm.settle()
         for name, tensor in self.updated.items():
             tensor.grad = self.gradients[name].to(tensor.dtype)
         self.optimizer.step()
