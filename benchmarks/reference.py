@@ -61,12 +61,17 @@ def report(table: Table, *, fitted: bool) -> dict[str, Any]:
         "judged": dict(table.judged(found)),
         "constants": _constants(table),
     }
+    if carried := table.carried():
+        tree["carried"] = _scored(carried, table.predict({**table.shipped(), **carried}))
     if fitted and table.constants:
         own = table.fitted(lambda row: row.fits)
-        again = table.predict(own, lambda row: row.fits)
-        tree["fitted"] = {"constants": own, "time": vars(Errors.of([p.time_error for p in again]))}
+        tree["fitted"] = _scored(own, table.predict(own, lambda row: row.fits))
         tree["left_out"] = _left_out(table)
     return tree
+
+
+def _scored(constants: Mapping[str, float], found: Sequence[Prediction]) -> dict[str, Any]:
+    return {"constants": dict(constants), "time": vars(Errors.of([p.time_error for p in found]))}
 
 
 def _row(p: Prediction) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def _constants(table: Table) -> list[dict[str, Any]]:
 def _left_out(table: Table) -> dict[str, Any]:
     groups = table.left_out()
     errors = [p.time_error for _, _, own in groups for p in own]
-    cases = {name: {"constants": c, "time": vars(Errors.of([p.time_error for p in own]))} for name, c, own in groups}
+    cases = {name: _scored(constants, own) for name, constants, own in groups}
     return {"time": vars(Errors.of(errors)) if errors else None, "groups": cases}
 
 
@@ -118,6 +123,8 @@ def show(tree: Mapping[str, Any]) -> None:
     for constant in tree["constants"]:
         span = f"{constant['low']:g} to {constant['high']:g}"
         print(f"  constant: {constant['name']} = {constant['value']:g} ({span}: {constant['why']})")
+    if "carried" in tree:
+        print(f"  nothing fitted: {Errors(**tree['carried']['time'])}; {_short(tree['carried']['constants'])}")
     if "fitted" in tree:
         print(f"  fitted to these rows: {Errors(**tree['fitted']['time'])}; {_short(tree['fitted']['constants'])}")
         if tree["left_out"]["time"]:

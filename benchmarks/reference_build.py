@@ -90,6 +90,7 @@ _ENDS = {
     "input:p_model_norm_weight": "R",
     "input:p_model_norm_bias": "R",
 }
+_FUSED_ENDS = {**_ENDS, "op:to_dtype": "S(1) -> S(1)"}  # of the logits, not of the loss
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class Builder:
         ends = _stage_ends(parts, layout.cuts)
         microbatches, rest = divmod(self.batch, layout.dp * layout.microbatch)
         assert not rest, layout
-        choices = _choices(parts, _FUSED if self.shape.fused else _BLOCK) if layout.tp > 1 else [{} for _ in parts]
+        labels = (_FUSED, _FUSED_ENDS) if self.shape.fused else (_BLOCK, _ENDS)
+        choices = _choices(parts, *labels) if layout.tp > 1 else [{} for _ in parts]
         stages = tuple(
             StagePlan(first, last, {k: v for own in choices[first:last] for k, v in own.items()})
             for first, last in zip((0, *ends), ends, strict=False)
@@ -175,9 +177,11 @@ def _stage_ends(parts: tuple[Segment, ...], cuts: tuple[int, ...]) -> tuple[int,
     return (*ends[:-1], len(parts))
 
 
-def _choices(parts: tuple[Segment, ...], block: Mapping[str, str]) -> list[Mapping[str, str]]:
+def _choices(
+    parts: tuple[Segment, ...], block: Mapping[str, str], ends: Mapping[str, str]
+) -> list[Mapping[str, str]]:
     first = next(part for part in parts if _is_block(part))
-    return [_of_block(first, part, block) if _is_block(part) else _of_end(part) for part in parts]
+    return [_of_block(first, part, block) if _is_block(part) else _of_end(part, ends) for part in parts]
 
 
 def _is_block(part: Segment) -> bool:
@@ -189,11 +193,11 @@ def _of_block(first: Segment, part: Segment, block: Mapping[str, str]) -> dict[s
     return {rename(variable): label for variable, label in block.items()}
 
 
-def _of_end(part: Segment) -> dict[str, str]:
-    found = {f"input:{name}": _ENDS[f"input:{name}"] for name in part.parameters}
+def _of_end(part: Segment, ends: Mapping[str, str]) -> dict[str, str]:
+    found = {f"input:{name}": ends[f"input:{name}"] for name in part.parameters}
     for node in part.nodes:
         base = node.rsplit("_", 1)[0] if node.rsplit("_", 1)[-1].isdigit() else node
-        if (label := _ENDS.get(f"op:{base}")) is not None:
+        if (label := ends.get(f"op:{base}")) is not None:
             found[f"op:{node}"] = label
     return found
 

@@ -21,7 +21,7 @@ def fit(
     found, damping = _of(errors, x), 1e-2
     for _ in range(_ROUNDS):
         slopes = _slopes(errors, x, found, scale, low, high)
-        step = _step(slopes, found, damping)
+        step = _within(slopes, found, damping, (low - x) / scale, (high - x) / scale)
         tried = np.clip(x + step * scale, low, high)
         value = _of(errors, tried)
         if value @ value < found @ found:
@@ -55,6 +55,19 @@ def _slopes(
         moved[index] = np.clip(x[index] + step, low[index], high[index])
         columns.append((_of(errors, moved) - found) * scale[index] / (moved[index] - x[index]))
     return np.stack(columns, axis=1)
+
+
+def _within(slopes: Vector, found: Vector, damping: float, down: Vector, up: Vector) -> Vector:
+    """A step that leaves no bounds: what would is stopped there, and the rest found again without it."""
+    step, free = np.zeros_like(down), np.ones(len(down), dtype=bool)
+    while free.any():
+        step[free] = _step(slopes[:, free], found + slopes[:, ~free] @ step[~free], damping)
+        out = free & ((step < down) | (step > up))
+        if not out.any():
+            break
+        step[out] = np.clip(step[out], down[out], up[out])
+        free &= ~out
+    return step
 
 
 def _step(slopes: Vector, found: Vector, damping: float) -> Vector:

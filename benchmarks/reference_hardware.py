@@ -139,7 +139,8 @@ class Work:
     def __init__(self, program: Program, *, streams: bool = False) -> None:
         self.program, self.streams = program, streams
         self.stages: list[_StageWork] = []
-        self._known_senders: dict[tuple[Cluster, int], Mapping[tuple[int, int], int]] = {}
+        self._senders_of: Cluster | None = None  # held, not hashed: a cluster is a tuple of thousands of devices
+        self._known_senders: dict[int, Mapping[tuple[int, int], int]] = {}
         self.equal: list[int] = []  # for each stage, the first one with the same work
         for stage in program.stages:
             blocks = [(*(b.instructions for b in s.chunks[0].blocks), s.step) for s in program.stages]
@@ -227,13 +228,15 @@ class Work:
 
     def _senders(self, cluster: Cluster, step: int) -> Mapping[tuple[int, int], int]:
         """How many messages share the egress of each: from every stage to the next (step 1) or the one before (-1)."""
-        if (cluster, step) not in self._known_senders:
+        if self._senders_of is not cluster:
+            self._senders_of, self._known_senders = cluster, {}
+        if step not in self._known_senders:
             devices, program = self.program.devices, self.program
             ends = ((s, s + step) for s in range(program.pp) if 0 <= s + step < program.pp)
             cells = [(dp, tp) for dp in range(program.dp) for tp in range(program.tp)]
             pairs = [(devices[(a, *cell)], devices[(b, *cell)]) for a, b in ends for cell in cells]
-            self._known_senders = {(cluster, step): dict(zip(pairs, cluster.senders(pairs), strict=True))}
-        return self._known_senders[cluster, step]
+            self._known_senders[step] = dict(zip(pairs, cluster.senders(pairs), strict=True))
+        return self._known_senders[step]
 
 
 @dataclass(frozen=True)

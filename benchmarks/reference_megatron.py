@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from reference_build import Builder, Layout, balanced, stretched
-from reference_hardware import LINK, MATMUL, STREAM, Constant, Work
+from reference_hardware import LINK, MATMUL, STREAM, Constant, Work, shipped
 from reference_models import Shape
 from reference_programs import recomputed
 from reference_tables import Candidate, Row, Table
@@ -35,6 +35,10 @@ class Megatron(Table):
         Constant(LINK, 0.3, 1.0, "of 200 Gbit/s a device"),
     )
 
+    def carried(self) -> Mapping[str, float]:
+        """What kernels reach of their peaks on the GPU before, the V100, from AutoDist's rows."""
+        return shipped(Cluster.load("dgx2-v100-32gb", 16), (MATMUL, STREAM))
+
     def _rows(self) -> Iterator[Row]:
         for raw in self.data["records"]:
             yield Row(raw["model_size"], raw["model_size"], raw["iter_time_s_implied"], None, True, raw)
@@ -49,7 +53,7 @@ class Megatron(Table):
         shape = Shape(layers, raw["hidden"], raw["heads"], raw["seq"], raw["vocab"], fused=True)
         layout = Layout(raw["dp"], raw["tp"], balanced(layers, built), "1f1b", raw["micro_batch"])
         program = Builder(shape, raw["global_batch"], torch.float16, ADAM).program(layout)
-        program = recomputed(scattered(_mixed(program)))
+        program = recomputed(scattered(_mixed(with_masks(program))))
         work = Work(stretched(program, raw["pp"]) if raw["pp"] > 3 else program)
         text = f"{layout} of {raw['pp']} stages, interleaved {raw['interleave_v']}"
         return [Candidate(functools.partial(_seconds, work, raw["interleave_v"], raw["ddp_impl"] == "torch"), 0, text)]
@@ -80,6 +84,29 @@ def _mixed(program: Program) -> Program:
 def _mixed_stage(stage: StageProgram) -> StageProgram:
     costs = tuple(replace(cost, nbytes=cost.nbytes * _OPTIMIZER_SHARE) for cost in stage.step.optimizer_costs)
     return replace(stage, step=replace(stage.step, optimizer_costs=costs))
+
+
+def with_masks(program: Program) -> Program:
+    """Dropout's masks are kept, one byte an element: written where x is scaled, read where its gradient is.
+
+    Products with a number are dropouts of ``Shape.fused`` and nothing else.
+    """
+    return replace(program, stages=tuple(_with_masks(stage) for stage in program.stages))
+
+
+def _with_masks(stage: StageProgram) -> StageProgram:
+    (chunk,) = stage.chunks
+    forward, backward = (
+        replace(block, instructions=tuple(_with_mask(line) for line in block.instructions)) for block in chunk.blocks
+    )
+    return replace(stage, chunks=(replace(chunk, forward=forward, backward=backward),))
+
+
+def _with_mask(line: Instruction) -> Instruction:
+    if line.cost is None or not line.op.startswith("aten.mul.") or len(line.inputs) > 1:
+        return line
+    mask_bytes = line.outputs[0].meta.numel
+    return replace(line, cost=replace(line.cost, nbytes=line.cost.nbytes + mask_bytes))
 
 
 def scattered(program: Program) -> Program:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Shape:
     """Extents of a GPT. vocab 0: no embedding of tokens and no head; the loss is a mean over the last activation.
 
-    fused: scale, mask and softmax in one kernel and masks of dropout that are not kept, as Megatron-LM has them.
+    fused: scale, mask and softmax in one kernel, dropout in one and a loss in float32, as Megatron-LM has them.
     head: False for one whose loss is such a mean, though it embeds tokens (a classifier's own head costs nothing).
     """
 
@@ -41,7 +41,7 @@ class Dropout(nn.Module):
 
 
 class FusedDropout(nn.Module):
-    """Reads x and writes the product; its mask is drawn inside and drawn again backward."""
+    """Reads x and writes the product; ``reference_megatron`` adds the bytes of its mask, which is kept."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 0.9
@@ -102,7 +102,7 @@ class GPT(nn.Module):
         self.token = nn.Embedding(shape.vocab, shape.hidden)
         self.position = nn.Embedding(shape.seq, shape.hidden)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.hidden)
+        self.norm, self.fused = nn.LayerNorm(shape.hidden), shape.fused
         self.head = nn.Linear(shape.hidden, shape.vocab, bias=False) if shape.head else None
         if self.head is not None:
             self.head.weight = self.token.weight
@@ -113,7 +113,8 @@ class GPT(nn.Module):
             x = block(x)
         if self.head is None:
             return self.norm(x).mean()
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+        logits = self.head(self.norm(x)).flatten(0, 1)
+        return F.cross_entropy(logits.float() if self.fused else logits, targets.flatten())
 
 
 class Body(nn.Module):

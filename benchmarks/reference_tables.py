@@ -79,6 +79,10 @@ class Table(ABC):
     def candidates(self, row: Row) -> Sequence[Candidate]:
         """All ways the row may have been run; the fastest is taken."""
 
+    def carried(self) -> Mapping[str, float]:
+        """Constants that other tables than this fix, for a prediction with nothing fitted here; empty: none are."""
+        return {}
+
     def judged(self, found: Sequence[Prediction]) -> Mapping[str, float]:
         """Other figures than errors that a table is judged by."""
         return {}
