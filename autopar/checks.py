@@ -11,6 +11,7 @@ from autopar.planner.space import LocalModel, ModelSpace, renaming
 from autopar.report import bytes_text
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
+from cost_model.mesh import Mesh, meshes_of
 from cost_model.ops import entry_of, price_of
 from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.schedule import check_counts
@@ -64,8 +65,11 @@ def _check_schedule(pins: Parallelism) -> None:
 def _check_degrees(pins: Parallelism, num_devices: int) -> None:
     degrees = {"dp": pins.dp, "tp": pins.tp, "pp": pins.pp}
     given = {name: degree for name, degree in degrees.items() if degree is not None}
-    product = math.prod(given.values())
     text = " x ".join(f"{name}={degree}" for name, degree in given.items())
+    if pins.meshes_differ:
+        _check_meshes(pins, num_devices, text)
+        return
+    product = math.prod(degree for degree in given.values() if isinstance(degree, int))
     text = f"{text} is {product}, which" if len(given) > 1 else text
     if len(given) == 3 and product != num_devices:
         raise ParallelismError(
@@ -75,17 +79,33 @@ def _check_degrees(pins: Parallelism, num_devices: int) -> None:
         raise ParallelismError(f"{text} does not divide the cluster's {num_devices} device(s); choose a divisor")
 
 
+def _check_meshes(pins: Parallelism, num_devices: int, text: str) -> None:
+    """Degrees of single stages; the other degree, where it is None, is one number for all stages."""
+    assert pins.pp is not None
+    meshes = meshes_of(pins.dp or 1, pins.tp or 1, pins.pp)
+    total = sum(mesh.size for mesh in meshes)
+    if None in (pins.dp, pins.tp) and num_devices % total == 0:
+        return
+    if total != num_devices:
+        raise ParallelismError(
+            f"{text} needs {' + '.join(str(mesh.size) for mesh in meshes)} = {total} device(s), and the cluster has "
+            f"{num_devices}: choose degrees of stages that add up to them"
+        )
+
+
 def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) -> None:
-    dp, size = pins.dp or 1, pins.microbatch_size or 1
-    if analysis.reason is not None and (dp > 1 or pins.microbatch_size not in (None, batch)):
+    dps = pins.dp if isinstance(pins.dp, tuple) else (pins.dp or 1,)
+    dp, size = dps[0], pins.microbatch_size or 1
+    if analysis.reason is not None and (max(dps) > 1 or pins.microbatch_size not in (None, batch)):
         raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
     if analysis.synchronised and pins.microbatch_size not in (None, batch // dp):
         raise ParallelismError(
             f"batch norm needs the statistics of the whole batch, so each of dp={dp} replicas has one microbatch, of "
             f"{batch // dp} samples; leave microbatch_size None"
         )
-    if batch % dp:
-        raise BatchError(f"a batch of {batch} does not divide among dp={dp} replicas; change the batch or dp")
+    for each in dps:
+        if batch % each:
+            raise BatchError(f"a batch of {batch} does not divide among dp={each} replicas; change the batch or dp")
     if (batch // dp) % size:
         fits = [str(d) for d in range(1, batch // dp + 1) if batch // dp % d == 0]
         share = f"the {batch // dp} samples of each of dp={dp} replicas" if dp > 1 else f"a batch of {batch}"
@@ -114,7 +134,7 @@ def plan_notes(plan: Plan, cap_bytes: int, cluster: Cluster) -> tuple[str, ...]:
     if cap_bytes > smallest:
         notes.append(f"the memory cap of {bytes_text(cap_bytes)} is more than a device's {bytes_text(smallest)}")
     shards = any("S(" in label for stage in plan.stages for label in stage.choices.values())
-    if plan.tp > 1 and not shards:
+    if any(mesh.tp > 1 for mesh in plan.meshes) and not shards:
         notes.append(f"nothing is split along tp: the {plan.tp} devices of each tp group do the same work")
     return tuple(notes)
 
@@ -140,7 +160,7 @@ def check_plan(plan: Plan, space: ModelSpace, pins: Parallelism) -> None:
     if labels != plan.segment_labels:
         raise PlanMismatchError("segment_labels", labels, plan.segment_labels)
     for number, stage in enumerate(plan.stages):
-        domains = _domains(plan, space, local, stage, pins.sequence_parallel)
+        domains = _domains(plan.mesh(number % plan.pp), plan, space, local, stage, pins.sequence_parallel)
         _check_choices(number, stage, domains, space.sharded, space.divisible)
     _check_agreement(plan)
 
@@ -150,7 +170,7 @@ def _check_origin(plan: Plan, space: ModelSpace) -> None:
     for field, expected, found in (
         ("batch", model.batch, plan.batch),
         ("model", fingerprint(model), plan.model),
-        ("number of devices", cluster.num_devices, plan.dp * plan.tp * plan.pp),
+        ("number of devices", cluster.num_devices, len(plan.placement)),
         ("cluster", cluster.fingerprint(), plan.cluster),
     ):
         if expected != found:
@@ -175,10 +195,11 @@ def _difference(field: str, plan: Plan, space: ModelSpace) -> str:
 
 
 def _domains(
-    plan: Plan, space: ModelSpace, local: LocalModel, stage: StagePlan, sequence: bool | None
+    mesh: Mesh, plan: Plan, space: ModelSpace, local: LocalModel, stage: StagePlan, sequence: bool | None
 ) -> dict[str, tuple[str, ...]]:
     """Every choice that the planner has for a stage: variable -> labels."""
-    chain = space.chain(plan.dp, plan.tp, plan.microbatch_size, sequence=sequence)
+    size = plan.batch // (plan.microbatches * mesh.dp)
+    chain = space.chain(mesh.dp, mesh.tp, size, sequence=sequence)
     if chain is None:
         raise ParallelismError(f"sequence_parallel={sequence} is pinned, which the model does not allow; leave it None")
     representatives: dict[str, Segment] = {}
@@ -249,10 +270,11 @@ def missing_rules(model: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[str,
     The forward's seconds in a step; the backward's are not known, and count as twice as much.
     """
     device, notes = cluster.devices[0], []
+    dp, tp = (min(degrees) for degrees in zip(*((mesh.dp, mesh.tp) for mesh in plan.meshes), strict=True))
     for name, nodes in unruled(model).items():
         costs = (price_of(call_of(node, model.metas)) for node in nodes)
-        whole_s = sum(device.op_time_s(cost) for cost in costs if cost is not None) / plan.dp
-        wasted = f", {3e3 * whole_s * (1 - 1 / plan.tp):.3g} ms of a step" if plan.tp > 1 else ""
+        whole_s = sum(device.op_time_s(cost) for cost in costs if cost is not None) / dp
+        wasted = f", {3e3 * whole_s * (1 - 1 / tp):.3g} ms of a step" if tp > 1 else ""
         notes.append(
             f"{name} has no rule ({source_of(nodes[0])}): {len(nodes)} call(s) replicated{wasted}, priced by the bytes "
             "that they move; autopar.register_rule gives it one"

@@ -21,6 +21,7 @@ from tyro.conf import arg, subcommand
 
 import autopar
 from cost_model.errors import AutoparError, ConfigError, UnknownNameError
+from cost_model.mesh import Degree
 from cost_model.plan import Parallelism, Plan
 from cost_model.precision import Precision
 
@@ -42,8 +43,8 @@ class Command:
     ]
     cluster: Annotated[str, arg(metavar="C", help="a shipped cluster, a TOML file, or local: this machine")]
     num_devices: Annotated[int | None, arg(metavar="N", help="devices of the cluster; ranks where it is local")] = None
-    dp: Annotated[int | None, arg(metavar="N", help="pin the data-parallel degree")] = None
-    tp: Annotated[int | None, arg(metavar="N", help="pin the tensor-parallel degree")] = None
+    dp: Annotated[str | None, arg(metavar="N", help="pin the data-parallel degree; of each stage: 4,2")] = None
+    tp: Annotated[str | None, arg(metavar="N", help="pin the tensor-parallel degree; of each stage: 2,4")] = None
     pp: Annotated[int | None, arg(metavar="N", help="pin the number of pipeline stages")] = None
     microbatch_size: Annotated[int | None, arg(metavar="N", help="pin the samples of a microbatch")] = None
     zero: Annotated[int | None, arg(metavar="LEVEL", help="pin the ZeRO level, 0 to 3")] = None
@@ -253,8 +254,9 @@ def _coverage() -> Answer:
 
 def _keywords(command: Command) -> dict[str, Any]:
     """The keywords of autopar.compile that the line gives."""
-    pins = ("dp", "tp", "pp", "microbatch_size", "schedule", "window", "zero", "recompute")
-    parallelism = Parallelism(**{name: getattr(command, name) for name in pins})
+    pins = ("pp", "microbatch_size", "schedule", "window", "zero", "recompute")
+    degrees = _degree("dp", command.dp), _degree("tp", command.tp)
+    parallelism = Parallelism(*degrees, **{name: getattr(command, name) for name in pins})
     plan = None if command.plan is None else Plan.load(command.plan)
     precision = None if command.precision is None else Precision.parse(command.precision)
     keywords: dict[str, Any] = {
@@ -266,6 +268,15 @@ def _keywords(command: Command) -> dict[str, Any]:
     if isinstance(command, PlanCommand):
         keywords["write_lp"] = command.write_lp
     return {**keywords, "solver": command.solver}
+
+
+def _degree(name: str, text: str | None) -> Degree | None:
+    """ "4", or of each stage "2,4". Errors: ConfigError."""
+    try:
+        numbers = () if text is None else tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise ConfigError(f"--{name} {text}: give a number, or one for each stage, such as 2,4") from error
+    return (numbers[0] if len(numbers) == 1 else numbers) if numbers else None
 
 
 def _save(plan: Plan, path: Path) -> None:

@@ -112,7 +112,7 @@ class Engine:
         """The batch's tensor leaves by path, checked against the plan."""
         found, planned = batch_spec(batch), self._linked.traced.spec
         if self._options.local_batches:
-            planned = rows_of_replica(planned, self.plan.dp)
+            planned = rows_of_replica(planned, self.plan.mesh(0).dp)
         check_batch(found, planned)
         return found.tensors()
 
@@ -141,7 +141,7 @@ class Engine:
     @property
     def data_parallel_size(self) -> int:
         """How many parts the samples of a step are loaded in: the replicas with local_batches, else one."""
-        return self.plan.dp if self._options.local_batches else 1
+        return self.plan.mesh(0).dp if self._options.local_batches else 1
 
     @property
     def data_parallel_rank(self) -> int:
@@ -247,13 +247,14 @@ class Engine:
         states = self.call("state")
         whole: dict[str, Tensor] = {}
         for stage, part in enumerate(self._linked.stages):
-            ranks = [self._linked.program.devices[(stage, 0, t)] for t in range(self.plan.tp)]
+            tp = self.plan.mesh(stage).tp
+            ranks = self._linked.program.ranks(stage)[:tp]
             whole.update(states[ranks[0]]["changed"])
             for shard in part.shards:
                 if shard.name in states[ranks[0]]["params"]:
                     pieces = [states[r]["params"][shard.name] for r in ranks]
                     place = parse_placement(shard.placement)
-                    split = isinstance(place, Shard) and self.plan.tp > 1
+                    split = isinstance(place, Shard) and tp > 1
                     whole[shard.name] = join_shards(pieces, place.dim, place.outer) if split else pieces[0]  # type: ignore[union-attr]
         return whole
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, OptimizerFactory, Options
 from autopar.planning import Job
-from autopar.report import bytes_text, cluster_text, make_table, mesh_text, percent_text, render, seconds_text
+from autopar.report import bytes_text, cluster_text, make_table, percent_text, render, seconds_text
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, InfeasiblePlanError, ParallelismError
 from cost_model.estimate import Estimate
@@ -83,7 +83,7 @@ class Explanation:
 
     def summary(self) -> str:
         """The sentences, the shares of the step and the candidates as text."""
-        head = f"{mesh_text(self.chosen.plan)} on {cluster_text(self.cluster)}"
+        head = f"{self.chosen.plan.mesh_text()} on {cluster_text(self.cluster)}"
         return render("\n".join((head, *self.sentences(), "")), _share_table(self), _candidate_table(self))
 
     def as_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _candidate_row(candidate: Candidate, reference: Estimate) -> tuple[str, ...]
         needed = "" if candidate.needed_bytes is None else f"needs {bytes_text(candidate.needed_bytes)}"
         return candidate.kind, candidate.reason or "", "", "", needed
     plan, slower = estimate.plan, candidate.slowdown(reference) or 0.0
-    text = f"{mesh_text(plan)}, {plan.microbatches} x {plan.microbatch_size}{plan.saving_text()}"
+    text = f"{plan.mesh_text()}, {plan.microbatches} x {plan.microbatch_size}{plan.saving_text()}"
     return (
         candidate.kind,
         text,

@@ -28,34 +28,35 @@ def norm_spans(linked: Linked, stage: int, dp_index: int) -> list[tuple[str, int
     Replicas hold the same where ZeRO does not split it, and so do the shards of the tp axis where a parameter is whole,
     and the stages that a tied parameter is in. A rank counts its squares divided by the copies.
     """
-    part, dp = linked.stages[stage], linked.plan.dp
-    copies = _copies(linked, part)
+    part = linked.stages[stage]
+    copies = _copies(linked, stage)
     found: list[tuple[str, int, int, int]] = []
     for buffer, names in part.layout:
         end = 0
-        for count, run in groupby(names, lambda name: dp * copies[name]):
+        for count, run in groupby(names, lambda name: copies[name][1]):
             start, end = end, end + sum(part.metas[name].numel for name in run)
             found.append((buffer, start, end, count))
     for bucket in part.buckets:
         own = dp_index * bucket.part.numel if bucket.zero == 1 else 0  # where its part begins in the buffer it holds
         pieces = bucket.pieces(dp_index) if bucket.trainable else ()
-        for count, group in groupby(pieces, lambda piece: copies[piece.parameter]):
+        for count, group in groupby(pieces, lambda piece: copies[piece.parameter][0]):
             neighbours = list(group)
             first, last = neighbours[0], neighbours[-1]
             found.append((bucket.name, own + first.offset, own + last.offset + last.numel, count))
     return found
 
 
-def _copies(linked: Linked, part: LinkedStage) -> dict[str, int]:
-    """Parameter -> ranks of one replica that hold the same gradient of it."""
-    tp = linked.plan.tp
-    held = [{shard.name for shard in other.shards} for other in linked.stages]
-    return {
-        shard.name: (1 if isinstance(parse_placement(shard.placement), Shard) else tp)
-        * (sum(shard.name in names for names in held) if shard.tied else 1)
-        for shard in part.shards
-        if shard.trainable
-    }
+def _copies(linked: Linked, stage: int) -> dict[str, tuple[int, int]]:
+    """Parameter -> ranks that hold the same gradient of it: of one replica of each stage, and of all replicas."""
+    meshes = linked.plan.meshes
+    found = {}
+    for shard in linked.stages[stage].shards:
+        if shard.trainable:
+            holders = linked.program.tied_stages(shard.tied) if shard.tied else (stage,)
+            shards = [1 if isinstance(parse_placement(shard.placement), Shard) else meshes[s].tp for s in holders]
+            whole = sum(meshes[s].dp * count for s, count in zip(holders, shards, strict=True))
+            found[shard.name] = sum(shards), whole
+    return found
 
 
 def clip_costs(part: LinkedStage) -> Iterator[OpCost]:

@@ -7,6 +7,7 @@ segments whose parameters it holds, every parameter as it lies there already. It
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from autopar.payload import local_tensors, program_payload
 from autopar.planning import analysed
 from autopar.runtime.comm import join_shards
 from cost_model.errors import BatchError, UnsupportedError
+from cost_model.mesh import Mesh
 from cost_model.placement import Partial, Placement, Shard
 from cost_model.plan import Plan, StagePlan
 from passes.batch import BatchAnalysis
@@ -89,13 +91,19 @@ class Inference:
         plan, place = self.linked.plan, self.collected[number]
         devices = self.linked.program.devices
         for stage in range(plan.pp):
-            owners = [ranks[devices[stage, replica, 0]]["collected"] for replica in range(plan.dp)]
+            owners = [ranks[devices[stage, replica, 0]]["collected"] for replica in range(plan.mesh(stage).dp)]
             if number in owners[0]:
-                parts: list[Tensor] = [part for owner in owners for part in owner[number]]
+                parts = _in_order([owner[number] for owner in owners], by_microbatch=isinstance(plan.dp, tuple))
                 if isinstance(place, Shard):
                     return join_shards(parts, place.dim, place.outer)
                 return torch.stack(parts).sum(0) if isinstance(place, Partial) else parts[0]
         raise AssertionError(f"no stage has output {number}")
+
+
+def _in_order(parts: Sequence[Sequence[Tensor]], *, by_microbatch: bool) -> list[Tensor]:
+    """The parts of replicas as their samples lie in the batch: replica by replica, or first by microbatch."""
+    rows = zip(*parts, strict=True) if by_microbatch else parts
+    return [part for row in rows for part in row]
 
 
 def build_inference(
@@ -154,36 +162,43 @@ def _collected(analysis: BatchAnalysis, outputs: _Outputs | None) -> dict[int, P
 
 def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, batch: int) -> Plan:
     """The plan of training for another graph: parts of the chain by the parameters that they hold."""
-    plan, size = held.plan, held.plan.microbatch_size
-    if batch % plan.dp:
-        raise BatchError(f"a batch of {batch} samples does not divide over {plan.dp} replicas; pass a multiple")
-    rounds = plan.pp if plan.virtual_stages > 1 else 1  # microbatches that interleaved stages take in turn
-    if batch % (plan.dp * size * rounds):
-        size = batch // plan.dp // rounds
-    if batch % (plan.dp * rounds):
-        raise BatchError(
-            f"a batch of {batch} samples does not divide over {plan.dp} replicas of {rounds} interleaved stages; "
-            f"pass a multiple of {plan.dp * rounds}"
-        )
-    if analysis.reason is not None and size < batch:
+    plan, whole = held.plan, _microbatch(held.plan, batch)
+    if analysis.reason is not None and whole // plan.mesh(0).dp < batch:
         raise UnsupportedError(f"the batch cannot be split over {plan.dp} replicas or microbatches: {analysis.reason}")
-    model = specialise(traced, size)
+    model = specialise(traced, whole // plan.mesh(0).dp)
     segments = segment(model)
     targets = {i.node: i.target for i in model.inputs if i.kind == "parameter"}
     ends = _ends(segments, targets, held)
-    places = {name: place for stage in held.stages for name, place in stage.places.items()}
-    lying = {node: places[target] for node, target in targets.items() if target in places}
     crossing = {*carried_values(segments), *(segments[end].entry or "" for end in ends[:-1])}
-    chosen = choices(model, lying, crossing, plan.tp)
-    stages = tuple(StagePlan(first, last, chosen) for first, last in zip([0, *ends], ends, strict=False))
+    chosen: dict[Mesh, dict[str, str]] = {}
+    for mesh in dict.fromkeys(plan.meshes):
+        alike = (stage for stage, other in zip(held.stages, plan.meshes, strict=True) if other == mesh)
+        places = {name: place for stage in alike for name, place in stage.places.items()}
+        lying = {node: places[target] for node, target in targets.items() if target in places}
+        chosen[mesh] = choices(specialise(traced, whole // mesh.dp), lying, crossing, mesh.tp)
+    parts = enumerate(zip([0, *ends], ends, strict=False))
     return replace(
         plan,
         batch=batch,
-        microbatch_size=size,
-        microbatches=batch // (plan.dp * size),
-        stages=stages,
+        microbatch_size=whole // plan.mesh(0).dp,
+        microbatches=batch // whole,
+        stages=tuple(StagePlan(*part, chosen[plan.mesh(index % plan.pp)]) for index, part in parts),
         segment_labels=tuple(part.label for part in segments),
     )
+
+
+def _microbatch(plan: Plan, batch: int) -> int:
+    """Samples of one microbatch on all replicas together: as in training where the batch allows. Errors: BatchError."""
+    whole, replicas = plan.mesh(0).dp * plan.microbatch_size, math.lcm(*(mesh.dp for mesh in plan.meshes))
+    if batch % replicas:
+        raise BatchError(f"a batch of {batch} samples does not divide over {plan.dp} replicas; pass a multiple")
+    rounds = plan.pp if plan.virtual_stages > 1 else 1  # microbatches that interleaved stages take in turn
+    if batch % (replicas * rounds):
+        raise BatchError(
+            f"a batch of {batch} samples does not divide over {plan.dp} replicas of {rounds} interleaved stages; "
+            f"pass a multiple of {replicas * rounds}"
+        )
+    return batch // rounds if batch % (whole * rounds) else whole
 
 
 def _ends(segments: Sequence[Segment], targets: Mapping[str, str], held: Linked) -> list[int]:

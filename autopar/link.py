@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 from autopar.alike import Outliner
 from autopar.gradient_norm import FOUND, NORM, clip_costs, norm_workspace_bytes, unscale_costs
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
-from cost_model.placement import Placement
+from cost_model.errors import UnsupportedError
+from cost_model.mesh import Mesh
+from cost_model.placement import Placement, Shard
 from cost_model.plan import Plan, StagePlan
 from cost_model.program import Bucket, Chunk, Collective, ParameterShard, Program, StageProgram, StepWork, Value
 from cost_model.schedule import Step, splits_backward, stage_schedule
@@ -188,18 +191,36 @@ class Linker:
 
     def link(self, plan: Plan) -> Linked:
         """The whole program of a plan; VerificationError where its stages do not fit together."""
-        model = specialise(self.traced, plan.microbatch_size)
-        codes = tuple(self._code(model, plan, index) for index in range(len(plan.stages)))
+        codes = tuple(self._code(plan, index) for index in range(len(plan.stages)))
         for index, zeros in _unreached(codes).items():
-            codes = (*codes[:index], self._code(model, plan, index, zeros), *codes[index + 1 :])
-        verify_cuts(codes)
+            codes = (*codes[:index], self._code(plan, index, zeros), *codes[index + 1 :])
+        self._check_replicas(plan)
+        verify_cuts(codes, [plan.mesh(index % plan.pp) for index in range(len(codes))])
         chunks = [codes[stage :: plan.pp] for stage in range(plan.pp)]
         tied = _tied(chunks)
-        stages = tuple(_link_stage(self.traced, own, plan, tied, self.optimizer is not None) for own in chunks)
+        known = zip(chunks, plan.meshes, strict=True)
+        stages = tuple(_link_stage(self.traced, own, mesh, tied, self.optimizer is not None) for own, mesh in known)
         lists = [steps_of(plan, stage) for stage in range(plan.pp)]
         check_schedule(lists, plan.microbatches, plan.virtual_stages, plan.window)
         program = _program(plan, tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)))
         return Linked(self.traced, plan, stages, program, self.max_grad_norm, self.local_batches)
+
+    def _check_replicas(self, plan: Plan) -> None:
+        """Where numbers of replicas differ, the samples of several go to one. Errors: UnsupportedError."""
+        if not isinstance(plan.dp, tuple):
+            return
+        if self.local_batches:
+            raise UnsupportedError(
+                f"with dp={plan.dp} ranks read samples of several replicas, and local_batches=True gives them those of "
+                "one; use one dp for all stages, or whole batches"
+            )
+        for stage, (before, after) in enumerate(pairwise(plan.meshes), start=1):
+            segment = self.traced.segments[plan.stages[stage].first_segment]
+            if before.dp != after.dp and not joins_replicas(segment, self.analysis):
+                raise UnsupportedError(
+                    f"samples cannot go from {before.dp} to {after.dp} replicas before {segment.label!r}: values are "
+                    "carried over that cut, or hold samples in another order; use one dp for all stages"
+                )
 
     def price(self, plan: Plan, exact: int | None = None) -> Program:
         """The program of a plan as ``link`` makes it, but for names: stages that are alike are made once.
@@ -208,11 +229,12 @@ class Linker:
         """
         if self.given is not None:
             return self.link(plan).program
+        self._check_replicas(plan)
         shared = _held_by_several(self.traced.segments, plan)
         keys = [self._key(plan, index, shared, exact) for index in range(len(plan.stages))]
         for index, key in enumerate(keys):
             if key not in self._codes:
-                self._codes[key] = self._code(self._model(plan.microbatch_size), plan, index)
+                self._codes[key] = self._code(plan, index)
         codes = tuple(self._codes[key] for key in keys)
         targets = {i.target for i in self.traced.global_graph.inputs if i.node in shared}
         if any(names & targets for names in _unreached(codes).values()):
@@ -224,16 +246,17 @@ class Linker:
         for index, own in enumerate(chunks):
             same = tuple(map(id, own))
             if same not in known:
-                linked = _link_stage(self.traced, own, plan, tied, self.optimizer is not None)
+                linked = _link_stage(self.traced, own, plan.mesh(index), tied, self.optimizer is not None)
                 known[same] = self._stage_program(linked, index, plan)
             stages.append(_at(known[same], index, plan))
         return _program(plan, tuple(stages))
 
     def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
         last, chunk = index == len(plan.stages) - 1, index // plan.pp if plan.virtual_stages > 1 else 0
-        size = (plan.microbatch_size, plan.dp, plan.tp, plan.precision)
-        itself = index if exact is not None and index % plan.pp == exact else None
-        split = splits_backward(plan.schedule, index % plan.pp)
+        stage = index % plan.pp
+        size = (plan.samples(stage), plan.mesh(stage), plan.precision)
+        itself = index if exact is not None and stage == exact else None
+        split = splits_backward(plan.schedule, stage)
         return (self._outliner.outline(plan, index, shared), size, last, chunk, split, itself)
 
     def _model(self, microbatch_size: int) -> ModelGraph:
@@ -247,23 +270,24 @@ class Linker:
         costs = (*clip_costs(stage), *price.costs) if clips else price.costs
         workspace = max(price.workspace_bytes, norm_workspace_bytes(stage) if clips else 0)
         costs = (*unscale_costs(stage), *costs) if plan.precision.scales_loss else costs
-        rows = stage.gathered if self.local_batches and plan.dp > 1 else ()
+        rows = stage.gathered if self.local_batches and plan.mesh(index).dp > 1 else ()
         fed = [Collective("all_gather", "dp", self.traced.global_graph.tensor(i.node).nbytes) for i in rows]
         price, has_optimizer = replace(price, costs=costs, workspace_bytes=workspace), self.optimizer is not None
         return _stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
 
-    def _code(self, model: ModelGraph, plan: Plan, index: int, zeros: frozenset[str] = frozenset()) -> StageCode:
+    def _code(self, plan: Plan, index: int, zeros: frozenset[str] = frozenset()) -> StageCode:
         stage, whole, segments = plan.stages[index], self.traced.global_graph.batch, self.traced.segments
-        cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole, plan.dp)
+        model, mesh = self._model(plan.samples(index % plan.pp)), plan.mesh(index % plan.pp)
+        cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole, mesh.dp)
         return build_stage(
             cut,
             stage.choices,
-            plan.tp,
+            mesh.tp,
             self._templates,
             last=index == len(plan.stages) - 1,
             zeros=zeros,
             recompute=stage.recompute_levels,
-            dp=plan.dp,
+            dp=mesh.dp,
             shared=_held_by_several(segments, plan),
             suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
             splits_backward=splits_backward(plan.schedule, index % plan.pp),
@@ -289,6 +313,11 @@ class Linker:
         held = sum(target.nbytes for _, target in before)
         costs = (*cast_costs([*casts, *before]), *price.costs, *cast_costs(after))
         return replace(price, costs=costs, workspace_bytes=price.workspace_bytes + held)
+
+
+def joins_replicas(segment: Segment, analysis: BatchAnalysis) -> bool:
+    """Whether the activation before a segment can go from so many replicas to another number of them."""
+    return segment.entry in analysis.in_rows and not segment.carried
 
 
 def steps_of(plan: Plan, stage: int) -> tuple[Step, ...]:
@@ -330,7 +359,7 @@ def _at(stage: StageProgram, index: int, plan: Plan) -> StageProgram:
 
 def device_map(plan: Plan) -> dict[tuple[int, int, int], int]:
     """(stage, dp replica, tp shard) -> device."""
-    cells = [(s, d, t) for s in range(plan.pp) for d in range(plan.dp) for t in range(plan.tp)]
+    cells = [(stage, *cell) for stage, mesh in enumerate(plan.meshes) for cell in mesh.cells()]
     return dict(zip(cells, plan.placement, strict=True))
 
 
@@ -356,9 +385,9 @@ def _tied(stages: Sequence[Sequence[StageCode]]) -> dict[str, str]:
 
 
 def _link_stage(
-    traced: Traced, chunks: tuple[StageCode, ...], plan: Plan, tied: Mapping[str, str], has_optimizer: bool
+    traced: Traced, chunks: tuple[StageCode, ...], mesh: Mesh, tied: Mapping[str, str], has_optimizer: bool
 ) -> LinkedStage:
-    shards, buckets = _parameter_shards(chunks, plan.dp, plan.tp, tied), merged_buckets(chunks)
+    shards, buckets = _parameter_shards(chunks, mesh, tied), merged_buckets(chunks)
     layout, alone = gradient_layout(_finished(chunks), buckets, shards)
     reductions = reductions_of(buckets, alone, tied)
     names = tuple(i.node for i in merged_inputs(chunks) if i.kind == "step")
@@ -374,9 +403,7 @@ def _finished(chunks: Sequence[StageCode]) -> tuple[str, ...]:
     return tuple(reversed(dict.fromkeys(reversed(names))))
 
 
-def _parameter_shards(
-    chunks: Sequence[StageCode], dp: int, tp: int, tied: Mapping[str, str]
-) -> tuple[ParameterShard, ...]:
+def _parameter_shards(chunks: Sequence[StageCode], mesh: Mesh, tied: Mapping[str, str]) -> tuple[ParameterShard, ...]:
     """The stage's parameters and buffers; ``tied``: parameter -> its cross-stage group."""
     trained = {name for code in chunks for name in code.gradients}
     found: dict[str, ParameterShard] = {}
@@ -384,7 +411,7 @@ def _parameter_shards(
         for item in code.inputs:
             if item.kind in ("parameter", "buffer", "constant"):
                 place, name = code.placements[item.node], item.target
-                axis = reduce_axis(place, dp, tp)
+                axis = reduce_axis(place, mesh.dp, mesh.tp)
                 meta, kept = code.metas[item.node], code.types(item)
                 shard = ParameterShard(name, meta, str(place), name in trained, axis, tied.get(name), kept)
                 found[name] = shard
@@ -404,15 +431,16 @@ def _stage_program(
 ) -> StageProgram:
     collectives = [*fed, *(r.collective for r in stage.reductions)]
     casts = [*(0 for _ in fed), *(sum(target.nbytes for _, target in r.casts[:1]) for r in stage.reductions)]
-    if plan.dp * plan.tp * plan.pp > 1:
+    if len(plan.placement) > 1:
         collectives += [FOUND] if plan.precision.scales_loss else []
         collectives += [NORM] if clips else []
         collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
+    own = zip(stage.chunks, plan.chunks(index), strict=True)
     return StageProgram(
         stage=index,
-        chunks=tuple(map(_chunk, stage.chunks, plan.chunks(index))),
+        chunks=tuple(_chunk(code, part, plan.mesh(index)) for code, part in own),
         parameters=stage.shards,
-        persistent=_persistent(traced, stage, plan.dp),
+        persistent=_persistent(traced, stage, plan.mesh(index).dp),
         step=StepWork(
             tuple(collectives),
             price.costs,
@@ -427,7 +455,8 @@ def _stage_program(
     )
 
 
-def _chunk(code: StageCode, plan: StagePlan) -> Chunk:
+def _chunk(code: StageCode, plan: StagePlan, mesh: Mesh) -> Chunk:
+    entry = next((code.placements[i.node] for i in code.inputs if i.kind == "activation"), None)
     return Chunk(
         segments=tuple(range(plan.first_segment, plan.last_segment)),
         forward=code.forward,
@@ -438,6 +467,8 @@ def _chunk(code: StageCode, plan: StagePlan) -> Chunk:
         constants=code.constants,
         weight=code.weight,
         kept=code.kept,
+        sent_split=code.sent is not None and mesh.tp > 1 and isinstance(code.exit, Shard),
+        received_split=mesh.tp > 1 and isinstance(entry, Shard),
     )
 
 
@@ -454,8 +485,8 @@ def _persistent(traced: Traced, stage: LinkedStage, dp: int) -> tuple[Value, ...
 
 
 def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str:
-    plan, linked_stage = linked.plan, linked.stages[stage]
-    doc = f"{plan.schedule_text()}, {plan.microbatches} microbatch(es) of {plan.microbatch_size}."
+    plan, linked_stage, mesh = linked.plan, linked.stages[stage], linked.plan.mesh(stage)
+    doc = f"{plan.schedule_text()}, {plan.microbatches} microbatch(es) of {plan.samples(stage)}."
     step = render_step(
         steps_of(plan, stage),
         linked_stage.reductions,
@@ -463,16 +494,16 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
         sends=plan.pp > 1,
         doc=doc,
         max_grad_norm=linked.max_grad_norm,
-        gathered=[i.target for i in linked_stage.gathered] if linked.local_batches and plan.dp > 1 else (),
-        dp=plan.dp,
+        gathered=[i.target for i in linked_stage.gathered] if linked.local_batches and mesh.dp > 1 else (),
+        dp=mesh.dp,
         changed=linked_stage.updates,
         counters=linked.traced.counters,
         scales_loss=plan.precision.scales_loss,
     )
     segments = " | ".join(", ".join(labels) for labels in plan.labels(stage))
     doc = (
-        f"Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {plan.dp}, "
-        f"shard {tp} of {plan.tp}.\n\nSegments: {segments}"
+        f"Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {mesh.dp}, "
+        f"shard {tp} of {mesh.tp}.\n\nSegments: {segments}"
     )
     ops = {short: full for code in linked_stage.chunks for short, full in code.ops.items()}
     functions = (code.functions for code in linked_stage.chunks)

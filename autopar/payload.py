@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 
 from autopar.gradient_norm import norm_spans
-from autopar.link import Linked, LinkedStage
+from autopar.link import Linked
 from autopar.ranks import under_launcher
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from cost_model.errors import ConfigError
+from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, Placement, Shard
-from cost_model.prices import axis_groups
+from cost_model.plan import Plan
+from cost_model.prices import TIED, axis_groups
 from cost_model.program import Bucket
 from passes.graph import GraphInput, ModelGraph, is_getitem, torch_dtype
 
@@ -72,6 +74,7 @@ def rank_payload(
         "gradients": tuple((dtype, tuple(names)) for dtype, names in part.layout),
         "norm_spans": norm_spans(linked, stage, dp),
         "groups": groups(linked),
+        "silent": _silent(linked, rank),
         "optimizer": None if optimizer is None else optimizer.to_tree(),
     }
 
@@ -81,7 +84,7 @@ def local_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The shards of parameters that a rank's program reads, and its buffers."""
     stage, _, tp = linked.coordinates[rank]
-    held, size = _held(linked, stage), linked.plan.tp
+    held, size = _held(linked, stage), linked.plan.mesh(stage).tp
     params = {n: _local(tensors[n], p, tp, size) for n, (i, p) in held.items() if i.kind == "parameter"}
     return params, {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"}
 
@@ -103,9 +106,9 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
         "source": linked.source(rank),
         "imports": imports(linked.traced.global_graph),
         "batch": tuple(i.target for i in part.batch_inputs),
-        "sliced": _first_rows(part, dp * plan.microbatches * plan.microbatch_size),
+        "sliced": _slices(linked, stage, dp),
         "microbatches": plan.microbatches,
-        "microbatch_size": plan.microbatch_size,
+        "microbatch_size": plan.samples(stage),
         "accumulates": plan.accumulates,
         "window": plan.window,
         "reports_loss": stage == plan.pp - 1 and tp == 0,
@@ -115,10 +118,10 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
                 "received": _meta(code.received),
                 "sent": _meta(code.sent),
                 "splits_backward": code.weight is not None,
+                "links": links(linked, rank, number),
             }
-            for code in part.chunks
+            for number, code in enumerate(part.chunks)
         ],
-        "links": _links(linked, stage, dp, tp),
     }
 
 
@@ -165,20 +168,31 @@ def rank_batch(linked: Linked, rank: int, batch: Mapping[str, Tensor]) -> dict[s
     Of a batch that holds only those rows, they are all of it.
     """
     stage, dp, _ = linked.coordinates[rank]
-    rows = linked.plan.microbatches * linked.plan.microbatch_size
     inputs = linked.stages[stage].batch_inputs
     if linked.local_batches:
         return {i.target: batch[i.target] for i in inputs}
-    return {
-        i.target: batch[i.target].narrow(0, dp * rows, rows) if own else batch[i.target] for i, own in inputs.items()
-    }
+    return {i.target: _own_rows(linked.plan, stage, dp, batch[i.target]) if own else batch[i.target]
+            for i, own in inputs.items()}  # fmt: skip
 
 
-def _first_rows(part: LinkedStage, first: int) -> dict[str, int]:
-    """Where the replica's samples begin in each value that holds samples: at 0 where it holds no others."""
-    own_rows = {i.target for i, own in part.batch_inputs.items() if own}
+def _own_rows(plan: Plan, stage: int, dp: int, rows: Tensor) -> Tensor:
+    """A replica's samples: its part of the batch, or, where numbers of replicas differ, of each microbatch of all."""
+    size = plan.samples(stage)
+    if not isinstance(plan.dp, tuple):
+        return rows.narrow(0, dp * plan.microbatches * size, plan.microbatches * size)
+    return rows.view(plan.microbatches, -1, size, *rows.shape[1:])[:, dp].flatten(0, 1)
+
+
+def _slices(linked: Linked, stage: int, dp: int) -> dict[str, tuple[int, int]]:
+    """Of each value that holds samples: where the replica's begin in it, and how far on those of the next microbatch
+    are."""
+    part, plan = linked.stages[stage], linked.plan
+    size, own_rows = plan.samples(stage), {i.target for i, own in part.batch_inputs.items() if own}
+    whole = (dp * size, plan.mesh(stage).dp * size) if isinstance(plan.dp, tuple) else (
+        dp * plan.microbatches * size, size
+    )  # fmt: skip
     batched = [i.target for i in part.inputs if i.kind in ("batch", "step") and i.batched]
-    return {name: 0 if name in own_rows else first for name in batched}
+    return {name: (0, size) if name in own_rows else whole for name in batched}
 
 
 def _layout(linked: Linked, rank: int, name: str, placement: Placement, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -186,10 +200,11 @@ def _layout(linked: Linked, rank: int, name: str, placement: Placement, shape: t
     stage, dp, tp = linked.coordinates[rank]
     is_holder = stage == linked.first_holder[name]
     is_first = is_holder and dp == 0
-    if not isinstance(placement, Shard) or linked.plan.tp == 1:
+    size = linked.plan.mesh(stage).tp
+    if not isinstance(placement, Shard) or size == 1:
         place = {"dim": None, "outer": 1, "index": 0, "size": 1}
         return {"shape": shape, **place, "writes": is_first and tp == 0, "writes_pieces": is_holder and tp == 0}
-    place = {"dim": placement.dim, "outer": placement.outer, "index": tp, "size": linked.plan.tp}
+    place = {"dim": placement.dim, "outer": placement.outer, "index": tp, "size": size}
     return {"shape": shape, **place, "writes": is_first, "writes_pieces": is_holder}
 
 
@@ -203,31 +218,68 @@ def _local(tensor: Tensor, placement: Placement, index: int, size: int) -> Tenso
     return shard_of(tensor, index, size, placement.dim, placement.outer).contiguous()
 
 
-def _links(linked: Linked, stage: int, dp: int, tp: int) -> dict[str, tuple[int, str]]:
-    """What a rank sends and receives -> (the rank at the other end, the process group).
+Piece = tuple[int, int, int]
+"""(the rank at the other end, first element, behind the last) of what a rank sends or receives."""
+
+
+def links(linked: Linked, rank: int, chunk: int) -> dict[str, tuple[str, tuple[Piece, ...]]]:
+    """What a rank sends and receives for a chunk -> (the process group, the pieces of the tensor).
 
     From the last stage back to the first messages have groups of their own, so that between two ranks each group
     carries one direction.
     """
-    pp = linked.plan.pp
-    before, after = (linked.program.devices[(stage + step) % pp, dp, tp] for step in (-1, 1))
+    stage, pp = linked.coordinates[rank][0], linked.plan.pp
     back, on = (WRAP if stage == end else "" for end in (0, pp - 1))
-    return {
-        "receive_forward": (before, f"forward{back}"),
-        "send_backward": (before, f"backward{back}"),
-        "send_forward": (after, f"forward{on}"),
-        "receive_backward": (after, f"backward{on}"),
-    }
+    before, own, found = ((stage - 1) % pp, chunk - (stage == 0)), linked.program.stages[stage].chunks[chunk], {}
+    if own.received is not None:
+        found["receive_forward"] = f"forward{back}", _pieces(linked, rank, before, back=False)
+        found["send_backward"] = f"backward{back}", _pieces(linked, rank, before, back=True)
+    if own.sent is not None:
+        found["send_forward"] = f"forward{on}", _pieces(linked, rank, (stage, chunk), back=False)
+        found["receive_backward"] = f"backward{on}", _pieces(linked, rank, (stage, chunk), back=True)
+    return found
+
+
+def _pieces(linked: Linked, rank: int, sender: tuple[int, int], *, back: bool) -> tuple[Piece, ...]:
+    """A rank's part in what crosses from a (stage, chunk) to the next one, or comes back."""
+    program, (stage, *cell) = linked.program, linked.coordinates[rank]
+    first, after = sender[0], (sender[0] + 1) % program.pp
+    source, target = (after, first) if back else (first, after)
+    found: list[Piece] = []
+    for m in program.crossing(*sender, back=back):
+        if (stage, *m.source) == (source, *cell):
+            found.append((program.devices[target, *m.target], m.start, m.start + m.numel))
+        elif (stage, *m.target) == (target, *cell):
+            found.append((program.devices[source, *m.source], m.target_start, m.target_start + m.numel))
+    return tuple(found)
+
+
+def _silent(linked: Linked, rank: int) -> list[str]:
+    """Axes over which this rank adds nothing: another of its stage gives their gradient."""
+    program, own = linked.program, linked.coordinates[rank]
+    names = sorted({shard.tied for shard in linked.stages[own[0]].shards if shard.tied})
+    found = []
+    for name in names:
+        group = next(cells for cells in program.tied_groups(name) if own in cells)
+        if own != next(cell for cell in group if cell[0] == own[0]):
+            found.append(f"{TIED}{name}")
+    return found
+
+
+def _group_size(mesh: Mesh, axis: str) -> int:
+    """Ranks of a stage's groups on an axis; both degrees make one of their own where both are above 1."""
+    both = mesh.size if min(mesh.dp, mesh.tp) > 1 else 1
+    return {"tp": mesh.tp, "dp": mesh.dp, "dp_tp": both}[axis]
 
 
 def groups(linked: Linked) -> dict[str, list[list[int]]]:
     """Every process group by axis name, the same for all ranks and in the same order."""
     program = linked.program
-    axes = ["tp"] * (program.tp > 1) + ["dp"] * (program.dp > 1)
-    axes += ["dp_tp"] * (program.dp > 1 and program.tp > 1)
     made: dict[str, list[list[int]]] = {}
-    for axis in axes:
-        made[axis] = [list(g) for s in range(program.pp) for g in axis_groups(program, axis, s)]
+    sizes = {axis: [_group_size(mesh, axis) for mesh in program.meshes] for axis in ("tp", "dp", "dp_tp")}
+    for axis, own in sizes.items():
+        ranks = [list(g) for s, size in enumerate(own) if size > 1 for g in axis_groups(program, axis, s)]
+        made.update({axis: ranks} if ranks else {})
     tied = sorted({s.tied: stage.stage for stage in program.stages for s in stage.parameters if s.tied}.items())
     for name, stage in tied:
         made[f"tied:{name}"] = [list(g) for g in axis_groups(program, f"tied:{name}", stage)]

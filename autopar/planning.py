@@ -14,11 +14,12 @@ from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
 from autopar.link import Linked, Linker, device_map
+from autopar.meshes import DifferentMeshes, may_differ
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.planner.regional import fastest_view, search_placed
 from autopar.planner.saving import NONE, RECOMPUTE
-from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
+from autopar.planner.search import Infeasible, Pins, Solution, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.planner.virtual import Assigned, recut
@@ -32,6 +33,7 @@ from cost_model.collector import collector_paused
 from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.memory import StagePeak, allocator_rounding, stage_peak
+from cost_model.mesh import Mesh, of_stages
 from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.precision import Precision
 from cost_model.program import Program
@@ -139,6 +141,17 @@ class Job:
         cap = self.options.memory_cap_bytes
         return self.cluster.memory_cap_bytes if cap is None else cap
 
+    def device_cap_bytes(self, device: int) -> int:
+        """What a plan may use on one device, where others may have more."""
+        cap = self.options.memory_cap_bytes
+        return self.cluster.devices[device].usable_bytes if cap is None else cap
+
+    def stage_caps(self, plan: Plan) -> tuple[int, ...]:
+        """What each stage of a plan may use: on meshes of their own as much as their devices have."""
+        if not plan.meshes_differ:
+            return (self.cap_bytes,) * plan.pp
+        return tuple(min(map(self.device_cap_bytes, ranks)) for ranks in plan.stage_devices)
+
     def decide(self, start: float) -> Decision:
         """The given plan, checked, or the search's."""
         if self.options.plan is not None:
@@ -171,12 +184,13 @@ class Job:
         for configuration in others:
             other = self.plan(replace(solution, configuration=configuration))
             peak_bytes = max(peak.memory.total_bytes for peak in self._stage_peaks(other))
-            if peak_bytes <= self.cap_bytes and self._step_s(other) < (1 - WORTH) * self._step_s(plan):
-                seconds = f"{seconds_text(self._step_s(other))} against {seconds_text(self._step_s(plan))}"
+            if peak_bytes <= min(self.stage_caps(other)) and self.step_s(other) < (1 - WORTH) * self.step_s(plan):
+                seconds = f"{seconds_text(self.step_s(other))} against {seconds_text(self.step_s(plan))}"
                 return other, (f"{other.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}",)
         return plan, ()
 
-    def _step_s(self, plan: Plan) -> float:
+    def step_s(self, plan: Plan) -> float:
+        """Seconds of a step of a plan's program."""
         return simulate(self.program(plan), self.cluster).step_time_s
 
     def planned(self, decision: Decision) -> Planned:
@@ -261,7 +275,18 @@ class Job:
 
     def _searched(self) -> Solution | Infeasible:
         p = self.options.parallelism
+        if p.meshes_differ:
+            self._stages(p.pp)
+            return DifferentMeshes(self).pinned()
+        assert not isinstance(p.dp, tuple) and not isinstance(p.tp, tuple)
         pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages, p.window)
+        found = self._searched_alike(pins)
+        tries = self.separable and may_differ(p, self.cluster)
+        return DifferentMeshes(self).faster(found) if tries else found
+
+    def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
+        """With one mesh for all stages."""
+        p = self.options.parallelism
         if self.cluster.network is None or not self.cluster.uneven or p.placement is not None:
             return self._searched_under(pins)
         return self._placed(pins)
@@ -269,7 +294,7 @@ class Job:
     def _searched_under(self, pins: Pins) -> Solution | Infeasible:
         with planning_progress() as report:
             return search(
-                self._pinned_space(),
+                self.pinned_space(),
                 self.cluster.num_devices,
                 self.batch,
                 cap_bytes=self.cap_bytes,
@@ -294,7 +319,7 @@ class Job:
 
         return search_placed(
             self.cluster,
-            view._pinned_space(),
+            view.pinned_space(),
             self.batch,
             pins,
             self._sent_bytes,
@@ -321,7 +346,7 @@ class Job:
         job.__dict__.pop("space", None)
         return job
 
-    def _pinned_space(self) -> PinnedSpace:
+    def pinned_space(self) -> PinnedSpace:
         pins = self.options.parallelism
         if pins.zero and not self.space.divisible:
             assert self.optimizer is not None
@@ -332,8 +357,11 @@ class Job:
         return PinnedSpace(self.space, pins.recompute, pins.zero, pins.sequence_parallel)
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
+        return self.peaks(self.plan(solution))
+
+    def peaks(self, plan: Plan) -> list[int]:
         """Exact peak bytes of each stage of the rewritten program."""
-        return [peak.memory.total_bytes for peak in self._stage_peaks(self.plan(solution))]
+        return [peak.memory.total_bytes for peak in self._stage_peaks(plan)]
 
     def _stage_peaks(self, plan: Plan, exact: int | None = None) -> list[StagePeak]:
         """exact: a stage whose tensors have their own names, not those of a stage that is alike."""
@@ -349,25 +377,28 @@ class Job:
         c = solution.configuration
         local = self.space.local_model(c.microbatch_size)
         assert local is not None
+        meshes = solution.meshes or (Mesh(c.dp, c.tp),) * c.pp
         pinned = self.options.parallelism.placement
-        return Plan(
+        placement = pinned or solution.placement or tuple(range(self.cluster.num_devices))
+        plan = Plan(
             model=fingerprint(self.traced.global_graph),
             cluster=self.cluster.fingerprint(),
             batch=self.batch,
-            dp=c.dp,
-            tp=c.tp,
+            dp=of_stages([mesh.dp for mesh in meshes]),
+            tp=of_stages([mesh.tp for mesh in meshes]),
             pp=c.pp,
             schedule=c.schedule,
             microbatch_size=c.microbatch_size,
             microbatches=c.microbatches,
             memory_cap_bytes=self.cap_bytes,
-            placement=pinned or _placement_of(solution) or tuple(range(self.cluster.num_devices)),
-            stages=_stage_plans(local, c, _parts(solution), self._pinned_space()),
+            placement=placement,
+            stages=_stage_plans(local, meshes, _parts(solution), self.pinned_space()),
             segment_labels=tuple(s.label for s in local.segments),
             precision=self.options.precision,
             virtual_stages=c.virtual_stages,
             window=c.window,
         )
+        return replace(plan, memory_cap_bytes=max(self.stage_caps(plan)))
 
     def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:
         """The smallest cap that would do, with the plan that meets it."""
@@ -408,14 +439,12 @@ class Job:
         self._stages(plan.pp)
         cap = self.options.memory_cap_bytes
         cap = plan.memory_cap_bytes if cap is None else cap
-        needed = max(peak.memory.total_bytes for peak in self._stage_peaks(plan))
+        differ = self.options.memory_cap_bytes is None and plan.meshes_differ
+        caps = [min(cap, own) for own in self.stage_caps(plan)] if differ else [cap] * plan.pp
+        needed, cap = max(zip(self.peaks(plan), caps, strict=True), key=lambda each: each[0] - each[1])
         if needed > cap:
             advice = "raise memory_cap to that, or leave the plan out and let the planner search"
             raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")
-
-
-def _placement_of(solution: Solution | Infeasible) -> tuple[int, ...] | None:
-    return solution.placement if isinstance(solution, Solution) else None
 
 
 def analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
@@ -461,7 +490,7 @@ def _parts(solution: Solution | Infeasible) -> Sequence[Assigned]:
 
 
 def _stage_plans(
-    local: LocalModel, c: Configuration, parts: Sequence[Assigned], space: PinnedSpace
+    local: LocalModel, meshes: Sequence[Mesh], parts: Sequence[Assigned], space: PinnedSpace
 ) -> tuple[StagePlan, ...]:
     """Choices of every stage by the names of the very nodes they are for; what is the only choice is not said."""
     alike: dict[str, Segment] = {}
@@ -472,11 +501,13 @@ def _stage_plans(
         for stage in parts
         for part, assignment in zip(local.segments[stage.first : stage.last], stage.assignments, strict=True)
     ]
-    zero = space.zero_levels(segments, c.dp, c.tp, local)
+    of_part = [meshes[index % len(meshes)] for index in range(len(parts))]
+    lying = [mesh for stage, mesh in zip(parts, of_part, strict=True) for _ in stage.assignments]
+    zero = space.zero_levels(segments, lying, local)
     plans = []
-    for stage in parts:
+    for stage, mesh in zip(parts, of_part, strict=True):
         own = segments[stage.first : stage.last]
-        choices = _placements(own) if c.tp > 1 else {}
+        choices = _placements(own) if mesh.tp > 1 else {}
         held = dict.fromkeys(name for part, _, _ in own for name in part.parameters if name in zero)
         choices.update({zero_key(name): str(zero[name]) for name in held})
         levels = tuple(assignment.get(RECOMPUTE, NONE) for _, _, assignment in own)

@@ -94,7 +94,7 @@ def plan_text(planned: Planned, cluster: Cluster) -> str:
     parts: list[RenderableType] = [_head(estimate, cluster), _stage_table(estimate)]
     if cluster.network is not None and len(cluster.network.regions) > 1:
         parts.append(_placement_table(plan, cluster.network))
-    if plan.tp > 1:
+    if any(mesh.tp > 1 for mesh in plan.meshes):
         parts.append(_parameter_table(program))
     if program.num_devices > 1:
         parts.append(_communication_table(program))
@@ -126,10 +126,6 @@ def cluster_text(cluster: Cluster) -> str:
     """ "16 x a100-sxm-80gb (dgx-a100-80gb)"."""
     kinds = Counter(device.name for device in cluster.devices)
     return f"{' + '.join(f'{count} x {name}' for name, count in kinds.items())} ({cluster.name})"
-
-
-def mesh_text(plan: Plan) -> str:
-    return f"dp={plan.dp} x tp={plan.tp} x pp={plan.pp}"
 
 
 def _head(estimate: Estimate, cluster: Cluster) -> str:
@@ -202,9 +198,10 @@ def _memory_table(estimate: Estimate) -> Group:
 
 def _placement_table(plan: Plan, network: Network) -> Group:
     """Of each region: the replicas of every stage that are there."""
-    cells = np.array(plan.placement).reshape(plan.pp, plan.dp, plan.tp)
+    ends = np.cumsum([mesh.size for mesh in plan.meshes])[:-1]
     found: dict[str, dict[tuple[int, ...], list[str]]] = {}
-    for stage, replicas in enumerate(cells):
+    for stage, (ranks, mesh) in enumerate(zip(np.split(np.array(plan.placement), ends), plan.meshes, strict=True)):
+        replicas = ranks.reshape(mesh.dp, mesh.tp)
         for region in network.regions:
             here = tuple(
                 d for d, shards in enumerate(replicas) if any(network.region(int(s)) == region for s in shards)

@@ -69,9 +69,12 @@ def windows(program: Program, pins: Parallelism, seconds: Callable[[Program], fl
 
 
 def _numbers_of_parts(solution: Solution, pins: Parallelism) -> Iterator[int]:
-    """Twice as many each time, as many as there are segments for; those that the plan has already are left out."""
+    """Twice as many each time, as many as there are segments for; those that the plan has already are left out.
+
+    None where stages have meshes of their own.
+    """
     c = solution.configuration
-    if pins.schedule not in (None, "interleaved") or pins.virtual_stages is not None:
+    if pins.schedule not in (None, "interleaved") or pins.virtual_stages is not None or solution.meshes is not None:
         return
     parts = FEWEST_PARTS if c.virtual_stages == 1 else 2 * c.virtual_stages
     while c.pp * parts <= solution.stages[-1].last:

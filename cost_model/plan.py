@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, UnknownNameError
+from cost_model.mesh import Degree, Mesh, meshes_of, of_stages
 from cost_model.precision import Precision
 
 SCHEMA_VERSION = 4
@@ -25,13 +26,14 @@ _NUMBERED = re.compile(r"((?:[^.]*\.)*?)(\d+)((?:\..*)?)")
 class Parallelism:
     """Pins on the plan; None leaves a field to the planner. Degrees multiply to the number of devices.
 
-    microbatch_size: samples per microbatch per data-parallel replica.
+    dp, tp: of all stages, or of each, in order: ``tp=(2, 4)`` is a stage of 2 shards that feeds one of 4.
+    microbatch_size: samples per microbatch per data-parallel replica (of the first stage, where replicas differ).
     window: microbatches that 1f1b has under way for each stage that comes after (see ``stage_schedule``).
     placement: device index of each (stage, dp replica, tp shard), in that order.
     """
 
-    dp: int | None = None
-    tp: int | None = None
+    dp: Degree | None = None
+    tp: Degree | None = None
     pp: int | None = None
     zero: int | None = None
     recompute: str | None = None
@@ -43,9 +45,10 @@ class Parallelism:
     placement: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "microbatch_size", "virtual_stages", "window"):
+        self._check_degrees()
+        for name in ("pp", "microbatch_size", "virtual_stages", "window"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and not _is_count(value):
                 raise ParallelismError(f"{name} must be a positive integer or None, not {value!r}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise ParallelismError(f"zero must be 0, 1, 2, 3 or None, not {self.zero!r}")
@@ -70,6 +73,31 @@ class Parallelism:
             object.__setattr__(self, "schedule", "1f1b")
         if self.placement is not None:
             object.__setattr__(self, "placement", _device_tuple(self.placement))
+
+    def _check_degrees(self) -> None:
+        """Degrees of single stages say how many stages there are; equal ones are one number."""
+        for name in ("dp", "tp"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple | list):
+                if value is not None and not _is_count(value):
+                    raise ParallelismError(f"{name} must be a positive integer or None, not {value!r}")
+                continue
+            if not value or not all(map(_is_count, value)):
+                raise ParallelismError(f"{name} must be a positive integer for each stage, not {value!r}")
+            if self.pp not in (None, len(value)):
+                raise ParallelismError(f"{name}={tuple(value)} is of {len(value)} stage(s), not pp={self.pp}")
+            object.__setattr__(self, "pp", len(value))
+            object.__setattr__(self, name, of_stages(value))
+        if self.meshes_differ and (self.schedule == "interleaved" or self.virtual_stages not in (None, 1)):
+            raise ParallelismError(
+                "virtual stages need stages of equal meshes: their parts go around all of them; use one dp and one tp "
+                "for all stages, or virtual_stages=1"
+            )
+
+    @property
+    def meshes_differ(self) -> bool:
+        """Whether stages are pinned to meshes of their own."""
+        return isinstance(self.dp, tuple) or isinstance(self.tp, tuple)
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,8 @@ class Plan:
     """All choices. Equal input gives a byte-identical file.
 
     stages: the parts of the chain in order, ``virtual_stages`` for each pipeline stage: part k runs on stage k % pp.
-    batch: global batch size in samples; microbatches: per data-parallel replica.
+    dp, tp: one number for all pipeline stages, or one for each. batch: global batch size in samples; microbatches: per
+    data-parallel replica; microbatch_size: samples of one on each replica (of the first stage, see ``samples``).
     fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
     window: as in ``Parallelism``.
     """
@@ -118,8 +147,8 @@ class Plan:
     model: str
     cluster: str
     batch: int
-    dp: int
-    tp: int
+    dp: Degree
+    tp: Degree
     pp: int
     schedule: str
     microbatch_size: int
@@ -145,21 +174,61 @@ class Plan:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("batch", "dp", "tp", "pp", "microbatch_size", "microbatches", "virtual_stages", "window"):
+        for name in ("batch", "pp", "microbatch_size", "microbatches", "virtual_stages", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"a plan's {name} must be at least 1, not {getattr(self, name)}")
+        self._check_degrees()
         if self.schedule not in SCHEDULES:
             raise UnknownNameError("schedule", self.schedule, SCHEDULES)
         if self.window > 1 and self.schedule != "1f1b":
             raise ConfigError(f"a plan under {self.schedule} cannot have a window of {self.window}: only 1f1b has one")
-        if self.microbatch_size * self.microbatches * self.dp != self.batch:
+        replicas = sorted({mesh.dp for mesh in self.meshes})
+        if self.microbatch_size * self.microbatches * self.mesh(0).dp != self.batch or any(
+            self.batch % (self.microbatches * dp) for dp in replicas
+        ):
             raise ConfigError(
                 f"a plan for a batch of {self.batch} cannot have dp={self.dp} replicas with {self.microbatches} "
                 f"microbatch(es) of {self.microbatch_size}: they must multiply to the batch"
             )
-        count = self.dp * self.tp * self.pp
+        count = sum(mesh.size for mesh in self.meshes)
         if len(self.placement) != count or any(device not in self.placement for device in range(count)):
             raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
+
+    def _check_degrees(self) -> None:
+        for name in ("dp", "tp"):
+            degree = getattr(self, name)
+            each = degree if isinstance(degree, tuple) else (degree,) * self.pp
+            if not all(map(_is_count, each)):
+                raise ConfigError(f"a plan's {name} must be at least 1, not {degree}")
+            if len(each) != self.pp:
+                raise ConfigError(f"a plan's {name} must be one number, or one for each of {self.pp} stages: {degree}")
+            object.__setattr__(self, name, of_stages(each))
+        if self.meshes_differ and self.virtual_stages > 1:
+            raise ConfigError(f"a plan of {self.virtual_stages} virtual stages has one mesh for all stages; plan again")
+
+    @property
+    def meshes(self) -> tuple[Mesh, ...]:
+        """Of each pipeline stage."""
+        return meshes_of(self.dp, self.tp, self.pp)
+
+    def mesh(self, stage: int) -> Mesh:
+        """Of one pipeline stage."""
+        return self.meshes[stage]
+
+    @property
+    def stage_devices(self) -> tuple[tuple[int, ...], ...]:
+        """The devices of each pipeline stage, in the order of its mesh."""
+        ends = list(itertools.accumulate((mesh.size for mesh in self.meshes), initial=0))
+        return tuple(self.placement[first:last] for first, last in itertools.pairwise(ends))
+
+    @property
+    def meshes_differ(self) -> bool:
+        """Whether stages have meshes of their own."""
+        return isinstance(self.dp, tuple) or isinstance(self.tp, tuple)
+
+    def samples(self, stage: int) -> int:
+        """Of one microbatch on each replica of a stage."""
+        return self.batch // (self.microbatches * self.mesh(stage).dp)
 
     @property
     def accumulates(self) -> bool:
@@ -169,11 +238,15 @@ class Plan:
     def __str__(self) -> str:
         """The mesh, the microbatches and each stage's segments; the choices inside stages are left out."""
         count = f"{self.microbatches} microbatch{'es' if self.microbatches > 1 else ''} of {self.microbatch_size}"
-        mesh = f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
-        head = f"{mesh}, batch {self.batch}: {count} on each replica, {self.schedule_text()}{self.saving_text()}"
+        how = f"{self.schedule_text()}{self.saving_text()}"
+        head = f"{self.mesh_text()}, batch {self.batch}: {count} on each replica, {how}"
         if self.precision != Precision():
             head += f", precision {self.precision}"
         return "\n".join([head, *(f"stage {stage}: {self.labels_text(stage)}" for stage in range(self.pp))])
+
+    def mesh_text(self) -> str:
+        """ "dp=1 x tp=(2, 4) x pp=2"."""
+        return f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
 
     def schedule_text(self) -> str:
         """The schedule, with its virtual stages and its window where they are more than one."""
@@ -231,6 +304,7 @@ class Plan:
             _check_fields(stage, StagePlan, f"stage {number} of the plan")
         stages = tuple(StagePlan(**{**stage, "recompute": tuple(stage["recompute"])}) for stage in raw.pop("stages"))
         labels, placement = tuple(raw.pop("segment_labels")), tuple(raw.pop("placement"))
+        raw |= {name: tuple(raw[name]) for name in ("dp", "tp") if isinstance(raw[name], list)}
         precision = Precision(**raw.pop("precision"))
         return Plan(**raw, stages=stages, segment_labels=labels, placement=placement, precision=precision)
 
@@ -259,6 +333,7 @@ class Plan:
 _WRITE_ONE = "write one with plan.save(path)"
 _JSON_TYPES: dict[str, type | types.UnionType] = {
     "int": int,
+    "Degree": int | list,
     "str": str,
     "str | None": str | None,
     "Mapping[str, str]": dict,
@@ -284,6 +359,10 @@ def _check_fields(raw: object, kind: type[Plan] | type[StagePlan] | type[Precisi
             wrong.append(f"has {name} = {raw[name]!r}, which is no {getattr(expected, '__name__', expected)}")
     if wrong:
         raise ConfigError(f"{what} {wrong[0]}; {_WRITE_ONE}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _device_tuple(placement: object) -> tuple[int, ...]:

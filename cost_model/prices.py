@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cost_model.crossing import Message
 from cost_model.errors import UnknownNameError, VerificationError
-from cost_model.program import Block, Chunk, Collective, Instruction, OpCost, Program
+from cost_model.program import Block, Collective, Instruction, OpCost, Program
+from cost_model.tensor import DTYPE_BYTES
 
 TIED = "tied:"
 VIEW = "view"
@@ -114,8 +116,7 @@ def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...
         return tuple(range(program.pp))
     if not axis.startswith(TIED):
         return (stage,)
-    name = axis.removeprefix(TIED)
-    tied = tuple(s.stage for s in program.stages if any(shard.tied == name for shard in s.parameters))
+    tied = program.tied_stages(axis.removeprefix(TIED))
     if stage not in tied:
         raise VerificationError("tied", f"stage {stage} reduces over {axis!r} but holds no parameter tied so")
     return tied
@@ -123,19 +124,20 @@ def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...
 
 def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...], ...]:
     """Device groups that run a stage's collective on an axis at the same time; raises UnknownNameError."""
-    device = program.devices
-    dps, tps = range(program.dp), range(program.tp)
+    device, mesh = program.devices, program.meshes[stage]
+    dps, tps = range(mesh.dp), range(mesh.tp)
     if axis == "tp":
         return tuple(tuple(device[stage, dp, tp] for tp in tps) for dp in dps)
     if axis == "dp":
         return tuple(tuple(device[stage, dp, tp] for dp in dps) for tp in tps)
     if axis == "dp_tp":
-        return (tuple(device[stage, dp, tp] for dp in dps for tp in tps),)
-    stages = collective_stages(program, axis, stage)
+        return (program.ranks(stage),)
     if axis == "world":
-        return (tuple(device[s, dp, tp] for s in stages for dp in dps for tp in tps),)
+        return (tuple(rank for other in range(program.pp) for rank in program.ranks(other)),)
     if axis.startswith(TIED):
-        return tuple(tuple(device[s, dp, tp] for s in stages) for dp in dps for tp in tps)
+        collective_stages(program, axis, stage)
+        groups = program.tied_groups(axis.removeprefix(TIED))
+        return tuple(tuple(device[cell] for cell in group) for group in groups)
     raise UnknownNameError("axis", axis, ("tp", "dp", "dp_tp", "world", f"{TIED}<name>"))
 
 
@@ -143,19 +145,22 @@ def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, 
     """Price every stage as its slowest replica; each distinct op, collective and transfer is asked for once."""
     _check_chain(program)
     pricer = _Pricer(program, cluster)
-    return tuple(pricer.stage(stage, range(program.dp)) for stage in range(program.pp))
+    return tuple(pricer.stage(stage, range(mesh.dp)) for stage, mesh in enumerate(program.meshes))
 
 
 def price_replicas(program: Program, cluster: PricedCluster) -> tuple[tuple[StagePrice, ...], ...]:
     """The stages of every replica that differs from those before it.
 
-    Replicas that meet in every microbatch (ZeRO gathers, batch norm) go at the pace of the slowest, and count as one.
+    Replicas that meet in every microbatch (ZeRO gathers, batch norm, stages of fewer replicas) go at the pace of the
+    slowest, and count as one.
     """
-    if not cluster.uneven or program.dp == 1 or _meet_in_blocks(program):
+    dp = program.meshes[0].dp
+    alone = all(mesh.dp == dp for mesh in program.meshes) and not _meet_in_blocks(program)
+    if not cluster.uneven or dp == 1 or not alone:
         return (price_stages(program, cluster),)
     _check_chain(program)
     pricer = _Pricer(program, cluster)
-    different = {pricer.signature(dp): dp for dp in reversed(range(program.dp))}
+    different = {pricer.signature(index): index for index in reversed(range(dp))}
     return tuple(tuple(pricer.stage(stage, (dp,)) for stage in range(program.pp)) for dp in sorted(different.values()))
 
 
@@ -186,7 +191,7 @@ class _Pricer:
         for cost in own.step.optimizer_costs:
             optimizer[cost.kind] += op_s(cost)
         return StagePrice(
-            chunks=tuple(self._chunk(stage, dps, chunk) for chunk in own.chunks),
+            chunks=tuple(self._chunk(stage, dps, number) for number in range(len(own.chunks))),
             step_collectives_s=tuple(self._collective_s(stage, dps, c) for c in own.step.collectives),
             step_gathers_s=tuple(self._blocking_s(stage, dps, "the step", c) for c in own.step.gathers),
             optimizer_s=sum(optimizer.values()),
@@ -196,25 +201,29 @@ class _Pricer:
 
     def signature(self, dp: int) -> tuple[object, ...]:
         """Equal for replicas whose every stage takes the same times."""
-        pp, found = self.program.pp, []
+        found = []
         for stage, own in enumerate(self.program.stages):
             devices = tuple(map(id, self._devices(stage, (dp,))))
             kept = {c for chunk in own.chunks for block in chunk.blocks for c in block.collectives()}
             inside = tuple(self._collective_s(stage, (dp,), c) for c in (*dict.fromkeys(kept), *own.step.collectives))
-            sent = tuple(chunk.sent.nbytes for chunk in own.chunks if chunk.sent is not None)
-            after = (stage + 1) % pp
-            hops = [(a, b, n) for n in (*sent, 0) for a, b in ((stage, after), (after, stage))] if sent else []
-            found.append((devices, inside, tuple(self._transfer_s(a, b, (dp,), n) for a, b, n in hops)))
+            sent = [number for number, chunk in enumerate(own.chunks) if chunk.sent is not None]
+            ways = [(number, back, empty) for number in sent for back in (False, True) for empty in (False, True)]
+            hops = (self._transfer_s(stage, n, (dp,), back=back, empty=empty) for n, back, empty in ways)
+            found.append((devices, inside, tuple(hops)))
         return tuple(found)
 
-    def _chunk(self, stage: int, dps: Sequence[int], chunk: Chunk) -> ChunkPrice:
-        after, sent = (stage + 1) % self.program.pp, 0 if chunk.sent is None else chunk.sent.nbytes
-        delay_s = self._transfer_s(stage, after, dps, 0) if sent else 0.0
+    def _chunk(self, stage: int, dps: Sequence[int], number: int) -> ChunkPrice:
+        chunk = self.program.stages[stage].chunks[number]
+
+        def sent_s(*, back: bool = False, empty: bool = False) -> float:
+            return 0.0 if chunk.sent is None else self._transfer_s(stage, number, dps, back=back, empty=empty)
+
+        delay_s = sent_s(empty=True)
         return ChunkPrice(
             forward=self._block(stage, dps, chunk.forward),
             backward=self._block(stage, dps, chunk.backward),
-            to_next_s=self._transfer_s(stage, after, dps, sent) if sent else 0.0,
-            from_next_s=self._transfer_s(after, stage, dps, sent) if sent else 0.0,
+            to_next_s=sent_s(),
+            from_next_s=sent_s(back=True),
             delay_s=delay_s,
             notice_s=delay_s if self.cluster.rendezvous else 0.0,
             weight=None if chunk.weight is None else self._block(stage, dps, chunk.weight),
@@ -222,7 +231,7 @@ class _Pricer:
 
     def _devices(self, stage: int, dps: Sequence[int]) -> tuple[PricedDevice, ...]:
         """The distinct devices of a stage."""
-        cells = ((stage, dp, tp) for dp in dps for tp in range(self.program.tp))
+        cells = ((stage, dp, tp) for dp in dps for tp in range(self.program.meshes[stage].tp))
         devices = (self.cluster.devices[self.program.devices[cell]] for cell in cells)
         return tuple({id(device): device for device in devices}.values())
 
@@ -273,28 +282,75 @@ class _Pricer:
             )
         return self.collective_prices[key]
 
-    def _transfer_s(self, source: int, target: int, dps: Sequence[int], nbytes: int) -> float:
-        """Seconds of a message between two stages, on the slowest pair of ranks, while all others go on."""
-        users = self.users[1 if (source + 1) % self.program.pp == target else -1]
-        pairs = dict.fromkeys(self._pairs(source, target, dps))
-        return max(self.cluster.transfer_time_s(nbytes, *pair, users[pair]) for pair in pairs)
+    def _transfer_s(self, stage: int, chunk: int, dps: Sequence[int], *, back: bool, empty: bool) -> float:
+        """Seconds of what a chunk sends to the next one's stage, or gets back from it, on the slowest rank of some
+        replicas, while all others go on. empty: of messages without a byte."""
+        after, sent = (stage + 1) % self.program.pp, self.program.stages[stage].chunks[chunk].sent
+        assert sent is not None
+        users = self.users[-1 if back else 1]
+        if self.program.meshes[stage] == self.program.meshes[after]:
+            ends = (after, stage) if back else (stage, after)
+            pairs = dict.fromkeys(self._pairs(*ends, dps))
+            nbytes = 0 if empty else sent.nbytes
+            return max(self.cluster.transfer_time_s(nbytes, *pair, users[pair]) for pair in pairs)
+        own: defaultdict[tuple[int, bool], list[tuple[tuple[int, int], int]]] = defaultdict(list)
+        for message, pair in self._messages(stage, chunk, back=back):
+            if message.source[0] in dps or message.target[0] in dps:
+                row = (pair, 0 if empty else message.numel * DTYPE_BYTES[sent.dtype])
+                own[pair[0], True].append(row)
+                own[pair[1], False].append(row)
+        return max(self._one_rank_s(rows, users) for rows in own.values())
+
+    def _one_rank_s(self, rows: Sequence[tuple[tuple[int, int], int]], users: Mapping[tuple[int, int], int]) -> float:
+        """Seconds of the messages that one rank sends, or receives: they leave at once and take turns on its link,
+        but for those whose rate already counts that others share it."""
+        start_s = turns_s = shared_s = 0.0
+        for pair, nbytes in rows:
+            empty_s = self.cluster.transfer_time_s(0, *pair, users[pair])
+            own_s = self.cluster.transfer_time_s(nbytes, *pair, users[pair]) - empty_s
+            start_s = max(start_s, empty_s)
+            if users[pair] > 1:
+                shared_s = max(shared_s, own_s)
+            else:
+                turns_s += own_s
+        return start_s + max(turns_s, shared_s)
+
+    def _messages(self, stage: int, chunk: int, *, back: bool) -> Iterator[tuple[Message, tuple[int, int]]]:
+        """What crosses between stages of different meshes, with the devices at both ends."""
+        after, device = (stage + 1) % self.program.pp, self.program.devices
+        source, target = (after, stage) if back else (stage, after)
+        for message in self.program.crossing(stage, chunk, back=back):
+            yield message, (device[source, *message.source], device[target, *message.target])
 
     def _pairs(self, source: int, target: int, dps: Sequence[int]) -> list[tuple[int, int]]:
-        device, tps = self.program.devices, range(self.program.tp)
+        """Of stages with equal meshes."""
+        device, tps = self.program.devices, range(self.program.meshes[source].tp)
         return [(device[source, dp, tp], device[target, dp, tp]) for dp in dps for tp in tps]
+
+    def _all_pairs(self, stage: int, step: int) -> list[tuple[int, int]]:
+        """Who sends to whom from a stage to the next (step 1) or to the one before (-1)."""
+        other = (stage + step) % self.program.pp
+        if self.program.meshes[stage] == self.program.meshes[other]:
+            return self._pairs(stage, other, range(self.program.meshes[stage].dp))
+        first, back = (stage, False) if step == 1 else (other, True)
+        chunks = enumerate(self.program.stages[first].chunks)
+        sent = [number for number, chunk in chunks if chunk.sent is not None]
+        return list(dict.fromkeys(pair for number in sent for _, pair in self._messages(first, number, back=back)))
 
     def _users(self, step: int) -> dict[tuple[int, int], int]:
         """Of every message to the next stage (step 1) or to the one before (-1): how many share its sender's rate."""
-        pp, every = self.program.pp, range(self.program.dp)
-        pairs = [pair for stage in range(pp) for pair in self._pairs(stage, (stage + step) % pp, every)]
+        pairs = [pair for stage in range(self.program.pp) for pair in self._all_pairs(stage, step)]
         return dict(zip(pairs, self.cluster.senders(pairs), strict=True))
 
     def _shares_egress(self, stage: int, dps: Sequence[int]) -> bool:
         """Whether some rank's messages to both neighbours share a rate."""
-        pp = self.program.pp
-        if not 0 < stage < pp - 1:
+        if not 0 < stage < self.program.pp - 1:
             return False
-        both = zip(self._pairs(stage, stage + 1, dps), self._pairs(stage, stage - 1, dps), strict=True)
+        ranks = {self.program.devices[stage, dp, tp] for dp in dps for tp in range(self.program.meshes[stage].tp)}
+        before: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for pair in self._all_pairs(stage, -1):
+            before[pair[0]].append(pair)
+        both = ((there, back) for there in self._all_pairs(stage, 1) if there[0] in ranks for back in before[there[0]])
         return any(max(self.cluster.senders(pairs)) > 1 for pairs in both)
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+from cost_model.crossing import End, Message, messages
+from cost_model.mesh import Degree, Mesh, meshes_of
 from cost_model.precision import Kept
 from cost_model.tensor import TensorMeta
 
@@ -238,7 +241,7 @@ class Chunk:
     outputs the gradient sent. Parameter gradients are accumulated in place into a flat buffer.
     saved: storages alive from a microbatch's forward to its backward.
     sent / received: the activation that crosses the cut after / before this chunk (None at the ends of the chain);
-    the gradient that comes back has the same meta.
+    the gradient that comes back has the same meta. sent_split / received_split: whether tp shards hold parts of it.
     constants: values that the blocks read and that never change.
     weight: None, or the part of the backward that adds gradients to their buffers, run some time after the rest;
     kept: storages alive from a microbatch's backward to its weight block.
@@ -253,6 +256,8 @@ class Chunk:
     constants: tuple[Value, ...] = ()
     weight: Block | None = None
     kept: tuple[str, ...] = ()
+    sent_split: bool = False
+    received_split: bool = False
 
     @property
     def backwards(self) -> tuple[Block, ...]:
@@ -290,13 +295,12 @@ class StageProgram:
 class Program:
     """The whole distributed program: one StageProgram per stage, all ranks by symmetry.
 
-    dp, tp, pp: mesh degrees; microbatches: per data-parallel replica; virtual_stages: chunks of each stage; window: as
-    in ``stage_schedule``.
-    devices[(stage, dp, tp)] = device index in the cluster.
+    dp, tp: mesh degrees, of all stages or of each; microbatches: per data-parallel replica; virtual_stages: chunks of
+    each stage; window: as in ``stage_schedule``. devices[(stage, dp, tp)] = device index in the cluster.
     """
 
-    dp: int
-    tp: int
+    dp: Degree
+    tp: Degree
     pp: int
     microbatches: int
     schedule: str
@@ -314,6 +318,44 @@ class Program:
         """All chunks, from the first segments to the last."""
         return tuple(stage.chunks[index] for index in range(self.virtual_stages) for stage in self.stages)
 
+    @cached_property
+    def meshes(self) -> tuple[Mesh, ...]:
+        """Of each stage."""
+        return meshes_of(self.dp, self.tp, self.pp)
+
     @property
     def num_devices(self) -> int:
-        return self.dp * self.tp * self.pp
+        return sum(mesh.size for mesh in self.meshes)
+
+    def ranks(self, stage: int) -> tuple[int, ...]:
+        """The devices of a stage, in the order of its mesh."""
+        return tuple(self.devices[stage, dp, tp] for dp, tp in self.meshes[stage].cells())
+
+    def tied_stages(self, name: str) -> tuple[int, ...]:
+        """Stages with a parameter whose ``tied`` is this name."""
+        return tuple(s.stage for s in self.stages if any(shard.tied == name for shard in s.parameters))
+
+    def tied_groups(self, name: str) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """(stage, dp, tp) of the ranks that sum the gradient of a tied parameter.
+
+        Ranks at one place of stages of equal meshes; where a degree differs, all along it, and of each stage the first
+        rank of the group alone gives its gradient, the others nothing.
+        """
+        stages = self.tied_stages(name)
+        meshes = [self.meshes[stage] for stage in stages]
+        same_dp, same_tp = len({mesh.dp for mesh in meshes}) == 1, len({mesh.tp for mesh in meshes}) == 1
+        found: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for stage, mesh in zip(stages, meshes, strict=True):
+            for dp, tp in mesh.cells():
+                found.setdefault((dp if same_dp else 0, tp if same_tp else 0), []).append((stage, dp, tp))
+        return tuple(tuple(cells) for cells in found.values())
+
+    def crossing(self, stage: int, chunk: int, *, back: bool) -> tuple[Message, ...]:
+        """What a stage's chunk sends to the next one (the stage after, or the next chunk of the first stage); back:
+        what returns."""
+        after = (stage + 1) % self.pp
+        sending, taking = self.stages[stage].chunks[chunk], self.stages[after].chunks[chunk + (after == 0)]
+        assert sending.sent is not None and taking.received is not None
+        there = End(self.meshes[stage], sending.sent_split, sending.sent.numel)
+        here = End(self.meshes[after], taking.received_split, taking.received.numel)
+        return messages(here, there) if back else messages(there, here)

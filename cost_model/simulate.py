@@ -444,8 +444,7 @@ def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> St
 
 def _memory(program: Program, cluster: PricedCluster, stage: int) -> MemoryBreakdown:
     """Memory under the allocator of the stage's devices; the larger where they are of several kinds."""
-    cells = ((stage, dp, tp) for dp in range(program.dp) for tp in range(program.tp))
-    kinds = sorted({cluster.devices[program.devices[cell]].kind for cell in cells})
+    kinds = sorted({cluster.devices[rank].kind for rank in program.ranks(stage)})
     own, shape = program.stages[stage], (program.pp, program.microbatches, program.schedule)
     memories = [stage_memory(own, *shape, allocator_rounding(kind), program.window) for kind in kinds]
     return max(memories, key=lambda memory: memory.total_bytes)

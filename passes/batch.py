@@ -40,6 +40,7 @@ class BatchAnalysis:
     checked by evaluation.
     collected: output of the model by number -> how it lies along the batch; None: it depends on no
     parameter and is made once, of the whole batch.
+    in_rows: values whose samples lie one behind the other, so that those of replicas joined are those of their samples.
     """
 
     reason: str | None
@@ -49,6 +50,7 @@ class BatchAnalysis:
     constant: tuple[tuple[str, int, int], ...] = ()
     synchronised: frozenset[str] = frozenset()
     collected: tuple[tuple[int, Placement | None], ...] = ()
+    in_rows: frozenset[str] = frozenset()
 
 
 class _CannotSplit(Exception):
@@ -252,7 +254,14 @@ class _Analysis:
             tuple(self.constant),
             frozenset(self.synchronised),
             tuple(self._collected()),
+            frozenset(self._in_rows()),
         )
+
+    def _in_rows(self) -> Iterator[str]:
+        for name, place in self.places.items():
+            meta = self.model.metas[name]
+            if isinstance(place, Shard) and isinstance(meta, TensorMeta) and place.is_consecutive(meta.shape):
+                yield name
 
     def _collected(self) -> Iterator[tuple[int, Placement | None]]:
         by_name = {n.name: n for n in self.model.graph.nodes}

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.errors import VerificationError
+from cost_model.mesh import Mesh
+from cost_model.placement import Placement, Replicate, Shard
 from cost_model.program import Block, Bucket, Collective, Program, StageProgram, StepWork
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes import vocabulary
@@ -200,17 +202,57 @@ def _compare(name: str, block: Block, emitted: list[Collective]) -> None:
         )
 
 
-def verify_cuts(codes: Sequence[StageCode]) -> None:
-    """What a stage sends is what the next receives, shape and placement; parameters of two stages lie alike in both."""
+def verify_cuts(codes: Sequence[StageCode], meshes: Sequence[Mesh]) -> None:
+    """What a stage sends is what the next receives; parameters of two stages lie alike in both. meshes: of each code.
+
+    Between equal meshes shape and placement are equal, between others both ends lie so that a crossing knows them.
+    """
     for index, (before, after) in enumerate(zip(codes, codes[1:], strict=False)):
-        entry = next((after.placements[i.node] for i in after.inputs if i.kind == "activation"), None)
-        sent, received = (before.sent, str(before.exit)), (after.received, str(entry))
-        if sent != received:
-            raise VerificationError("cut", f"stage {index} sends {sent}, stage {index + 1} takes {received}")
-    places: dict[str, str] = {}
-    for index, code in enumerate(codes):
+        entry = next(after.placements[i.node] for i in after.inputs if i.kind == "activation")
+        _check_cut(index, (before, before.exit, meshes[index]), (after, entry, meshes[index + 1]))
+    parts: dict[str, int] = {}
+    for bucket in (bucket for code in codes for bucket in code.buckets if bucket.tied is not None):
+        if parts.setdefault(bucket.name, bucket.dp) != bucket.dp:
+            raise VerificationError("tied parameters", f"{bucket.tied} is split over {bucket.dp} and other replicas")
+    places: dict[str, tuple[str, Mesh]] = {}
+    for index, (code, mesh) in enumerate(zip(codes, meshes, strict=True)):
         for item in code.inputs:
-            place = str(code.placements[item.node])
-            if item.kind == "parameter" and places.setdefault(item.target, place) != place:
-                found = f"{item.target} lies as {place} in stage {index}, as {places[item.target]} before"
-                raise VerificationError("tied parameters", found)
+            if item.kind == "parameter":
+                own = str(code.placements[item.node]), mesh
+                first = places.setdefault(item.target, own)
+                _check_tied(index, item.target, own, first)
+
+
+Side = tuple[StageCode, Placement, Mesh]
+
+
+def _check_cut(index: int, before: Side, after: Side) -> None:
+    (code, exit, mesh), (next_code, entry, next_mesh) = before, after
+    sent, received = (code.sent, str(exit)), (next_code.received, str(entry))
+    assert code.sent is not None and next_code.received is not None
+    if mesh == next_mesh:
+        fits = sent == received
+    elif mesh.tp == next_mesh.tp:
+        fits = str(exit) == str(entry) and code.sent.dtype == next_code.received.dtype
+    else:
+        ends = ((exit, code.sent, mesh), (entry, next_code.received, next_mesh))
+        fits = code.sent.dtype == next_code.received.dtype and all(may_cross(*end) for end in ends)
+    if not fits:
+        raise VerificationError("cut", f"stage {index} sends {sent}, stage {index + 1} takes {received}")
+
+
+def may_cross(place: Placement, local: TensorMeta, mesh: Mesh) -> bool:
+    """Whether a tensor that lies so can go to another mesh: whole, or in shards one behind the other."""
+    if isinstance(place, Shard) and mesh.tp > 1:
+        shape = (local.shape[0] * mesh.dp, *local.shape[1:])
+        return place.is_consecutive(shape)
+    return mesh.tp == 1 or isinstance(place, Replicate)
+
+
+def _check_tied(index: int, name: str, own: tuple[str, Mesh], first: tuple[str, Mesh]) -> None:
+    """Parts of a parameter are the same in two stages if their meshes have equal numbers of shards."""
+    (place, mesh), (known, known_mesh) = own, first
+    whole = not place.startswith("S(") and not known.startswith("S(")
+    if (place != known and mesh.tp == known_mesh.tp) or (mesh.tp != known_mesh.tp and not whole):
+        found = f"{name} lies as {place} in stage {index}, as {known} before"
+        raise VerificationError("tied parameters", found)

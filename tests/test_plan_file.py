@@ -44,6 +44,9 @@ def test_a_given_plan_is_used_as_it_is(plan: autopar.Plan, tmp_path: Path) -> No
         ({"colour": 1}, "the plan has the unknown field 'colour'"),
         ({"dp": 3}, "dp=3 replicas with .* they must multiply to the batch"),
         ({"tp": 0}, "tp must be at least 1, not 0"),
+        ({"tp": [0]}, "tp must be at least 1, not"),
+        ({"tp": [1, 2]}, "tp must be one number, or one for each of 1 stages"),
+        ({"tp": ["2"]}, "tp must be at least 1, not"),
         ({"placement": [0, 0]}, "must place each of them once"),
         ({"placement": [0, "1"]}, "must place each of them once"),
         ({"schedule": "1b1f"}, "unknown schedule '1b1f'; did you mean '1f1b'"),
@@ -76,6 +79,11 @@ def test_a_plan_file_that_lacks_a_field_is_of_another_version_or_is_not_there(
 def test_a_plan_of_version_2_says_what_it_did(plan: autopar.Plan) -> None:
     raw = {**json.loads(plan.to_json()), "version": 2}
     del raw["virtual_stages"], raw["precision"]
+    assert autopar.Plan.from_json(json.dumps(raw)) == plan
+
+
+def test_a_plan_of_version_3_has_one_mesh_for_all_stages(plan: autopar.Plan) -> None:
+    raw = {**json.loads(plan.to_json()), "version": 3}
     assert autopar.Plan.from_json(json.dumps(raw)) == plan
 
 

@@ -13,10 +13,13 @@ from parity import cpu_cluster
 
 import autopar
 from cost_model.errors import VerificationError
+from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, VARYING, Shard
 from cost_model.tensor import TensorMeta
 from passes.stage import StageCode
 from passes.verify import verify_cuts, verify_emitted
+
+MESHES = (Mesh(1, 2), Mesh(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +132,8 @@ def _with_places(code: StageCode, **places: Any) -> StageCode:
 
 
 def test_stages_that_fit_are_accepted(codes: tuple[StageCode, ...]) -> None:
-    verify_cuts(codes)
-    verify_cuts(codes[:1])
+    verify_cuts(codes, MESHES)
+    verify_cuts(codes[:1], MESHES[:1])
 
 
 def test_another_shape_at_a_cut_is_found(codes: tuple[StageCode, ...]) -> None:
@@ -138,7 +141,7 @@ def test_another_shape_at_a_cut_is_found(codes: tuple[StageCode, ...]) -> None:
     assert first.sent is not None
     wrong = TensorMeta((*first.sent.shape[:-1], first.sent.shape[-1] * 2), first.sent.dtype)
     with pytest.raises(VerificationError, match="stage 0 sends"):
-        verify_cuts((replace(first, sent=wrong), second))
+        verify_cuts((replace(first, sent=wrong), second), MESHES)
 
 
 def test_another_placement_at_a_cut_is_found(codes: tuple[StageCode, ...]) -> None:
@@ -146,7 +149,7 @@ def test_another_placement_at_a_cut_is_found(codes: tuple[StageCode, ...]) -> No
     first, second = codes
     other = VARYING if first.exit == REPLICATE else REPLICATE
     with pytest.raises(VerificationError, match="stage 0 sends"):
-        verify_cuts((first, _with_places(second, **{_entry(second): other})))
+        verify_cuts((first, _with_places(second, **{_entry(second): other})), MESHES)
 
 
 def test_tied_parameters_that_lie_differently_are_found(codes: tuple[StageCode, ...]) -> None:
@@ -154,4 +157,4 @@ def test_tied_parameters_that_lie_differently_are_found(codes: tuple[StageCode, 
     node = next(i.node for i in second.inputs if i.target == "token.weight")
     other = REPLICATE if second.placements[node] != REPLICATE else Shard(1)
     with pytest.raises(VerificationError, match="token.weight"):
-        verify_cuts((first, _with_places(second, **{node: other})))
+        verify_cuts((first, _with_places(second, **{node: other})), MESHES)

@@ -99,20 +99,24 @@ class ThreadExecutor(executor.RankExecutor):
 
     wires: Wires
 
-    def _expect(self, link: str, meta: Any) -> tuple[Any, Tensor]:
+    def _expect(self, link: str, chunk: Any, meta: Any) -> None:
         assert len(self.expected[link]) < self.spec["window"]
-        return meta, torch.empty(0)
+        shape, dtype = meta
+        buffer = torch.full(shape, torch.nan, dtype=getattr(torch, dtype))
+        self.expected[link].append((chunk.links[link], buffer))  # type: ignore[arg-type]
 
     def _receive(self, link: str, part: tuple[int, int]) -> Tensor:
-        meta, _ = self.expected[link].popleft()
-        (source, name), (shape, dtype) = self.spec["links"][link], meta
-        tensor = self.wires.wire(source, self.rank, name).get(timeout=TIMEOUT_S)
-        assert tuple(tensor.shape) == tuple(shape) and str(tensor.dtype) == f"torch.{dtype}", (meta, tensor.shape)
+        (name, pieces), tensor = self.expected[link].popleft()
+        for source, first, last in pieces:
+            piece = self.wires.wire(source, self.rank, name).get(timeout=TIMEOUT_S)
+            assert (piece.numel(), piece.dtype) == (last - first, tensor.dtype), (link, part)
+            tensor.view(-1)[first:last] = piece.view(-1)
         return tensor
 
     def _send(self, link: str, tensor: Tensor, part: tuple[int, int]) -> None:
-        target, name = self.spec["links"][link]
-        self.wires.wire(self.rank, target, name).put(tensor.clone(memory_format=torch.contiguous_format))
+        name, pieces = self.chunks[part[1]].links[link]
+        for target, first, last in pieces:
+            self.wires.wire(self.rank, target, name).put(tensor.contiguous().view(-1)[first:last].clone())
 
     def _wait(self, link: str, most: int) -> None:
         """What was put has arrived."""

@@ -19,13 +19,14 @@ from typing import Protocol
 
 from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain, in_flight
-from autopar.planner.columns import Column
+from autopar.planner.columns import Column, RangeTable
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome, quick_bound_s
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.segment import Segment
 from autopar.planner.solvers import Program
 from cost_model.errors import ParallelismError, UnknownNameError
+from cost_model.mesh import Mesh
 from cost_model.plan import SCHEDULES
 from cost_model.schedule import refusal
 
@@ -97,6 +98,7 @@ class Solution:
 
     gap: (objective_s - bound_s) / bound_s, 0 where proven optimal. notes: fallbacks, timeouts, interruption.
     placement: the device of each (stage, replica, shard), in that order; None: counting up. ilp: that chose it.
+    meshes: of each stage, None where all have that of the configuration, which is the first stage's otherwise.
     """
 
     configuration: Configuration
@@ -107,16 +109,22 @@ class Solution:
     notes: tuple[str, ...]
     placement: tuple[int, ...] | None = None
     ilp: Program | None = field(default=None, repr=False, compare=False)
+    meshes: tuple[Mesh, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Infeasible:
-    """No plan fits. needed_bytes: the smallest cap that would do; stage: that binds in the plan that needs least."""
+    """No plan fits. needed_bytes: the smallest cap that would do; stage: that binds in the plan that needs least.
+
+    placement, meshes: as in ``Solution``.
+    """
 
     needed_bytes: int
     stage: int
     configuration: Configuration
     stages: tuple[StageSolution, ...]
+    placement: tuple[int, ...] | None = None
+    meshes: tuple[Mesh, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -505,7 +513,12 @@ def _assignments(solver: ConfigurationSolver, c: Column) -> tuple[Mapping[str, s
 
 
 def _stage(solver: ConfigurationSolver, c: Column) -> StageSolution:
-    chain, assignments = solver.chain, _assignments(solver, c)
+    return stage_solution(solver.table, c)
+
+
+def stage_solution(table: RangeTable, c: Column) -> StageSolution:
+    """What a column of a table stands for."""
+    chain, assignments = table.chain, c.assigned or table.assignments(c)
     kinds = (chain.kinds[kind] for kind in chain.sequence[c.first : c.last])
     return StageSolution(
         c.first,

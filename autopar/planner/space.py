@@ -23,6 +23,7 @@ from autopar.planner.saving import NONE, RECOMPUTE, SAVE_ALL, OpUse, Saving, Seg
 from autopar.planner.strategies import SEQUENCE, OpSpace, PlannedOp, op_space, pin_sequence
 from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
+from cost_model.mesh import Mesh
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
 from cost_model.plan import RECOMPUTES
 from cost_model.precision import Precision
@@ -549,18 +550,26 @@ class PinnedSpace:
         return free if self.zero is None else (self.zero,)
 
     def zero_levels(
-        self, segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]], dp: int, tp: int, local: LocalModel
+        self,
+        segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]],
+        meshes: Sequence[Mesh],
+        local: LocalModel,
     ) -> dict[str, int]:
         """The level of each parameter, by node, where it is not 0; the first segment that holds it decides.
 
-        segments: each with its representative and the latter's assignment.
+        segments: each with its representative and the latter's assignment; meshes: of the stage of each. Parts of a
+        parameter lie alike only on as many replicas: one that stages with other numbers of them hold is not split.
         """
         levels: dict[str, int] = {}
-        prices = self.space.mesh_prices(dp, tp)
-        for part, like, assignment in segments:
+        replicas: dict[str, set[int]] = {}
+        for (part, _, _), mesh in zip(segments, meshes, strict=True):
+            for name in part.parameters:
+                replicas.setdefault(name, set()).add(mesh.dp)
+        for (part, like, assignment), mesh in zip(segments, meshes, strict=True):
+            prices = self.space.mesh_prices(mesh.dp, mesh.tp)
             for name, known in zip(part.parameters, like.parameters, strict=True):
                 trainable = name in local.structure.trainable
-                if name in levels or dp == 1 or not self.space.divisible:
+                if name in levels or mesh.dp == 1 or not self.space.divisible or len(replicas[name]) > 1:
                     continue
                 place = parse_placement(assignment[input_key(known)])
                 fastest = prices.fastest_zero(local.tensor(name), place) if trainable else 0

@@ -33,6 +33,8 @@ from cost_model.errors import CollectiveTimeoutError
 Tree = Any
 Part = tuple[int, int]
 """(microbatch, chunk)."""
+Awaited = tuple[Any, int]
+"""A message under way, and the rank at the other end."""
 WORLD_REDUCTION = "all_reduce world"
 _TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
@@ -41,7 +43,9 @@ _store, _add = Store(), Add()
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One part of the chain on this rank; received, sent: (shape, dtype) of what crosses its ends."""
+    """One part of the chain on this rank; received, sent: (shape, dtype) of what crosses its ends; links: what this
+    rank sends and receives of that -> (process group, (the rank at the other end, first element, behind the last)
+    of each piece)."""
 
     setup: Callable[..., Any]
     forward: Callable[..., Any]
@@ -49,6 +53,7 @@ class _Chunk:
     weight: Callable[..., Any] | None
     received: Tree
     sent: Tree
+    links: Mapping[str, tuple[str, Sequence[tuple[int, int, int]]]]
 
 
 class RankExecutor(Held):
@@ -86,7 +91,7 @@ class RankExecutor(Held):
     def _chunk(self, described: Tree) -> _Chunk:
         names = ("setup", "forward", "backward", *(["weight"] if described["splits_backward"] else []))
         found = {name: getattr(self.module, f"{name}{described['suffix']}") for name in names}
-        return _Chunk(**{"weight": None, **found}, received=described["received"], sent=described["sent"])
+        return _Chunk(**{"weight": None, **found}, **{key: described[key] for key in ("received", "sent", "links")})
 
     def _set_up(self) -> list[dict[str, Tensor]]:
         """Values of each chunk that never change."""
@@ -101,8 +106,8 @@ class RankExecutor(Held):
         self.outgoing: dict[Part, Tensor] = {}
         self.grad_received: dict[Part, Tensor] = {}
         self.grad_outgoing: dict[Part, Tensor] = {}
-        self.expected: defaultdict[str, deque[tuple[Any, Tensor]]] = defaultdict(deque)
-        self.sending: defaultdict[str, deque[tuple[Any, Tensor, Part]]] = defaultdict(deque)
+        self.expected: defaultdict[str, deque[tuple[list[Awaited], Tensor]]] = defaultdict(deque)
+        self.sending: defaultdict[str, deque[tuple[list[Awaited], Tensor, Part]]] = defaultdict(deque)
         self.peer = 1 - self.rank if self.world_size == 2 else None
         self.loss: Tensor | None = None
 
@@ -240,7 +245,7 @@ class RankExecutor(Held):
 
     def expect_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Post the receive of an activation from the stage before."""
-        self.expected["receive_forward"].append(self._expect("receive_forward", self.chunks[chunk].received))
+        self._expect("receive_forward", self.chunks[chunk], self.chunks[chunk].received)
 
     def receive_forward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the activation of a microbatch from the stage before."""
@@ -248,7 +253,7 @@ class RankExecutor(Held):
 
     def expect_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Post the receive of a gradient from the stage after."""
-        self.expected["receive_backward"].append(self._expect("receive_backward", self.chunks[chunk].sent))
+        self._expect("receive_backward", self.chunks[chunk], self.chunks[chunk].sent)
 
     def receive_backward(self, microbatch: int, chunk: int = 0) -> None:
         """Wait for the gradient of a microbatch from the stage after."""
@@ -272,6 +277,9 @@ class RankExecutor(Held):
         self._all_reduce(self.flat[buffer][start:stop], axis, getattr(torch, dtype))
 
     def _all_reduce(self, part: Tensor, axis: str, dtype: torch.dtype) -> None:
+        if axis in self.spec["silent"]:
+            part.zero_()
+
         def run() -> None:
             sent = part.to(dtype)
             summed = self.comm.all_reduce_(sent, axis, "sum")
@@ -364,35 +372,36 @@ class RankExecutor(Held):
     def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
         size = self.spec["microbatch_size"]
-        first = {name: row + microbatch * size for name, row in self.spec["sliced"].items()}
+        first = {name: row + microbatch * on for name, (row, on) in self.spec["sliced"].items()}
         batch = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.batch.items()}
         step = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.step_values.items()}
         return batch, step
 
-    def _expect(self, link: str, meta: Tree) -> tuple[Any, Tensor]:
-        (source, name), (shape, dtype) = self.spec["links"][link], meta
-        buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-        return dist.irecv(buffer, src=source, group=self.groups[name][1]), buffer
+    def _expect(self, link: str, chunk: _Chunk, meta: Tree) -> None:
+        (name, pieces), (shape, dtype) = chunk.links[link], meta
+        buffer, group = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device), self.groups[name][1]
+        row = buffer.view(-1)
+        works = [(dist.irecv(row[first:last], src=source, group=group), source) for source, first, last in pieces]
+        self.expected[link].append((works, buffer))
 
     def _receive(self, link: str, part: Part) -> Tensor:
-        work, buffer = self.expected[link].popleft()
-        with self._waiting_for(self.spec["links"][link][0]):
-            self._timed(link, part, lambda: self._wait_for(work))
+        works, buffer = self.expected[link].popleft()
+        self._timed(link, part, lambda: self._wait_for(works))
         return buffer
 
     def _send(self, link: str, tensor: Tensor, part: Part) -> None:
         self._wait(link, self.spec["window"] - 1)
-        target, name = self.spec["links"][link]
-        contiguous = tensor.contiguous()
-        work = dist.isend(contiguous, dst=target, group=self.groups[name][1])
-        self.sending[link].append((work, contiguous, part))
+        name, pieces = self.chunks[part[1]].links[link]
+        contiguous, group = tensor.contiguous(), self.groups[name][1]
+        row = contiguous.view(-1)
+        works = [(dist.isend(row[first:last], dst=target, group=group), target) for target, first, last in pieces]
+        self.sending[link].append((works, contiguous, part))
 
     def _wait(self, link: str, most: int) -> None:
         """Until at most so many sends are under way."""
         while len(self.sending[link]) > most:
-            work, _, part = self.sending[link].popleft()
-            with self._waiting_for(self.spec["links"][link][0]):
-                self._timed(link, part, functools.partial(self._wait_for, work))
+            works, _, part = self.sending[link].popleft()
+            self._timed(link, part, functools.partial(self._wait_for, works))
 
     def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
         """Run, and while measuring note when."""
@@ -416,10 +425,12 @@ class RankExecutor(Held):
                 raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"], self.peer) from error
             raise
 
-    def _wait_for(self, work: Any) -> None:
+    def _wait_for(self, works: Sequence[Awaited]) -> None:
         """As long as the user wants to wait: what a message waits by itself is what its group was made with."""
         timeout_s = self.spec["timeout_s"]
-        work.wait() if timeout_s is None else work.wait(datetime.timedelta(seconds=timeout_s))
+        for work, peer in works:
+            with self._waiting_for(peer):
+                work.wait() if timeout_s is None else work.wait(datetime.timedelta(seconds=timeout_s))
 
     @contextlib.contextmanager
     def _waiting_for(self, peer: int | None) -> Iterator[None]:
