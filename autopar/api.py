@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopar.executable import Executable
-from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, OptimizerFactory, Options, SchedulerFactory
+from autopar.kernel_calls import with_kernel_calls
+from autopar.options import (
+    COLUMNS,
+    DEFAULT_OPTIMIZER,
+    EAGER,
+    OptimizerFactory,
+    Options,
+    SchedulerFactory,
+    check_target,
+)
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
@@ -35,6 +44,7 @@ def compile(
     seed: int = 0,
     solver: str = COLUMNS,
     write_lp: str | Path | None = None,
+    backend: str = EAGER,
 ) -> Executable:
     """Compile a model for a cluster; planned now if ``inputs`` is given, else at the first ``step(batch)``.
 
@@ -50,8 +60,10 @@ def compile(
     seed: of dropout and all else that forward draws, which no plan changes: one device draws the same.
     solver: "columns" (dynamic programs inside segments, an integer program over stages, a proven gap) or "flat" (one
     integer program of all choices, exact, for small graphs). write_lp: a file for the integer program of the plan.
+    backend: "eager" runs ops one by one; "inductor" has torch.compile make kernels of neighbouring ops that move
+    memory, where the estimate says that it is worth it. Products, attention and collectives stay as they are.
     Errors: TraceError, InfeasiblePlanError, ParallelismError, BatchError, PlanMismatchError, UnsupportedError
-    (ProblemSizeError where a flat program would be too large).
+    (ProblemSizeError where a flat program would be too large), MissingCompilerError.
     """
     options = Options.of(
         loss_fn,
@@ -67,7 +79,11 @@ def compile(
         seed,
         solver,
         write_lp,
+        backend,
     )
+    if options.compiles:
+        check_target(model, cluster)
+        cluster = with_kernel_calls(cluster)
     executable = Executable(model, cluster, options)
     if inputs is not None:
         executable.prepare(inputs)
@@ -92,6 +108,7 @@ def estimate(
     seed: int = 0,
     solver: str = COLUMNS,
     write_lp: str | Path | None = None,
+    backend: str = EAGER,
 ) -> Estimate:
     """Time and memory of the program that ``compile`` would run; no devices, no weights, nothing is run.
 
@@ -111,5 +128,9 @@ def estimate(
         seed,
         solver,
         write_lp,
+        backend,
     )
+    if options.compiles:
+        check_target(model, cluster)
+        cluster = with_kernel_calls(cluster)
     return plan_model(model, cluster, inputs, options).estimate

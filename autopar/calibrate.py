@@ -67,16 +67,21 @@ def cache_path(num_devices: int) -> Path:
     """Where the measures of so many ranks of this machine are kept; all that they depend on is in the name."""
     key = {
         "version": CALIBRATION_VERSION,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": usable_cores(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "environment": rank_environment(),
         "probes": [probe.label for probe in all_probes()],
     }
+    return kept_path(f"local-{num_devices}", "toml", key)
+
+
+def kept_path(name: str, suffix: str, key: Mapping[str, object]) -> Path:
+    """Where a measure of this machine is kept; key: all that it depends on."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("autopar")
-    return Path(folder) / f"local-{num_devices}-{digest}.toml"
+    return Path(folder) / f"{name}-{digest}.{suffix}"
 
 
 def rank_environment() -> dict[str, str]:
@@ -102,7 +107,7 @@ def usable_memory_bytes() -> int:
     return total
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     with contextlib.suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         if found:
@@ -182,7 +187,7 @@ def _awaited(path: Path) -> Cluster:
 
 def measure(num_ranks: int, note: str = "") -> str:
     """Measure this machine with so many ranks at once and return the text of its cluster file."""
-    description = f"{_cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
+    description = f"{cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
     steps = len(all_probes()) * _OP_PASSES + len(_messages(num_ranks)) * _MESSAGE_PASSES
     with (
         _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,

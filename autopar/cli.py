@@ -58,6 +58,9 @@ class Command:
     solver: Annotated[str, arg(metavar="S", help="columns, or flat: one integer program, exact, for small graphs")] = (
         "columns"
     )
+    backend: Annotated[
+        str, arg(metavar="B", help="eager, or inductor: neighbouring ops that move memory compiled into kernels")
+    ] = "eager"
     plan: Annotated[Path | None, arg(metavar="FILE", help="use the plan of this file instead of a search")] = None
     save: Annotated[Path | None, arg(metavar="FILE", help="write the plan to this file")] = None
     json: Annotated[bool, arg(help="print JSON and nothing else on standard output")] = False
@@ -267,7 +270,7 @@ def _keywords(command: Command) -> dict[str, Any]:
     }
     if isinstance(command, PlanCommand):
         keywords["write_lp"] = command.write_lp
-    return {**keywords, "solver": command.solver}
+    return {**keywords, "solver": command.solver, "backend": command.backend}
 
 
 def _degree(name: str, text: str | None) -> Degree | None:

@@ -13,7 +13,7 @@ from rich.console import Group
 from autopar.executable import Executable
 from autopar.planning import Planned
 from autopar.report import bytes_text, make_table, render, seconds_text
-from autopar.runtime.measure import OPTIMIZER, OTHER, OUTSIDE, STEP
+from autopar.runtime.measure import COMPILED, OPTIMIZER, OTHER, OUTSIDE, STEP
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError
 from cost_model.prices import VIEW, price_stages
@@ -213,7 +213,8 @@ def event_kinds(program: Program) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for stage in program.stages:
         for instruction in (i for chunk in stage.chunks for block in chunk.blocks for i in block.instructions):
-            for event in op_events(instruction.op):
+            is_kernel = instruction.cost is not None and instruction.cost.parts
+            for event in (COMPILED,) if is_kernel else op_events(instruction.op):
                 kinds.setdefault(event, _kind(instruction))
         for collective in (*stage.step.collectives, *stage.step.gathers):
             kinds.setdefault(f"autopar.{collective.kind}_", collective.kind)

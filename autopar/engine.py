@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autopar.batch import check_batch, random_leaves, rows_of_replica
 from autopar.inference import Inference, build_inference
+from autopar.kernel_calls import check_compiler, worth_compiling
 from autopar.link import Linked
 from autopar.options import Options, check_target
 from autopar.payload import model_tensors, rank_batch, rank_payload
@@ -181,8 +182,9 @@ class Engine:
 
     def _attach(self, name: str, batch: Any, spec: BatchSpec, *, loss: bool) -> None:
         ranks = self._running() if self._loaded else self._load()
+        worth = worth_compiling(self._cluster) if self._options.compiles else None
         inference = build_inference(
-            name, self._model, batch, spec, self._options, self._linked, training=self.training, loss=loss
+            name, self._model, batch, spec, self._options, self._linked, training=self.training, loss=loss, worth=worth
         )
         tensors = model_tensors(self._model, self._linked)
         self.call("attach", {rank: inference.payload(rank, tensors, self._linked) for rank in ranks.hosted})
@@ -212,6 +214,8 @@ class Engine:
 
     def _load(self) -> Ranks:
         """Give every rank its program and its shards of the weights; all processes must hold the same weights."""
+        if self._options.compiles:
+            check_compiler(self._cluster)
         tensors = model_tensors(self._model, self._linked)
         ranks = self._running()
         seeded = "call torch.manual_seed before building the model, or load one checkpoint, on every rank"

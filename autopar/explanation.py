@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Group
 from torch import Tensor, nn
 
-from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, OptimizerFactory, Options
+from autopar.kernel_calls import with_kernel_calls
+from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, EAGER, OptimizerFactory, Options
 from autopar.planning import Job
 from autopar.report import bytes_text, cluster_text, make_table, percent_text, render, seconds_text
 from cost_model.cluster import Cluster
@@ -120,6 +121,7 @@ def explain(
     precision: Precision | None = None,
     plan: Plan | None = None,
     solver: str = COLUMNS,
+    backend: str = EAGER,
 ) -> Explanation:
     """Explain the plan that these keywords of ``compile`` lead to; the model is traced once, nothing is run.
 
@@ -127,7 +129,8 @@ def explain(
     Errors: as for ``compile``.
     """
     start = time.perf_counter()
-    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, solver=solver)
+    options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, solver=solver, backend=backend)
+    cluster = with_kernel_calls(cluster) if options.compiles else cluster
     job = Job.of(model, cluster, inputs, options)
     chosen = job.planned(job.decide(start)).estimate
     pins, cap = job.options.parallelism, job.options.memory_cap_bytes

@@ -29,6 +29,7 @@ from cost_model.plan import Plan, StagePlan
 from passes.batch import BatchAnalysis
 from passes.follow import choices
 from passes.graph import ModelGraph
+from passes.group import Worth
 from passes.precision import cast
 from passes.segment import Segment, carried_values, segment
 from passes.specialise import specialise
@@ -116,8 +117,10 @@ def build_inference(
     *,
     training: bool,
     loss: bool,
+    worth: Worth | None = None,
 ) -> Inference:
-    """Trace, follow and link. training: the mode; loss: of the model or ``loss_fn``, else all that the model returns.
+    """Trace, follow and link. training: the mode; loss: of the model or ``loss_fn``, else all that the model returns;
+    worth: as ``Linker`` takes it.
 
     Errors: those of tracing, UnsupportedError, BatchError.
     """
@@ -128,7 +131,7 @@ def build_inference(
     analysis, _ = analysed(traced, model)
     plan = _plan(traced, analysis, held, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
-    linked = Linker(traced, analysis, None, "cpu", given=buckets).link(plan)
+    linked = Linker(traced, analysis, None, "cpu", given=buckets, worth=worth).link(plan)
     linked.verify()
     return Inference(name, linked, _collected(analysis, outputs), outputs)
 

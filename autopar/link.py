@@ -25,6 +25,7 @@ from passes.batch import BatchAnalysis
 from passes.codegen import render_module
 from passes.cut import cut_stage, prologue
 from passes.graph import GraphInput, ModelGraph
+from passes.group import Worth
 from passes.schedule_code import PartStep, Reduction, render_prologue, render_step
 from passes.segment import Segment
 from passes.specialise import specialise
@@ -167,7 +168,8 @@ class Linker:
 
     device_kind: "cpu" or "cuda", where the optimizer runs. max_grad_norm: what every step clips gradients to.
     local_batches: whether a rank is given the rows of its replica only, whatever it reads.
-    given: the buckets of each stage, where parameters are held by another program.
+    given: the buckets of each stage, where parameters are held by another program. worth: whether ops are compiled
+    into a kernel, by what that costs; None: none are.
     """
 
     def __init__(
@@ -179,8 +181,9 @@ class Linker:
         max_grad_norm: float | None = None,
         local_batches: bool = False,
         given: Sequence[tuple[Bucket, ...]] | None = None,
+        worth: Worth | None = None,
     ) -> None:
-        self.traced, self.analysis, self.given = traced, analysis, given
+        self.traced, self.analysis, self.given, self.worth = traced, analysis, given, worth
         self.max_grad_norm, self.local_batches = max_grad_norm, local_batches
         self.optimizer, self.device_kind = optimizer, device_kind
         self._templates: Templates = {}
@@ -294,6 +297,7 @@ class Linker:
             precision=plan.precision,
             accumulates=plan.accumulates,
             given=None if self.given is None else self.given[index % plan.pp],
+            worth=self.worth,
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:

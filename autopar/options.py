@@ -18,6 +18,9 @@ from cost_model.units import parse_bytes
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[Any], torch.optim.lr_scheduler.LRScheduler]
+EAGER, INDUCTOR = "eager", "inductor"
+BACKENDS = (EAGER, INDUCTOR)
+"""Ops one by one, or neighbouring ones compiled into kernels by torch.compile."""
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.AdamW, lr=3e-4)
 COLUMNS, FLAT = "columns", "flat"
 SOLVERS = (COLUMNS, FLAT)
@@ -45,6 +48,12 @@ class Options:
     seed: int = 0
     solver: str = COLUMNS
     write_lp: Path | None = None
+    backend: str = EAGER
+
+    @property
+    def compiles(self) -> bool:
+        """Whether ops are compiled into kernels."""
+        return self.backend != EAGER
 
     @staticmethod
     def of(
@@ -61,6 +70,7 @@ class Options:
         seed: int = 0,
         solver: str = COLUMNS,
         write_lp: str | Path | None = None,
+        backend: str = EAGER,
     ) -> Options:
         """Checked options; ConfigError or UnsupportedError with a next move."""
         for name, value in (("loss_fn", loss_fn), ("optimizer", optimizer), ("scheduler", scheduler)):
@@ -84,6 +94,8 @@ class Options:
             raise ConfigError(f"seed must be a whole number of 64 bits, not {seed!r}")
         if solver not in SOLVERS:
             raise UnknownNameError("solver", str(solver), SOLVERS)
+        if backend not in BACKENDS:
+            raise UnknownNameError("backend", backend, BACKENDS)
         norm = None if max_grad_norm is None else float(max_grad_norm)
         return Options(
             loss_fn,
@@ -99,6 +111,7 @@ class Options:
             seed,
             solver,
             _lp_path(write_lp, plan),
+            backend,
         )
 
 

@@ -105,6 +105,7 @@ def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
     return {
         "source": linked.source(rank),
         "imports": imports(linked.traced.global_graph),
+        "kernels": {kernel.name: kernel.inputs for code in part.chunks for kernel in code.kernels},
         "batch": tuple(i.target for i in part.batch_inputs),
         "sliced": _slices(linked, stage, dp),
         "microbatches": plan.microbatches,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
+from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linked, Linker, device_map
 from autopar.meshes import DifferentMeshes, may_differ
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
@@ -113,7 +114,13 @@ class Job:
         self._programs: dict[Plan, Program] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
-            self.traced, self.analysis, self.optimizer, kind, options.max_grad_norm, options.local_batches
+            self.traced,
+            self.analysis,
+            self.optimizer,
+            kind,
+            options.max_grad_norm,
+            options.local_batches,
+            worth=worth_compiling(self.cluster) if options.compiles else None,
         )
 
     @staticmethod
@@ -197,8 +204,9 @@ class Job:
         """The decided plan rewritten and priced."""
         plan = decision.plan
         missing = missing_rules(self.traced.global_graph, plan, self.cluster)
-        notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
         program = self.program(plan)
+        notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
+        notes = (*notes, *kernel_notes(program)) if self.options.compiles else notes
         estimate = estimate_program(program, self.cluster, plan, notes, decision.search_s, decision.gap)
         return Planned(plan, estimate, self, self.optimizer)
 

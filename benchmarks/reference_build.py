@@ -177,9 +177,7 @@ def _stage_ends(parts: tuple[Segment, ...], cuts: tuple[int, ...]) -> tuple[int,
     return (*ends[:-1], len(parts))
 
 
-def _choices(
-    parts: tuple[Segment, ...], block: Mapping[str, str], ends: Mapping[str, str]
-) -> list[Mapping[str, str]]:
+def _choices(parts: tuple[Segment, ...], block: Mapping[str, str], ends: Mapping[str, str]) -> list[Mapping[str, str]]:
     first = next(part for part in parts if _is_block(part))
     return [_of_block(first, part, block) if _is_block(part) else _of_end(part, ends) for part in parts]
 

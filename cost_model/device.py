@@ -142,7 +142,11 @@ class StreamRow:
         assert self.points and all(a[0] < b[0] for a, b in zip(self.points, self.points[1:], strict=False))
 
     def seconds(self, nbytes: float) -> float:
-        return self.overhead_s + nbytes / interpolate(self.points, nbytes)
+        return self.overhead_s + self.moving_s(nbytes)
+
+    def moving_s(self, nbytes: float) -> float:
+        """Without the overhead."""
+        return nbytes / interpolate(self.points, nbytes)
 
 
 Row = GemmRow | StreamRow
@@ -166,7 +170,8 @@ class Device:
 
     kind: "cuda" or "cpu". memory_bytes: what a program may be given; reserve_bytes: what the runtime around it
     takes (context, communication library, interpreter). peak_flops: by dtype; a dtype that is missing is one the
-    device cannot compute in. op_overhead_s: the least time between the starts of two small ops.
+    device cannot compute in. op_overhead_s: the least time between the starts of two small ops; kernel_overhead_s: of
+    two kernels that a compiler made.
     rows: one per kind of ``KINDS``. ops: rows of single ops that were measured, by name in the op table; they come
     before that of their kind. reported_as: names under which torch.cuda reports it. sources: by table. path: of the
     file.
@@ -179,6 +184,7 @@ class Device:
     memory_bandwidth_bytes_per_s: float
     peak_flops: Mapping[str, float] = field(hash=False)
     op_overhead_s: float
+    kernel_overhead_s: float
     rows: Mapping[str, Row] = field(hash=False)
     ops: Mapping[str, StreamRow] = field(default_factory=dict, hash=False)
     reported_as: tuple[str, ...] = ()
@@ -200,6 +206,8 @@ class Device:
 
     def op_time_s(self, cost: OpCost) -> float:
         """Seconds of one call of this cost. Errors: UnknownNameError (kind), UnsupportedError (dtype)."""
+        if cost.parts:
+            return self._kernel_s(cost)
         row = self.rows.get(cost.kind)
         if row is None:
             raise UnknownNameError("op kind", cost.kind, self.rows)
@@ -207,6 +215,22 @@ class Device:
         if isinstance(row, StreamRow):
             return row.seconds(cost.nbytes)
         return row.seconds(cost, self.peak(cost.dtype), self.memory_bandwidth_bytes_per_s)
+
+    def _kernel_s(self, cost: OpCost) -> float:
+        """Seconds of a kernel compiled from several ops: its bytes move once, as fast as an elementwise op moves them;
+        what each op takes beyond moving its own bytes, for arithmetic, remains."""
+        return self.kernel_overhead_s + self._moving_s(cost.nbytes) + sum(map(self._arithmetic_s, cost.parts))
+
+    def _moving_s(self, nbytes: float) -> float:
+        row = self.rows["elementwise"]
+        assert isinstance(row, StreamRow)
+        return row.moving_s(nbytes)
+
+    def _arithmetic_s(self, cost: OpCost) -> float:
+        row = self.rows[cost.kind]
+        row = self.ops.get(cost.op, row) if cost.op else row
+        assert isinstance(row, StreamRow)
+        return max(0.0, row.moving_s(cost.nbytes) - self._moving_s(cost.nbytes))
 
     def product_s(self) -> float:
         """Seconds of one large product in the fastest dtype: to compare devices by."""
@@ -251,7 +275,7 @@ def device_from_table(table: Table) -> Device:
         table.fail("kind", f"must be one of {', '.join(DEVICE_KINDS)}, not {kind!r}")
     sources = {"device": table.text("source")}
     memory = _sourced(table, "memory", ("capacity", "reserve", "bandwidth"), sources)
-    overhead = _sourced(table, "overhead", ("op",), sources)
+    overhead = _sourced(table, "overhead", ("op", "kernel"), sources)
     peak = _sourced(table, "peak", DTYPE_BYTES, sources)
     bandwidth, op_overhead_s = memory.bandwidth("bandwidth"), overhead.seconds("op")
     if memory.nbytes("reserve") >= memory.nbytes("capacity"):
@@ -264,6 +288,7 @@ def device_from_table(table: Table) -> Device:
         memory_bandwidth_bytes_per_s=bandwidth,
         peak_flops=_peaks(peak),
         op_overhead_s=op_overhead_s,
+        kernel_overhead_s=overhead.seconds("kernel") if overhead.has("kernel") else op_overhead_s,
         rows=_rows(table.table("cost"), bandwidth, op_overhead_s, sources),
         ops=_ops(table.table("op"), bandwidth, op_overhead_s, sources) if table.has("op") else {},
         reported_as=table.texts("reported_as") if table.has("reported_as") else (),

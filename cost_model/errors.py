@@ -70,6 +70,14 @@ class UnsupportedError(AutoparError):
     """Asked for something this version cannot do; the message names what can be done instead."""
 
 
+class MissingCompilerError(AutoparError):
+    """What compiles kernels is not installed. Attributes: compiler (its name)."""
+
+    def __init__(self, compiler: str, advice: str) -> None:
+        self.compiler = compiler
+        super().__init__(f"backend='inductor' compiles kernels with {compiler}, which is not there: {advice}")
+
+
 class TraceError(AutoparError):
     """torch.export could not trace the model. Attributes: source ("file:line: code" of the user's line, or None)."""
 

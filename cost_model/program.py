@@ -24,6 +24,7 @@ class OpCost:
     flops: floating-point operations; nbytes: bytes read and written at least once.
     gemm: (batch, m, n, k) of a matrix multiplication; (batch x heads, queries, keys, width) of fused attention.
     op: its name in the op table, where known; a measured device has rows of their own for some ops.
+    parts: of a compiled kernel: the costs of its ops as each would run alone; its own are those of the whole.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class OpCost:
     dtype: str
     gemm: tuple[int, int, int, int] | None = None
     op: str | None = None
+    parts: tuple[OpCost, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.graph import is_getitem
+from passes.group import Kernel
 from passes.lower import Function, Line
 
 RUNTIME_CALLS = {
@@ -55,13 +57,17 @@ class Sources:
 
 
 class _Names:
-    """Short module-level names of the overloads used: ``mm``, ``add_Tensor``."""
+    """Short module-level names of the overloads used: ``mm``, ``add_Tensor``; and the kernels."""
 
     def __init__(self) -> None:
         self.used: dict[str, str] = {}
+        self.kernels: dict[str, Kernel] = {}
 
     def of(self, node: fx.Node) -> str:
         target = str(node.target)
+        if isinstance(node.target, Kernel):
+            self.kernels[target] = node.target
+            return target
         if target in RUNTIME_CALLS:
             return RUNTIME_CALLS[target]
         namespace, name, overload = target.split(".")
@@ -102,19 +108,50 @@ def _line(line: Line, names: _Names) -> str:
         *operands, parameter = node.args
         arguments = [f'grads["{parameter}"]', *(_text(o) for o in operands)]
         return _wrapped(f"{ACCUMULATIONS[str(node.target)]}(", arguments, f"){deletes}")
-    callee = names.of(node)
-    if line.in_place:
-        callee += "_"
+    return _call(node, line.outputs, names, "_" if line.in_place else "", deletes)
+
+
+def _call(node: fx.Node, outputs: tuple[str, ...], names: _Names, suffix: str = "", deletes: str = "") -> str:
+    callee = names.of(node) + suffix
     text = _placed if callee in _PLACED else _text
     arguments = [text(a) for a in node.args] + [f"{k}={text(v)}" for k, v in node.kwargs.items()]
-    if len(line.outputs) > 1:
-        result = f"{', '.join(line.outputs)} = "
-    elif line.outputs:
+    if len(outputs) > 1:
+        result = f"{', '.join(outputs)} = "
+    elif outputs:
         meta_is_tuple = isinstance(node.meta.get("val"), tuple | list)
-        result = f"({line.outputs[0]},) = " if meta_is_tuple else f"{line.outputs[0]} = "
+        result = f"({outputs[0]},) = " if meta_is_tuple else f"{outputs[0]} = "
     else:
         result = ""
     return _wrapped(f"{result}{callee}(", arguments, f"){deletes}")
+
+
+def render_kernel(kernel: Kernel, names: _Names) -> str:
+    """A kernel's calls as a function, which the runtime has compiled."""
+    calls = [n for n in kernel.graph.nodes if n.op == "call_function" and not is_getitem(n)]
+    placed = [f"device = {_first_input(kernel)}.device"] if any(map(_names_device, calls)) else []
+    body = ['"""Compiled into one kernel."""', *placed, *(_call(n, _variables(n), names) for n in calls)]
+    (results,) = kernel.graph.output_node().args
+    assert isinstance(results, tuple)
+    body.append(f"return ({', '.join(map(str, results))},)")
+    inputs = ", ".join(n.name for n in kernel.graph.nodes if n.op == "placeholder")
+    return f"def {kernel.name}({inputs}):\n" + textwrap.indent("\n".join(body), _INDENT)
+
+
+def _first_input(kernel: Kernel) -> str:
+    return str(next(n for n in kernel.graph.nodes if n.op == "placeholder"))
+
+
+def _names_device(node: fx.Node) -> bool:
+    return any(isinstance(value, torch.device) for value in (*node.args, *node.kwargs.values()))
+
+
+def _variables(node: fx.Node) -> tuple[str, ...]:
+    """Names of a call's results; "_" for those that nothing reads."""
+    value = node.meta["val"]
+    if not isinstance(value, tuple | list):
+        return (node.name,)
+    named = {user.args[1]: user.name for user in node.users if is_getitem(user)}
+    return tuple(named.get(index, "_") for index in range(len(value)))
 
 
 def _placed(value: Any) -> str:

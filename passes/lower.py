@@ -18,6 +18,7 @@ from cost_model.program import Block, Collective, Instruction, OpCost, Value
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of
 from passes.graph import Meta, is_getitem, meta_of
+from passes.group import Kernel
 from passes.storage import is_view, storage_of
 from passes.workspace import workspace_bytes
 
@@ -165,26 +166,30 @@ class _Lower:
     def _instruction(
         self, node: fx.Node, variables: list[fx.Node], in_place: bool, frees: tuple[str, ...]
     ) -> Instruction:
-        call = call_of(node, self.metas if node.name in self.metas else {**self.metas, node.name: ()})
-        collective = _collective(node, self.metas)
-        dropped = self._dropped_bytes(node, variables)
-        cost = None if is_view(node) else price_of(call)
-        copy = OpCost("copy", 0.0, 2.0 * call.inputs[0].nbytes, call.inputs[0].dtype) if call.inputs else None
-        if collective is not None and collective.kind == "all_reduce":
-            cost = None if in_place else copy
+        cost, workspace = self._work(node, in_place)
         return Instruction(
             op=str(node.target),
             inputs=tuple(o.name for o in node.all_input_nodes),
             outputs=tuple(self._value(v) for v in variables),
             cost=cost,
-            collective=collective,
-            workspace_bytes=dropped
-            + _staging_bytes(node, self.metas)
-            + _parts_bytes(node, self.metas)
-            + workspace_bytes(node, cost),
+            collective=_collective(node, self.metas),
+            workspace_bytes=self._dropped_bytes(node, variables) + workspace,
             frees=frees,
             segment=int(node.meta.get("segment", -1)),
         )
+
+    def _work(self, node: fx.Node, in_place: bool) -> tuple[OpCost | None, int]:
+        """(cost, bytes that the call needs beside its results)."""
+        if isinstance(node.target, Kernel):
+            return node.target.cost, node.target.workspace_bytes
+        call = call_of(node, self.metas if node.name in self.metas else {**self.metas, node.name: ()})
+        collective = _collective(node, self.metas)
+        cost = None if is_view(node) else price_of(call)
+        copy = OpCost("copy", 0.0, 2.0 * call.inputs[0].nbytes, call.inputs[0].dtype) if call.inputs else None
+        if collective is not None and collective.kind == "all_reduce":
+            cost = None if in_place else copy
+        staged = _staging_bytes(node, self.metas) + _parts_bytes(node, self.metas)
+        return cost, staged + workspace_bytes(node, cost)
 
     def _dropped_bytes(self, node: fx.Node, variables: list[fx.Node]) -> int:
         """Outputs nobody uses still exist while the op returns."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cost_model.errors import VerificationError
 from cost_model.program import Block, Instruction, Value
 from passes.codegen import ACCUMULATIONS, RUNTIME_CALLS
+from passes.group import KERNEL
 
 _OPS = {printed: op for op, printed in RUNTIME_CALLS.items()}
 _NOT_VALUES = ("comm", "device", "float", "grads", "torch")
@@ -83,7 +84,7 @@ class _Held:
 
 def printed_lines(module: ast.Module, function: str) -> Iterator[PrintedLine]:
     """The op calls of a function of generated source, in order."""
-    ops = {**_OPS, **_overloads(module)}
+    ops = {**_OPS, **_overloads(module), **_kernels(module)}
     body = next(n.body for n in module.body if isinstance(n, ast.FunctionDef) and n.name == function)
     for statement, after in zip(body, [*body[1:], ast.Pass()], strict=True):
         call = statement.value if isinstance(statement, ast.Assign | ast.Expr) else None
@@ -99,6 +100,12 @@ def _overloads(module: ast.Module) -> dict[str, str]:
     """op_mm -> aten.mm.default."""
     assigns = [n for n in module.body if isinstance(n, ast.Assign)]
     return {name: _dotted(n.value).removeprefix("torch.ops.") for n in assigns for name in _names(*n.targets)}
+
+
+def _kernels(module: ast.Module) -> dict[str, str]:
+    """Functions of the module that its functions call by name."""
+    names = [n.name for n in module.body if isinstance(n, ast.FunctionDef) and n.name.startswith(KERNEL)]
+    return dict(zip(names, names, strict=True))
 
 
 def _dotted(node: ast.expr) -> str:

@@ -10,9 +10,18 @@ from cost_model.precision import Kept, Precision
 from cost_model.program import Block, Bucket, Value
 from cost_model.tensor import TensorMeta
 from passes.cast_gradients import cast_gradients
-from passes.codegen import Sources, new_names, render_function, render_module, returns, returns_named
+from passes.codegen import (
+    Sources,
+    new_names,
+    render_function,
+    render_kernel,
+    render_module,
+    returns,
+    returns_named,
+)
 from passes.fuse import fuse
 from passes.graph import GraphInput, ModelGraph
+from passes.group import Kernel, Kernels, Worth, group
 from passes.lower import Function, Storages, lower
 from passes.pack import pack
 from passes.shard import ShardedStage, shard
@@ -46,6 +55,7 @@ class StageCode:
     backward finishes them (a parameter the loss does not reach has none, as on one device).
     buckets: parameters whose state is split over the dp axis.
     updates: buffers that backward gives a new value. precision: in what gradients and masters are kept.
+    kernels: the functions that a compiler is to make kernels of.
     """
 
     suffix: str
@@ -67,6 +77,7 @@ class StageCode:
     precision: Precision
     weight: Block | None = None
     kept: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
 
     def types(self, item: GraphInput) -> Kept:
         """The dtypes that belong to a parameter."""
@@ -103,6 +114,7 @@ def build_stage(
     precision: Precision = _OWN,
     accumulates: bool = False,
     given: tuple[Bucket, ...] | None = None,
+    worth: Worth | None = None,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
@@ -111,7 +123,8 @@ def build_stage(
     splits_backward: whether gradients of parameters have a function of their own.
     accumulates: whether gradients of several microbatches add up. A product then finds its buffer in memory rather than
     in the cache and is slower than one that is made apart and added, so it is not fused.
-    given: the buckets, where another program has chosen them.
+    given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
+    None: none are.
     """
     sharded = pack(shard(model, choices, AXIS, tp, last=last))
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
@@ -135,7 +148,16 @@ def build_stage(
         cast_gradients(graph, {i.target: kept[i.target].grads for i in alone})
     gradients = finished(graphs)
     graphs = shard_state(graphs, buckets, parameters)
+    if worth is not None:
+        _group(graphs, suffix, worth)
     return _Builder(sharded, graphs, last, buckets, gradients, suffix, precision).build()
+
+
+def _group(graphs: SplitGraphs, suffix: str, worth: Worth) -> None:
+    """Neighbouring ops of each function that runs per microbatch become kernels."""
+    kernels, returned = Kernels(suffix), frozenset((graphs.output, *graphs.saved, *graphs.kept))
+    for graph in (graphs.forward, *graphs.backwards):
+        group(graph, returned, kernels, worth)
 
 
 class _Builder:
@@ -185,6 +207,7 @@ class _Builder:
         ]
         if weight is not None:
             texts.append(self._text(weight, BACKWARD_SIGNATURE, graphs.kept, None, _BACKWARD_DOC))
+        texts = [*(render_kernel(kernel, self.names) for kernel in self.names.kernels.values()), *texts]
         changed = {i.target for i in self.inputs.values() if i.changes}
         return StageCode(
             suffix=self.suffix,
@@ -206,6 +229,7 @@ class _Builder:
             precision=self.precision,
             weight=None if weight is None else weight.block,
             kept=self._storages_in(backward, graphs.kept),
+            kernels=tuple(self.names.kernels.values()),
         )
 
     def _weight(self) -> Function | None:

@@ -61,7 +61,7 @@ class RankExecutor(Held):
 
     def __init__(self, rank: int, world_size: int, payload: Tree) -> None:
         super().__init__(rank, world_size, payload)
-        self.module = _load(payload["source"], payload["imports"])
+        self.module = _load(payload, self.device)
         self.kernels: ModuleType = kernels
         self.chunks = [self._chunk(described) for described in payload["chunks"]]
         self.constants = self._set_up()
@@ -74,7 +74,7 @@ class RankExecutor(Held):
         """Another program over the same parameters and buffers, and what it alone reads, for ``infer``."""
         other = copy.copy(self)
         other.spec = {**self.spec, **payload["program"]}
-        other.module = _load(other.spec["source"], other.spec["imports"])
+        other.module = _load(other.spec, self.device)
         other.params = ChainMap(self.params, self._here(payload["params"]))
         other.buffers = ChainMap(self.buffers, self._here(payload["buffers"]))
         other.chunks = [other._chunk(described) for described in other.spec["chunks"]]
@@ -457,12 +457,17 @@ class RankExecutor(Held):
         return measure(self, request)
 
 
-def _load(source: str, imports: Sequence[str]) -> SimpleNamespace:
-    """The generated module; its code shows in tracebacks. imports: modules that define ops of the user's own."""
-    for module in imports:
+def _load(program: Tree, device: torch.device) -> SimpleNamespace:
+    """The generated module, its kernels compiled; its code shows in tracebacks."""
+    source = program["source"]
+    for module in program["imports"]:  # they define ops of the user's own
         importlib.import_module(module)
     filename = "<autopar program>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), namespace)
+    if program["kernels"]:
+        from autopar.runtime.compiled import compile_kernels
+
+        compile_kernels(namespace, program["kernels"], device)
     return SimpleNamespace(**{k: v for k, v in namespace.items() if not k.startswith("__")})

@@ -26,6 +26,8 @@ OPTIMIZER = "optimizer"
 RECEIVE = "receive"
 OTHER = "other"
 OUTSIDE = "outside ops"
+COMPILED = "Torch-Compiled Region"
+"""What torch.compile calls a kernel's event, followed by a number."""
 _ROOT = "autopar.step"
 ONCE = (-1, 0)  # the microbatch, and chunk, of what is done once per step
 
@@ -166,13 +168,18 @@ def _optimizer_event(executor: RankExecutor) -> dict[str, str]:
 
 def op_kind(event: Any, known: dict[str, str]) -> str | None:
     """Kind of an op of the step that no counted op contains; None for any other event."""
-    kind = known.get(event.name, OTHER if event.name.startswith("aten::") else None)
+    kind = known.get(_name(event), OTHER if event.name.startswith("aten::") else None)
     if kind is None:
         return None
-    parents = [parent.name for parent in _parents(event)]
+    parents = [_name(parent) for parent in _parents(event)]
     if _ROOT not in parents or any(name in known or name.startswith("aten::") for name in parents):
         return None
     return kind
+
+
+def _name(event: Any) -> str:
+    """Of an op; of a kernel without its number."""
+    return COMPILED if event.name.startswith(COMPILED) else str(event.name)
 
 
 def _parents(event: Any) -> Iterator[Any]:
