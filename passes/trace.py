@@ -11,7 +11,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import config as fx_config
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
@@ -31,7 +32,9 @@ from passes.experts import traceable_experts
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
 from passes.mutations import changed_buffers
+from passes.repeats import Repeats, UnlikeError
 from passes.segment import Segment, segment
+from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks, no_own_backward
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -85,9 +88,10 @@ class _WithLoss(nn.Module):
         self.model = model
         self._loss_fn, self._spec = loss_fn, spec
         self.watch = ValueWatch()
+        self.repeats: Repeats | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.watch.over(self.model):
+        with self.watch.over(self.model), nullcontext() if self.repeats is None else self.repeats.between():
             outputs = self.model(*args, **kwargs)
         if self._loss_fn is None:
             return find_loss(outputs)
@@ -179,24 +183,24 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
     wrapped.training = model.training  # not train(): the model's parts may each be in a mode of their own
     try:
         with _stack_traces(sources), traceable_experts(model):
-            return _traced(wrapped, spec)
+            return _traced(wrapped, spec, sources)
     except UnsupportedError:
         if sources:
             raise
         return trace(model, inputs, loss_fn, sources=True)
 
 
-def _traced(wrapped: _WithLoss, spec: BatchSpec) -> Traced:
+def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     check_hooks(wrapped.model)
     aliases = alias_map(wrapped.model)
-    graph, constants, counters = _export(wrapped, spec, spec.size, aliases)
+    graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
     other_size = _second_size(spec.size)
     notes = wrapped.watch.notes
     other = None
     if other_size is not None:
         try:
             with _stack_traces(False):
-                other, *_ = _export(wrapped, spec, other_size, aliases)
+                other, *_ = _export(wrapped, spec, other_size, aliases, folded=True)
         except TraceError as error:
             notes = (
                 *notes,
@@ -246,19 +250,21 @@ def is_batched(shape: tuple[int, ...], batch: int) -> bool:
 
 
 def _export(
-    module: _WithLoss, spec: BatchSpec, size: int, aliases: Mapping[str, str]
+    module: _WithLoss, spec: BatchSpec, size: int, aliases: Mapping[str, str], *, folded: bool
 ) -> tuple[ModelGraph, dict[str, torch.Tensor], dict[str, int | float]]:
-    """The graph, its constants and its counters."""
+    """The graph, its constants and its counters. folded: layers that are alike may be traced once."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     batch = _fake_inputs(spec, size, device)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
         with no_own_backward():
-            exported = torch.export.export(module, args, kwargs, strict=False)
+            exported = (_folded(module, args, kwargs) if folded else None) or _exported(module, args, kwargs)
     except AutoparError:
         raise
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
+        if folded:
+            return _export(module, spec, size, aliases, folded=False)
         _check_arguments(module.model, args, kwargs)
         raise _trace_error(error, module.model) from error
     with warnings.catch_warnings():
@@ -267,6 +273,27 @@ def _export(
     changed = changed_buffers(exported)
     graph, constants = _to_model_graph(exported, spec, size, aliases, changed.statistics)
     return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}
+
+
+def _exported(module: _WithLoss, args: Any, kwargs: Any) -> torch.export.ExportedProgram:
+    with _use_lazy_graph_module(True):  # whose code, which nobody runs, is not printed after each step
+        return torch.export.export(module, args, kwargs, strict=False)
+
+
+def _folded(module: _WithLoss, args: Any, kwargs: Any) -> torch.export.ExportedProgram | None:
+    """The same, layers that are alike traced once; None where they are not."""
+    repeats = module.repeats = Repeats(module.model)
+    try:
+        if not repeats.modules:
+            return None
+        with repeats.over():
+            exported = _exported(module, args, kwargs)
+        unroll(exported.graph_module, repeats)
+        return exported
+    except UnlikeError:
+        return None
+    finally:
+        module.repeats = None
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
