@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from autopar.progress import planning_progress
 from autopar.report import seconds_text
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
-from autopar.schedules import WORTH, faster_schedules
+from autopar.schedules import WORTH, faster_schedules, windows
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
 from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchError, UnsupportedError
@@ -316,31 +317,43 @@ class Job:
         """On an uneven network: meshes are priced on its fastest links, placed, and simulated where they are."""
         view = self.on(fastest_view(self.cluster))
 
-        def simulated(solution: Solution) -> tuple[float, Solution]:
-            own = solution.configuration
-            free = pins.schedule is None and own.pp > 1 and own.virtual_stages == 1
-            names = ("1f1b", "gpipe") if free else (own.schedule,)
-            program = self.program(self.plan(solution))
-            timed = [(self._simulated_s(replace(program, schedule=name)), name) for name in names]
-            step_s, name = min(timed, key=lambda each: each[0])
-            return step_s, replace(solution, configuration=replace(own, schedule=name))
-
         return search_placed(
             self.cluster,
             view.pinned_space(),
             self.batch,
             pins,
-            self._sent_bytes,
-            sum(meta.nbytes for meta in self.parameters.values()),
+            self,
             view._searched_under,
-            simulated,
+            functools.partial(self._fastest_schedule, pins),
         )
 
-    def _sent_bytes(self, microbatch_size: int) -> float:
+    def _fastest_schedule(self, pins: Pins, solution: Solution) -> tuple[float, Solution]:
+        """Seconds of a step of a placed plan, and it under the faster of 1f1b, in any window, and gpipe."""
+        own, program = solution.configuration, self.program(self.plan(solution))
+        timed = [(self._simulated_s(program), own)]
+        if own.pp > 1 and own.schedule == "1f1b":
+            wider = windows(program, self.options.parallelism, self._simulated_s)
+            timed += [(step_s, replace(own, window=window)) for window, step_s in wider]
+            if pins.schedule is None:
+                timed.append((self._simulated_s(replace(program, schedule="gpipe")), replace(own, schedule="gpipe")))
+        step_s, best = min(timed, key=lambda each: each[0])
+        return step_s, replace(solution, configuration=best)
+
+    def sent_bytes(self, microbatch_size: int) -> float:
         """The largest activation between segments."""
         local = self.space.local_model(microbatch_size)
         assert local is not None
         return float(max((exit.nbytes + carried for exit, carried in local.cut_before[1:]), default=0))
+
+    @property
+    def reduced_bytes(self) -> float:
+        """All gradients."""
+        return float(sum(meta.nbytes for meta in self.parameters.values()))
+
+    @property
+    def segments(self) -> int:
+        """Of the model."""
+        return len(self.traced.segments)
 
     def _simulated_s(self, program: Program) -> float:
         """Seconds of a step on this cluster; infinite where it does not fit."""

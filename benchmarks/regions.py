@@ -76,9 +76,7 @@ def _pins() -> Any:
 
 
 def seconds(job: Job, plan: Plan) -> float:
-    program = job.linked(replace(plan, placement=tuple(range(64)), schedule="1f1b")).program
-    cells = dict(zip(program.devices, plan.placement, strict=True))
-    return simulate(replace(program, devices=cells, schedule=plan.schedule), job.cluster).step_time_s
+    return simulate(job.program(plan), job.cluster).step_time_s
 
 
 def large() -> Cluster:

@@ -18,6 +18,8 @@ from cost_model.collectives import FLAT, Link, ring_s, slowest
 
 Rows = tuple[tuple[float, ...], ...]
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 Channel = tuple[int, float, float]
 
 
@@ -56,6 +58,9 @@ class Network:
         every = tuple(range(len(latency_s)))
         names = tuple(f"device {index}" for index in every)
         return cls(names, latency_s, bandwidth_bytes_per_s, every, every, (None,) * len(every))
+
+    def __len__(self) -> int:
+        return len(self.node_of)
 
     def region(self, device: int) -> str:
         return self.regions[self.region_of[self.node_of[device]]]
@@ -123,6 +128,85 @@ class Network:
     def bandwidths(self) -> FloatArray:
         """[device, device] bytes per second of a message while nothing else is sent, copying left out."""
         return self._by_device(np.array(self.bandwidth_bytes_per_s), "bandwidth_bytes_per_s")
+
+    @cached_property
+    def delays_s(self) -> FloatArray:
+        """[device, device] of an empty message."""
+        delays: FloatArray = self.start_s + self.latencies_s
+        return delays
+
+    @cached_property
+    def awaited_delays_s(self) -> FloatArray:
+        """[device, device] of an empty message whose sender learns first that it is awaited."""
+        delays: FloatArray = self.delays_s + self.latencies_s.T
+        return delays
+
+    @cached_property
+    def nearest_within(self) -> tuple[float, float]:
+        """The least delay, and the least seconds per byte, between two devices of a region; infinite where none are."""
+        return self._nearest(same=True)
+
+    @cached_property
+    def nearest_between(self) -> tuple[float, float]:
+        """The same between two regions."""
+        return self._nearest(same=False)
+
+    def _nearest(self, *, same: bool) -> tuple[float, float]:
+        region = self.regions_by_device
+        chosen = (region[:, None] == region[None, :]) == same
+        np.fill_diagonal(chosen, val=False)
+        delay_s, per_byte_s = (values[chosen].min(initial=np.inf) for values in (self.delays_s, self.shared_s_per_byte))
+        return float(delay_s), float(per_byte_s)
+
+    @cached_property
+    def fastest_bandwidth(self) -> float:
+        """Between any two devices."""
+        return float(self.bandwidths[~np.eye(len(self), dtype=bool)].max())
+
+    @cached_property
+    def bandwidths_out(self) -> tuple[float, ...]:
+        """The fastest that leaves each region for another one, the largest first."""
+        region = self.regions_by_device
+        out = [self.bandwidths[np.ix_(region == r, region != r)].max(initial=0.0) for r in np.unique(region)]
+        return tuple(sorted(map(float, out), reverse=True))
+
+    @cached_property
+    def nodes_by_device(self) -> IntArray:
+        return np.array(self.node_of)
+
+    @cached_property
+    def regions_by_device(self) -> IntArray:
+        return np.array(self.region_of)[self.nodes_by_device]
+
+    @cached_property
+    def shared_s_per_byte(self) -> FloatArray:
+        """[device, device] of a message while all devices of the sender's node send."""
+        sizes = np.array([self._sizes[node] for node in self.node_of]) if self.shares_egress else np.ones(len(self))
+        outside = ~self.same_node
+        rates: FloatArray = np.where(outside, sizes[:, None], 1.0) / self.bandwidths + outside * self.copy_s_per_byte
+        return rates
+
+    @cached_property
+    def channels(self) -> IntArray:
+        """[device, device] equal in a row for targets that share the sender's rate; -1 where nothing is shared."""
+        rates = np.stack([np.array(self.latency_s), np.array(self.bandwidth_bytes_per_s)], axis=-1).reshape(-1, 2)
+        numbers = np.unique(rates, axis=0, return_inverse=True)[1].reshape(len(self.regions), -1)
+        region = self.regions_by_device
+        shared = ~self.same_node & self.shares_egress
+        found: IntArray = np.where(shared, numbers[np.ix_(region, region)], -1)
+        return found
+
+    @cached_property
+    def same_node(self) -> BoolArray:
+        """[device, device]"""
+        node = self.nodes_by_device
+        same: BoolArray = node[:, None] == node[None, :]
+        return same
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices of each node."""
+        return tuple(self._sizes[node] for node in range(len(self.inside)))
 
     @cached_property
     def _between(self) -> tuple[tuple[Link, ...], ...]:

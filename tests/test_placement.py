@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import autopar
-from autopar.planner.placement import Placed, Prices, Traffic, place
+from autopar.planner.placed_prices import Prices, Traffic
+from autopar.planner.placement import Placed, place
 from cost_model.cluster import Cluster
 from cost_model.device import Device
 
@@ -108,6 +109,30 @@ def test_a_slow_device_slows_its_replica_alone() -> None:
     assert Device.load("a100-sxm-40gb").product_s() < Device.load("v100-sxm2-16gb").product_s()
 
 
+def test_messages_to_both_neighbours_share_a_rate() -> None:
+    """Of three stages the one in the middle sends two messages a microbatch, to devices at equal distance."""
+    text = REGIONS.replace('backend = "gloo"', 'backend = "nccl"\nshared_egress = {}')
+    nodes = "".join(NODES.format("a", "v100-sxm2-16gb") for _ in range(3))
+    costs = []
+    for shared in ("true", "false"):
+        cluster = Cluster.from_toml(text.format(shared, nodes=nodes), "sites.toml")
+        prices = Prices(cluster, traffic(3, 1, sent=1e9))
+        costs.append(prices.cost_s(np.arange(3).reshape(3, 1, 1)))
+    assert costs[0] - costs[1] == pytest.approx(7 * 1.0)  # a second more for each microbatch but the first
+
+
+def test_groups_of_shards_are_priced_where_they_are() -> None:
+    """Two devices of a node exchange over its link; two of different nodes share a rate with the others."""
+    node = NODES.format("a", "v100-sxm2-16gb") + "devices = 2\n[nodes.inside]\nlatency = 0\n"
+    node += 'bandwidth = "100 GB/s"\nsource = "a test"\n'
+    text = REGIONS.replace('source = "a test"\n[transport]', 'source = "a test"\nshared_egress = true\n[transport]')
+    cluster = Cluster.from_toml(text.format(nodes=node * 2), "sites.toml")
+    prices = Prices(cluster, replace(traffic(1, 2, 2, reduced=0.0), stage_s=0.0, exchanged_bytes=1e9))
+    together, apart = (np.array(cells).reshape(1, 2, 2) for cells in ([0, 1, 2, 3], [0, 2, 1, 3]))
+    per_microbatch = [prices.parts_s(cells)[0].max() / 8 for cells in (together, apart)]
+    assert per_microbatch == pytest.approx([0.01, 2.0])
+
+
 class Deep(nn.Module):
     """Layers of one width; its activations are small beside its parameters."""
 
@@ -161,7 +186,7 @@ def test_the_plan_says_what_is_where() -> None:
     from autopar.planning import plan_model
     from autopar.report import plan_text
 
-    pins = autopar.Parallelism(pp=2, dp=2, tp=1, placement=(0, 2, 1, 3))
+    pins = autopar.Parallelism(pp=2, dp=2, tp=1, placement=(0, 2, 1, 3), window=1)
     options = Options.of(None, SGD, pins, None, None, None)
     text = plan_text(plan_model(Deep(16, 4), cpu_sites(), {"x": torch.randn(8, 16)}, options), cpu_sites())
     rows = [line.split() for line in text.split("Placement")[1].splitlines()[3:5]]

@@ -1,86 +1,112 @@
 """The search on an uneven network: every mesh is placed before it is judged.
 
-A mesh's bound is its price on the fastest device and link there is. Meshes come in the order of their bounds; each is
-placed, and the search ends at a bound above the best price found. The best few are then planned in full (``search``,
-every degree pinned) and simulated on their own links, under each schedule; the fastest is the answer.
+Meshes come in the order of a bound under all their placements. Each is laid out in a few ways, and the search ends at a
+bound above the best prices found. The best few are placed in earnest, planned in full (``search``, every degree pinned)
+and simulated on their own links, under each schedule; the fastest is the answer.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain
-from autopar.planner.configuration import Configuration, ConfigurationSolver, quick_bound_s
+from autopar.planner.configuration import Configuration, quick_bound_s
 from autopar.planner.factor_graph import FactorGraph
-from autopar.planner.placement import Placed, Traffic, place, slowness
+from autopar.planner.placed_prices import Prices, Traffic, slowness
+from autopar.planner.placement import MAX_EXACT, Placed, Sketched, exactly, improved, sketched
 from autopar.planner.search import Infeasible, Pins, Solution, Space, configurations
 from autopar.planner.segment import Segment
 from cost_model.cluster import Cluster, Level
 from cost_model.collectives import Link
+from cost_model.network import Network
 
-FINALISTS, FINALISTS_OF_FEW, FEW = 3, 8, 8  # the latter on clusters of so many devices, where each takes no time
+FINALISTS, FINALISTS_OF_FEW, FEW = 4, 8, 8  # the latter on clusters of so many devices, where each takes no time
+IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
 MAX_MICROBATCH = 16
 MANY = 10**6
+EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
 Search = Callable[[Pins], Solution | Infeasible]
 Simulate = Callable[[Solution], tuple[float, Solution]]
 
 
+class Volumes(Protocol):
+    """What a model sends on a mesh: the largest activation between stages, all gradients, and of how many
+    segments it is."""
+
+    def sent_bytes(self, microbatch_size: int) -> float: ...
+
+    @property
+    def reduced_bytes(self) -> float: ...
+
+    @property
+    def segments(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A mesh with a placement, at the placement's price."""
+    """A mesh with what it sends; order: breaks ties."""
 
+    order: int
     configuration: Configuration
-    placed: Placed
+    prices: Prices
+    bound_s: float
 
 
 def fastest_view(cluster: Cluster) -> Cluster:
-    """As many devices as the cluster has, all as fast as its fastest and as near as its nearest."""
+    """As many devices as the cluster has, all as fast as its fastest, in equal nodes of as many as the cluster can be
+    divided into, and as near as its nearest."""
     network = cluster.network
     assert network is not None
-    off = ~np.eye(cluster.num_devices, dtype=bool)
-    latency_s, bandwidth = float(network.latencies_s[off].min()), float(network.bandwidths[off].max())
     # What does not fit on the smallest is no plan.
     device = cluster.devices[int(slowness(cluster).argmin())]
     usable = min(device.usable_bytes for device in cluster.devices)
     fastest = device.with_memory(usable + device.reserve_bytes)
-    level = Level("fastest", cluster.num_devices, network.start_s, Link(latency_s, bandwidth))
-    return Cluster(cluster.name, (fastest,) * cluster.num_devices, (level,), cluster.backend)
+    inner, count = _largest_group(network), cluster.num_devices
+    levels = [_level("between", network, count, ~network.same_node if inner > 1 else ~np.eye(count, dtype=bool))]
+    if 1 < inner:
+        levels.insert(0, _level("inside", network, inner, network.same_node & ~np.eye(count, dtype=bool)))
+    return Cluster(cluster.name, (fastest,) * count, tuple(levels[: 1 if inner == count else 2]), cluster.backend)
+
+
+def _largest_group(network: Network) -> int:
+    """Of so many devices the largest equal groups are that lie on one node each."""
+    return math.gcd(*network.sizes)
+
+
+def _level(name: str, network: Network, size: int, chosen: np.typing.NDArray[np.bool_]) -> Level:
+    """The fastest of some links."""
+    chosen = chosen if chosen.any() else ~np.eye(len(network), dtype=bool)
+    link = Link(float(network.latencies_s[chosen].min()), float(network.bandwidths[chosen].max()))
+    return Level(name, size, network.start_s, link)
 
 
 def search_placed(
-    cluster: Cluster,
-    space: Space,
-    batch: int,
-    pins: Pins,
-    sent_bytes: Callable[[int], float],
-    reduced_bytes: float,
-    search: Search,
-    simulate: Simulate,
+    cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes, search: Search, simulate: Simulate
 ) -> Solution | Infeasible:
     """The fastest plan with its placement. ``space`` is that of the fastest view.
 
-    sent_bytes(microbatch_size): the largest activation between stages; reduced_bytes: all gradients;
     search: plans a mesh in full; simulate: the seconds of a placed plan, and it with the better schedule.
     """
-    found, bound_s = _candidates(cluster, space, batch, pins, sent_bytes, reduced_bytes)
+    found, bound_s = _candidates(cluster, space, batch, pins, volumes)
     best: tuple[float, Solution] | None = None
     short: Infeasible | None = None
-    for candidate in found[: _finalists(cluster)]:
-        c = candidate.configuration
+    for c, placed in found:
         answer = search(replace(pins, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size))
         if isinstance(answer, Infeasible):
             short = answer if short is None or answer.needed_bytes < short.needed_bytes else short
             continue
-        gap, note = max(0.0, candidate.placed.cost_s / bound_s - 1.0), _note(candidate.placed)
-        for devices in (candidate.placed.devices, *candidate.placed.others):
-            step_s, placed = simulate(replace(answer, placement=devices))
+        gap, note = max(0.0, placed.cost_s / bound_s - 1.0), _note(placed)
+        for devices in (placed.devices, *placed.others):
+            step_s, solution = simulate(replace(answer, placement=devices))
             if best is None or step_s < best[0]:
-                best = (step_s, replace(placed, gap=gap, notes=(*placed.notes, note)))
+                best = (step_s, replace(solution, gap=gap, notes=(*solution.notes, note)))
     if best is not None:
         return best[1]
     return short if short is not None else search(pins)
@@ -96,78 +122,95 @@ def _note(placed: Placed) -> str:
 
 
 def _candidates(
-    cluster: Cluster,
-    space: Space,
-    batch: int,
-    pins: Pins,
-    sent_bytes: Callable[[int], float],
-    reduced_bytes: float,
-) -> tuple[list[Candidate], float]:
-    """Placed meshes, the cheapest first, and a bound under all of them."""
-    queue = sorted(_bounded(cluster, space, batch, pins, sent_bytes), key=lambda item: item[:2])
-    found: list[tuple[float, int, Candidate]] = []
-    bounds, wanted = [], _finalists(cluster)
-    for bound_s, number, c, whole_s in queue:
-        if len(found) >= wanted and bound_s > sorted(found, key=lambda item: item[:2])[wanted - 1][0]:
-            bounds.append(bound_s)
+    cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes
+) -> tuple[list[tuple[Configuration, Placed]], float]:
+    """The best meshes with their placements, and a bound under all of them."""
+    queue = sorted(_bounded(cluster, space, batch, pins, volumes), key=lambda c: (c.bound_s, c.order))
+    wanted, laid_out = _finalists(cluster), list[tuple[float, int, Candidate, Sketched | Placed]]()
+    for candidate in queue:
+        if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > sorted(r[0] for r in laid_out)[wanted - 1]:
             break
-        traffic = Traffic(
-            c.pp,
-            c.dp,
-            c.tp,
-            c.microbatches,
-            whole_s / c.pp,
-            sent_bytes(c.microbatch_size),
-            reduced_bytes / c.pp / c.tp,
-        )
-        placed = place(cluster, traffic)
-        bounds.append(placed.bound_s)
-        found.append((placed.cost_s, number, Candidate(c, placed)))
-    return [candidate for _, _, candidate in sorted(found, key=lambda item: item[:2])], min(bounds, default=math.inf)
+        exact = candidate.prices.distinct <= MAX_EXACT
+        found = exactly(candidate.prices) if exact else sketched(candidate.prices, candidate.bound_s)
+        laid_out.append((found.cost_s, candidate.order, candidate, found))
+    best = sorted(laid_out, key=lambda row: row[:2])[: IMPROVED * wanted]
+    placed = [(c, each if isinstance(each, Placed) else improved(each)) for _, _, c, each in best]
+    placed.sort(key=lambda pair: (pair[1].cost_s, pair[0].order))
+    bound_s = min((candidate.bound_s for candidate in queue), default=math.inf)
+    return [(c.configuration, each) for c, each in placed[:wanted]], bound_s
 
 
-def _bounded(
-    cluster: Cluster, space: Space, batch: int, pins: Pins, sent_bytes: Callable[[int], float]
-) -> Iterator[tuple[float, int, Configuration, float]]:
-    """Every mesh that may be: its bound, its place in the order that breaks ties, and seconds of a whole microbatch."""
-    segments: dict[FactorGraph, Segment] = {}
+def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
+    """Every mesh that may be, with the price that none of its placements is under."""
+    whole_s = _whole_seconds(space)
+    view = fastest_view(cluster)
     for number, c in enumerate(configurations(cluster.num_devices, batch, pins)):
         if pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH:
             continue
-        if pins.tp is None and not _may_shard(space, cluster, c, sent_bytes):
+        if pins.tp is None and not _may_shard(whole_s, view, c, volumes):
             continue
         chain = space.chain(c.dp, c.tp, c.microbatch_size)
-        if chain is None or c.pp > len(chain):
+        if chain is None or c.pp > len(chain) or not math.isfinite(whole_s(c.dp, c.tp, c.microbatch_size)):
             continue
-        first = _first_chain(chain, segments)
-        bound_s = math.inf if first is None else ConfigurationSolver(*first, c, math.inf).quick_bound_s()
-        if first is not None and math.isfinite(bound_s):
-            yield bound_s, number, c, _whole_s(*first)
+        prices = Prices(cluster, _traffic(view, c, whole_s, volumes))
+        yield Candidate(number, c, prices, prices.bound_s())
 
 
-def _first_chain(chain: Chain, segments: dict[FactorGraph, Segment]) -> tuple[Chain, list[Segment]] | None:
-    """With the first label of every shared variable; None where one has none."""
+WholeSeconds = Callable[[int, int, int], float]
+
+
+def _whole_seconds(space: Space) -> WholeSeconds:
+    """Seconds of all segments, forward and backward, of one microbatch on a mesh (dp, tp, microbatch size), by the
+    first label of every shared variable; infinite where the mesh cannot be."""
+    segments: dict[FactorGraph, Segment] = {}
+
+    @functools.cache
+    def whole_s(dp: int, tp: int, microbatch_size: int) -> float:
+        chain = space.chain(dp, tp, microbatch_size)
+        first = None if chain is None else _first_labels(chain)
+        if first is None:
+            return math.inf
+        own = [segments.setdefault(graph, Segment(graph)) for graph in first.kinds]
+        # Of so many microbatches, what is done once per step counts for nothing.
+        return quick_bound_s(first, own, Objective(1, MANY)) / MANY
+
+    return whole_s
+
+
+def _first_labels(chain: Chain) -> Chain | None:
     domains = chain.shared_domains()
-    if not all(domains.values()):
-        return None
-    fixed = chain.fixed({name: labels[0] for name, labels in domains.items()})
-    return fixed, [segments.setdefault(graph, Segment(graph)) for graph in fixed.kinds]
+    return chain.fixed({name: labels[0] for name, labels in domains.items()}) if all(domains.values()) else None
 
 
-def _whole_s(chain: Chain, segments: Sequence[Segment]) -> float:
-    """Seconds of all segments, forward and backward, of one microbatch: of so many that the step counts for nothing."""
-    return quick_bound_s(chain, segments, Objective(1, MANY)) / MANY
+def _traffic(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Volumes) -> Traffic:
+    """What shards exchange is taken out of the seconds of a stage, and priced where the shards are."""
+    size, whole = c.microbatch_size, whole_s(c.dp, c.tp, c.microbatch_size)
+    exchanged = EXCHANGES_PER_SEGMENT * 2 * (1 - 1 / c.tp) * volumes.sent_bytes(size) * volumes.segments
+    alone_s = whole
+    if c.tp > 1:
+        near = view.levels[0].link.bandwidth_bytes_per_s
+        alone_s = max(whole - exchanged / near, whole_s(c.dp, 1, size) / c.tp)
+        alone_s = alone_s if math.isfinite(alone_s) else whole
+    return Traffic(
+        c.pp,
+        c.dp,
+        c.tp,
+        c.microbatches,
+        alone_s / c.pp,
+        volumes.sent_bytes(size),
+        volumes.reduced_bytes / c.pp / c.tp,
+        exchanged / c.pp,
+    )
 
 
-def _may_shard(space: Space, cluster: Cluster, c: Configuration, sent_bytes: Callable[[int], float]) -> bool:
+def _may_shard(whole_s: WholeSeconds, view: Cluster, c: Configuration, volumes: Volumes) -> bool:
     """Whether tensor parallelism can pay: shards of a segment exchange its activation at least once each way, on the
-    fastest link at best, which must take less than they save. On few devices everything is tried."""
-    whole = space.chain(c.dp, 1, c.microbatch_size)
-    if c.tp == 1 or whole is None or cluster.num_devices <= FEW:
+    fastest links at best, which must take less than they save. On few devices everything is tried."""
+    if c.tp == 1 or view.num_devices <= FEW:
         return True
-    first = _first_chain(whole, {})
-    if first is None:
+    alone_s = whole_s(c.dp, 1, c.microbatch_size)
+    if not math.isfinite(alone_s):
         return True
-    nbytes = int(sent_bytes(c.microbatch_size))
-    exchanged_s = 2 * fastest_view(cluster).collective_time_s("all_reduce", nbytes, tuple(range(c.tp)))
-    return exchanged_s < _whole_s(*first) / len(whole) * (1 - 1 / c.tp)
+    nbytes = int(volumes.sent_bytes(c.microbatch_size))
+    exchanged_s = 2 * view.collective_time_s("all_reduce", nbytes, tuple(range(c.tp)))
+    return exchanged_s * volumes.segments < alone_s * (1 - 1 / c.tp)

@@ -1,0 +1,231 @@
+"""What a placement costs: cells (stage, replica, shard) on the devices of an uneven network.
+
+The price is that of the slowest replica under a schedule that keeps enough microbatches under way, plus that of the
+slowest gradient reduction:
+
+    max over replicas of  once through all stages and messages, there and back
+                          + (microbatches - 1) x the slowest stage or channel
+    + max over (stage, shard) of the ring over replicas.
+
+No schedule takes less than the former where all stages are equally fast: the first microbatch goes there and back, and
+the slowest stage or channel, which it passes on the way, does as much for every other one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from cost_model.cluster import Cluster
+from cost_model.network import Network
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+MOST = 700.0  # e to this is a number
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What cells do and send. stage_s: forward and backward of one microbatch on the fastest device, exchanges within
+    the stage left out; sent_bytes: the activation of one microbatch, and its gradient, of one shard; reduced_bytes:
+    gradients of one (stage, shard); exchanged_bytes: what a shard sends to the others of its stage for one microbatch.
+    """
+
+    pp: int
+    dp: int
+    tp: int
+    microbatches: int
+    stage_s: float
+    sent_bytes: float
+    reduced_bytes: float
+    exchanged_bytes: float = 0.0
+
+
+class Prices:
+    """The price of placements, as arrays [stage, replica, shard] of devices."""
+
+    def __init__(self, cluster: Cluster, traffic: Traffic) -> None:
+        assert cluster.network is not None
+        self.network: Network = cluster.network
+        self.traffic = traffic
+        self.shape = (traffic.pp, traffic.dp, traffic.tp)
+        self.slowness = slowness(cluster)
+        self.delay_s = self.network.awaited_delays_s if cluster.rendezvous else self.network.delays_s
+
+    def cost_s(self, cells: IntArray) -> float:
+        replicas, groups = self.parts_s(cells)
+        return float(replicas.max() + groups.max())
+
+    def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[replica] seconds of the schedule, [stage, shard] of the reduction."""
+        busy = self.traffic.stage_s * self.slowness[cells].max(axis=2) + self._exchanges_s(cells)
+        there, back = (cells[:-1], cells[1:]), (cells[1:], cells[:-1])
+        sent_there, sent_back = self.busy_s(*there), self.busy_s(*back)
+        along = busy.sum(axis=0) + (self.delay_s[there] + sent_there).max(axis=2).sum(axis=0)
+        along += (self.delay_s[back] + sent_back).max(axis=2).sum(axis=0)
+        slowest = busy.max(axis=0)
+        if len(cells) > 1:
+            slowest = np.maximum(slowest, np.maximum(sent_there, sent_back).max(axis=(0, 2)))
+        if len(cells) > 2 and self.network.shares_egress:
+            both = np.where(self._share(cells), sent_there[1:] + sent_back[:-1], 0.0)
+            slowest = np.maximum(slowest, both.max(axis=(0, 2)))
+        schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
+        return schedule, self._rings_s(cells)
+
+    def bound_s(self) -> float:
+        """No placement has a lower price: either some replica spans two regions, or each group of replicas does."""
+        t, best = self.traffic, float(self.slowness.min())
+        (inside, inside_busy), (across, across_busy) = self._fastest_hops_s()
+        stage_s = t.stage_s * best
+        alone = t.pp * stage_s + (t.microbatches - 1) * stage_s
+        crossing = math.inf
+        if t.pp > 1:
+            near = min(inside, across)
+            crossing = t.pp * stage_s + 2 * (t.pp - 2) * near + 2 * across
+            crossing += (t.microbatches - 1) * max(stage_s, across_busy)
+            alone = t.pp * stage_s + 2 * (t.pp - 1) * inside + (t.microbatches - 1) * max(stage_s, inside_busy)
+        sizes = Counter(self.region.tolist())
+        rooms = sorted((size // (t.pp * t.tp) for size in sizes.values()), reverse=True)
+        groups = sorted((size // t.tp for size in sizes.values()), reverse=True)
+        bounds = []
+        if sum(rooms) >= t.dp:
+            bounds.append(alone + self._ring_bound_s(_fewest(rooms, t.dp)))
+        if t.pp > 1 and len(sizes) > 1:
+            bounds.append(crossing + self._ring_bound_s(_fewest(groups, t.dp)))
+        return float(min(bounds, default=(t.pp + t.microbatches - 1) * stage_s))
+
+    def busy_s(self, sources: IntArray, targets: IntArray) -> FloatArray:
+        """Seconds for which messages keep their channels busy."""
+        seconds: FloatArray = self.traffic.sent_bytes * self.network.shared_s_per_byte[sources, targets]
+        return seconds
+
+    @property
+    def region(self) -> IntArray:
+        """[device]"""
+        return self.network.regions_by_device
+
+    @property
+    def node(self) -> IntArray:
+        """[device]"""
+        return self.network.nodes_by_device
+
+    @cached_property
+    def classes(self) -> IntArray:
+        """Devices of one class may be exchanged: alone on a node of one region, and as fast."""
+        sizes = Counter(self.network.node_of)
+        keys = [
+            (int(self.region[d]), float(self.slowness[d]), -1 if sizes[node] == 1 else node)
+            for d, node in enumerate(self.network.node_of)
+        ]
+        order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
+        return np.array([order[key] for key in keys])
+
+    @cached_property
+    def distinct(self) -> float:
+        """How many placements differ in their classes."""
+        counts = Counter(self.classes.tolist())
+        logarithm = math.lgamma(len(self.classes) + 1) - sum(math.lgamma(n + 1) for n in counts.values())
+        return math.exp(min(logarithm, MOST))
+
+    def every(self) -> Iterator[IntArray]:
+        """One placement for each way to spread the classes over the cells."""
+        members = {int(c): [int(d) for d in np.flatnonzero(self.classes == c)] for c in np.unique(self.classes)}
+        for spread in _spreads(Counter(self.classes.tolist()), len(self.classes)):
+            left = {c: iter(devices) for c, devices in members.items()}
+            yield np.array([next(left[c]) for c in spread]).reshape(self.shape)
+
+    def _share(self, cells: IntArray) -> npt.NDArray[np.bool_]:
+        """[inner stage, replica, shard] whether messages to both neighbours share a rate."""
+        here, channels = cells[1:-1], self.network.channels
+        after = channels[here, cells[2:]]
+        shared: npt.NDArray[np.bool_] = (after == channels[here, cells[:-2]]) & (after >= 0)
+        return shared
+
+    def _exchanges_s(self, cells: IntArray) -> FloatArray | float:
+        """[stage, replica] around the shards."""
+        t = self.traffic
+        if t.tp == 1 or not t.exchanged_bytes:
+            return 0.0
+        after = np.roll(cells, -1, axis=2)
+        users = self._users(cells, 2)
+        found: FloatArray = (t.exchanged_bytes / self.network.bandwidths[cells, after] * users).max(axis=2)
+        return found
+
+    def _rings_s(self, cells: IntArray) -> FloatArray:
+        """[stage, shard] all_reduce around the replicas: the slowest link in every round, each latency as often as a
+        message passes it."""
+        dp = self.traffic.dp
+        if dp == 1:
+            return np.zeros((self.traffic.pp, self.traffic.tp))
+        after = np.roll(cells, -1, axis=1)
+        slowest = (self._users(cells, 1) / self.network.bandwidths[cells, after]).max(axis=1)
+        latencies = self.network.latencies_s[cells, after].sum(axis=1)
+        rounds = 2 * (dp - 1)
+        found: FloatArray = rounds * (self.traffic.reduced_bytes / dp * slowest + latencies / dp)
+        return found
+
+    def _users(self, cells: IntArray, axis: int) -> FloatArray | float:
+        """Of each link around an axis: how many groups like its own share its sender's node (see ``Network``)."""
+        sizes = np.array(self.network.sizes)
+        if not self.network.shares_egress or sizes.max() == 1:
+            return 1.0
+        nodes = self.node[cells]
+        leaving = nodes != np.roll(nodes, -1, axis=axis)
+        beside = np.moveaxis(nodes, axis, -1)
+        same = (beside[..., :, None] == beside[..., None, :]).sum(axis=-1)
+        sharing = np.maximum(1, sizes[beside] // same)
+        found: FloatArray = np.where(leaving, np.moveaxis(sharing, -1, axis), 1)
+        return found
+
+    def _fastest_hops_s(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Within a region and between two, what no message is faster than, and the least that one occupies a channel;
+        infinite where there is none."""
+        network, sent = self.network, self.traffic.sent_bytes
+        within, between = (
+            (latency_s, sent * s_per_byte)
+            for latency_s, s_per_byte in (network.nearest_within, network.nearest_between)
+        )
+        return (sum(within), within[1]), (sum(between), between[1])
+
+    def _ring_bound_s(self, regions: int) -> float:
+        """A ring through at least so many regions: each has a link to another one, of which the slowest counts."""
+        dp, network = self.traffic.dp, self.network
+        if dp == 1:
+            return 0.0
+        best = network.fastest_bandwidth if regions == 1 else network.bandwidths_out[regions - 1]
+        return float(2 * (dp - 1) / dp * self.traffic.reduced_bytes / best)
+
+
+def slowness(cluster: Cluster) -> FloatArray:
+    """[device] how much longer a large product takes than on the fastest."""
+    times = {id(device): device.product_s() for device in cluster.devices}
+    fastest = min(times.values())
+    return np.array([times[id(device)] / fastest for device in cluster.devices])
+
+
+def _fewest(rooms: Sequence[int], wanted: int) -> int:
+    """How many of these, the largest first, hold so many together."""
+    for count, total in enumerate(itertools.accumulate(rooms), start=1):
+        if total >= wanted:
+            return count
+    return len(rooms)
+
+
+def _spreads(counts: Counter[int], length: int) -> Iterator[tuple[int, ...]]:
+    """All distinct orders of a multiset."""
+    if length == 0:
+        yield ()
+        return
+    for item in sorted(counts):
+        if counts[item]:
+            counts[item] -= 1
+            for rest in _spreads(counts, length - 1):
+                yield (item, *rest)
+            counts[item] += 1
