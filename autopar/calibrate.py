@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
-from autopar.calibrate_worker import MESSAGE_KINDS, message_ranks
+from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import Cluster, cluster_names
 from cost_model.device import Device, device_names
@@ -37,6 +37,7 @@ CALIBRATION_VERSION = 7
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
+MOVING_BYTES = MESSAGE_BYTES[:-1]
 _OP_PASSES, _MESSAGE_PASSES = 3, 3
 _OP_BUDGET_S = 0.012
 _MESSAGE_BUDGET_S = 0.008
@@ -232,7 +233,9 @@ def _messages(num_ranks: int) -> list[tuple[str, int, int]]:
     groups = [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in MESSAGE_KINDS]
     pairs = [("transfer", 2)] if num_ranks > 1 else []
     wanted = pairs + [group for group in groups if group[0] != "transfer"]
-    return [(kind, ranks, nbytes) for kind, ranks in wanted for nbytes in MESSAGE_BYTES]
+    plain = [(kind, ranks, nbytes) for kind, ranks in wanted for nbytes in MESSAGE_BYTES]
+    moving = [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in MOVING_KINDS]
+    return [*plain, *((kind, ranks, nbytes) for kind, ranks in moving for nbytes in MOVING_BYTES)]
 
 
 def _measured_messages(pool: WorkerPool, num_ranks: int, step: Step) -> list[MessageTime]:

@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from autopar.runtime.exchange import End, Exchange, exchange_of
+from cost_model.cluster import BEHIND
 from cost_model.device import STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
+from cost_model.prices import BEHIND_KINDS
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
@@ -33,6 +35,7 @@ COLD_BYTES = 64 * 2**20
 """Operands that rotate over so many bytes are found in memory, not in a cache (which ranks share)."""
 _BETWEEN = 512  # width of the product between two messages: some milliseconds
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
+MOVING_KINDS = tuple(kind + BEHIND for kind in BEHIND_KINDS)
 _MAX_COPIES = 256
 _HOT_SHARE = 0.4  # of the time given to a probe
 _WARM_UP_S = 0.01
@@ -121,9 +124,14 @@ class Calibrator:
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 
     def measure_message(self, payload: Mapping[str, Any]) -> float:
-        """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once."""
+        """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once; of one
+        behind compute, what remains of it."""
         group = self._groups[payload["ranks"]]
         exchange = self._exchanges[payload["ranks"]]
+        kind, behind, _ = payload["kind"].partition(BEHIND)
+        if behind:
+            begin = _begun(kind, payload["nbytes"], payload["ranks"], exchange)
+            return _behind_seconds(begin, payload["repeats"], exchange, group)
         call, messages = _message(payload["kind"], payload["nbytes"], payload["ranks"], group, exchange)
         call()
         return _wall_seconds(call, payload["repeats"], group) / messages
@@ -190,6 +198,32 @@ def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
     return statistics.median(samples)
 
 
+def _behind_seconds(begin: Callable[[], End], repeats: int, exchange: Exchange, group: dist.ProcessGroup) -> float:
+    """Wall seconds that one collective keeps a rank from computing where products stand between its beginning and its
+    end, for longer than it takes by itself: the median of a few rounds, each started together."""
+    samples, operand = [], torch.rand(_BETWEEN, _BETWEEN)
+    whole_s, product_s = _once_s(lambda: begin()()), _once_s(lambda: operand @ operand)
+    for _ in range(_MESSAGE_ROUNDS):
+        dist.barrier(group)
+        seconds = 0.0
+        for _ in range(repeats):
+            start = time.perf_counter()
+            end = begin()
+            seconds += time.perf_counter() - start
+            for _ in range(1 + math.ceil(whole_s / product_s)):
+                operand @ operand
+            seconds += _once_s(end)
+        exchange.settle()
+        samples.append(seconds / repeats)
+    return statistics.median(samples)
+
+
+def _once_s(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup, exchange: Exchange) -> tuple[Call, int]:
     """A call that moves ``nbytes`` of the full tensor as its price counts them, and how many messages that is."""
     full = torch.zeros(max(1, nbytes // 4 // ranks) * ranks)
@@ -209,6 +243,18 @@ def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup, excha
 def _settled(exchange: Exchange, end: End) -> None:
     end()
     exchange.settle()
+
+
+def _begun(kind: str, nbytes: int, ranks: int, exchange: Exchange) -> Callable[[], End]:
+    """What begins a collective of ``BEHIND_KINDS``."""
+    full = torch.zeros(max(1, nbytes // 4 // ranks) * ranks)
+    piece, other = full[: full.numel() // ranks].clone(), torch.zeros_like(full)
+    calls: dict[str, Callable[[], End]] = {
+        "all_reduce": lambda: exchange.begin_all_reduce(full, "sum"),
+        "all_gather": lambda: exchange.begin_gather(full, piece),
+        "reduce_scatter": lambda: exchange.begin_scatter(piece, full, other[piece.numel() :]),
+    }
+    return calls[kind]
 
 
 def _ping_pong(tensor: torch.Tensor, members: list[int]) -> None:

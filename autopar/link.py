@@ -257,7 +257,7 @@ class Linker:
     def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
         last, chunk = index == len(plan.stages) - 1, index // plan.pp if plan.virtual_stages > 1 else 0
         stage = index % plan.pp
-        size = (plan.samples(stage), plan.mesh(stage), plan.precision)
+        size = (plan.samples(stage), plan.mesh(stage), plan.precision, plan.overlap)
         itself = index if exact is not None and stage == exact else None
         split = splits_backward(plan.schedule, stage)
         return (self._outliner.outline(plan, index, shared), size, last, chunk, split, itself)
@@ -296,6 +296,7 @@ class Linker:
             splits_backward=splits_backward(plan.schedule, index % plan.pp),
             precision=plan.precision,
             accumulates=plan.accumulates,
+            overlaps=plan.overlap,
             given=None if self.given is None else self.given[index % plan.pp],
             worth=self.worth,
         )
@@ -392,7 +393,8 @@ def _link_stage(
     traced: Traced, chunks: tuple[StageCode, ...], mesh: Mesh, tied: Mapping[str, str], has_optimizer: bool
 ) -> LinkedStage:
     shards, buckets = _parameter_shards(chunks, mesh, tied), merged_buckets(chunks)
-    layout, alone = gradient_layout(_finished(chunks), buckets, shards)
+    group_of = {name: group for code in chunks for group, names in code.groups for name in names}
+    layout, alone = gradient_layout(_finished(chunks), buckets, shards, group_of)
     reductions = reductions_of(buckets, alone, tied)
     names = tuple(i.node for i in merged_inputs(chunks) if i.kind == "step")
     graph = prologue(traced.global_graph, names)
@@ -434,6 +436,7 @@ def _stage_program(
     has_optimizer: bool,
 ) -> StageProgram:
     collectives = [*fed, *(r.collective for r in stage.reductions)]
+    groups = [*(None for _ in fed), *(r.group for r in stage.reductions)]
     casts = [*(0 for _ in fed), *(sum(target.nbytes for _, target in r.casts[:1]) for r in stage.reductions)]
     if len(plan.placement) > 1:
         collectives += [FOUND] if plan.precision.scales_loss else []
@@ -454,6 +457,7 @@ def _stage_program(
             tuple(meta.nbytes for meta in stage.updated.values()),
             tuple(meta.nbytes for meta in stage.masters) if has_optimizer else (),
             (*casts, *(0 for _ in collectives[len(casts) :])),
+            (*groups, *(None for _ in collectives[len(groups) :])),
         ),
         buckets=stage.buckets,
     )

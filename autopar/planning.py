@@ -38,6 +38,7 @@ from cost_model.memory import StagePeak, allocator_rounding, stage_peak
 from cost_model.mesh import Mesh, of_stages
 from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.precision import Precision
+from cost_model.prices import hidable_s
 from cost_model.program import Program
 from cost_model.simulate import estimate_program, simulate
 from cost_model.tensor import TensorMeta
@@ -173,7 +174,8 @@ class Job:
         solution = self.solve()
         self._write_lp(solution)
         plan, notes = self._scheduled(solution)
-        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes))
+        plan, more = self._overlapped(plan)
+        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes, *more))
 
     def _write_lp(self, solution: Solution) -> None:
         path = self.options.write_lp
@@ -196,6 +198,24 @@ class Job:
                 seconds = f"{seconds_text(self.step_s(other))} against {seconds_text(self.step_s(plan))}"
                 return other, (f"{other.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}",)
         return plan, ()
+
+    def _overlapped(self, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+        """The plan with its collectives behind compute, where that is pinned, or faster and fits."""
+        other, pinned = replace(plan, overlap=True), self.options.parallelism.overlap
+        worth_s = WORTH * self.step_s(plan)
+        if pinned is False or (pinned is None and hidable_s(self.program(plan), self.cluster) < worth_s):
+            return plan, ()
+        needed = max(peak.memory.total_bytes for peak in self._stage_peaks(other))
+        if pinned:
+            if needed > self.cap_bytes:
+                advice = "leave overlap None, or raise memory_cap to that"
+                raise self._over_cap(self.cap_bytes, needed, other, advice, "the plan does not fit with overlap=True")
+            return other, ()
+        before_s, after_s = self.step_s(plan), self.step_s(other)
+        if needed > self.cap_bytes or before_s - after_s < worth_s:
+            return plan, ()
+        seconds = f"{seconds_text(after_s)} against {seconds_text(before_s)}"
+        return other, (f"collectives move behind compute, chosen after the search: {seconds}",)
 
     def step_s(self, plan: Plan) -> float:
         """Seconds of a step of a plan's program."""

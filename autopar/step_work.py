@@ -15,19 +15,29 @@ Layout = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def gradient_layout(
-    finished: Sequence[str], buckets: Sequence[Bucket], shards: Sequence[ParameterShard]
+    finished: Sequence[str],
+    buckets: Sequence[Bucket],
+    shards: Sequence[ParameterShard],
+    group_of: Mapping[str, str],
 ) -> tuple[Layout, tuple[Reduction, ...]]:
     """Flat buffers by dtype of the gradients outside buckets; within each, runs of one reduction axis, in the order in
-    which backward has finished gradients."""
+    which backward has finished gradients: group by group, then those of none. group_of: of parameters."""
     order = {name: k for k, name in enumerate(finished)}
+    groups = {group: k for k, group in enumerate(dict.fromkeys(group_of[n] for n in finished if n in group_of))}
     bucketed = {name for bucket in buckets for name, _ in bucket.parameters}
     trainable = sorted(
         (s for s in shards if s.trainable and s.name not in bucketed),
-        key=lambda s: (s.gradient.dtype, s.reduce_axis or "", s.tied or "", order[s.name]),
+        key=lambda s: (
+            s.gradient.dtype,
+            s.reduce_axis or "",
+            s.tied or "",
+            groups.get(group_of.get(s.name, ""), len(groups)),
+            order[s.name],
+        ),
     )
     layout: dict[str, list[str]] = {}
     offsets: dict[str, int] = {}
-    runs: dict[tuple[str, str], tuple[int, int]] = {}
+    runs: dict[tuple[str, str, int], tuple[int, int]] = {}
     for shard in trainable:
         dtype = shard.gradient.dtype
         start = offsets.get(dtype, 0)
@@ -35,11 +45,13 @@ def gradient_layout(
         layout.setdefault(dtype, []).append(shard.name)
         axes = [shard.reduce_axis, f"tied:{shard.tied}" if shard.tied else None]
         for axis in (a for a in axes if a):
-            known = runs.get((axis, dtype), (start, start))
-            runs[(axis, dtype)] = (known[0], offsets[dtype])
+            run = (axis, dtype, groups.get(group_of.get(shard.name, ""), len(groups)))
+            known = runs.get(run, (start, start))
+            runs[run] = (known[0], offsets[dtype])
     sent = {s.gradient.dtype: s.gradient.dtype if s.kept is None else s.kept.reduce for s in trainable}
     ordered = sorted(runs.items(), key=lambda item: item[0])
-    reductions = tuple(Reduction(axis, dtype, *span, sent[dtype]) for (axis, dtype), span in ordered)
+    names = (*groups, None)
+    reductions = tuple(Reduction(axis, dtype, *span, sent[dtype], names[k]) for (axis, dtype, k), span in ordered)
     return tuple((d, tuple(n)) for d, n in layout.items()), reductions
 
 

@@ -25,6 +25,8 @@ from cost_model.region_file import devices_and_network
 
 BACKENDS = ("nccl", "gloo", "mpi")
 TRANSFER = "transfer"
+BEHIND = " behind"
+"""After the kind of a collective: what remains of it where it moves behind compute that is long enough."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,18 @@ class Cluster:
         curve = level.curve(kind, len(devices))
         return curve.seconds(nbytes) if curve else level.start_s + collective_s(kind, nbytes, self._tiers(devices))
 
+    def behind_time_s(self, kind: str, nbytes: float, devices: tuple[int, ...]) -> float:
+        """Seconds that a collective keeps these devices from computing where it moves behind their compute.
+
+        As measured; all of its time where nothing was. NCCL moves data on a stream of its own. Errors: as
+        ``collective_time_s``.
+        """
+        whole_s = self.collective_time_s(kind, nbytes, devices)
+        if self.backend == "nccl" or len(devices) < 2:
+            return 0.0
+        curve = self._level_of(devices).curve(kind + BEHIND, len(devices)) if self.network is None else None
+        return min(whole_s, curve.seconds(nbytes)) if curve else whole_s
+
     def transfer_time_s(self, nbytes: float, source: int, target: int, senders: int | None = None) -> float:
         """Seconds of one message from device to device; 0 where both are one. Errors: ConfigError.
 
@@ -291,10 +305,11 @@ def _level(part: Table, inner: int, unbounded: int | None) -> Level:
 
 def _measured(part: Table) -> tuple[Measured, ...]:
     curves = []
+    kinds = (*FLAT, TRANSFER, *(kind + BEHIND for kind in FLAT))
     for item in part.tables("measured"):
         item.only(("kind", "ranks", "points"))
-        if item.text("kind") not in (*FLAT, TRANSFER):
-            item.fail("kind", f"must be one of {', '.join((*FLAT, TRANSFER))}, not {item.text('kind')!r}")
+        if item.text("kind") not in kinds:
+            item.fail("kind", f"must be one of {', '.join(kinds)}, not {item.text('kind')!r}")
         curves.append(Measured(item.text("kind"), item.count("ranks"), item.points("points")))
     return tuple(curves)
 

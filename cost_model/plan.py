@@ -14,8 +14,8 @@ from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, 
 from cost_model.mesh import Degree, Mesh, meshes_of, of_stages
 from cost_model.precision import Precision
 
-SCHEMA_VERSION = 4
-OLDER_VERSIONS = (2, 3)
+SCHEMA_VERSION = 5
+OLDER_VERSIONS = (2, 3, 4)
 """That can be read too: a field that such a version lacks has a default, which means what that version did."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
@@ -30,6 +30,7 @@ class Parallelism:
     microbatch_size: samples per microbatch per data-parallel replica (of the first stage, where replicas differ).
     window: microbatches that 1f1b has under way for each stage that comes after (see ``stage_schedule``).
     placement: device index of each (stage, dp replica, tp shard), in that order.
+    overlap: whether collectives move behind compute: parameters are gathered ahead, gradients reduced as they complete.
     """
 
     dp: Degree | None = None
@@ -43,6 +44,7 @@ class Parallelism:
     window: int | None = None
     sequence_parallel: bool | None = None
     placement: tuple[int, ...] | None = None
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         self._check_degrees()
@@ -141,7 +143,7 @@ class Plan:
     dp, tp: one number for all pipeline stages, or one for each. batch: global batch size in samples; microbatches: per
     data-parallel replica; microbatch_size: samples of one on each replica (of the first stage, see ``samples``).
     fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
-    window: as in ``Parallelism``.
+    window, overlap: as in ``Parallelism``.
     """
 
     model: str
@@ -160,6 +162,7 @@ class Plan:
     precision: Precision = Precision()
     virtual_stages: int = 1
     window: int = 1
+    overlap: bool = False
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -254,9 +257,11 @@ class Plan:
         return f"{self.schedule}{parts}" if self.window == 1 else f"{self.schedule}{parts} in windows of {self.window}"
 
     def saving_text(self) -> str:
-        """What is split over replicas and what is recomputed, after a comma; empty where nothing is."""
+        """What is split over replicas, what is recomputed and whether collectives overlap, after a comma; empty where
+        nothing is."""
         zero = "" if self.zero == 0 else f", zero {self.zero}"
-        return zero if self.recompute == "none" else f"{zero}, recompute {self.recompute}"
+        recompute = "" if self.recompute == "none" else f", recompute {self.recompute}"
+        return f"{zero}{recompute}{', overlap' if self.overlap else ''}"
 
     @property
     def recompute(self) -> str:
@@ -334,6 +339,7 @@ _WRITE_ONE = "write one with plan.save(path)"
 _JSON_TYPES: dict[str, type | types.UnionType] = {
     "int": int,
     "Degree": int | list,
+    "bool": bool,
     "str": str,
     "str | None": str | None,
     "Mapping[str, str]": dict,
@@ -355,7 +361,7 @@ def _check_fields(raw: object, kind: type[Plan] | type[StagePlan] | type[Precisi
     wrong = [f"lacks {name!r}" for name in known if name not in raw]
     wrong += [f"has the unknown field {name!r}" for name in raw if name not in known]
     for name, expected in known.items():
-        if name in raw and (not isinstance(raw[name], expected) or isinstance(raw[name], bool)):
+        if name in raw and (not isinstance(raw[name], expected) or isinstance(raw[name], bool) != (expected is bool)):
             wrong.append(f"has {name} = {raw[name]!r}, which is no {getattr(expected, '__name__', expected)}")
     if wrong:
         raise ConfigError(f"{what} {wrong[0]}; {_WRITE_ONE}")

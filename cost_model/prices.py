@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cost_model.background import Streams
 from cost_model.crossing import Message
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.program import Block, Collective, Instruction, OpCost, Program
@@ -14,6 +15,8 @@ from cost_model.tensor import DTYPE_BYTES
 
 TIED = "tied:"
 VIEW = "view"
+BEHIND_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+"""Collectives that can move behind compute."""
 
 
 class PricedDevice(Protocol):
@@ -46,6 +49,8 @@ class PricedCluster(Protocol):
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
 
+    def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
+
     def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float: ...
 
     def senders(self, pairs: Sequence[tuple[int, int]], /) -> Sequence[int]: ...
@@ -53,11 +58,15 @@ class PricedCluster(Protocol):
 
 @dataclass(frozen=True)
 class BlockPrice:
-    """Seconds of one run of a block: its ops, its collectives (which block), and both by kind."""
+    """Seconds of one run of a block: its ops, waiting for its collectives, and both by kind.
+
+    completed_s: from the beginning of the block until each group of gradients is complete.
+    """
 
     compute_s: float
     communication_s: float
     kinds_s: Mapping[str, float] = field(hash=False)
+    completed_s: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def total_s(self) -> float:
@@ -95,7 +104,8 @@ class ChunkPrice:
 class StagePrice:
     """Seconds of a stage's parts on its slowest rank, or its slowest in one replica.
 
-    step_collectives_s, step_gathers_s: each collective of ``StepWork`` in order; optimizer_s: the whole update.
+    step_collectives_s, step_gathers_s: each collective of ``StepWork`` in order; step_behind_s: what remains of each of
+    the former behind compute; optimizer_s: the whole update.
     shares_egress: whether what it sends to the next stage and to the one before share a rate.
     """
 
@@ -105,6 +115,7 @@ class StagePrice:
     optimizer_s: float
     optimizer_kinds_s: Mapping[str, float] = field(hash=False)
     shares_egress: bool = False
+    step_behind_s: tuple[float, ...] = ()
 
 
 def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...]:
@@ -176,6 +187,22 @@ def _check_chain(program: Program) -> None:
             raise VerificationError("sent", f"chunk {number} of {len(program.chain)} sends nothing to the next")
 
 
+def hidable_s(program: Program, cluster: PricedCluster) -> float:
+    """The most that a step can gain where collectives move behind compute, of the stage that gains most."""
+    pricer = _Pricer(program, cluster)
+
+    def gain_s(stage: int, collectives: Iterable[Collective]) -> float:
+        own, every = (stage,), range(program.meshes[stage].dp)
+        moving = (c for c in collectives if c.kind in BEHIND_KINDS and collective_stages(program, c.axis, stage) == own)
+        return sum(pricer.hidden_s(stage, every, c) for c in moving)
+
+    return max(
+        program.microbatches * gain_s(own.stage, (c for k in own.chunks for b in k.blocks for c in b.collectives()))
+        + gain_s(own.stage, own.step.collectives)
+        for own in program.stages
+    )
+
+
 class _Pricer:
     """Prices with a memory; a rank's op takes as long as on the slowest device of its stage in some replicas."""
 
@@ -197,6 +224,7 @@ class _Pricer:
             optimizer_s=sum(optimizer.values()),
             optimizer_kinds_s=dict(optimizer),
             shares_egress=self._shares_egress(stage, dps),
+            step_behind_s=tuple(self._behind_s(stage, dps, c) for c in own.step.collectives),
         )
 
     def signature(self, dp: int) -> tuple[object, ...]:
@@ -240,16 +268,30 @@ class _Pricer:
         view_s = max((device.op_overhead_s for device in devices if device.kind == "cpu"), default=0.0)
         kinds: defaultdict[str, float] = defaultdict(float)
         compute = communication = 0.0
+        streams, moving, completed = Streams(), dict[str, str](), dict[str, float]()
         for instruction in block.instructions:
-            if instruction.collective is not None:
-                seconds = self._blocking_s(stage, dps, block.name, instruction.collective)
+            collective = instruction.collective
+            if collective is not None and instruction.begins:
+                whole_s = self._blocking_s(stage, dps, block.name, collective)
+                streams.begin(instruction, whole_s, self._behind_s(stage, dps, collective))
+                moving[instruction.outputs[0].name] = collective.kind
+            elif collective is not None:
+                seconds = self._blocking_s(stage, dps, block.name, collective)
+                streams.spend(seconds)
                 communication += seconds
-                kinds[instruction.collective.kind] += seconds
+                kinds[collective.kind] += seconds
+            elif instruction.awaits is not None:
+                seconds = streams.wait(instruction.awaits)
+                communication += seconds
+                kinds[moving[instruction.awaits]] += seconds
             if instruction.cost is not None or instruction.collective is None:
                 seconds = view_s if instruction.cost is None else op_s(instruction.cost)
+                streams.spend(seconds)
                 compute += seconds
                 kinds[_kind(instruction)] += seconds
-        return BlockPrice(compute, communication, dict(kinds))
+            if instruction.completes is not None:
+                completed[instruction.completes] = streams.now_s
+        return BlockPrice(compute, communication, dict(kinds), completed)
 
     def _op_price(self, stage: int, dps: Sequence[int]) -> Callable[[OpCost], float]:
         """Price of an op on a stage's devices, asked for once for all stages on the same devices."""
@@ -272,13 +314,25 @@ class _Pricer:
 
     def _collective_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
         """Seconds of the slowest of the groups that run it at the same time; nothing within a group of one."""
+        return self._slowest_s(stage, dps, collective, self.cluster.collective_time_s)
+
+    def hidden_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
+        """The part of a collective that can move behind compute."""
+        return self._collective_s(stage, dps, collective) - self._behind_s(stage, dps, collective)
+
+    def _behind_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
+        """What remains of a collective behind compute."""
+        return self._slowest_s(stage, dps, collective, self.cluster.behind_time_s)
+
+    def _slowest_s(
+        self, stage: int, dps: Sequence[int], collective: Collective, price_s: Callable[..., float]
+    ) -> float:
         groups = axis_groups(self.program, collective.axis, stage)
         own = tuple(groups[dp] for dp in dps) if collective.axis == "tp" else groups
-        key = (own, collective)
+        key = (own, collective, price_s)
         if key not in self.collective_prices:
             self.collective_prices[key] = max(
-                self.cluster.collective_time_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0
-                for group in own
+                price_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0 for group in own
             )
         return self.collective_prices[key]
 

@@ -67,6 +67,9 @@ class Instruction:
     op: name in the op table or of a collective; inputs: value names; cost: None for views and pure collectives;
     workspace_bytes: transient bytes inside the op beyond its outputs;
     frees: storages whose last reference is dropped right after this line; segment: index in the chain.
+    begins: whether ``collective`` only begins here and moves on behind what follows, until an instruction that
+    ``awaits`` its output; awaits: the value that this one waits for. completes: the group of gradients that is complete
+    here in the last microbatch.
     """
 
     op: str
@@ -77,6 +80,9 @@ class Instruction:
     workspace_bytes: int
     frees: tuple[str, ...]
     segment: int
+    begins: bool = False
+    awaits: str | None = None
+    completes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +228,8 @@ class StepWork:
     optimized_bytes: sizes of the tensors that the optimizer updates, each of which has state of its own; None where
     these are the trainable parameters. master_bytes: of those that are copies of parameters in another dtype.
     cast_bytes: of the copy in another dtype that each of ``collectives`` works on, none where it is empty.
+    groups: for each of ``collectives`` the group of gradients with whose completion it begins, behind the rest of the
+    last microbatch's backward; None for those that are waited for where they stand, and all where it is empty.
     """
 
     collectives: tuple[Collective, ...]
@@ -232,6 +240,13 @@ class StepWork:
     optimized_bytes: tuple[int, ...] | None = None
     master_bytes: tuple[int, ...] = ()
     cast_bytes: tuple[int, ...] = ()
+    groups: tuple[str | None, ...] = ()
+
+    @property
+    def reductions(self) -> tuple[tuple[Collective, str | None], ...]:
+        """``collectives`` with their groups."""
+        groups = self.groups or (None,) * len(self.collectives)
+        return tuple(zip(self.collectives, groups, strict=True))
 
 
 @dataclass(frozen=True)

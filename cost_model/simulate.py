@@ -37,7 +37,8 @@ from cost_model.schedule import (
 
 _POSTED: dict[type[Step], type[Step]] = {post: receive for receive, post in POSTS.items()}
 _COMPUTE: dict[type[Step], str] = {Forward: "forward", Backward: "backward", Weight: "weight"}
-STREAMS = ("compute", "receive", "send_forward", "send_backward")
+BEHIND = "behind"
+STREAMS = ("compute", "receive", "send_forward", "send_backward", BEHIND)
 
 
 class Event(NamedTuple):
@@ -161,9 +162,10 @@ def estimate_program(
 def chrome_trace(result: SimulationResult) -> dict[str, object]:
     """The timeline in the trace event format of chrome://tracing and Perfetto: a process a stage, a thread a stream."""
     events: list[dict[str, object]] = []
+    streams = STREAMS if any(event.stream == BEHIND for event in result.timeline) else STREAMS[:-1]
     for stage in range(len(result.stages)):
         events.append(_metadata("process_name", stage, 0, f"stage {stage}"))
-        events += [_metadata("thread_name", stage, thread, name) for thread, name in enumerate(STREAMS)]
+        events += [_metadata("thread_name", stage, thread, name) for thread, name in enumerate(streams)]
     events += [
         {
             "ph": "X",
@@ -235,6 +237,9 @@ class _Rank:
         self.position = 0
         self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
         self.reduction_s = self.optimizer_s = 0.0
+        self.completed_s: dict[str, float] = {}
+        self.free_s: dict[str, float] = {}
+        self.reduced_kinds_s: defaultdict[str, float] = defaultdict(float)
         self.events: list[Event] = []
         self.links: dict[type[Step], _Link] = {}
 
@@ -260,8 +265,25 @@ class _Rank:
         self.bubble_s += start_s - self.now
         self.now = start_s + seconds
         self.reduction_s += seconds
+        self.reduced_kinds_s[collective.kind] += seconds
         name = f"{collective.kind} {collective.axis}"
         self.events.append(Event(self.stage, "compute", name, -1, start_s, self.now))
+
+    def reduced_behind(self, collective: Collective, behind_s: float, start_s: float, end_s: float) -> None:
+        """Wait for a collective of the step that has begun behind the last backward."""
+        self.free_s[collective.axis] = end_s
+        name = f"{collective.kind} {collective.axis}"
+        self.events.append(Event(self.stage, BEHIND, name, -1, start_s, end_s))
+        until_s = max(self.now, end_s) + behind_s
+        if until_s > self.now:
+            self.events.append(Event(self.stage, "compute", name, -1, self.now, until_s))
+        self.reduction_s += until_s - self.now
+        self.reduced_kinds_s[collective.kind] += until_s - self.now
+        self.now = until_s
+
+    def ready_s(self, collective: Collective, group: str) -> float:
+        """When a collective can begin whose gradients are those of a group."""
+        return max(self.completed_s[group], self.free_s.get(collective.axis, 0.0))
 
     def optimize(self) -> None:
         end = self.now + self.price.optimizer_s
@@ -296,6 +318,7 @@ class _Rank:
         name = _COMPUTE[type(step)]
         price: BlockPrice = getattr(self.price.chunks[step.chunk], name)
         end = self.now + price.compute_s + price.communication_s
+        self.completed_s |= {group: self.now + seconds for group, seconds in price.completed_s.items()}
         self.compute_s += price.compute_s
         self.communication_s += price.communication_s
         self.events.append(Event(self.stage, "compute", name, step.microbatch, self.now, end, step.chunk))
@@ -388,14 +411,14 @@ def _link(before: _Rank, after: _Rank) -> None:
 def _run_step_work(program: Program, runs: Sequence[Sequence[_Rank]]) -> None:
     """Once per step: every stage's collectives in its own order, those between stages together; then each stage by
     itself its optimizer and the gathering of its parameters."""
-    left = [deque(enumerate(stage.step.collectives)) for stage in program.stages]
+    left = [deque(enumerate(stage.step.reductions)) for stage in program.stages]
     moved = True
     while moved:
         moved = False
         for stage, queue in enumerate(left):
             while queue and _reduce_together(program, runs, left, stage):
                 moved = True
-    stuck = {stage: queue[0][1] for stage, queue in enumerate(left) if queue}
+    stuck = {stage: queue[0][1][0] for stage, queue in enumerate(left) if queue}
     if stuck:
         raise VerificationError("step_collectives", f"stages wait for each other: {stuck}")
     for own in program.stages:
@@ -407,14 +430,21 @@ def _run_step_work(program: Program, runs: Sequence[Sequence[_Rank]]) -> None:
 
 
 def _reduce_together(
-    program: Program, runs: Sequence[Sequence[_Rank]], left: list[deque[tuple[int, Collective]]], stage: int
+    program: Program,
+    runs: Sequence[Sequence[_Rank]],
+    left: list[deque[tuple[int, tuple[Collective, str | None]]]],
+    stage: int,
 ) -> bool:
     """Run a stage's next collective if all stages that take part have come to it."""
-    collective = left[stage][0][1]
+    collective, group = left[stage][0][1]
     members = collective_stages(program, collective.axis, stage)
-    if any(not left[member] or left[member][0][1] != collective for member in members):
+    if any(not left[member] or left[member][0][1][0] != collective for member in members):
         return False
     indices = {member: left[member].popleft()[0] for member in members}
+    if group is not None:
+        assert members == (stage,), "gradients of one stage"
+        _meet_behind([run[stage] for run in runs], collective, group, indices[stage])
+        return True
     ranks = [[run[member] for member in members] for run in runs]
     _meet(ranks, collective, [[rank.price.step_collectives_s[indices[rank.stage]] for rank in own] for own in ranks])
     return True
@@ -428,6 +458,15 @@ def _meet(ranks: Sequence[Sequence[_Rank]], collective: Collective, seconds: Seq
     for own, start_s, own_s in zip(ranks, starts, seconds, strict=True):
         for rank, rank_s in zip(own, own_s, strict=True):
             rank.reduce(collective, rank_s, start_s if alone else max(starts))
+
+
+def _meet_behind(ranks: Sequence[_Rank], collective: Collective, group: str, index: int) -> None:
+    """A collective of a stage over its replicas that begins when the last of them has completed a group."""
+    start_s = max(rank.ready_s(collective, group) for rank in ranks)
+    for rank in ranks:
+        behind_s = rank.price.step_behind_s[index]
+        end_s = start_s + rank.price.step_collectives_s[index] - behind_s
+        rank.reduced_behind(collective, behind_s, start_s, end_s)
 
 
 def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> StageEstimate:
@@ -457,11 +496,7 @@ def _kinds(program: Program, rank: _Rank) -> dict[str, float]:
         for block in (chunk.forward, *chunk.backwards):
             for kind, seconds in block.kinds_s.items():
                 kinds[kind] += seconds * program.microbatches
-    work = program.stages[rank.stage].step
-    priced = (*rank.price.step_collectives_s, *rank.price.step_gathers_s)
-    for collective, seconds in zip((*work.collectives, *work.gathers), priced, strict=True):
-        kinds[collective.kind] += seconds
-    for kind, seconds in rank.price.optimizer_kinds_s.items():
+    for kind, seconds in (*rank.reduced_kinds_s.items(), *rank.price.optimizer_kinds_s.items()):
         kinds[kind] += seconds
     if rank.links:
         kinds["receive"] = rank.received_exposed_s

@@ -19,6 +19,7 @@ from cost_model.tensor import TensorMeta
 from passes.calls import call_of
 from passes.graph import Meta, is_getitem, meta_of
 from passes.group import Kernel
+from passes.overlap_vocabulary import BEGIN, BEGINS, ENDS, complete
 from passes.storage import is_view, storage_of
 from passes.workspace import workspace_bytes
 
@@ -167,15 +168,19 @@ class _Lower:
         self, node: fx.Node, variables: list[fx.Node], in_place: bool, frees: tuple[str, ...]
     ) -> Instruction:
         cost, workspace = self._work(node, in_place)
+        collective = _collective(node, self.metas)
         return Instruction(
             op=str(node.target),
             inputs=tuple(o.name for o in node.all_input_nodes),
             outputs=tuple(self._value(v) for v in variables),
             cost=cost,
-            collective=_collective(node, self.metas),
+            collective=collective,
             workspace_bytes=self._dropped_bytes(node, variables) + workspace,
             frees=frees,
             segment=int(node.meta.get("segment", -1)),
+            begins=collective is not None and node.target in BEGINS,
+            awaits=_awaited(node),
+            completes=str(node.args[0]) if node.target is complete else None,
         )
 
     def _work(self, node: fx.Node, in_place: bool) -> tuple[OpCost | None, int]:
@@ -224,12 +229,17 @@ def label_of(node: fx.Node) -> str:
 def _collective(node: fx.Node, metas: Mapping[str, Meta]) -> Collective | None:
     """nbytes: the larger side of the op."""
     namespace, _, rest = str(node.target).partition(".")
-    kind = rest.split(".")[0]
+    kind = rest.split(".")[0].removeprefix(BEGIN)
     if namespace != "autopar" or kind not in _COLLECTIVES:
         return None
     axis = node.args[1]
     assert isinstance(axis, str)
     return Collective(kind, axis, max(_bytes(metas[node.name]), _bytes(metas[node.all_input_nodes[0].name])))
+
+
+def _awaited(node: fx.Node) -> str | None:
+    """What has begun and is waited for: the last operand."""
+    return node.all_input_nodes[-1].name if node.target in ENDS else None
 
 
 def _bytes(meta: Meta) -> int:
@@ -243,7 +253,7 @@ def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
     Shards that lie one behind the other need neither; what is summed arrives in parts all the same.
     """
     collective = _collective(node, metas)
-    if collective is None or collective.kind == "all_reduce":
+    if collective is None or collective.kind == "all_reduce" or node.target in BEGINS:
         return 0
     operand = node.all_input_nodes[0]
     meta, (first, second) = metas[operand.name], node.args[3:5]

@@ -42,13 +42,14 @@ _FORWARDS = (Forward, SendForward, PostForward, RecvForward)
 @dataclass(frozen=True)
 class Reduction:
     """Elements [start, stop) of the flat gradient buffer of a dtype, summed over an axis once per step, in the dtype
-    ``reduced``."""
+    ``reduced``; from when ``group`` is complete, where it is of one."""
 
     axis: str
     dtype: str
     start: int
     stop: int
     reduced: str
+    group: str | None = None
 
     @property
     def meta(self) -> TensorMeta:
@@ -64,7 +65,11 @@ class Reduction:
         return casts_around(self.meta, self.meta, self.reduced)
 
     def __str__(self) -> str:
-        return f'run.reduce_gradients("{self.axis}", "{self.dtype}", {self.start}, {self.stop}, "{self.reduced}")'
+        return f"run.reduce_gradients({self.place})"
+
+    @property
+    def place(self) -> str:
+        return f'"{self.axis}", "{self.dtype}", {self.start}, {self.stop}, "{self.reduced}"'
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class PartStep:
     bucket: str
     nbytes: int
     casts: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
+    group: None = None
 
     @property
     def collective(self) -> Collective:
@@ -135,6 +141,7 @@ def render_step(
     skip = ["if run.adjust_scale():", "    return"] if scales_loss else []
     forwards = [line for step in steps if type(step) in _FORWARDS for line in _forward_lines(step)]
     functions = {
+        "complete": ("Begin to reduce a group of gradients.", _begun(reductions)),
         "feed": ("Batch inputs of all replicas.", [f'run.gather_rows("{name}", {dp})' for name in gathered]),
         "accumulate": (doc, [_line(step) for step in steps] + wait + kept),
         "reduce": ("Gradients of all ranks.", [*map(str, reductions), *(["run.unscale_gradients()"] * scales_loss)]),
@@ -145,8 +152,22 @@ def render_step(
     return "\n\n\n".join(_function(name, doc, lines) for name, (doc, lines) in functions.items())
 
 
+def _begun(reductions: Sequence[Reduction | PartStep]) -> list[str]:
+    early = [r for r in reductions if isinstance(r, Reduction) and r.group is not None]
+    groups = dict.fromkeys(r.group for r in early)
+    return [
+        line
+        for group in groups
+        for line in (
+            f'if group == "{group}":',
+            *(f"    run.begin_gradients({r.place})" for r in early if r.group == group),
+        )
+    ]
+
+
 def _function(name: str, doc: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"def {name}(run):", f'    """{doc}"""', *(f"    {line}" for line in lines)])
+    parameters = "run, group" if name == "complete" else "run"
+    return "\n".join([f"def {name}({parameters}):", f'    """{doc}"""', *(f"    {line}" for line in lines)])
 
 
 def _line(step: Step, call: str = "") -> str:

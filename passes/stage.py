@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_model.placement import Partial, Placement, Varying
@@ -23,11 +23,14 @@ from passes.fuse import fuse
 from passes.graph import GraphInput, ModelGraph
 from passes.group import Kernel, Kernels, Worth, group
 from passes.lower import Function, Storages, lower
+from passes.overlap import overlap
 from passes.pack import pack
+from passes.reduce_early import Groups, mark_groups
 from passes.shard import ShardedStage, shard
 from passes.split import SplitGraphs, split
 from passes.split_weight import split_weight
 from passes.stitch import Templates, stage_joint
+from passes.zero import AXIS as STATE_AXIS
 from passes.zero import finished, make_buckets, scatters, shard_name, shard_state
 
 SETUP = "setup"
@@ -54,6 +57,7 @@ class StageCode:
     gradients: parameters that get one, in the order in which
     backward finishes them (a parameter the loss does not reach has none, as on one device).
     buckets: parameters whose state is split over the dp axis.
+    groups: of gradients whose sum over replicas begins where the last microbatch has completed them.
     updates: buffers that backward gives a new value. precision: in what gradients and masters are kept.
     kernels: the functions that a compiler is to make kernels of.
     """
@@ -73,6 +77,7 @@ class StageCode:
     exit: Placement
     gradients: tuple[str, ...]
     buckets: tuple[Bucket, ...]
+    groups: Groups
     updates: tuple[str, ...]
     precision: Precision
     weight: Block | None = None
@@ -113,6 +118,7 @@ def build_stage(
     splits_backward: bool = False,
     precision: Precision = _OWN,
     accumulates: bool = False,
+    overlaps: bool = False,
     given: tuple[Bucket, ...] | None = None,
     worth: Worth | None = None,
 ) -> StageCode:
@@ -123,6 +129,7 @@ def build_stage(
     splits_backward: whether gradients of parameters have a function of their own.
     accumulates: whether gradients of several microbatches add up. A product then finds its buffer in memory rather than
     in the cache and is slower than one that is made apart and added, so it is not fused.
+    overlaps: whether collectives move behind compute.
     given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
     None: none are.
     """
@@ -150,7 +157,32 @@ def build_stage(
     graphs = shard_state(graphs, buckets, parameters)
     if worth is not None:
         _group(graphs, suffix, worth)
-    return _Builder(sharded, graphs, last, buckets, gradients, suffix, precision).build()
+    groups: Groups = ()
+    if overlaps:
+        graphs = overlap(graphs, STATE_AXIS)
+        early = _reduced_early(alone, kept, buckets, sharded.placements, (dp, tp), shared)
+        groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
+    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision).build()
+
+
+def _reduced_early(
+    alone: Sequence[GraphInput],
+    kept: Mapping[str, Kept],
+    buckets: Sequence[Bucket],
+    placements: Mapping[str, Placement],
+    mesh: tuple[int, int],
+    shared: Collection[str],
+) -> dict[str, str]:
+    """Parameters, by node, whose gradients are summed over replicas where they lie, and by one part of the chain."""
+    split = {name for bucket in buckets for name, _ in bucket.parameters}
+    return {
+        i.node: i.target
+        for i in alone
+        if i.target not in split
+        and i.node not in shared
+        and (reduce_axis(placements[i.node], *mesh) or "").startswith(STATE_AXIS)
+        and kept[i.target].grads == kept[i.target].reduce
+    }
 
 
 def _group(graphs: SplitGraphs, suffix: str, worth: Worth) -> None:
@@ -168,11 +200,12 @@ class _Builder:
         last: bool,
         buckets: tuple[Bucket, ...],
         gradients: tuple[str, ...],
+        groups: Groups,
         suffix: str,
         precision: Precision,
     ) -> None:
         self.sharded, self.graphs, self.last = sharded, graphs, last
-        self.suffix, self.precision = suffix, precision
+        self.groups, self.suffix, self.precision = groups, suffix, precision
         self.buckets, self.gradients = {shard_name(b): b for b in buckets}, gradients
         self.inputs = {i.node: i for i in sharded.graph.inputs}
         self.activation = next((i.node for i in sharded.graph.inputs if i.kind == "activation"), None)
@@ -226,6 +259,7 @@ class _Builder:
             gradients=tuple(name for name in self.gradients if name not in changed),
             updates=tuple(name for name in self.gradients if name in changed),
             buckets=tuple(self.buckets.values()),
+            groups=self.groups,
             precision=self.precision,
             weight=None if weight is None else weight.block,
             kept=self._storages_in(backward, graphs.kept),

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cost_model.background import check_waited
 from cost_model.errors import VerificationError
 from cost_model.mesh import Mesh
 from cost_model.placement import Placement, Replicate, Shard
 from cost_model.program import Block, Bucket, Collective, Program, StageProgram, StepWork
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
-from passes import vocabulary
+from passes import overlap_vocabulary, vocabulary
 from passes.graph import torch_dtype
 from passes.printed import check_printed
 from passes.stage import StageCode
@@ -34,7 +35,15 @@ def _work(stage: StageProgram) -> list[object]:
     blocks = [block for c in stage.chunks for block in (c.forward, c.backward, c.weight) if block is not None]
     work: list[object] = [
         [
-            (i.op, i.cost, i.collective, i.workspace_bytes, len(i.frees), [v.storage_bytes for v in i.outputs])
+            (
+                i.op,
+                i.cost,
+                i.collective,
+                i.workspace_bytes,
+                len(i.frees),
+                [v.storage_bytes for v in i.outputs],
+                i.completes,
+            )
             for i in block.instructions
         ]
         for block in blocks
@@ -72,6 +81,25 @@ class RecordingComm:
     def reduce_scatter(self, x: Tensor, axis: str, *place: int) -> Tensor:
         return self._note("reduce_scatter", axis, x, vocabulary.reduce_scatter(x, axis, *place))
 
+    def begin_all_reduce(self, x: Tensor, axis: str, op: str) -> Tensor:
+        return self._note("all_reduce", axis, x, overlap_vocabulary.begin_all_reduce(x, axis, op))
+
+    def begin_all_reduce_(self, x: Tensor, axis: str, op: str) -> Tensor:
+        return self._note("all_reduce", axis, x, x)
+
+    def begin_all_gather(self, x: Tensor, axis: str, *place: int) -> Tensor:
+        return self._note("all_gather", axis, x, overlap_vocabulary.begin_all_gather(x, axis, *place))
+
+    def begin_reduce_scatter(self, x: Tensor, axis: str, *place: int) -> Tensor:
+        return self._note("reduce_scatter", axis, x, overlap_vocabulary.begin_reduce_scatter(x, axis, *place))
+
+    def wait(self, begun: Tensor) -> Tensor:
+        return begun
+
+    def sum_arrived(self, x: Tensor, arriving: Tensor, axis: str, *place: int) -> Tensor:
+        out: Tensor = overlap_vocabulary.sum_arrived(x, arriving, axis, *place)
+        return out
+
     def all_to_all(self, x: Tensor, axis: str, *place: int) -> Tensor:
         return self._note("all_to_all", axis, x, vocabulary.all_to_all(x, axis, *place))
 
@@ -95,6 +123,7 @@ def verify_emitted(code: StageCode) -> None:
     exec(compile(code.source, "<autopar program>", "exec"), namespace)
     calls, output = _run(code, namespace)
     for block, emitted in zip(code.blocks, calls, strict=True):
+        check_waited(block)
         _compare(block.name, block, emitted)
     if code.sent is not None and tuple(output.shape) != code.sent.shape:
         raise VerificationError("sent shape", f"the code sends {tuple(output.shape)}, the estimate {code.sent.shape}")
@@ -140,6 +169,7 @@ class _RecordingRun:
         self.buckets, self.fed = {bucket.name: bucket for bucket in buckets}, fed
         self.before: list[Collective] = []
         self.after: list[Collective] = []
+        self.begun: list[Collective] = []
         self.calls = self.before
 
     def __getattr__(self, name: str) -> Any:
@@ -150,6 +180,9 @@ class _RecordingRun:
 
     def reduce_gradients(self, axis: str, dtype: str, start: int, stop: int, reduced: str) -> None:
         self.calls.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[reduced]))
+
+    def begin_gradients(self, axis: str, dtype: str, start: int, stop: int, reduced: str) -> None:
+        self.begun.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[reduced]))
 
     def scatter_gradients(self, axis: str, bucket: str) -> None:
         self.calls.append(Collective("reduce_scatter", axis, self.buckets[bucket].reduced.nbytes))
@@ -172,6 +205,11 @@ def verify_step(source: str, buckets: Sequence[Bucket], fed: Mapping[str, int], 
     run = _RecordingRun(buckets, fed)
     namespace["feed"](run)
     namespace["step"](run)
+    for group in dict.fromkeys(group for _, group in work.reductions if group is not None):
+        namespace["complete"](run, group)
+    early = [collective for collective, group in work.reductions if group is not None]
+    if run.begun != early:
+        raise VerificationError("priced = run", f"groups of gradients begin {run.begun}, priced {early}")
     priced = ([c for c in work.collectives if c.axis != "world"], list(work.gathers))
     if (run.before, run.after) != priced:
         raise VerificationError("priced = run", f"the step reduces {run.before, run.after}, priced {priced}")
@@ -188,6 +226,9 @@ class _CheckGradient:
 
     def product(self, buffer: Tensor, left: Tensor, right: Tensor) -> None:
         self(buffer, left @ right)
+
+    def complete(self, group: str) -> None:
+        """Groups are compared where they are printed."""
 
 
 def _compare(name: str, block: Block, emitted: list[Collective]) -> None:

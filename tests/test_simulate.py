@@ -59,7 +59,7 @@ class Device:
 class Cluster:
     """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
 
-    delay_s: of an empty message.
+    delay_s: of an empty message. behind: the part of a collective that remains behind compute.
     """
 
     devices: tuple[Device, ...]
@@ -69,9 +69,13 @@ class Cluster:
     uneven: bool = False
     rendezvous: bool = False
     shared: frozenset[int] = frozenset()
+    behind: float = 0.0
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
         return float(nbytes * sum(devices))
+
+    def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
+        return self.behind * self.collective_time_s(kind, nbytes, devices)
 
     def senders(self, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """Devices that are ``shared`` send all their messages at one rate."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import autopar.ranks
 from autopar.runtime import executor, held
-from autopar.runtime.comm import Comm, _join, _parts
+from autopar.runtime.comm import Begun, Comm, _join, _parts
 
 TIMEOUT_S = 60.0
 LOSSES = ("step", "accumulate", "evaluate")
@@ -56,6 +56,10 @@ class Wires:
             barrier.abort()
 
 
+def _nothing() -> None:
+    """The end of what has ended where it began."""
+
+
 class ThreadComm(Comm):
     """``Comm`` without torch.distributed."""
 
@@ -84,6 +88,15 @@ class ThreadComm(Comm):
 
     def all_gather_(self, x: Tensor, axis: str) -> Tensor:
         return x.copy_(self.all_gather(self._mine(x, axis), axis, len(self._axes[axis]), 0, 1))
+
+    def begin_all_reduce_(self, x: Tensor, axis: str, op: str) -> Begun:
+        return Begun(self.all_reduce_(x, axis, op), _nothing)
+
+    def begin_all_gather(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Begun:
+        return Begun(self.all_gather(x, axis, size, dim, outer), _nothing)
+
+    def begin_reduce_scatter(self, x: Tensor, axis: str, size: int, dim: int, outer: int) -> Begun:
+        return Begun(self.reduce_scatter(x, axis, size, dim, outer), _nothing)
 
     def all_to_all(self, x: Tensor, axis: str, size: int, split_dim: int, concat_dim: int) -> Tensor:
         mine = self.index(axis)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from autopar.runtime import kernels
 from autopar.runtime.accumulation import Add, Store
+from autopar.runtime.comm import Begun
 from autopar.runtime.held import Held
 from autopar.runtime.measure import ONCE, Event, measure, traced_step
 from autopar.runtime.norm import sum_of_squares
@@ -38,7 +39,6 @@ Awaited = tuple[Any, int]
 WORLD_REDUCTION = "all_reduce world"
 _TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
-_store, _add = Store(), Add()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,8 @@ class RankExecutor(Held):
         self.expected: defaultdict[str, deque[tuple[list[Awaited], Tensor]]] = defaultdict(deque)
         self.sending: defaultdict[str, deque[tuple[list[Awaited], Tensor, Part]]] = defaultdict(deque)
         self.peer = 1 - self.rank if self.world_size == 2 else None
+        self.begun: dict[tuple[str, str, int], Begun] = {}
+        self.reducing = False
         self.loss: Tensor | None = None
 
     # --- the step, as the generated program calls it
@@ -117,6 +119,7 @@ class RankExecutor(Held):
         """One training step on this rank's part of the global batch; returns the global mean loss."""
         with torch.no_grad(), self._named_timeouts():
             self._begin(batch)
+            self.reducing = True
             self.module.step(self)
             return self._finish()
 
@@ -233,13 +236,15 @@ class RankExecutor(Held):
 
     def _backward(self, name: str, function: Callable[..., Any], part: Part, saved: list[Tensor]) -> Any:
         microbatch, chunk = part
-        accumulate = _add if self.spec["accumulates"] or self.accumulated else _store
+        accumulate = Add if self.spec["accumulates"] or self.accumulated else Store
+        last = self.reducing and microbatch == self.spec["microbatches"] - 1
+        handed = accumulate(self._complete) if last else accumulate()
         return self._timed(
             name,
             part,
             lambda: function(
                 self.params, self.buffers, self.constants[chunk], *self._slices(microbatch),
-                saved, self.targets, accumulate, self.comm, self.kernels, self.device,
+                saved, self.targets, handed, self.comm, self.kernels, self.device,
             ),
         )  # fmt: skip
 
@@ -272,8 +277,21 @@ class RankExecutor(Held):
         for link in self.sending:
             self._wait(link, 0)
 
+    def _complete(self, group: str) -> None:
+        self.module.complete(self, group)
+
+    def begin_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
+        """Begin to ``reduce_gradients``, of that dtype."""
+        part = self.flat[buffer][start:stop]
+        assert part.dtype == getattr(torch, dtype)
+        self.begun[axis, buffer, start] = self.comm.begin_all_reduce_(part, axis, "sum")
+
     def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
-        """Sum elements [start, stop) of a flat gradient buffer over an axis, in a dtype."""
+        """Sum elements [start, stop) of a flat gradient buffer over an axis, in a dtype, or wait until that is done."""
+        begun = self.begun.pop((axis, buffer, start), None)
+        if begun is not None:
+            self._timed("reduce", ONCE, lambda: self.comm.wait(begun), f"all_reduce {axis}")
+            return
         self._all_reduce(self.flat[buffer][start:stop], axis, getattr(torch, dtype))
 
     def _all_reduce(self, part: Tensor, axis: str, dtype: torch.dtype) -> None:
