@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autopar.api import compile, estimate
     from autopar.cluster import Cluster
     from autopar.comparison import Comparison, compare
+    from autopar.deferral import deferred
     from autopar.executable import Executable
     from autopar.explanation import Explanation, explain
     from cost_model import errors
@@ -36,6 +37,7 @@ _HOMES = {
     "Cluster": "autopar.cluster",
     "compare": "autopar.comparison",
     "Comparison": "autopar.comparison",
+    "deferred": "autopar.deferral",
     "Executable": "autopar.executable",
     "explain": "autopar.explanation",
     "Explanation": "autopar.explanation",
@@ -57,6 +59,7 @@ __all__ = [
     "Precision",
     "compare",
     "compile",
+    "deferred",
     "errors",
     "estimate",
     "explain",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -13,16 +15,19 @@ from autopar.inference import Inference, build_inference
 from autopar.kernel_calls import check_compiler, worth_compiling
 from autopar.link import Linked
 from autopar.options import Options, check_target
-from autopar.payload import model_tensors, rank_batch, rank_payload
+from autopar.payload import rank_batch, rank_payload
 from autopar.planning import Planned, plan_model
 from autopar.ranks import Ranks, agree_with_rank_0, is_main, process_index, start_ranks, under_launcher
 from autopar.runtime.comm import join_shards
+from autopar.runtime.recipe import blank
+from autopar.runtime.weight_file import Place
+from autopar.weights import LoadedWeights, ModelValues, check_all_match, drawn_states, find_weights
 from cost_model.cluster import Cluster
 from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError, UnsupportedError
 from cost_model.estimate import Estimate
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Plan
-from passes.trace import BatchSpec, batch_spec
+from passes.trace import BatchSpec, alias_map, batch_spec
 
 
 class Engine:
@@ -41,6 +46,7 @@ class Engine:
         self._loaded, self._closed = False, False
         self._drawn = {False: 0, True: 0}
         self._inferences: dict[str, Inference] = {}
+        self._files: dict[str, Place] = {}
         self.training = model.training
 
     @property
@@ -186,8 +192,8 @@ class Engine:
         inference = build_inference(
             name, self._model, batch, spec, self._options, self._linked, training=self.training, loss=loss, worth=worth
         )
-        tensors = model_tensors(self._model, self._linked)
-        self.call("attach", {rank: inference.payload(rank, tensors, self._linked) for rank in ranks.hosted})
+        values = ChainMap(dict(inference.linked.traced.constants), self._values())  # type: ignore[arg-type]
+        self.call("attach", {rank: inference.payload(rank, values, self._linked) for rank in ranks.hosted})
         self._inferences[name] = inference
 
     def call(self, method: str, payloads: Mapping[int, Any] | None = None) -> list[Any]:
@@ -216,21 +222,46 @@ class Engine:
         """Give every rank its program and its shards of the weights; all processes must hold the same weights."""
         if self._options.compiles:
             check_compiler(self._cluster)
-        tensors = model_tensors(self._model, self._linked)
+        values = self._values()
+        values.check_known()
+        tensors = {**values.tensors, **self._linked.traced.constants}
         ranks = self._running()
         seeded = "call torch.manual_seed before building the model, or load one checkpoint, on every rank"
-        ranks.check_same("model", tensors, seeded)
+        compared = {name: blank(tensor) for name, tensor in tensors.items()}
+        ranks.check_same("model", {**compared, **drawn_states(values.recipes)}, seeded)
         saved, timeout_s = self._model.state_dict().keys(), self._options.timeout_s
+        optimizer, initial = self.planned.optimizer, values.request
         ranks.load(
             {
                 rank: rank_payload(
-                    self._linked, rank, tensors, self.planned.optimizer, self._device(rank), saved, timeout_s
+                    self._linked, rank, tensors, optimizer, self._device(rank), saved, timeout_s, initial
                 )
                 for rank in ranks.hosted
             }
         )
         self._loaded = True
         return ranks
+
+    def load_weights(self, path: str | os.PathLike[str], *, strict: bool = True) -> LoadedWeights:
+        """Take the model's weights from a safetensors file, or a folder of such: each rank reads its shards of them.
+
+        Names are those of the model's state dict, one of several for a shared parameter; precisions may differ. Before
+        the first step these are the initial weights; later, optimizer state and step count stay as they are.
+        strict=False: what the files lack keeps its values and what the model lacks is left out; both are returned.
+        All ranks of a job call it. Errors: WeightsError.
+        """
+        self._check_open()
+        found, loaded = find_weights(path, self._model)
+        if strict:
+            check_all_match(str(path), loaded)
+        self._files |= found
+        if self._loaded:
+            self.call_alike("fill", {"recipes": {}, "files": found})
+        return loaded
+
+    def _values(self) -> ModelValues:
+        """Of the model as it is now, and of the files that were loaded."""
+        return ModelValues(self._model, self._files)
 
     def _device(self, rank: int) -> str:
         if self._cluster.backend == "gloo":
@@ -240,11 +271,10 @@ class Engine:
     def full_state_dict(self) -> dict[str, Tensor]:
         """Whole parameters and buffers, trained so far, by every name of the model's own state dict."""
         current = dict(self._model.state_dict())
-        if not self._loaded:
-            return {name: tensor.detach().clone() for name, tensor in current.items()}
-        trained = self._gathered()
-        aliases = self._linked.traced.aliases
-        return {n: trained.get(aliases.get(n, n), t).detach().to(t.dtype, copy=True) for n, t in current.items()}
+        trained = self._gathered() if self._loaded else {}
+        first, values = alias_map(self._model), self._values()
+        whole = {n: trained[first[n]] if first[n] in trained else values[first[n]] for n in current}
+        return {n: whole[n].detach().to(t.dtype, copy=True) for n, t in current.items()}
 
     def _gathered(self) -> dict[str, Tensor]:
         """Parameters joined from the shards of every stage's first replica."""

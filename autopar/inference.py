@@ -73,12 +73,12 @@ class Inference:
         """What ``RankExecutor.attach`` takes: the program, and of the model what training does not hold there."""
         stage = held.coordinates[rank][0]
         known = {i.target for i in (*held.stages[stage].inputs, *held.stages[stage].prologue_inputs)}
-        params, buffers = local_tensors(self.linked, rank, {**tensors, **self.linked.traced.constants})
+        params, buffers = local_tensors(self.linked, rank, tensors, known)
         return {
             "name": self.name,
             "program": program_payload(self.linked, rank),
-            "params": {name: value for name, value in params.items() if name not in known},
-            "buffers": {name: value for name, value in buffers.items() if name not in known},
+            "params": params,
+            "buffers": buffers,
         }
 
     def result(self, ranks: Sequence[Mapping[str, Any]]) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
 from autopar.gradient_norm import norm_spans
@@ -14,6 +14,7 @@ from autopar.link import Linked
 from autopar.ranks import under_launcher
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
+from autopar.runtime.recipe import blank
 from cost_model.errors import ConfigError
 from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, Placement, Shard
@@ -25,19 +26,6 @@ from passes.graph import GraphInput, ModelGraph, is_getitem, torch_dtype
 WRAP = " to the other end"
 
 
-def model_tensors(model: nn.Module, linked: Linked) -> dict[str, Tensor]:
-    """Every parameter, buffer and traced constant by the name the graph uses; ConfigError on the meta device."""
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors = {name: tensor.detach() for name, tensor in named.items()}
-    meta = sorted(name for name, tensor in tensors.items() if tensor.is_meta)
-    if meta:
-        raise ConfigError(
-            f"{meta[0]!r} of the model is on the meta device and has no values to train; "
-            "build the model with weights, or use autopar.estimate, which needs none"
-        )
-    return {**tensors, **linked.traced.constants}
-
-
 def rank_payload(
     linked: Linked,
     rank: int,
@@ -46,8 +34,13 @@ def rank_payload(
     device: str,
     saved: Collection[str],
     timeout_s: float | None,
+    initial: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The tree that ``RankExecutor`` is built from; saved: names of the parameters and buffers of a checkpoint."""
+    """The tree that ``RankExecutor`` is built from.
+
+    tensors: of the model, and the constants of its trace, by the names that the graph uses; those on the meta device
+    are filled by the rank itself, as ``initial`` says. saved: names of the parameters and buffers of a checkpoint.
+    """
     stage, dp, _ = linked.coordinates[rank]
     plan, part, held = linked.plan, linked.stages[stage], _held(linked, stage)
     own, values = local_tensors(linked, rank, tensors)
@@ -61,9 +54,10 @@ def rank_payload(
         "stage": stage,
         "dp_index": dp,
         "buckets": buckets,
-        "params": {n: tensor.to(torch_dtype(part.metas[n].dtype)) for n, tensor in own.items()},
-        "masters": {} if optimizer is None else masters,
-        "buffers": values,
+        "params": _sent({n: tensor.to(torch_dtype(part.metas[n].dtype)) for n, tensor in own.items()}),
+        "masters": _sent({} if optimizer is None else masters),
+        "buffers": _sent(values),
+        "initial": initial,
         "layouts": {
             n: _layout(linked, rank, n, p if i.kind == "parameter" else REPLICATE, tuple(tensors[n].shape))
             for n, (i, p) in held.items()
@@ -80,11 +74,12 @@ def rank_payload(
 
 
 def local_tensors(
-    linked: Linked, rank: int, tensors: Mapping[str, Tensor]
+    linked: Linked, rank: int, tensors: Mapping[str, Tensor], but: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The shards of parameters that a rank's program reads, and its buffers."""
+    """The shards of parameters that a rank's program reads, and its buffers; without those called ``but``."""
     stage, _, tp = linked.coordinates[rank]
-    held, size = _held(linked, stage), linked.plan.mesh(stage).tp
+    held = {name: place for name, place in _held(linked, stage).items() if name not in but}
+    size = linked.plan.mesh(stage).tp
     params = {n: _local(tensors[n], p, tp, size) for n, (i, p) in held.items() if i.kind == "parameter"}
     return params, {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"}
 
@@ -140,7 +135,7 @@ def _bucket(
     bucket: Bucket, index: int, parameters: Mapping[str, Tensor], optimizer: OptimizerSpec | None
 ) -> dict[str, Any]:
     """A bucket as ``HeldBucket`` takes it: its weights in a row, or this rank's part of the row."""
-    row = torch.cat([p.reshape(-1) for p in parameters.values()])
+    row = _row([p.reshape(-1) for p in parameters.values()])
     row = torch.nn.functional.pad(row, (0, bucket.numel - row.numel()))
     part = row[index * bucket.part.numel : (index + 1) * bucket.part.numel]
     has_master = optimizer is not None and bucket.trainable and bucket.updated != bucket.part
@@ -152,11 +147,22 @@ def _bucket(
         "trainable": bucket.trainable,
         "parameters": [(name, list(p.shape), offsets[name]) for name, p in parameters.items()],
         "pieces": [(piece.parameter, piece.offset, piece.start, piece.stop) for piece in bucket.pieces(index)],
-        "weights": _copied(part if bucket.zero == 3 else row, bucket.dtype),
-        "master": _copied(part, bucket.updated.dtype) if has_master else None,
+        "weights": blank(_copied(part if bucket.zero == 3 else row, bucket.dtype)),
+        "master": blank(_copied(part, bucket.updated.dtype)) if has_master else None,
         "grads": bucket.types.grads,
         "reduce": bucket.types.reduce,
     }
+
+
+def _row(parts: Sequence[Tensor]) -> Tensor:
+    """Parts in one row; where some are on the meta device and some are not, zeros stand for those that are."""
+    if all(part.is_meta for part in parts):
+        return torch.cat(list(parts))
+    return torch.cat([torch.zeros_like(part, device="cpu") if part.is_meta else part for part in parts])
+
+
+def _sent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: blank(tensor) for name, tensor in tensors.items()}
 
 
 def _copied(tensor: Tensor, dtype: str) -> Tensor:

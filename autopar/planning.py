@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import time
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from autopar.report import seconds_text
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH, faster_schedules, windows
+from autopar.weights import ModelValues
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
 from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchError, UnsupportedError
@@ -491,7 +493,8 @@ class Job:
 def analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
     """How the batch splits, with what was assumed about ambient values checked."""
     analysis = analyse_batch(traced.global_graph, traced.other)
-    analysis, notes = check_constant(traced, analysis, {**dict(model.named_buffers()), **traced.constants})
+    known = ChainMap(dict(traced.constants), ModelValues(model))  # type: ignore[arg-type]
+    analysis, notes = check_constant(traced, analysis, known)
     if analysis.reason is not None:
         notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
     if analysis.synchronised:

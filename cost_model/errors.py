@@ -222,5 +222,13 @@ class CheckpointError(AutoparError):
         super().__init__(f"checkpoint {path}: {message}")
 
 
+class WeightsError(AutoparError):
+    """A file of weights cannot be read or is of another model. Attributes: path, names (of tensors)."""
+
+    def __init__(self, path: str, message: str, names: tuple[str, ...] = ()) -> None:
+        self.path, self.names = path, names
+        super().__init__(f"weights {path}: {message}")
+
+
 class ClosedError(AutoparError):
     """The executable was closed, or its workers are gone after an earlier error; compile again."""

@@ -28,13 +28,12 @@ def check_constant(
 ) -> tuple[BatchAnalysis, tuple[str, ...]]:
     """The analysis, with a reason against splitting where a value differs along the batch; and notes.
 
-    buffers: values by name (meta tensors: unknown). Values too large to compute are checked at a smaller batch.
+    buffers: values by name (missing, or meta tensors: unknown). Values too large are checked at a smaller batch.
     """
     if analysis.reason is not None or not analysis.constant or traced.other is None:
         return analysis, ()
     names = [name for name, _, _ in analysis.constant]
-    known = {n: b for n, b in buffers.items() if not b.is_meta}
-    unknown = _unknown(traced.global_graph, names, known)
+    unknown = _unknown(traced.global_graph, names, buffers)
     if unknown is not None:
         return analysis, (
             f"not checked: {names[0]} is taken to be equal for all samples ({unknown} has no values here)",
@@ -43,7 +42,7 @@ def check_constant(
     notes = (
         () if batches[0] == traced.global_graph.batch else (f"{names[0]} was compared for {batches[0]} samples only",)
     )
-    at_sizes = [_values(specialise(traced, batch), names, known) for batch in batches]
+    at_sizes = [_values(specialise(traced, batch), names, buffers) for batch in batches]
     for name, dim, outer in analysis.constant:
         seen = [_by_sample(values[name], dim, outer, b) for values, b in zip(at_sizes, batches, strict=True)]
         first = seen[0].narrow(dim + 1, 0, 1)
@@ -85,7 +84,7 @@ def _unknown(model: ModelGraph, names: list[str], known: Mapping[str, Tensor]) -
     """A placeholder on the way whose values are not at hand."""
     targets = {i.node: i.target for i in model.inputs}
     needed = [n for n in _needed(model, names) if n.op == "placeholder"]
-    return next((n.name for n in needed if targets[n.name] not in known), None)
+    return next((n.name for n in needed if targets[n.name] not in known or known[targets[n.name]].is_meta), None)
 
 
 def _values(model: ModelGraph, names: list[str], known: Mapping[str, Tensor]) -> dict[str, Tensor]:

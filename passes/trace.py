@@ -229,9 +229,31 @@ def _second_size(batch: int) -> int | None:
     return next((d for d in range(2, batch) if batch % d == 0), 2 * batch)
 
 
-def _fake_inputs(spec: BatchSpec, size: int, device: torch.device) -> Any:
+@contextmanager
+def _as_on_cpu(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """The tensors of a model on the meta device as fake ones of a CPU: its graph is that of a model with weights."""
+    owners: list[dict[str, Any]] = [own for m in model.modules() for own in (m._parameters, m._buffers)]
+    held = [(own, name, tensor) for own in owners for name, tensor in own.items()]
+    on_meta = [(own, name, tensor) for own, name, tensor in held if tensor is not None and tensor.is_meta]
+    with mode:
+        fake = {id(tensor): _fake(tensor) for _, _, tensor in on_meta}
+    for own, name, tensor in on_meta:
+        own[name] = fake[id(tensor)]
+    try:
+        yield
+    finally:
+        for own, name, tensor in on_meta:
+            own[name] = tensor
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _fake_inputs(spec: BatchSpec, size: int, device: torch.device, mode: FakeTensorMode) -> Any:
     """The batch as fake tensors of ``size`` samples; each leaf its own tensor, so that none is merged with another."""
-    with FakeTensorMode():
+    with mode:
         leaves = [_resize(leaf, spec.size, size, device) for leaf in spec.leaves]
     return pytree.tree_unflatten(leaves, spec.treespec)
 
@@ -253,12 +275,12 @@ def _export(
     module: _WithLoss, spec: BatchSpec, size: int, aliases: Mapping[str, str], *, folded: bool
 ) -> tuple[ModelGraph, dict[str, torch.Tensor], dict[str, int | float]]:
     """The graph, its constants and its counters. folded: layers that are alike may be traced once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    batch = _fake_inputs(spec, size, device)
+    tensors, mode = [*module.parameters(), *module.buffers()], FakeTensorMode()
+    device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+    batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with no_own_backward():
+        with no_own_backward(), _as_on_cpu(module, mode):
             exported = (_folded(module, args, kwargs) if folded else None) or _exported(module, args, kwargs)
     except AutoparError:
         raise

@@ -25,9 +25,10 @@ class HeldBucket:
         self.zero, self.dp, self.index = described["zero"], described["dp"], index
         self.parameters: list[tuple[str, list[int], int]] = described["parameters"]
         self.pieces: list[tuple[str, int, int, int]] = described["pieces"]
-        self.weights: Tensor = described["weights"].to(device)
+        self.weights: Tensor = described["weights"].to(device).contiguous()
         self.part_numel = self.weights.numel() if self.zero == 3 else self.weights.numel() // self.dp
-        self.master: Tensor | None = None if described["master"] is None else described["master"].to(device)
+        master = described["master"]
+        self.master: Tensor | None = None if master is None else master.to(device).contiguous()
         self.reduce_dtype: torch.dtype = getattr(torch, described["reduce"])
         count, dtype = self.weights.numel() if self.zero == 1 else self.part_numel, getattr(torch, described["grads"])
         self.gradients = self.weights.new_zeros(count, dtype=dtype) if described["trainable"] else None

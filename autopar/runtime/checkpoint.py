@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +34,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from autopar.runtime.layout import Layout, Piece
+from autopar.runtime.layout import Layout, Piece, held_layouts, updated_layouts
 from cost_model.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def load(rank: Held, folder: str, states: Tree) -> None:
 def described_states(rank: Held) -> Tree:
     """parameter -> optimizer state -> (whole shape, dtype) of a tensor, or the plain value itself; no dtype where it is
     that of what is updated, whatever that is where it is loaded."""
-    layouts, described = _updated_layouts(rank), {}
+    layouts, described = updated_layouts(rank), {}
     for name, state in _states(rank).items():
         found = described[name] = dict[str, Tree]()
         for kind, value in state.items():
@@ -73,21 +72,6 @@ def described_states(rank: Held) -> Tree:
     return described
 
 
-def _layouts(rank: Held) -> dict[str, Layout]:
-    return {name: Layout(**described) for name, described in rank.spec["layouts"].items()}
-
-
-def _updated_layouts(rank: Held) -> dict[str, Layout]:
-    """Of what the optimizer updates: of parameters in buckets that is a piece, which this rank alone writes for its
-    place on the other axes."""
-    layouts = _layouts(rank)
-    found = {name: layouts[name] for name in rank.updated if name in layouts}
-    for name, span in rank.spans.items():
-        if name in layouts:
-            found[name] = replace(layouts[name], span=span, writes=layouts[name].writes_pieces)
-    return found
-
-
 def _states(rank: Held) -> dict[str, dict[str, Any]]:
     """Parameter -> its optimizer state."""
     if rank.optimizer is None:
@@ -98,9 +82,9 @@ def _states(rank: Held) -> dict[str, dict[str, Any]]:
 
 def _held(rank: Held) -> Iterator[tuple[str, Layout, Tensor]]:
     """(key, layout, tensor) of all that is saved."""
-    updated = _updated_layouts(rank)
+    updated = updated_layouts(rank)
     wholes = rank.wholes()
-    for name, layout in _layouts(rank).items():
+    for name, layout in held_layouts(rank).items():
         if name in wholes:
             yield f"model/{name}", layout, wholes[name]
     for name, piece in rank.parts().items():
@@ -141,7 +125,7 @@ def _make_states(rank: Held, states: Tree) -> None:
     """Empty optimizer state as the checkpoint has it, whether or not the optimizer has made its own yet."""
     if rank.optimizer is None:
         return
-    layouts = _updated_layouts(rank)
+    layouts = updated_layouts(rank)
     names = {id(parameter): name for name, parameter in rank.updated.items()}
     rank.optimizer.state.clear()
     for group in rank.optimizer.param_groups:

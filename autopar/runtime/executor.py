@@ -461,6 +461,10 @@ class RankExecutor(Held):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def fill(self, request: Tree) -> None:
+        super().fill(request)
+        self.constants = self._set_up()
+
     def load(self, request: Tree) -> None:
         super().load(request)
         self.constants = self._set_up()

@@ -40,11 +40,13 @@ class Held:
         self.spans = {name: span for bucket in self.buckets.values() for name, span in bucket.spans.items()}
         self.updates = {name: torch.zeros_like(self.buffers[name]) for name in payload["updates"]}
         self.targets = {**self.grads, **self.updates}
+        self._fill(payload.pop("initial"))
         self.optimizer = self._optimizer()
         self.scaler = LossScaler(self.device) if payload["scales_loss"] else None
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        """In memory of their own, also where they had none."""
+        return {name: tensor.to(self.device).contiguous() for name, tensor in tensors.items()}
 
     def _hold(self, name: str, bucket: HeldBucket) -> None:
         """A bucket's rows where forward and backward look for them."""
@@ -112,6 +114,18 @@ class Held:
         if self.scaler is not None and request["loss_scale"] is not None:
             self.scaler.load(request["loss_scale"])
         self.configure(request["groups"])
+
+    def fill(self, request: Tree) -> None:
+        """New values of parameters and buffers; see ``autopar.runtime.initial``."""
+        self._fill(request)
+
+    def _fill(self, request: Tree) -> None:
+        if request["recipes"] or request["files"]:
+            from autopar.runtime import initial
+
+            initial.fill(self, request)
+            with torch.no_grad():
+                self.round()
 
     def _refresh(self) -> None:
         """Parameters from master copies that were loaded."""

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    from autopar.runtime.held import Held
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, extents) of a block of a tensor."""
@@ -101,7 +106,24 @@ class Piece:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata  # takes 50 MB of memory
+
         return ChunkStorageMetadata(torch.Size(self.offsets), self.local.shape)
+
+
+def held_layouts(rank: Held) -> dict[str, Layout]:
+    return {name: Layout(**described) for name, described in rank.spec["layouts"].items()}
+
+
+def updated_layouts(rank: Held) -> dict[str, Layout]:
+    """Of what the optimizer updates: of parameters in buckets that is a piece, which this rank alone writes for its
+    place on the other axes."""
+    layouts = held_layouts(rank)
+    found = {name: layouts[name] for name in rank.updated if name in layouts}
+    for name, span in rank.spans.items():
+        if name in layouts:
+            found[name] = replace(layouts[name], span=span, writes=layouts[name].writes_pieces)
+    return found
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:

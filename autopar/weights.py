@@ -1,0 +1,161 @@
+"""Weights: where the values of a model come from: its own tensors, recipes of a deferred one, safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from autopar.deferral import recipes_of
+from autopar.runtime.recipe import made
+from autopar.runtime.weight_file import Place, WeightFiles
+from cost_model.errors import ConfigError, WeightsError
+from passes.trace import alias_map
+
+_INDEX = "*.safetensors.index.json"
+_FILES = "*.safetensors"
+_FLOATING = ("F", "BF")
+
+
+class LoadedWeights(NamedTuple):
+    """What ``load_weights(strict=False)`` did without: names of the model, and names of the files."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+class ModelValues(Mapping[str, Tensor]):
+    """Whole tensors of a model by their first names, each made or read when it is asked for.
+
+    Those that nobody has values of are missing. Errors: ConfigError.
+    """
+
+    def __init__(self, model: nn.Module, files: Mapping[str, Place] = MappingProxyType({})) -> None:
+        self.tensors = {n: t.detach() for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self.recipes, self.files = recipes_of(model), files
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        if name in self.files:
+            with WeightFiles(self.files) as files:
+                return files.block(name, (0,) * tensor.ndim, tensor.shape).to(tensor.dtype)
+        if name in self.recipes:
+            return made(self.recipes[name]).to(tensor.dtype)
+        if tensor.is_meta:
+            raise KeyError(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files or name in self.recipes or (name in self.tensors and not self.tensors[name].is_meta)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.tensors if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What ranks fill by themselves (``autopar.runtime.initial``)."""
+        return {"recipes": self.recipes, "files": self.files}
+
+    def check_known(self) -> None:
+        """ConfigError where a tensor has no values."""
+        unknown = sorted(name for name in self.tensors if name not in self)
+        if unknown:
+            raise ConfigError(
+                f"{unknown[0]!r} of the model is on the meta device and has no values to train; build the model with "
+                "autopar.deferred(build), which knows its initial values, call exe.load_weights(path), or use "
+                "autopar.estimate, which needs none"
+            )
+
+
+def drawn_states(recipes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of torch's generator before each call that draws: equal where processes drew alike."""
+    return {
+        f"the random state {index} of {name}": step["state"]
+        for name, recipe in recipes.items()
+        for index, step in enumerate(recipe["steps"])
+        if step["state"] is not None
+    }
+
+
+def find_weights(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Place], LoadedWeights]:
+    """Where the files have each tensor of the model's state dict, by its first name; and what does not match.
+
+    path: a safetensors file, or a folder of such with or without an index. Errors: WeightsError.
+    """
+    root = Path(path).expanduser().resolve()
+    entries, first = _entries(root), alias_map(model)
+    expected = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    found: dict[str, Place] = {}
+    for name in sorted(entries.keys() & expected.keys(), key=lambda name: (first[name] != name, name)):
+        _check_fits(root, name, entries[name], expected[name])
+        found.setdefault(first[name], entries[name].place)
+    missing = dict.fromkeys(first[name] for name in expected if first[name] not in found)
+    return found, LoadedWeights(tuple(missing), tuple(sorted(entries.keys() - expected.keys())))
+
+
+def check_all_match(path: str, loaded: LoadedWeights) -> None:
+    """WeightsError naming what is missing, else what is unexpected."""
+    for what, names in (("lacks", loaded.missing), ("has more than the model:", loaded.unexpected)):
+        if names:
+            some = ", ".join(map(repr, names[:3]))
+            advice = "load the weights of this very model, or pass strict=False"
+            raise WeightsError(path, f"it {what} {some} ({len(names)} in all); {advice}", names)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of a file; kind: the letters of its dtype there ("F32": "F")."""
+
+    place: Place
+    shape: tuple[int, ...]
+    kind: str
+
+
+def _entries(root: Path) -> dict[str, _Entry]:
+    """Every tensor of the files by its name there. Errors: WeightsError."""
+    entries: dict[str, _Entry] = {}
+    for file in _files(root):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                entries.update({key: _entry(str(file), key, opened.get_slice(key)) for key in opened.keys()})
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(str(file), f"it cannot be read ({error}); give a whole safetensors file") from error
+    return entries
+
+
+def _entry(file: str, key: str, found: Any) -> _Entry:
+    return _Entry((file, key), tuple(found.get_shape()), found.get_dtype().rstrip("0123456789"))
+
+
+def _files(root: Path) -> list[Path]:
+    """The file itself, those that the folder's index names, or all of the folder. Errors: WeightsError."""
+    if not root.is_dir():
+        return [root]
+    indexes = sorted(root.glob(_INDEX))
+    if len(indexes) == 1:
+        return [root / name for name in sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))]
+    files = sorted(root.glob(_FILES))
+    if not files:
+        raise WeightsError(str(root), "it holds no *.safetensors; save some with safetensors.torch.save_file")
+    return files
+
+
+def _check_fits(root: Path, name: str, entry: _Entry, tensor: Tensor) -> None:
+    """WeightsError for another shape, or whole numbers in place of others; precisions may differ."""
+    floats = entry.kind in _FLOATING
+    if entry.shape == tuple(tensor.shape) and floats == tensor.is_floating_point():
+        return
+    has = f"{'real' if floats else 'whole'} numbers {list(entry.shape)}"
+    needs = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    message = f"{name!r} has {has} there but {needs} in the model; load weights of this very model"
+    raise WeightsError(str(root), message, (name,))
