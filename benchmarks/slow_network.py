@@ -180,9 +180,8 @@ def namespaces_of(pid: int) -> list[str]:
 
 
 def _tbf(bits_per_s: float) -> list[str]:
-    """A bucket of two packets, or of what the rate brings in two ticks of 4 ms."""
-    burst = max(2 * _MTU, int(bits_per_s / 8 * 0.008))
-    return ["tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(burst), "limit", _QUEUE]
+    """A bucket of two packets: what a full one lets through at once is not slow."""
+    return ["tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(2 * _MTU), "limit", _QUEUE]
 
 
 def _run(*command: str) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/slow_plans.py [--nodes 3] [--rates 10 50 200] [--delays 0 5 20] [--steps 3] [--compare] [--json]
 
-A pipeline of one stage a node, under GPipe and 1F1B, in 1, 2 and 4 microbatches. --compare: the automatic plan against
-data parallelism and ZeRO 3 on the slowest network instead. Needs root.
+A pipeline of one stage a node, under GPipe and 1F1B, in 1, 2 and 4 microbatches, and under 1F1B in windows. --compare:
+the automatic plan against data parallelism and ZeRO 3 on the slowest network instead. Needs root.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def cluster_text(nodes: int, bits_per_s: float, delay_s: float, device: str) -> 
 
 def plans() -> Iterator[dict[str, Any]]:
     for schedule, count in itertools.product(("gpipe", "1f1b"), (1, 2, 4)):
-        yield {"schedule": schedule, "microbatches": count}
+        yield {"schedule": schedule, "microbatches": count, "window": None if schedule == "gpipe" else 1}
+    for window in (1, 2, 4):
+        yield {"schedule": "1f1b", "microbatches": 8, "window": window}
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -129,16 +131,20 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], i
         yield "ZeRO 3", {"dp": nodes, "tp": 1, "pp": 1, "zero": 3}, batch * nodes
         return
     for plan in plans():
-        pins = {"dp": 1, "tp": 1, "pp": nodes, "schedule": plan["schedule"]}
+        pins = {"dp": 1, "tp": 1, "pp": nodes, "schedule": plan["schedule"], "window": plan["window"]}
         yield (
-            f"{plan['schedule']} x{plan['microbatches']}",
+            f"{plan['schedule']} x{plan['microbatches']}{_window(plan['window'])}",
             {**pins, "microbatch_size": batch // plan["microbatches"]},
             batch,
         )
 
 
+def _window(window: int | None) -> str:
+    return "" if window in (None, 1) else f", window {window}"
+
+
 def show(row: Mapping[str, Any]) -> float | None:
-    head = f"{row['rate']:5g} Mbit/s {row['delay']:4g} ms  {row['plan']:14}"
+    head = f"{row['rate']:5g} Mbit/s {row['delay']:4g} ms  {row['plan']:18}"
     if "error" in row:
         print(f"{head} {row['error']}: {row['message']}", flush=True)
         return None

@@ -68,6 +68,7 @@ def answer(told: dict[str, Any]) -> dict[str, Any]:
             "tp": plan.tp,
             "pp": plan.pp,
             "schedule": plan.schedule,
+            "window": plan.window,
             "microbatches": plan.microbatches,
         }
         estimate = dataclasses.asdict(exe.estimate.breakdown)

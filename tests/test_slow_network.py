@@ -109,6 +109,39 @@ def test_steps_take_as_long_as_estimated(tmp_path: Path) -> None:
     assert 0.65 * min(found["steps_s"]) <= found["estimate_s"] <= 1.15 * max(found["steps_s"])
 
 
+def measured(folder: Path, nodes: int, *cases: dict[str, Any]) -> list[tuple[float, float]]:
+    """Of each case, the fastest step and the estimate."""
+    with slow_network.SlowNetwork(nodes) as network:
+        network.shape(50e6, 0.02)
+        ranks, found = SlowRanks(network), []
+        for case in cases:
+            what = told(folder, nodes, **case)
+            Path(what["cluster"]).write_text(cluster_text(nodes, 50e6, 0.02, 'device = "cpu"'))
+            ranks.tell(what)
+            answer = ranks.answers()[0]
+            assert "error" not in answer, answer
+            found.append((min(answer["steps_s"]), answer["estimate_s"]))
+    return found
+
+
+@pytest.mark.slow
+def test_a_window_hides_a_real_delay(tmp_path: Path) -> None:
+    pins = {"dp": 1, "tp": 1, "pp": 2, "schedule": "1f1b", "microbatch_size": 16}
+    found = measured(tmp_path, 2, *({"pins": {**pins, "window": window}} for window in (1, 4)))
+    (narrow_s, narrow_estimate_s), (wide_s, wide_estimate_s) = found
+    assert narrow_estimate_s > 2 * wide_estimate_s and narrow_s > 1.5 * wide_s
+
+
+@pytest.mark.slow
+def test_the_automatic_plan_against_data_parallelism_and_zero_3(tmp_path: Path) -> None:
+    """At least twice as fast where the estimate says so, as it does here."""
+    even = {"dp": 2, "tp": 1, "pp": 1}
+    cases: tuple[dict[str, Any], ...] = ({}, {**even, "zero": 0}, {**even, "zero": 3})
+    (own_s, own_estimate_s), *others = measured(tmp_path, 2, *({"pins": pins} for pins in cases))
+    for seconds, estimate_s in others:
+        assert estimate_s > 2 * own_estimate_s and seconds > 2 * own_s
+
+
 @pytest.mark.slow
 def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path) -> None:
     with slow_network.SlowNetwork(2) as network:
