@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from cost_model.errors import BatchError
 from passes.random_vocabulary import RANDOM_STATE, SAMPLES
-from passes.trace import BatchSpec, is_batched
+from passes.trace import BatchSpec, batch_spec, is_batched
 
 _STREAMS = 2
 """Numbers of steps: even for training, odd for evaluation, which so leaves what training draws as it is."""
@@ -80,3 +82,33 @@ def _described(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
     return f"{type(leaf).__name__} {leaf!r}" if leaf is not None else "None"
+
+
+def joined_batches(batch: Any, replica: int, from_all: Callable[[Any], list[Any]]) -> tuple[Any, range]:
+    """The batches of all replicas as one, and which of its samples are those of this replica.
+
+    from_all: what each process has, in order. Errors: BatchError where replicas pass other things.
+    """
+    own = batch_spec(batch)
+    mine = replica, own.size, own.paths, [v.cpu() if isinstance(v, Tensor) else v for v in own.leaves]
+    parts = dict(sorted({found[0]: found[1:] for found in reversed(from_all(mine))}.items()))
+    if any((paths, _kinds(leaves)) != (own.paths, _kinds(own.leaves)) for _, paths, leaves in parts.values()):
+        raise BatchError(
+            "replicas have passed batches that differ in more than samples; pass the same leaves everywhere"
+        )
+    sizes = [size for size, _, _ in parts.values()]
+    columns = zip(*(leaves for _, _, leaves in parts.values()), strict=True)
+    joined = [_joined(values, sizes[0]) for values in columns]
+    start = sum(sizes[:replica])
+    return pytree.tree_unflatten(joined, own.treespec), range(start, start + own.size)
+
+
+def _joined(values: Sequence[Any], size: int) -> Any:
+    """A leaf of all replicas: their samples one after the other, or what is no sample's."""
+    first = values[0]
+    return torch.cat(list(values)) if isinstance(first, Tensor) and is_batched(first.shape, size) else first
+
+
+def _kinds(leaves: Sequence[Any]) -> list[Any]:
+    """What leaves of all replicas must have in common."""
+    return [(v.dtype, v.shape[1:]) if isinstance(v, Tensor) else v for v in leaves]

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from autopar.batch import check_batch, random_leaves, rows_of_replica
+from autopar.batch import check_batch, joined_batches, random_leaves, rows_of_replica
 from autopar.inference import Inference, build_inference
 from autopar.kernel_calls import check_compiler, worth_compiling
 from autopar.link import Linked
@@ -23,7 +23,7 @@ from autopar.runtime.recipe import blank
 from autopar.runtime.weight_file import Place
 from autopar.weights import LoadedWeights, ModelValues, check_all_match, drawn_states, find_weights
 from cost_model.cluster import Cluster
-from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError, UnsupportedError
+from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
 from cost_model.estimate import Estimate
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Plan
@@ -167,12 +167,16 @@ class Engine:
         return {rank: rank_batch(self._linked, rank, {**batch, **drawn}) for rank in hosted}
 
     def inferred(self, batch: Any, *, loss: bool) -> Any:
-        """The loss of a batch, or what the model returns for it, in the mode that is set; the program is kept."""
+        """The loss of a batch, or what the model returns for it, in the mode that is set; the program is kept.
+
+        With local_batches the replicas' batches are one batch, of which each is given what belongs to its samples.
+        """
         self._check_open()
-        if self._options.local_batches:
-            raise UnsupportedError("inference takes the global batch, and this was compiled with local_batches=True")
+        rows = None
         if self._planned is None:
             self.prepare(batch)
+        if self._options.local_batches:
+            batch, rows = joined_batches(batch, self.data_parallel_rank, self._running().from_all)
         spec = batch_spec(batch)
         described = [(p, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (p, v) for p, v in _leaves(spec)]
         name = repr((self.training, loss, spec.is_kwargs, described))
@@ -184,7 +188,7 @@ class Engine:
         tensors = {**spec.tensors(), **drawn}
         ranks = self._running().hosted
         requests = {r: {"name": name, "batch": rank_batch(inference.linked, r, tensors)} for r in ranks}
-        return inference.result(self.call("infer", requests))
+        return inference.result(self.call("infer", requests), rows)
 
     def _attach(self, name: str, batch: Any, spec: BatchSpec, *, loss: bool) -> None:
         ranks = self._running() if self._loaded else self._load()

@@ -170,6 +170,9 @@ class Executable(Engine):
     def forward(self, batch: Any) -> Any:
         """What the model returns for a global batch, in the form in which it does: tensors on the CPU, on every rank.
 
+        With local_batches each rank passes its replica's samples, which may be more or fewer than in training, and gets
+        what belongs to them; what is summed over samples is of all of them.
+
         In the mode that is set; buffers stay as they are. The batch may differ from that which was planned for: its
         program is traced when its like is first seen. Errors: those of tracing, BatchError, UnsupportedError.
         """

@@ -81,11 +81,20 @@ class Inference:
             "buffers": buffers,
         }
 
-    def result(self, ranks: Sequence[Mapping[str, Any]]) -> Any:
-        """The outputs of the global batch from the parts of all ranks; or the loss."""
+    def result(self, ranks: Sequence[Mapping[str, Any]], rows: range | None = None) -> Any:
+        """The outputs of the global batch from the parts of all ranks; or the loss. rows: only of these samples, as far
+        as outputs belong to samples."""
         if self.outputs is None:
             return float(ranks[0]["loss"])
-        return self.outputs.joined({number: self._whole(number, ranks) for number in self.collected})
+        return self.outputs.joined({number: self._of(rows, number, ranks) for number in self.collected})
+
+    def _of(self, rows: range | None, number: int, ranks: Sequence[Mapping[str, Any]]) -> Tensor:
+        whole, place = self._whole(number, ranks), self.collected[number]
+        if rows is None or not isinstance(place, Shard):
+            return whole
+        sizes = (*whole.shape[: place.dim], place.outer, self.linked.plan.batch, -1, *whole.shape[place.dim + 1 :])
+        seen = whole.reshape(sizes)
+        return seen.narrow(place.dim + 1, rows.start, len(rows)).flatten(place.dim, place.dim + 2)
 
     def _whole(self, number: int, ranks: Sequence[Mapping[str, Any]]) -> Tensor:
         """An output from the parts of all replicas and microbatches, in order."""

@@ -299,6 +299,7 @@ class Linker:
             overlaps=plan.overlap,
             given=None if self.given is None else self.given[index % plan.pp],
             worth=self.worth,
+            segments=[part.label for part in segments],
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:

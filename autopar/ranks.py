@@ -47,6 +47,9 @@ class Ranks(Protocol):
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
         """Refuse tensors that differ between processes that say the same ``among``; ConfigError on all of them."""
 
+    def from_all(self, mine: Any) -> list[Any]:
+        """What each process that runs the script has, in order."""
+
     def close(self) -> None:
         """Leave; called once."""
 
@@ -89,6 +92,9 @@ class LocalRanks:
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:
         """There is one process."""
 
+    def from_all(self, mine: Any) -> list[Any]:
+        return [mine]
+
     def close(self) -> None:
         self.pool.close()
 
@@ -130,6 +136,9 @@ class LaunchedRank:
                 raise ConfigError(
                     f"rank {rank} has another {what} than rank {first_rank} ({differing[0]!r} differs); {advice}"
                 )
+
+    def from_all(self, mine: Any) -> list[Any]:
+        return _from_all(mine)
 
     def release(self) -> None:
         """Let go of the process groups of the program, which live as long as anybody refers to them."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autopar.runtime.measure import Event
+from autopar.runtime.measure import Event, stream_of, title_of
 from cost_model.cluster import Cluster
 from cost_model.program import Program
-from cost_model.simulate import STREAMS, chrome_trace, event_title, simulate
+from cost_model.simulate import STREAMS, chrome_trace, simulate
 
 _MEASURED = 1000  # added to a rank for its process in the trace, where the estimate's processes are stages
 
@@ -38,21 +38,11 @@ def step_trace(program: Program, cluster: Cluster, ranks: Sequence[Mapping[str, 
 
 
 def _event(event: Event, process: int, start_s: float) -> dict[str, object]:
-    stream, name = _stream_and_name(event.name)
     return {
         "ph": "X",
-        "name": event_title(event.label or name, event.microbatch, event.chunk),
+        "name": title_of(event.name, event.microbatch, event.label, event.chunk),
         "pid": process,
-        "tid": STREAMS.index(stream),
+        "tid": STREAMS.index(stream_of(event.name)),
         "ts": (event.start_s - start_s) * 1e6,
         "dur": (event.end_s - event.start_s) * 1e6,
     }
-
-
-def _stream_and_name(name: str) -> tuple[str, str]:
-    """As the simulator has them."""
-    if name.startswith("receive"):
-        return "receive", "receive"
-    if name.startswith("send"):
-        return name, "send"
-    return "compute", name

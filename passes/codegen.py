@@ -83,18 +83,33 @@ class _Names:
         return f"op_{short}"
 
 
-def render_function(function: Function, signature: str, sources: Sources, names: _Names, header: str) -> str:
-    """One ``def``: fetch inputs, run the lines with their deletions, return."""
+def render_function(
+    function: Function,
+    signature: str,
+    sources: Sources,
+    names: _Names,
+    header: str,
+    segments: Sequence[str] = (),
+) -> str:
+    """One ``def``: fetch inputs, run the lines with their deletions, return.
+
+    segments: labels of the chain's segments; where each begins the function says so, for profilers.
+    """
     body = [f'"""{header}"""']
     body += [f"{name} = {expression}" for name, expression in sources.expressions.items()]
     if sources.saved:
         body += [_wrapped("[", sources.saved, "] = saved"), "saved.clear()"]
-    label = ""
+    label, segment = "", -1
     for line in function.lines:
+        if segments and line.instruction.segment not in (-1, segment):
+            segment = line.instruction.segment
+            body.append(f'comm.segment("{segments[segment]}")')
         if line.label and line.label != label:
             label = line.label
             body.append(f"# {label}")
         body.append(_line(line, names))
+    if segment >= 0:
+        body.append("comm.segment()")
     return f"def {function.name}({signature}):\n" + textwrap.indent("\n".join(body), _INDENT)
 
 

@@ -121,6 +121,7 @@ def build_stage(
     overlaps: bool = False,
     given: tuple[Bucket, ...] | None = None,
     worth: Worth | None = None,
+    segments: Sequence[str] = (),
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
@@ -131,7 +132,7 @@ def build_stage(
     in the cache and is slower than one that is made apart and added, so it is not fused.
     overlaps: whether collectives move behind compute.
     given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
-    None: none are.
+    None: none are. segments: labels of the chain's segments, for profilers.
     """
     sharded = pack(shard(model, choices, AXIS, tp, last=last))
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
@@ -162,7 +163,7 @@ def build_stage(
         graphs = overlap(graphs, STATE_AXIS)
         early = _reduced_early(alone, kept, buckets, sharded.placements, (dp, tp), shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
-    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision).build()
+    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments).build()
 
 
 def _reduced_early(
@@ -203,9 +204,10 @@ class _Builder:
         groups: Groups,
         suffix: str,
         precision: Precision,
+        segments: Sequence[str],
     ) -> None:
         self.sharded, self.graphs, self.last = sharded, graphs, last
-        self.groups, self.suffix, self.precision = groups, suffix, precision
+        self.groups, self.suffix, self.precision, self.segments = groups, suffix, precision, segments
         self.buckets, self.gradients = {shard_name(b): b for b in buckets}, gradients
         self.inputs = {i.node: i for i in sharded.graph.inputs}
         self.activation = next((i.node for i in sharded.graph.inputs if i.kind == "activation"), None)
@@ -286,7 +288,7 @@ class _Builder:
         self, function: Function, signature: str, taken: tuple[str, ...], kept: tuple[str, ...] | None, doc: str
     ) -> str:
         expressions = {name: self._expression(name) for name in function.inputs if name not in taken}
-        body = render_function(function, signature, Sources(expressions, taken), self.names, doc)
+        body = render_function(function, signature, Sources(expressions, taken), self.names, doc, self.segments)
         if signature == SETUP_SIGNATURE:
             return f"{body}\n{returns_named({name: name for name in function.results})}"
         values = function.results[:1] if kept is not None else function.results

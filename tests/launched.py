@@ -26,10 +26,12 @@ from parity import SGD, cpu_cluster
 from regression import BATCH, TWO, Regression
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.optim.lr_scheduler import StepLR
+from torch.profiler import ProfilerActivity, profile
 
 import autopar
 from autopar.runtime.executor import RankExecutor
 from cost_model.errors import AutoparError, CheckpointError
+from cost_model.simulate import simulate
 
 RANK = int(os.environ["RANK"])
 STEPS = 3
@@ -202,9 +204,12 @@ def uses() -> None:
         losses += [exe.eval_step(BATCH), exe.trace(Path(sys.argv[2]) / f"trace{RANK}.json", BATCH)]
     with compiled(tp=2, max_grad_norm=0.5) as exe:
         extra = exe.load(Path(sys.argv[2]) / "run")
-        losses += [exe.step(BATCH)]
-        steps = exe.steps
-    seen = {"losses": losses, "norms": norms, "extra": extra, "steps": steps}
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            losses += [exe.step(BATCH)]
+        steps, timeline = exe.steps, simulate(exe.planned.linked.program, TWO).timeline
+        unnamed = {event.title for event in timeline}.union(exe.plan.segment_labels)
+        unnamed -= {event.name for event in profiled.events()}
+    seen = {"losses": losses, "norms": norms, "extra": extra, "steps": steps, "unnamed": unnamed}
     save({**seen, **own_rows("dp"), "tp": own_rows("tp")})
 
 
@@ -226,8 +231,11 @@ def own_rows(axis: str) -> dict[str, Any]:
         wrong = {name: tensor + RANK for name, tensor in mine.items()} if axis == "tp" else batch
         errors = [_error(lambda: exe.step(wrong))]
         losses = [exe.step(mine) for _ in range(STEPS)]
+        model.load_state_dict(exe.full_state_dict())
+        logits, loss = exe.eval().forward({"idx": mine["idx"]}), exe.eval_step(mine)
+        forward_error = float((logits - model(mine["idx"])).abs().max()), abs(loss - float(model(**batch)))
         gathers = exe.code(0).count("run.gather_rows(")
-    return {"place": place, "local": losses, "errors": errors, "gathers": gathers}
+    return {"place": place, "local": losses, "errors": errors, "gathers": gathers, "forward_error": forward_error}
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def test_training_features_on_every_rank(tmp_path: Path) -> None:
         assert seen["losses"] == pytest.approx([*losses, losses[3], losses[3]], rel=1e-5)
         assert seen["norms"] == pytest.approx(norms[:2], rel=1e-5)
         assert (seen["extra"], seen["steps"]) == ({"epoch": 3}, 3)
+        assert seen["unnamed"] == set(), "torch.profiler shows what the estimate has, and each segment of the model"
     assert [path.name for path in tmp_path.glob("trace*.json")] == ["trace0.json"]
     check_own_rows(seen_by_ranks(tmp_path))
 
@@ -160,6 +161,7 @@ def check_own_rows(ranks: list[dict[str, Any]]) -> None:
             expected, rel=1e-5
         )
         assert (seen["gathers"], seen["tp"]["gathers"]) == (1, 0)
+        assert max(*seen["forward_error"], *seen["tp"]["forward_error"]) < 1e-5
         assert "int64[8, 16] but the plan is for int64[4, 16]" in seen["errors"][0]["message"]
         assert "rank 1 has another batch than rank 0 ('idx' differs)" in seen["tp"]["errors"][0]["message"]
 

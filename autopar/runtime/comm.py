@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autopar.runtime.exchange import End, Exchange, exchange_of
+from autopar.runtime.ranges import SegmentRange
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Comm:
     def __init__(self, rank: int, axes: Mapping[str, Sequence[int]], groups: Mapping[str, dist.ProcessGroup]) -> None:
         self._rank, self._axes, self._groups = rank, axes, groups
         self.stage_buffers = False
+        self._segment = SegmentRange()
         self._exchanges: dict[str, Exchange] = {}
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
         self.collected: dict[int, list[Tensor]] = {}
@@ -39,6 +41,10 @@ class Comm:
         """``x``, kept as one microbatch's part of an output of the model."""
         self.collected.setdefault(number, []).append(x.cpu() if x.is_cuda else x.clone())
         return x
+
+    def segment(self, label: str | None = None) -> None:
+        """What follows belongs to a segment of the model, or to none: for profilers."""
+        self._segment.enter(label)
 
     def index(self, axis: str) -> int:
         """This rank's place on an axis."""

@@ -22,13 +22,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from autopar.runtime import kernels
 from autopar.runtime.accumulation import Add, Store
 from autopar.runtime.comm import Begun
 from autopar.runtime.held import Held
-from autopar.runtime.measure import ONCE, Event, measure, traced_step
+from autopar.runtime.measure import ONCE, Event, measure, title_of, traced_step
 from autopar.runtime.norm import sum_of_squares
+from autopar.runtime.ranges import is_profiled
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
@@ -422,14 +424,17 @@ class RankExecutor(Held):
             self._timed(link, part, functools.partial(self._wait_for, works))
 
     def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
-        """Run, and while measuring note when."""
+        """Run, in a profiler's range, and while measuring note when."""
+        microbatch, chunk = part
         if self.events is None:
-            return run()
+            if not is_profiled():
+                return run()
+            with record_function(title_of(name, microbatch, label, chunk)):
+                return run()
         self._synchronise()
         start = time.perf_counter()
         result = run()
         self._synchronise()
-        microbatch, chunk = part
         self.events.append(Event(name, microbatch, label, start, time.perf_counter(), chunk))
         return result
 

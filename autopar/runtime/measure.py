@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 from autopar.runtime.comm import Comm
+from cost_model.simulate import event_title
 
 if TYPE_CHECKING:
     from autopar.runtime.executor import RankExecutor
@@ -23,7 +24,7 @@ Tree = Any
 PHASE_STEPS = 3
 STEP = "step"
 OPTIMIZER = "optimizer"
-RECEIVE = "receive"
+RECEIVE, SEND = "receive", "send"
 OTHER = "other"
 OUTSIDE = "outside ops"
 COMPILED = "Torch-Compiled Region"
@@ -44,6 +45,19 @@ class Event(NamedTuple):
     start_s: float
     end_s: float
     chunk: int = 0
+
+
+def title_of(name: str, microbatch: int, label: str, chunk: int) -> str:
+    """What an event is called, as the estimated trace calls it."""
+    plain = RECEIVE if name.startswith(RECEIVE) else SEND if name.startswith(SEND) else name
+    return event_title(label or plain, microbatch, chunk)
+
+
+def stream_of(name: str) -> str:
+    """As the simulator has them."""
+    if name.startswith(RECEIVE):
+        return RECEIVE
+    return name if name.startswith(SEND) else "compute"
 
 
 def measure(executor: RankExecutor, request: Tree) -> Tree:
@@ -122,6 +136,9 @@ class _Recorded:
 
     def __init__(self, recorded: Any) -> None:
         self._recorded = recorded
+
+    def segment(self, label: str | None = None) -> None:
+        """Kinds are told apart by op alone."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._recorded, name)
