@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autopar.deferral import deferred
     from autopar.executable import Executable
     from autopar.explanation import Explanation, explain
+    from autopar.sizing import size_cost, size_days, size_model, size_nodes
     from cost_model import errors
     from cost_model.estimate import Estimate
     from cost_model.plan import Parallelism, Plan
@@ -47,6 +48,10 @@ _HOMES = {
     "Precision": "cost_model.precision",
     "errors": "cost_model",
     "register_rule": "autopar.rules",
+    "size_cost": "autopar.sizing",
+    "size_days": "autopar.sizing",
+    "size_model": "autopar.sizing",
+    "size_nodes": "autopar.sizing",
 }
 __all__ = [
     "Cluster",
@@ -64,6 +69,10 @@ __all__ = [
     "estimate",
     "explain",
     "register_rule",
+    "size_cost",
+    "size_days",
+    "size_model",
+    "size_nodes",
 ]
 
 

@@ -1,33 +1,32 @@
-"""The command line, thin over the library: autopar estimate | plan | compare | explain MODEL, profile, coverage."""
+"""The command line, thin over the library: estimate | plan | compare | explain | size MODEL, profile, coverage."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
-import inspect
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 from tyro.conf import arg, subcommand
 
 import autopar
-from cost_model.errors import AutoparError, ConfigError, UnknownNameError
+from autopar.user_model import Loaded, loaded, located, made
+from cost_model.errors import AutoparError, ConfigError
 from cost_model.mesh import Degree
 from cost_model.plan import Parallelism, Plan
 from cost_model.precision import Precision
 
+if TYPE_CHECKING:
+    from autopar.sizing import Answer as SizeAnswer
+
 USAGE, INTERRUPTED = 2, 130
 LOCAL = "local"
-_MODEL_FORMS = "MODEL is path.py:factory or package.module:factory, and factory() returns (model, inputs)"
 
 
 # --- Arguments
@@ -89,7 +88,67 @@ class Compare(Command):
 
 @dataclass(frozen=True)
 class Explain(Command):
-    """What a plan is bound by, and the best plans of other kinds; nothing is run."""
+    """What a plan is bound by, the best plans of other kinds, step time against memory; nothing is run."""
+
+    points: Annotated[int, arg(metavar="N", help="memory caps of the curve of step time; 0: no curve")] = 6
+    plot: Annotated[Path | None, arg(metavar="FILE", help="draw the curve (needs matplotlib)")] = None
+    why: Annotated[
+        tuple[str, ...], arg(metavar="OP", help="ops, or parameters or modules whose op's placement is to be explained")
+    ] = ()
+
+
+@dataclass(frozen=True)
+class SizeNodes(Command):
+    """The smallest number of nodes on which the model trains; --num-devices does not count."""
+
+    most_nodes: Annotated[int, arg(metavar="N", help="where to give up")] = 1024
+
+
+@dataclass(frozen=True)
+class SizeModel(Command):
+    """The largest model of a family that trains: MODEL's factory takes the number as a keyword."""
+
+    scale: Annotated[str, arg(metavar="KEYWORD", help="of the factory: layers, width, ...")] = "layers"
+    start: Annotated[int, arg(metavar="N", help="the smallest number")] = 1
+    step: Annotated[int, arg(metavar="N", help="numbers are start + k x step")] = 1
+    most: Annotated[int, arg(metavar="N", help="the largest number")] = 2**20
+
+
+_TokensPerStep = Annotated[
+    int | None, arg(metavar="N", help="of the global batch; default: elements of its first input of whole numbers")
+]
+
+
+@dataclass(frozen=True)
+class SizeDays(Command):
+    """Days to train on --tokens."""
+
+    tokens: Annotated[float, arg(metavar="N", help="such as 300e9")] = field(kw_only=True)
+    tokens_per_step: _TokensPerStep = None
+
+
+@dataclass(frozen=True)
+class SizeCost(Command):
+    """What a token costs at --price, and --tokens if given."""
+
+    price: Annotated[float, arg(metavar="P", help="of a device for an hour, in any currency")] = field(kw_only=True)
+    tokens: Annotated[float | None, arg(metavar="N", help="such as 300e9")] = None
+    tokens_per_step: _TokensPerStep = None
+
+
+_Question = (
+    Annotated[SizeNodes, subcommand("nodes", prefix_name=False)]
+    | Annotated[SizeModel, subcommand("model", prefix_name=False)]
+    | Annotated[SizeDays, subcommand("days", prefix_name=False)]
+    | Annotated[SizeCost, subcommand("cost", prefix_name=False)]
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Questions of capacity, answered by planning: nodes, model, days, cost; nothing is run."""
+
+    question: Annotated[_Question, arg(name="")]
 
 
 @dataclass(frozen=True)
@@ -113,6 +172,7 @@ _COMMANDS = (
     | Annotated[PlanCommand, subcommand("plan")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Explain, subcommand("explain")]
+    | Annotated[Size, subcommand("size")]
     | Annotated[ProfileCommand, subcommand("profile")]
     | Annotated[Coverage, subcommand("coverage")]
 )
@@ -125,99 +185,7 @@ def _parse(argv: Sequence[str]) -> AnyCommand:
     parsed = tyro.cli(
         cast(Any, _COMMANDS), args=argv, prog="autopar", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    return cast(AnyCommand, parsed)
-
-
-# --- The user's model
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a factory returned."""
-
-    model: Any
-    inputs: Any
-    loss_fn: Callable[[Any, Any], Any] | None
-
-
-@contextlib.contextmanager
-def loaded(spec: str) -> Iterator[Loaded]:
-    """The model that MODEL names; meanwhile its folder is importable, as for a script.
-
-    Errors: ConfigError; what the user's own code raises is passed on as it is.
-    """
-    place, _, name = spec.rpartition(":")
-    if not place or not name.isidentifier():
-        raise ConfigError(f"cannot read {spec!r}; {_MODEL_FORMS}")
-    is_file = place.endswith(".py") or os.sep in place
-    path = Path(place)
-    if is_file and not path.is_file():
-        raise ConfigError(f"there is no file {place!r}; {_MODEL_FORMS}")
-    with _importable(path.resolve().parent if is_file else Path.cwd()):
-        module = _run_file(path) if is_file else _import(place)
-        yield _made(spec, _factory(module, name))
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """The folder first in ``sys.path``, and out of it again."""
-    before = list(sys.path)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _run_file(path: Path) -> ModuleType:
-    name = path.stem if path.stem not in sys.modules else f"autopar_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{str(path)!r} is no Python file; {_MODEL_FORMS}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _import(name: str) -> ModuleType:
-    """Errors: ConfigError where the module itself is missing, not one that it imports."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise ConfigError(f"there is no module {error.name!r} (from {Path.cwd()}); {_MODEL_FORMS}") from error
-
-
-def _factory(module: ModuleType, name: str) -> Callable[[], Any]:
-    if not hasattr(module, name):
-        own = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__ and callable(v)]
-        raise UnknownNameError(f"factory of {module.__name__}", name, own)
-    factory = getattr(module, name)
-    if not callable(factory):
-        raise ConfigError(f"{name!r} of {module.__name__} is {type(factory).__name__}, not a function; {_MODEL_FORMS}")
-    return cast(Callable[[], Any], factory)
-
-
-def _made(spec: str, factory: Callable[[], Any]) -> Loaded:
-    """Call the factory and check what it returns. Errors: ConfigError."""
-    from torch import nn
-
-    try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise ConfigError(f"{spec} must take no arguments ({error}); {_MODEL_FORMS}") from error
-    found = factory()
-    if not isinstance(found, tuple) or len(found) not in (2, 3):
-        size = f" of {len(found)}" if isinstance(found, tuple) else ""
-        raise ConfigError(f"{spec} returned {type(found).__name__}{size}; return (model, inputs) or (..., loss_fn)")
-    model, inputs, loss_fn = (*found, None)[:3]
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"{spec} returned {type(model).__name__} as its model; return a torch.nn.Module first")
-    if not isinstance(inputs, dict | tuple):
-        raise ConfigError(f"{spec} returned {type(inputs).__name__} as its inputs; return a dict or a tuple of tensors")
-    return Loaded(model, inputs, loss_fn)
+    return cast(AnyCommand, parsed.question if isinstance(parsed, Size) else parsed)
 
 
 # --- Commands
@@ -242,6 +210,8 @@ def run(command: AnyCommand) -> Answer:
         return _profile(command)
     keywords = _keywords(command)
     cluster = _cluster(command)
+    if isinstance(command, SizeModel):
+        return _size_model(command, cluster, keywords)
     with loaded(command.model) as user:
         answer = _RUNS[type(command)](command, cluster, user, {**keywords, "loss_fn": user.loss_fn})
     if command.save is not None and answer.plan is not None:
@@ -323,8 +293,54 @@ def _compare(command: Command, cluster: autopar.Cluster, user: Loaded, keywords:
 
 
 def _explain(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: dict[str, Any]) -> Answer:
-    found = autopar.explain(user.model, cluster, user.inputs, **keywords)
+    assert isinstance(command, Explain)
+    found = autopar.explain(user.model, cluster, user.inputs, points=command.points, why=command.why, **keywords)
+    if command.plot is not None:
+        found.plot(command.plot)
     return Answer(found.summary(), found.as_dict(), found.chosen.plan)
+
+
+def _size_nodes(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: dict[str, Any]) -> Answer:
+    assert isinstance(command, SizeNodes)
+    found = autopar.size_nodes(user.model, cluster, user.inputs, most_nodes=command.most_nodes, **keywords)
+    return _sized(found)
+
+
+def _size_days(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: dict[str, Any]) -> Answer:
+    assert isinstance(command, SizeDays)
+    tokens, per_step = command.tokens, command.tokens_per_step
+    found = autopar.size_days(user.model, cluster, user.inputs, tokens=tokens, tokens_per_step=per_step, **keywords)
+    return _sized(found)
+
+
+def _size_cost(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: dict[str, Any]) -> Answer:
+    assert isinstance(command, SizeCost)
+    found = autopar.size_cost(
+        user.model,
+        cluster,
+        user.inputs,
+        price_per_device_hour=command.price,
+        tokens=command.tokens,
+        tokens_per_step=command.tokens_per_step,
+        **keywords,
+    )
+    return _sized(found)
+
+
+def _size_model(command: SizeModel, cluster: autopar.Cluster, keywords: dict[str, Any]) -> Answer:
+    with located(command.model) as factory:
+
+        def family(**scale: int) -> tuple[Any, Any, Any]:
+            user = made(command.model, factory, **scale)
+            return user.model, user.inputs, user.loss_fn
+
+        scale, start, step, most = command.scale, command.start, command.step, command.most
+        found = autopar.size_model(family, cluster, scale=scale, start=start, step=step, most=most, **keywords)
+        return _sized(found)
+
+
+def _sized(found: SizeAnswer) -> Answer:
+    return Answer(found.summary(), found.as_dict(), None if found.estimate is None else found.estimate.plan)
 
 
 def _profile(command: ProfileCommand) -> Answer:
@@ -335,7 +351,15 @@ def _profile(command: ProfileCommand) -> Answer:
 
 
 _Run = Callable[[Command, autopar.Cluster, Loaded, dict[str, Any]], Answer]
-_RUNS: dict[type[Command], _Run] = {Estimate: _estimate, PlanCommand: _plan, Compare: _compare, Explain: _explain}
+_RUNS: dict[type[Command], _Run] = {
+    Estimate: _estimate,
+    PlanCommand: _plan,
+    Compare: _compare,
+    Explain: _explain,
+    SizeNodes: _size_nodes,
+    SizeDays: _size_days,
+    SizeCost: _size_cost,
+}
 
 
 # --- The process

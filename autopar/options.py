@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ class Options:
     def compiles(self) -> bool:
         """Whether ops are compiled into kernels."""
         return self.backend != EAGER
+
+    @staticmethod
+    def of_keywords(keywords: Mapping[str, Any]) -> Options:
+        """Keywords of ``compile``, those that are not given at their defaults. Errors: as for ``of``."""
+        names = ("loss_fn", "parallelism", "memory_cap", "precision", "plan")
+        return Options.of(**{**dict.fromkeys(names), "optimizer": DEFAULT_OPTIMIZER, **keywords})
 
     @staticmethod
     def of(

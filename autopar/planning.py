@@ -170,11 +170,26 @@ class Job:
             return Decision(
                 self.options.plan, time.perf_counter() - start, math.inf, ("the plan was given, not searched",)
             )
+        self._check_pins()
+        solution = self.solve()
+        self._write_lp(solution)
+        return self._decision(solution, start)
+
+    def attempt(self) -> Planned | int:
+        """What the search finds, or bytes of a device under which some plan fits where none fits under the cap."""
+        start = time.perf_counter()
+        self._check_pins()
+        found = self._searched()
+        if isinstance(found, Infeasible):
+            return max(peak.memory.total_bytes for peak in self._stage_peaks(self.plan(found)))
+        return self.planned(self._decision(found, start))
+
+    def _check_pins(self) -> None:
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
         if self.options.parallelism.sequence_parallel:
             check_sequence(self.space)
-        solution = self.solve()
-        self._write_lp(solution)
+
+    def _decision(self, solution: Solution, start: float) -> Decision:
         plan, notes = self._scheduled(solution)
         plan, more = self._overlapped(plan)
         return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes, *more))

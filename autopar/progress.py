@@ -18,6 +18,12 @@ def shows_progress() -> bool:
     return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
+def say(text: str) -> None:
+    """A line of its own for what takes a while, where a person watches."""
+    if shows_progress():
+        Console(stderr=True).print(text, highlight=False, markup=False)
+
+
 @contextmanager
 def planning_progress() -> Iterator[Callable[[Progress], None] | None]:
     """A bar over configurations, with the best step time so far; nothing where nobody watches."""

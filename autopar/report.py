@@ -21,6 +21,7 @@ from cost_model.network import Network
 from cost_model.placement import Placement, Replicate, Shard, Varying, parse_placement
 from cost_model.plan import RECOMPUTES, Plan, folded, split_number
 from cost_model.program import Collective, ParameterShard, Program, StageProgram
+from cost_model.strategies import parse_strategy
 
 if TYPE_CHECKING:
     from autopar.planning import Planned
@@ -259,6 +260,26 @@ def placement_text(place: Placement) -> str:
         case Varying():
             return "whole; its gradient is summed over tp"
     return "one term of a sum over tp"
+
+
+def strategy_words(label: str) -> str:
+    """What an op takes and gives, in words: "dim 0" is split along it."""
+    strategy = parse_strategy(label)
+    taken, given = (list(map(_place_word, side)) for side in (strategy.inputs, strategy.outputs))
+    if set(taken) | set(given) <= {"whole"}:
+        return "whole on every rank"
+    return f"{', '.join(taken)} -> {', '.join(given)}"
+
+
+def _place_word(place: Placement) -> str:
+    match place:
+        case Shard(dim, 1):
+            return f"dim {dim}"
+        case Shard(dim, outer):
+            return f"dim {dim} in {outer} parts"
+        case Replicate() | Varying():
+            return "whole"
+    return "sum"
 
 
 # --- What each rank sends

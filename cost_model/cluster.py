@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from cost_model.collectives import FLAT, Link, Tier, collective_s
 from cost_model.device import Device, device_of
-from cost_model.errors import ConfigError, UnknownNameError
+from cost_model.errors import ConfigError, UnknownNameError, UnsupportedError
 from cost_model.hardware_file import Table, parse_table, read_path, read_shipped, shipped_names
 from cost_model.network import Network, Rows
 from cost_model.region_file import KEYS as REGION_KEYS
@@ -76,7 +76,8 @@ class Cluster:
     """Devices by index, and what joins them: ``levels`` from innermost to outermost, or a ``network`` of pairs.
 
     Each level's group size is a multiple of the one inside it, and the outermost joins all devices; levels are
-    empty where a network is given or where there is one device only. backend: of torch.distributed.
+    empty where a network is given or where there is one device only. backend: of torch.distributed. table: of the file
+    that describes it, where one does.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Cluster:
     levels: tuple[Level, ...]
     backend: str
     network: Network | None = None
+    table: Table | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.devices and self.backend in BACKENDS
@@ -119,9 +121,9 @@ class Cluster:
         if in_regions:
             devices, network = devices_and_network(table)
             _check_whole(table, len(devices), num_devices)
-            return cls(table.text("name"), devices, (), backend, network)
+            return cls(table.text("name"), devices, (), backend, network, table)
         count = table.count("num_devices") if num_devices is None else _checked_count(num_devices)
-        return cls(table.text("name"), (device_of(table),) * count, _levels(table, count), backend)
+        return cls(table.text("name"), (device_of(table),) * count, _levels(table, count), backend, None, table)
 
     @classmethod
     def from_matrix(
@@ -149,6 +151,24 @@ class Cluster:
         if chosen not in BACKENDS:
             raise UnknownNameError("backend", chosen, BACKENDS)
         return cls(name, devices, (), chosen, Network.of_matrix(latency, bandwidth))
+
+    def resized(self, num_devices: int) -> Self:
+        """The same kind of cluster with so many devices. Errors: UnsupportedError, ClusterFileError, ConfigError."""
+        return type(self).from_table(self._described(), num_devices)
+
+    @property
+    def node_size(self) -> int:
+        """Devices below the outermost level of the file, which joins nodes. Errors: UnsupportedError."""
+        levels = self._described().tables("levels")
+        return levels[-2].count("group_size") if len(levels) > 1 else 1
+
+    def _described(self) -> Table:
+        if self.table is None or not self.table.has("levels"):
+            raise UnsupportedError(
+                f"the cluster {self.name} is no row of equal nodes, so no other size of it is known; describe it in "
+                "a TOML file with [[levels]], as in cost_model/clusters/"
+            )
+        return self.table
 
     @property
     def num_devices(self) -> int:
@@ -210,6 +230,14 @@ class Cluster:
         level = self._level_of((source, target))
         curve = level.curve(TRANSFER, 2)
         return curve.seconds(nbytes) if curve else level.start_s + level.link.seconds(nbytes)
+
+    def link_name(self, devices: tuple[int, ...]) -> str:
+        """What messages between these devices cross: the name of a level, or how far apart their nodes are."""
+        self._check(devices)
+        if self.network is None:
+            return self._level_of(devices).name
+        nodes = {self.network.node_of[device] for device in devices}
+        return "links inside nodes" if len(nodes) == 1 else "links between nodes"
 
     def senders(self, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """How many messages share the egress of each of these, which go on at one time; levels count it already."""

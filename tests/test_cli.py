@@ -199,10 +199,11 @@ def test_compare_on_real_ranks(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_explain_lays_the_kinds_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tree = tree_of(capsys, "explain", "tagger.py:factory", *SHIPPED, "--pp", "2")
+    tree = tree_of(capsys, "explain", "tagger.py:factory", *SHIPPED, "--pp", "2", "--points", "2")
     kinds = {row["kind"]: row for row in tree["candidates"]}
     assert list(kinds) == [
-        "as asked", "automatic", "data parallel", "tensor parallel", "pipeline", "without a memory cap",
+        "as asked", "automatic", "data parallel", "ZeRO-3", "tensor parallel", "pipeline", "Megatron grid",
+        "without a memory cap",
     ]  # fmt: skip
     degrees = {kind: tuple(kinds[kind]["plan"][name] for name in ("dp", "tp", "pp")) for kind in kinds}
     assert degrees["data parallel"] == (2, 1, 1) and degrees["tensor parallel"] == (1, 2, 1)
@@ -212,6 +213,10 @@ def test_explain_lays_the_kinds_side_by_side(folder: Path, capsys: pytest.Captur
     assert sum(tree["shares"].values()) == pytest.approx(1.0)
     assert list(tree["shares"].values()) == sorted(tree["shares"].values(), reverse=True)
     assert tree["cap_cost"] == 0.0 and tree["binds"][1].endswith("the cap costs no time.")
+    assert kinds["data parallel"]["plan"]["zero"] == 0 and kinds["ZeRO-3"]["plan"]["zero"] == 3
+    assert [point["cap_bytes"] for point in tree["curve"]] == sorted(point["cap_bytes"] for point in tree["curve"])
+    assert len(tree["curve"]) == 2 and tree["curve"][-1]["step_time_s"] <= tree["chosen"]["step_time_s"]
+    assert max(tree["savings"], key=tree["savings"].get) in ("computing", "nvswitch")
 
 
 def test_explain_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,24 +224,24 @@ def test_explain_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixt
     least = ("--microbatch-size", "1", "--recompute", "full", "--zero", "3")
     kinds = {"data parallel": "--dp", "tensor parallel": "--tp", "pipeline": "--pp"}
     cap = str(min(tree_of(capsys, *estimate, pin, "2", *least)["peak_bytes"] for pin in kinds.values()))
-    tree = tree_of(capsys, "explain", "tagger.py:factory", *SHIPPED, "--memory-cap", cap)
+    tree = tree_of(capsys, "explain", "tagger.py:factory", *SHIPPED, "--memory-cap", cap, "--points", "0")
     parallel = next(row for row in tree["candidates"] if row["kind"] in kinds and row["plan"] is None)
     assert parallel["plan"] is None and parallel["needed_bytes"] > int(cap) >= tree["chosen"]["peak_bytes"]
     assert "does not fit under" in parallel["reason"]
-    assert main(["explain", "tagger.py:factory", *SHIPPED, "--memory-cap", cap]) == 0
+    assert main(["explain", "tagger.py:factory", *SHIPPED, "--memory-cap", cap, "--points", "0"]) == 0
     shown = capsys.readouterr().out
     assert "needs " in shown and "automatic" in shown and "computing" in shown
 
 
 def test_explain_gives_reasons_for_what_is_impossible(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ("explain", "tagger.py:factory", "--cluster", "dgx2-v100-32gb", "--num-devices", "16")
+    line = ("explain", "tagger.py:factory", "--cluster", "dgx2-v100-32gb", "--num-devices", "16", "--points", "0")
     tree = tree_of(capsys, *line, "--microbatch-size", "2")
     parallel = next(row for row in tree["candidates"] if row["kind"] == "data parallel")
     assert parallel["plan"] is None and "does not divide" in parallel["reason"]
 
 
 def test_one_device_has_one_kind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ("explain", "tagger.py:factory", "--cluster", "dgx2-v100-32gb", "--num-devices", "1")
+    line = ("explain", "tagger.py:factory", "--cluster", "dgx2-v100-32gb", "--num-devices", "1", "--points", "0")
     assert [row["kind"] for row in tree_of(capsys, *line)["candidates"]] == ["automatic", "without a memory cap"]
 
 

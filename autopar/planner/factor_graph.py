@@ -95,7 +95,11 @@ class FactorGraph:
 
     def fixed(self, labels: Mapping[str, str]) -> FactorGraph:
         """The same graph where each shared variable named in ``labels`` keeps that one label; self if none is."""
-        held = {v: self.domains[v].index(labels[v]) for v in self.shared if v in labels}
+        return self.holding({v: labels[v] for v in self.shared if v in labels})
+
+    def holding(self, labels: Mapping[str, str]) -> FactorGraph:
+        """The same graph where variables keep the labels given for them; self if none is given."""
+        held = {v: self.domains[v].index(label) for v, label in labels.items()}
         if not held:
             return self
         domains = {v: (known[held[v]],) if v in held else known for v, known in self.domains.items()}

@@ -32,7 +32,7 @@ from cost_model.schedule import refusal
 
 __all__ = [
     "Chain", "Configuration", "Factor", "FactorGraph", "Infeasible", "Pins", "Progress", "Solution",
-    "Space", "StageSolution", "in_flight", "search",
+    "Space", "StageSolution", "in_flight", "is_interrupted", "search",
 ]  # fmt: skip
 MAX_CONFIRMATIONS = 8
 MOST_SHARED_LABELS = 256
@@ -41,6 +41,7 @@ WORTH_TIGHTENING = 0.01
 HINTS = 4
 ALIKE = 0.2
 FEWEST_PARTS = 2
+INTERRUPTED = "interrupted after"
 
 
 class Space(Protocol):
@@ -262,7 +263,7 @@ class _Search:
         if not found:
             raise KeyboardInterrupt
         best = min(found, key=lambda unit: (not unit.confirmed, self._key(unit), unit.order))
-        note = f"interrupted after {self.solved} of {self._known()} configurations; the best plan so far is given"
+        note = f"{INTERRUPTED} {self.solved} of {self._known()} configurations; the best plan so far is given"
         unsure = self.confirm is not None and not best.confirmed
         answer = self._final(best, (note, "its exact peak memory was not confirmed") if unsure else (note,))
         bound_s = min(answer.bound_s, self.floor_s)
@@ -496,6 +497,11 @@ class _Search:
         if not self.shortages:
             raise ParallelismError(self._why(["every way to cut the model is forbidden"]))
         return min(self.shortages, key=lambda row: row[:2])[2]
+
+
+def is_interrupted(notes: Iterable[str]) -> bool:
+    """Whether they say that the search was interrupted."""
+    return any(note.startswith(INTERRUPTED) for note in notes)
 
 
 def _gap(objective_s: float, bound_s: float) -> float:
