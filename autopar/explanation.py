@@ -19,6 +19,7 @@ from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, EAGER, OptimizerFactory,
 from autopar.planner.search import is_interrupted
 from autopar.planning import Job
 from autopar.progress import say
+from autopar.relaxations import decided
 from autopar.report import bytes_text, cluster_text, make_table, percent_text, render, seconds_text
 from autopar.why import Why, why
 from cost_model.cluster import Cluster
@@ -147,7 +148,7 @@ def explain(
     options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, solver=solver, backend=backend)
     cluster = with_kernel_calls(cluster) if options.compiles else cluster
     job = Job.of(model, cluster, inputs, options)
-    chosen = job.planned(job.decide(start)).estimate
+    chosen = job.planned(decided(job, start)).estimate
     parts = _Parts(job, chosen, searched=plan is None)
     try:
         parts.gather(points, why)

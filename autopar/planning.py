@@ -27,6 +27,7 @@ from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.planner.virtual import Assigned, recut
 from autopar.progress import planning_progress
+from autopar.relaxations import decided
 from autopar.report import seconds_text
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
@@ -98,7 +99,7 @@ def plan_model(
     check_target(model, cluster)
     with collector_paused():
         job = Job.of(model, cluster, inputs, options)
-        return job.planned(agree(lambda: job.decide(start)))
+        return job.planned(agree(lambda: decided(job, start)))
 
 
 @dataclass(eq=False)
@@ -294,6 +295,15 @@ class Job:
             sharded=sharded,
             divisible=self.optimizer is None or (sharded and is_elementwise(self.optimizer, flat=True)),
         )
+
+    @property
+    def least_devices(self) -> int | None:
+        """So many hold the parameters and the optimizer state, each byte once; None where no number does."""
+        if self.cap_bytes <= 0:
+            return None
+        stored = sum(meta.nbytes for meta in self.parameters.values())
+        state = stored * self.space.optimizer.state_bytes / self.space.parameter_bytes
+        return math.ceil((stored + state) / self.cap_bytes)
 
     @cached_property
     def separable(self) -> bool:

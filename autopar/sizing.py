@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from autopar.kernel_calls import priced
 from autopar.options import Options
 from autopar.planner.search import is_interrupted
 from autopar.planning import Job
 from autopar.progress import say
+from autopar.relaxations import decided
 from autopar.report import bytes_text, cluster_text, estimate_tree, render, seconds_text
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError
@@ -51,11 +53,13 @@ def size_nodes(
     """
     _positive(most_nodes=most_nodes)
     size = cluster.node_size
-    job = Job.of(model, cluster.resized(size), inputs, Options.of_keywords(keywords))
-    nodes = least = _fewest(job, size)
+    options = Options.of_keywords(keywords)
+    job = Job.of(model, priced(cluster.resized(size), options), inputs, options)
+    devices = job.least_devices
+    nodes = least = most_nodes + 1 if devices is None else max(1, -(-devices // size))
     try:
         for nodes in range(least, most_nodes + 1):
-            found = _fits(job.on(cluster.resized(nodes * size)), f"{nodes} node(s)")
+            found = _fits(job.on(priced(cluster.resized(nodes * size), options)), f"{nodes} node(s)")
             if isinstance(found, Estimate):
                 return _nodes_answer(nodes, size, found, cluster.resized(nodes * size))
     except KeyboardInterrupt:
@@ -144,13 +148,6 @@ def size_cost(
 # --- Nodes
 
 
-def _fewest(job: Job, node_size: int) -> int:
-    """Nodes whose memory holds the parameters and the optimizer state, each byte once."""
-    stored = sum(item.nbytes for item in job.parameters.values())
-    state = stored * job.space.optimizer.state_bytes / job.space.parameter_bytes
-    return max(1, math.ceil((stored + state) / job.cap_bytes / node_size)) if job.cap_bytes > 0 else 1
-
-
 def _fits(job: Job, what: str) -> Estimate | int | None:
     """The best plan, or bytes of a device that would do, or None where no configuration is possible."""
     say(f"size: planning for {what}")
@@ -205,7 +202,8 @@ class _Scales:
     def _try(self, number: int) -> bool:
         model, inputs, loss_fn = (*self.family(**{self.scale: number}), None)[:3]
         own = {} if loss_fn is None else {"loss_fn": loss_fn}
-        job = Job.of(model, self.cluster, inputs, Options.of_keywords({**self.keywords, **own}))
+        options = Options.of_keywords({**self.keywords, **own})
+        job = Job.of(model, priced(self.cluster, options), inputs, options)
         found = _fits(job, f"{self.scale}={number}")
         if isinstance(found, Estimate):
             self.largest = _Model(number, sum(p.numel() for p in model.parameters()), found)
@@ -235,10 +233,11 @@ def _priced(
     model: nn.Module, cluster: Cluster, inputs: Any, tokens_per_step: int | None, keywords: Mapping[str, Any]
 ) -> tuple[Job, int, Estimate]:
     """The job, the tokens of a step, and the plan's estimate."""
-    job = Job.of(model, cluster, inputs, Options.of_keywords(keywords))
+    options = Options.of_keywords(keywords)
+    job = Job.of(model, priced(cluster, options), inputs, options)
     per_step = _tokens(job) if tokens_per_step is None else tokens_per_step
     _positive(tokens_per_step=per_step)
-    return job, per_step, job.planned(job.decide(time.perf_counter())).estimate
+    return job, per_step, job.planned(decided(job, time.perf_counter())).estimate
 
 
 def _tokens(job: Job) -> int:

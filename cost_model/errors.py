@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -103,11 +104,33 @@ class BatchError(AutoparError, ValueError):
     """A batch does not fit the plan: shape, dtype, keys or divisibility."""
 
 
+@dataclass(frozen=True)
+class Relaxation:
+    """Something given up, and what that does under the same cap.
+
+    step_time_s: of the best plan, None where none fits; needed_bytes: a cap that would do then, None where no plan is
+    possible at all.
+    """
+
+    what: str
+    step_time_s: float | None
+    needed_bytes: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.step_time_s is not None
+
+    def __str__(self) -> str:
+        if self.step_time_s is not None:
+            return f"{self.what} ({self.step_time_s:.3g} s a step)"
+        return f"{self.what} (no plan)" if self.needed_bytes is None else f"{self.what} ({_size(self.needed_bytes)})"
+
+
 class InfeasiblePlanError(AutoparError):
     """No plan fits under the cap, or the given plan does not (``subject`` says which).
 
     Attributes: cap_bytes, needed_bytes (the smallest cap that would do: one that was tried, while 4 % less was not
-    enough), stage (that binds), tensors (largest first, (name, bytes)).
+    enough), stage (that binds), tensors (largest first, (name, bytes)), relaxations (that were searched for).
     """
 
     def __init__(
@@ -119,13 +142,35 @@ class InfeasiblePlanError(AutoparError):
         tensors: tuple[tuple[str, int], ...],
         advice: str,
         subject: str = "no plan fits",
+        relaxations: tuple[Relaxation, ...] = (),
     ) -> None:
         self.cap_bytes, self.needed_bytes, self.stage, self.tensors = cap_bytes, needed_bytes, stage, tensors
+        self.advice, self.subject, self.relaxations = advice, subject, relaxations
         listed = ", ".join(f"{name} {_size(size)}" for name, size in tensors)
         super().__init__(
             f"{subject} under {_size(cap_bytes)} per device; the smallest cap that would do is "
-            f"{_size(needed_bytes)} (stage {stage} binds: {listed}). Next: {advice}"
+            f"{_size(needed_bytes)} (stage {stage} binds: {listed}). Next: {advice}{_relaxed_text(relaxations)}"
         )
+
+    def relaxed(self, relaxations: tuple[Relaxation, ...]) -> InfeasiblePlanError:
+        """The same error with what would help."""
+        return InfeasiblePlanError(
+            cap_bytes=self.cap_bytes,
+            needed_bytes=self.needed_bytes,
+            stage=self.stage,
+            tensors=self.tensors,
+            advice=self.advice,
+            subject=self.subject,
+            relaxations=relaxations,
+        )
+
+
+def _relaxed_text(relaxations: tuple[Relaxation, ...]) -> str:
+    """What fits, then what was tried in vain with the bytes that it needs."""
+    fits = [str(each) for each in relaxations if each.fits]
+    vain = [str(each) for each in relaxations if not each.fits]
+    text = f". What fits under this cap: {', '.join(fits)}" if fits else ""
+    return f"{text}. What does not: {', '.join(vain)}" if vain else text
 
 
 def _size(nbytes: int) -> str:

@@ -378,6 +378,24 @@ def test_cbc_gives_the_same_plan_and_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert found.stages == expected.stages and "CBC was used" in found.notes[0]
 
 
+def test_a_solver_that_dies_is_replaced_and_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS raises; CBC, a process of its own, is killed: the dynamic programs' own stages are within the gap."""
+    deadly = tmp_path / "cbc"
+    deadly.write_text("#!/bin/sh\nkill -9 $$\n")
+    deadly.chmod(0o755)
+
+    def broken(self: object, problem: object) -> None:
+        raise RuntimeError("out of luck")
+
+    expected = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
+    monkeypatch.setattr(pulp.HiGHS, "actualSolve", broken)
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", str(deadly))
+    found = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
+    assert isinstance(found, Solution) and isinstance(expected, Solution)
+    assert expected.objective_s <= found.objective_s <= expected.bound_s * (1 + found.gap) * (1 + 1e-9)
+    assert "no ILP solver worked (HiGHS: out of luck; CBC: " in found.notes[0]
+
+
 def test_the_program_of_the_answer_can_be_written(tmp_path: Path) -> None:
     found = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
     assert isinstance(found, Solution) and found.ilp is not None

@@ -70,6 +70,7 @@ def test_a_cluster_has_other_sizes_where_a_file_describes_it() -> None:
         cpu_cluster(2).resized(4)
 
 
+@pytest.mark.slow
 def test_the_fewest_nodes_train_the_model_and_one_less_does_not() -> None:
     model, batch = Regression(), BATCH
     with pytest.raises(InfeasiblePlanError) as caught:
@@ -141,7 +142,7 @@ def test_an_interruption_gives_the_largest_so_far(monkeypatch: pytest.MonkeyPatc
     real = sizing._fits
 
     def stopped(job: Any, what: str) -> Any:
-        if what == "layers=7":
+        if what == "layers=8":
             raise KeyboardInterrupt
         return real(job, what)
 

@@ -20,6 +20,7 @@ from autopar.planner.ilp import Choice, StageIlp, objective_s
 from autopar.planner.paths import Arcs, bottleneck, levels_of, sweep
 from autopar.planner.segment import Price, Segment
 from autopar.planner.solvers import Program
+from cost_model.errors import SolverError
 
 ROUNDS = 10
 TOLERANCE = 1e-4
@@ -471,8 +472,13 @@ class ConfigurationSolver:
             for column, others in zip(best, self._hopeful(pools, self._value(best)), strict=True)
         ]
         ilp = StageIlp(offers, self.configuration.microbatches)
-        choice = ilp.solve()
         value = self._value(best)
+        try:
+            choice = ilp.solve()
+        except SolverError as error:
+            tried = "; ".join(f"{name}: {why}" for name, why in error.tried)
+            note = f"no ILP solver worked ({tried}): the best stages found without one were taken"
+            choice = Choice(best, value, proven.bound_s, False, "", (note,))
         if choice.objective_s >= value * (1 - 1e-12):
             choice = replace(choice, columns=best, objective_s=value, bound_s=min(choice.bound_s, value))
         return Outcome(min(proven.bound_s, choice.objective_s), choice, None, ilp)

@@ -233,23 +233,24 @@ class MixedSolver:
         for entry, exit in itertools.product(*ends):
             yield Offer(replace(column, entry=entry, exit=exit), column, table.ranges, table.mesh, table.kind)
 
-    def _choice(self, shape: Shape, offers: list[list[Offer]]) -> tuple[Choice, list[Offer]] | None:
+    def _choice(self, shape: Shape, offers: list[list[Offer]]) -> tuple[Choice, list[Offer], MixedIlp] | None:
         devices = [len(pool.devices) for pool in self.pools]
         possible = tilings(offers, devices)
         if not all(possible):
             return None
-        choice = MixedIlp(possible, shape.microbatches, devices).solve()
+        ilp = MixedIlp(possible, shape.microbatches, devices)
+        choice = ilp.solve()
         of_column = {id(offer.column): offer for own in possible for offer in own}
-        return choice, [of_column[id(column)] for column in choice.columns]
+        return choice, [of_column[id(column)] for column in choice.columns], ilp
 
-    def _solution(self, shape: Shape, choice: Choice, offers: list[Offer], bound_s: float) -> Solution:
+    def _solution(self, shape: Shape, choice: Choice, offers: list[Offer], ilp: MixedIlp, bound_s: float) -> Solution:
         stages = tuple(stage_solution(offer.table, offer.own) for offer in offers)
         bound_s = min(bound_s, choice.objective_s)
         gap = choice.objective_s / bound_s - 1 if bound_s else math.inf
         meshes = tuple(offer.mesh for offer in offers)
         placement = self._placement(offers)
         c = self._configuration(shape, meshes)
-        return Solution(c, stages, choice.objective_s, bound_s, gap, choice.notes, placement, meshes=meshes)
+        return Solution(c, stages, choice.objective_s, bound_s, gap, choice.notes, placement, ilp=ilp, meshes=meshes)
 
     def _configuration(self, shape: Shape, meshes: Sequence[Mesh]) -> Configuration:
         first = meshes[0]
