@@ -331,13 +331,18 @@ class Job:
 
     def _searched(self) -> Solution | Infeasible:
         p = self.options.parallelism
+        flat = self.options.solver == FLAT
         if p.meshes_differ:
+            if flat:
+                raise UnsupportedError(
+                    "solver='flat' plans one mesh for all stages; pin one dp and tp, or leave it out"
+                )
             self._stages(p.pp)
             return DifferentMeshes(self).pinned()
         assert not isinstance(p.dp, tuple) and not isinstance(p.tp, tuple)
         pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages, p.window)
         found = self._searched_alike(pins)
-        tries = self.separable and may_differ(p, self.cluster)
+        tries = self.separable and not flat and may_differ(p, self.cluster)
         return DifferentMeshes(self).faster(found) if tries else found
 
     def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
