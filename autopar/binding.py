@@ -57,6 +57,9 @@ class _Hastened:
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float:
         return self.cluster.collective_time_s(kind, nbytes, devices) / self._factor(devices)
 
+    def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float:
+        return self.cluster.behind_time_s(kind, nbytes, devices) / self._factor(devices)
+
     def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float:
         return self.cluster.transfer_time_s(nbytes, source, target, senders) / self._factor((source, target))
 
