@@ -72,20 +72,14 @@ class LinkedStage:
         """Buffers that a backward gives a new value."""
         return tuple(dict.fromkeys(name for code in self.chunks for name in code.updates))
 
-    @property
+    @cached_property
     def updated(self) -> dict[str, TensorMeta]:
         """What the optimizer updates: whole parameters outside buckets, and of buckets the pieces of the rank that
         has most of them."""
-        pieces: dict[str, TensorMeta] = {}
-        dp = max((bucket.dp for bucket in self.buckets), default=1)
-        for index in range(dp):
-            own = {
-                p.parameter: TensorMeta((p.numel,), b.updated.dtype)
-                for b in self.buckets
-                if b.trainable
-                for p in b.pieces(index)
-            }
-            pieces = own if len(own) > len(pieces) else pieces
+        trained = [bucket for bucket in self.buckets if bucket.trainable]
+        ranks = range(max((bucket.dp for bucket in self.buckets), default=1))
+        most = max(ranks, key=lambda rank: len({p.parameter for b in trained for p in b.pieces(rank)}))
+        pieces = {p.parameter: TensorMeta((p.numel,), b.updated.dtype) for b in trained for p in b.pieces(most)}
         return {shard.name: shard.updated for shard in self.alone} | pieces
 
     @property

@@ -256,8 +256,9 @@ class Cluster:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _check(self, devices: Iterable[int]) -> None:
+        count = self.num_devices
         for device in devices:
-            if not 0 <= device < self.num_devices:
+            if not 0 <= device < count:
                 raise ConfigError(f"device {device} of cluster {self.name}, which has 0 to {self.num_devices - 1}")
 
     def _level_of(self, devices: tuple[int, ...]) -> Level:

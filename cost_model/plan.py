@@ -194,7 +194,7 @@ class Plan:
                 f"microbatch(es) of {self.microbatch_size}: they must multiply to the batch"
             )
         count = sum(mesh.size for mesh in self.meshes)
-        if len(self.placement) != count or any(device not in self.placement for device in range(count)):
+        if len(self.placement) != count or set(self.placement) != set(range(count)):
             raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
 
     def _check_degrees(self) -> None:

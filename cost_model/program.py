@@ -6,6 +6,7 @@ and the liveness analysis look at what will run, without knowing torch.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -160,7 +161,7 @@ class Bucket:
     tied: str | None
     kept: Kept | None = None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return -(-sum(count for _, count in self.parameters) // self.dp) * self.dp
 
@@ -210,14 +211,20 @@ class Bucket:
             end += count
         return offsets
 
+    @cached_property
+    def _laid(self) -> tuple[list[str], list[int], list[int]]:
+        """The parameters in order, where each begins and where each ends."""
+        begins = list(self.offsets().values())
+        return list(self.offsets()), begins, [begin + c for begin, (_, c) in zip(begins, self.parameters, strict=True)]
+
     def pieces(self, index: int) -> tuple[Piece, ...]:
         """What rank ``index`` of the dp axis owns."""
         first, last = index * self.numel // self.dp, (index + 1) * self.numel // self.dp
-        found = []
-        for (name, count), begin in zip(self.parameters, self.offsets().values(), strict=True):
-            start, stop = max(first, begin), min(last, begin + count)
+        found, (names, begins, ends) = [], self._laid
+        for place in range(bisect_right(ends, first), bisect_left(begins, last)):
+            begin, start, stop = begins[place], max(first, begins[place]), min(last, ends[place])
             if start < stop:
-                found.append(Piece(name, start - begin, stop - begin, start - first))
+                found.append(Piece(names[place], start - begin, stop - begin, start - first))
         return tuple(found)
 
 

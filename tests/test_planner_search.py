@@ -30,6 +30,7 @@ from autopar.planner.search import (
     in_flight,
     search,
 )
+from autopar.planner.segment import Segment
 from cost_model.errors import ParallelismError, UnknownNameError
 
 DEVICES, BATCH, SEGMENTS = 2, 2, 3
@@ -214,6 +215,18 @@ def test_under_a_cap_the_bound_and_the_gap_are_true(
     assert_consistent(space, found, cap)
     assert found.bound_s <= min(fitting) * (1 + 1e-9)
     assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), hint_s=st.floats(0, 3), pp=st.integers(1, 2))
+def test_a_glance_under_a_cap_is_a_bound(seed: int, tightness: float, hint_s: float, pp: int) -> None:
+    space, pins = RandomSpace(seed), Pins(pp=pp, dp=1, tp=DEVICES // pp, microbatch_size=1)
+    plans, (c,) = every_plan(space, pins), configurations(DEVICES, BATCH, pins)
+    least, most = min(need for _, need in plans), min(plans)[1]
+    cap = int(least + tightness * (most - least)) + 1
+    chain = space.chain(c.dp, c.tp, c.microbatch_size)
+    solver = ConfigurationSolver(chain, [Segment(kind) for kind in chain.kinds], c, cap, hints_s=(hint_s, hint_s / 7))
+    assert solver.glance_s() <= min(time_s for time_s, need in plans if need <= cap) * (1 + 1e-9)
 
 
 @settings(max_examples=60, deadline=None)

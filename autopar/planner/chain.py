@@ -27,7 +27,8 @@ class Chain:
     kinds: the distinct segments; sequence: the kind of each segment.
     cut_s(i, label): seconds per microbatch, forward and backward, of a cut before segment i (i >= 1)
     where the boundary has that label; never negative, infinite forbids the cut.
-    reserve_bytes(first, last): bytes of a stage of segments [first, last) beside state and saved.
+    reserve_bytes(first, last): bytes of a stage of segments [first, last) beside state and saved; equal for ranges of
+    the same kinds, and never less for a longer range.
     in_flight(schedule, stage, pp, microbatches, virtual_stages, window): microbatches a stage holds at once.
     Invariant: neighbours agree on the labels of their common boundary.
     """
@@ -72,11 +73,13 @@ class Folding:
     """Ranges with the same kinds in the same order are one class.
 
     class_of: [first, last] -> class, -1 where first >= last; lengths: for each range length from 1 up,
-    (classes, class of the range less its last segment, kind of the last segment), aligned.
+    (classes, class of the range less its last segment, kind of the last segment), aligned; examples: [class] the first
+    range of it.
     """
 
     class_of: IntArray
     lengths: tuple[tuple[IntArray, IntArray, IntArray], ...]
+    examples: tuple[tuple[int, int], ...]
 
     @property
     def classes(self) -> int:
@@ -88,14 +91,15 @@ def fold(sequence: tuple[int, ...]) -> Folding:
     """Classes of all ranges of a sequence of kinds, numbered by length and first appearance."""
     count = len(sequence)
     class_of = np.full((count, count + 1), -1, dtype=np.int64)
-    lengths, total = [], 0
+    lengths, examples, total = [], dict[int, tuple[int, int]](), 0
     for length in range(1, count + 1):
         known: dict[tuple[int, int], int] = {}
         for first in range(count - length + 1):
             last = first + length
             key = (int(class_of[first, last - 1]), sequence[last - 1])
             class_of[first, last] = known.setdefault(key, total + len(known))
+            examples.setdefault(int(class_of[first, last]), (first, last))
         rows = np.array([(number, parent, kind) for (parent, kind), number in known.items()], dtype=np.int64)
         lengths.append((rows[:, 0], rows[:, 1], rows[:, 2]))
         total += len(known)
-    return Folding(class_of, tuple(lengths))
+    return Folding(class_of, tuple(lengths), tuple(examples.values()))

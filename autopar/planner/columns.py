@@ -56,24 +56,19 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """All (range, entry label, exit label), as aligned arrays; cls is the range's class."""
+    """All (range, entry label, exit label), as aligned arrays; cls is the range's class; source, target: numbers of its
+    two boundaries with their labels."""
 
     first: IntArray
     last: IntArray
     entry: IntArray
     exit: IntArray
     cls: IntArray
+    source: IntArray
+    target: IntArray
     cut_s: FloatArray
     reserve_bytes: FloatArray
     width: int
-
-    @property
-    def source(self) -> IntArray:
-        return self.first * self.width + self.entry
-
-    @property
-    def target(self) -> IntArray:
-        return self.last * self.width + self.exit
 
 
 def edges_of(chain: Chain) -> Edges:
@@ -86,21 +81,20 @@ def edges_of(chain: Chain) -> Edges:
         for label, text in enumerate(chain.boundary_labels(position)):
             cuts[position, label] = chain.cut_s(position, text) if position else 0.0
     assert (cuts >= 0).all()
-    reserve = np.zeros((count, count + 1))
-    for i, j in zip(*np.triu_indices(count, 0, count), strict=True):
-        reserve[i, j + 1] = chain.reserve_bytes(int(i), int(j) + 1)
-    first, last, entry, exit = _index(tuple(sizes))
-    cls = fold(chain.sequence).class_of[first, last]
-    return Edges(first, last, entry, exit, cls, cuts[first, entry], reserve[first, last], width)
+    reserve = np.array([chain.reserve_bytes(*r) for r in fold(chain.sequence).examples], dtype=np.float64)
+    first, last, entry, exit, cls, source, target = _index(tuple(sizes), chain.sequence)
+    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve[cls], width)
 
 
 @functools.lru_cache(maxsize=64)
-def _index(sizes: tuple[int, ...]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """First, last, entry and exit of every edge of a chain with so many labels at its boundaries."""
-    known = np.arange(max(sizes)) < np.array(sizes)[:, None]
+def _index(sizes: tuple[int, ...], sequence: tuple[int, ...]) -> tuple[IntArray, ...]:
+    """The first fields of ``Edges``, of a chain with so many labels at its boundaries."""
+    width = max(sizes)
+    known = np.arange(width) < np.array(sizes)[:, None]
     later = np.arange(len(sizes))[:, None] < np.arange(len(sizes))
     first, last, entry, exit = np.nonzero(later[:, :, None, None] & known[:, None, :, None] & known[None, :, None, :])
-    return first, last, entry, exit
+    cls = fold(sequence).class_of[first, last]
+    return first, last, entry, exit, cls, first * width + entry, last * width + exit
 
 
 class RangeTable:
@@ -205,14 +199,14 @@ class RangeTable:
         shape = (self.folding.classes, *one_cost.shape[1:])
         cost, totals = np.full(shape, np.inf), np.full((*shape, 4), np.inf)
         middle = np.zeros(shape, dtype=np.int64)
+        layer, entry, exit = np.ix_(*map(range, one_cost.shape[1:]))
         for length, (classes, parents, kinds) in enumerate(self.folding.lengths[: self.longest]):
             if length == 0:
                 cost[classes], totals[classes] = one_cost[kinds], one_totals[kinds]
                 continue
             sums = cost[parents][:, :, :, :, None] + one_cost[kinds][:, :, None, :, :]
-            best = sums.argmin(axis=3)
-            row, layer, entry, exit = np.indices(best.shape, sparse=True)
-            cost[classes] = sums[row, layer, entry, best, exit]
+            best, row = sums.argmin(axis=3), np.arange(len(classes))[:, None, None, None]
+            cost[classes] = sums.min(axis=3)
             middle[classes] = best
             totals[classes] = totals[parents[row], layer, entry, best] + one_totals[kinds[row], layer, best, exit]
         return cost, totals, middle

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from autopar.planner.bounds import TIME_ONLY, Bound, Objective, StageSpace, Weights, bound, steeper, terminals
-from autopar.planner.chain import Chain, IntArray
+from autopar.planner.chain import Chain, IntArray, fold
 from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import Choice, StageIlp, objective_s
@@ -98,7 +98,12 @@ class _Found:
 
 def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objective) -> float:
     """Seconds of balanced stages where neither memory nor cuts cost anything; infinite if nothing is allowed."""
-    price, total = Price(*objective.balanced), None
+    return least_cost(chain, segments, Price(*objective.balanced))
+
+
+def least_cost(chain: Chain, segments: Sequence[Segment], price: Price) -> float:
+    """Of the whole chain at a price."""
+    total = None
     for kind, run in itertools.groupby(chain.sequence):
         power = _power(segments[kind].solve((price,))[0].cost, len(list(run)))
         total = power if total is None else _joined(total, power)
@@ -149,6 +154,7 @@ class ConfigurationSolver:
         self.objective = Objective(c.pp, c.microbatches)
         self.extra_bytes = self.extra_bytes or [0.0] * c.pp
         shape = (c.pp, c.microbatches, c.virtual_stages, c.window)
+        self._possible: tuple[int, IntArray] | None = None
         self.held = [self.chain.in_flight(c.schedule, stage, *shape) for stage in range(c.pp)]
 
     @cached_property
@@ -160,6 +166,22 @@ class ConfigurationSolver:
     def quick_bound_s(self) -> float:
         """Balanced stages, memory without limit, the cheapest cuts; infinite if no assignment is allowed."""
         return quick_bound_s(self.chain, self.segments, self.objective) + (self.objective.pp - 1) * self._cheapest_cut_s
+
+    def glance_s(self) -> float:
+        """A bound under the cap before any range is priced: the dual of the whole chain at the latest hints.
+
+        Stages need not be told apart: each has at most the room of a range of one segment, and holds at least the
+        fewest microbatches.
+        """
+        chain, pp = self.chain, self.configuration.pp
+        least = min(chain.reserve_bytes(*fold(chain.sequence).examples[k]) for k in range(len(set(chain.sequence))))
+        room, held = pp * (self.cap_bytes - least) - sum(self.extra_bytes), min(self.held)
+        weights, best_s = self.objective.balanced, 0.0
+        for hint_s in self.hints_s:
+            byte = hint_s * weights[0]
+            price = Price(*weights, byte, byte * held)
+            best_s = max(best_s, least_cost(chain, self.segments, price) - byte * room)
+        return best_s + (pp - 1) * self._cheapest_cut_s
 
     @property
     def _cheapest_cut_s(self) -> float:
@@ -255,6 +277,7 @@ class ConfigurationSolver:
     def forget(self) -> None:
         """Drop the table; what segments know of prices stays."""
         self.__dict__.pop("table", None)
+        self._possible = None
 
     def needed_bytes(self, columns: Sequence[Column]) -> list[float]:
         """What each stage of a tiling takes."""
@@ -288,11 +311,19 @@ class ConfigurationSolver:
 
     def _stage_edges(self, stage: int) -> IntArray:
         """Edges with room for the other stages before and after, that some assignment allows."""
-        edges, pp, count = self.table.edges, self.configuration.pp, len(self.chain)
-        begins = edges.first == 0 if stage == 0 else edges.first >= stage
-        ends = edges.last == count if stage == pp - 1 else edges.last <= count - (pp - 1 - stage)
-        possible = np.isfinite(self.table.cost[edges.cls, 0, edges.entry, edges.exit]) & np.isfinite(edges.cut_s)
-        return np.flatnonzero(begins & ends & possible)
+        pp, count, possible = self.configuration.pp, len(self.chain), self._possible_edges()
+        first, last = self.table.edges.first[possible], self.table.edges.last[possible]
+        begins = first == 0 if stage == 0 else first >= stage
+        ends = last == count if stage == pp - 1 else last <= count - (pp - 1 - stage)
+        return possible[begins & ends]
+
+    def _possible_edges(self) -> IntArray:
+        """Edges that are priced and that some assignment allows."""
+        edges, table = self.table.edges, self.table
+        if self._possible is None or self._possible[0] != table.longest:
+            finite = np.isfinite(table.cost[edges.cls, 0, edges.entry, edges.exit]) & np.isfinite(edges.cut_s)
+            self._possible = table.longest, np.flatnonzero(finite)
+        return self._possible[1]
 
     def _space(self, stage: int) -> StageSpace:
         edges, table = self._stage_edges(stage), self.table

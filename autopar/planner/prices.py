@@ -226,9 +226,21 @@ class MeshPrices:
         held = [(sizes.stored.nbytes, 3)] + ([(sizes.gradient.nbytes, 2), (state, 1)] if trainable else [])
         return sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
 
+    @cached_property
+    def parameter_costs(self) -> Callable[[TensorMeta, Placement, bool, int], tuple[float, float, float]]:
+        """Seconds per microbatch and per step and bytes of state; each asked for by many segments, at all sizes."""
+
+        @functools.cache
+        def costs(meta: TensorMeta, place: Placement, trainable: bool, zero: int) -> tuple[float, float, float]:
+            time_s = self.parameter_time_s(meta, place, trainable, zero) if trainable or zero else 0.0
+            step_s = self.parameter_step_s(meta, place, zero) if trainable else 0.0
+            return time_s, step_s, self.parameter_state_bytes(meta, place, trainable, zero)
+
+        return costs
+
     def fastest_zero(self, meta: TensorMeta, placement: Placement) -> int:
         """Of the levels that cost no time in a microbatch, 0 and 1, the faster; 0 where they are equal."""
-        whole, split = (self.parameter_step_s(meta, placement, zero) for zero in (0, 1))
+        whole, split = (self.parameter_costs(meta, placement, True, zero)[1] for zero in (0, 1))
         return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
     def transfer_s(self, meta: TensorMeta, placement: Placement, carried_bytes: int = 0) -> float:

@@ -384,6 +384,8 @@ class _Search:
         if unit.capped is not None and unit.solver.guess_bytes > self.cap_bytes:
             self._under_cap(unit)
         unit.solver.hints_s = tuple(self.hints_s)
+        if self._is_put_off(unit):
+            return
         outcome = unit.solver.solve(self._best_s() * (1 + 1e-12))
         unit.outcome = outcome
         self._learn(unit.solver)
@@ -401,6 +403,19 @@ class _Search:
             self._push(unit)
         unit.solver.forget()
         self._report(unit)
+
+    def _is_put_off(self, unit: _Unit) -> bool:
+        """Whether a glance at what memory costs the unit says that another one comes before it."""
+        if math.isinf(unit.solver.cap_bytes) or not self.hints_s:
+            return False
+        bound_s = unit.solver.glance_s()
+        if not self.queue or not unit.bound_s * (1 + 1e-9) < bound_s < math.inf:
+            return False
+        unit.bound_s = bound_s
+        if self._key(unit) <= self.queue[0][0]:
+            return False
+        self._push(unit)
+        return True
 
     def _learn(self, solver: ConfigurationSolver) -> None:
         """What a byte is worth differs little between configurations: the latest prices, each once, the newest last."""

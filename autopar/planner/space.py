@@ -388,9 +388,8 @@ class _SegmentGraph:
         weight = 1.0 if name not in self.local.structure.shared or self._is_first_holder(name) else 0.0
 
         def costs(place: Placement, zero: int) -> tuple[float, float, float]:
-            time_s = prices.parameter_time_s(meta, place, trainable, zero) if trainable or zero else 0.0
-            step_s = weight * prices.parameter_step_s(meta, place, zero) if trainable else 0.0
-            return time_s, step_s, weight * prices.parameter_state_bytes(meta, place, trainable, zero)
+            time_s, step_s, state_bytes = prices.parameter_costs(meta, place, trainable, zero)
+            return time_s, weight * step_s, weight * state_bytes
 
         chosen = [levels or (prices.fastest_zero(meta, place) if trainable else 0,) for place in places]
         table = np.array([[costs(p, zero) for zero in known] for p, known in zip(places, chosen, strict=True)])
