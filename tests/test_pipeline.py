@@ -167,6 +167,16 @@ def test_every_schedule_with_every_saving_on_real_ranks(schedule: str, zero: int
         check_parity(model, batch, 4, 1e-8, optimizer=ADAMW, **{"tp": 1, **pins})
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_every_schedule_with_every_saving_on_eight_ranks(schedule: str, zero: int, recompute: str) -> None:
+    mesh = {"dp": 2, "tp": 2, "pp": 2, "microbatch_size": 1, **SHAPES[schedule]}
+    assert _check({**mesh, "schedule": schedule, "zero": zero, "recompute": recompute}).tp == 2
+
+
 # --- Memory
 
 
