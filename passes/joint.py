@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cost_model.errors import VerificationError
 from cost_model.tensor import TensorMeta
 from passes.graph import ModelGraph, is_getitem, torch_dtype
-from passes.storage import mark_storages
+from passes.unmutate import unmutate
 from passes.vocabulary import DIFFERENTIABLE, forward_end
 
 
@@ -85,7 +85,7 @@ def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
 
     with FakeTensorMode(), _keep_source():
         graph = make_fx(run)(*[_fake(model, i, False) for i in range(len(model.inputs))]).graph
-    mark_storages(graph)
+    unmutate(graph)
     nodes = list(graph.nodes)
     names = [i.node for i in model.inputs]
     _rename(nodes, dict(zip([n for n in nodes if n.op == "placeholder"], names, strict=True)))
@@ -140,7 +140,7 @@ def _gradient_like(model: ModelGraph) -> torch.Tensor:
 
 
 def _describe(module: fx.GraphModule, model: ModelGraph, wanted: list[int], last: bool) -> JointGraph:
-    mark_storages(module.graph)
+    unmutate(module.graph)
     nodes = list(module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     outputs = nodes[-1].args[0]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import autopar
+from passes.trace import find_loss
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2)
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -45,7 +46,7 @@ def reference(
         update.zero_grad()
         with given(step):
             output = trained(**batch)
-        loss = output if isinstance(output, torch.Tensor) else output.loss
+        loss = find_loss(output)
         loss.backward()
         update.step()
         losses.append(float(loss.detach()))

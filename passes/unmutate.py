@@ -1,0 +1,75 @@
+"""Unmutate: calls of a recorded graph that write into an operand become calls that return what they wrote.
+
+Kernels made of others (``lstm_cell``) write into values of their own, which a recorder shows. Passes that keep, move or
+repeat calls (recompute) take every value for what it was when it was made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from cost_model.errors import VerificationError
+from passes.graph import is_getitem
+from passes.storage import is_view, mark_storages
+
+_APART = (torch.ops.aten.unsafe_split.Tensor, torch.ops.aten.unsafe_split_with_sizes.default)
+"""Ops whose results lie in one storage, but in parts of it that are never used as one again."""
+
+
+def unmutate(graph: fx.Graph) -> None:
+    """Change a graph in place; its storages are marked. Errors: VerificationError for an alias that is read later."""
+    mark_storages(graph)
+    written = [(node, _plain(node.target)) for node in graph.nodes]
+    changed = [(node, plain) for node, plain in written if plain is not None]
+    for node, plain in changed:
+        _check_last_use(graph, node)
+        node.target = plain
+    if changed:
+        _propagate(graph)
+        mark_storages(graph)
+
+
+def _plain(target: Any) -> Any:
+    """The op that returns what an op writes into its first operand: aten.add.Tensor for aten.add_.Tensor."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
+        return None
+    name, overload = target.overloadpacket.__name__, target._overloadname
+    plain = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
+    if plain is None or not name.endswith("_"):
+        raise VerificationError("mutation", f"{target} writes into a value in a way that has no plain form")
+    return plain
+
+
+def _check_last_use(graph: fx.Graph, node: fx.Node) -> None:
+    """Whoever reads what was overwritten must do so through the call that wrote it."""
+    root, nodes = _root(node.args[0]), list(graph.nodes)
+    at = nodes.index(node)
+    older = {other for other in nodes[:at] if _root(other) is root}
+    late = next((user for user in nodes[at + 1 :] if older & set(user.all_input_nodes)), None)
+    if late is not None:
+        raise VerificationError("mutation", f"{late.target} reads an alias of what {node.target} wrote before")
+
+
+def _root(node: Any) -> Any:
+    """The value whose memory a node is a view of."""
+    while isinstance(node, fx.Node) and is_view(node):
+        source = node.args[0]
+        if is_getitem(node) and isinstance(source, fx.Node) and source.target in _APART:
+            return node
+        node = source
+    return node
+
+
+def _propagate(graph: fx.Graph) -> None:
+    """New fake values, which share memory as those of the changed calls do."""
+    values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
+    mode = next(leaf.fake_mode for leaf in values if isinstance(leaf, torch._subclasses.FakeTensor))
+    with mode, torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+                node.meta["val"] = node.target(*args, **kwargs)

@@ -1,0 +1,78 @@
+"""Models of families that no rule was written for run as on one device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import fx
+from unseen_models import UNSEEN
+
+from cost_model.errors import ParallelismError, VerificationError
+from passes.unmutate import unmutate
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+GRIDS = {"dp2": {"dp": 2, "tp": 1, "pp": 1}, "tp2": {"dp": 1, "tp": 2, "pp": 1}, "pp2": {"dp": 1, "tp": 1, "pp": 2}}
+WHOLE_BATCH = {"siamese": "aten.embedding_bag", "recurrent": "aten.new_zeros"}
+"""Families whose batch is not split: the op that is in the way."""
+QUICK = ("recurrent", "tp2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(
+    ("family", "grid"),
+    [
+        pytest.param(family, grid, marks=() if (family, grid) == QUICK else pytest.mark.slow)
+        for family in UNSEEN
+        for grid in (*GRIDS, "automatic")
+    ],
+)
+def test_unseen_families_run_as_on_one_device(family: str, grid: str) -> None:
+    torch.manual_seed(0)
+    model, batch = UNSEEN[family]()
+    if grid == "dp2" and family in WHOLE_BATCH:
+        with pytest.raises(ParallelismError, match=f"the batch cannot be split: {WHOLE_BATCH[family]}"):
+            check_parity(model, batch, 2, 1e-4, SGD, **GRIDS[grid])
+        return
+    check_parity(model, batch, 2, 1e-4, SGD, **GRIDS.get(grid, {}))
+
+
+def recorded(function: object) -> fx.Graph:
+    with torch._subclasses.FakeTensorMode():
+        return torch.fx.experimental.proxy_tensor.make_fx(function)(torch.empty(4, 6)).graph
+
+
+def test_calls_that_write_become_calls_that_return() -> None:
+    def cell(x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.unsafe_chunk(x * 2, 2, 1)
+        return first.sigmoid_() + second.tanh_().add_(1)
+
+    graph = recorded(cell)
+    unmutate(graph)
+    assert not any(getattr(node.target, "_schema", None) and node.target._schema.is_mutable for node in graph.nodes)
+    x = torch.randn(4, 6)
+    first, second = (2 * x).chunk(2, 1)
+    assert torch.equal(fx.GraphModule({}, graph)(x), first.sigmoid() + (second.tanh() + 1))
+
+
+def test_an_alias_that_is_read_after_a_write_is_refused() -> None:
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y[0].zero_()
+        return y + 1
+
+    with pytest.raises(VerificationError, match=r"aten.add.Tensor reads an alias of what aten.zero_.default wrote"):
+        unmutate(recorded(whole))
