@@ -117,7 +117,7 @@ def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) 
 def check_sequence(space: ModelSpace) -> None:
     """ParallelismError where no value between the model's blocks has a sequence."""
     local = space.local_model(space.traced.global_graph.batch)
-    if local is None or not local.has_sequence(1):
+    if local is None or not local.has_sequence((1,)):
         raise ParallelismError(
             "sequence_parallel=True, but no value between the model's blocks is [batch, sequence, features]; "
             "leave it None"
@@ -199,7 +199,7 @@ def _domains(
 ) -> dict[str, tuple[str, ...]]:
     """Every choice that the planner has for a stage: variable -> labels."""
     size = plan.batch // (plan.microbatches * mesh.dp)
-    chain = space.chain(mesh.dp, mesh.tp, size, sequence=sequence)
+    chain = space.chain(mesh.dp, plan.axes.sizes if plan.axes else (mesh.tp,), size, sequence=sequence)
     if chain is None:
         raise ParallelismError(f"sequence_parallel={sequence} is pinned, which the model does not allow; leave it None")
     representatives: dict[str, Segment] = {}

@@ -44,6 +44,7 @@ class Command:
     num_devices: Annotated[int | None, arg(metavar="N", help="devices of the cluster; ranks where it is local")] = None
     dp: Annotated[str | None, arg(metavar="N", help="pin the data-parallel degree; of each stage: 4,2")] = None
     tp: Annotated[str | None, arg(metavar="N", help="pin the tensor-parallel degree; of each stage: 2,4")] = None
+    tp_axes: Annotated[tuple[int, ...] | None, arg(metavar="N N", help="pin the axes that tp consists of")] = None
     pp: Annotated[int | None, arg(metavar="N", help="pin the number of pipeline stages")] = None
     microbatch_size: Annotated[int | None, arg(metavar="N", help="pin the samples of a microbatch")] = None
     zero: Annotated[int | None, arg(metavar="LEVEL", help="pin the ZeRO level, 0 to 3")] = None
@@ -227,7 +228,7 @@ def _coverage() -> Answer:
 
 def _keywords(command: Command) -> dict[str, Any]:
     """The keywords of autopar.compile that the line gives."""
-    pins = ("pp", "microbatch_size", "schedule", "window", "zero", "recompute")
+    pins = ("pp", "tp_axes", "microbatch_size", "schedule", "window", "zero", "recompute")
     degrees = _degree("dp", command.dp), _degree("tp", command.tp)
     parallelism = Parallelism(*degrees, **{name: getattr(command, name) for name in pins})
     plan = None if command.plan is None else Plan.load(command.plan)

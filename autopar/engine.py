@@ -18,14 +18,14 @@ from autopar.options import Options, check_target
 from autopar.payload import rank_batch, rank_payload
 from autopar.planning import Planned, plan_model
 from autopar.ranks import Ranks, agree_with_rank_0, is_main, process_index, start_ranks, under_launcher
-from autopar.runtime.comm import join_shards
+from autopar.runtime.comm import join_mesh
 from autopar.runtime.recipe import blank
 from autopar.runtime.weight_file import Place
 from autopar.weights import LoadedWeights, ModelValues, check_all_match, drawn_states, find_weights
 from cost_model.cluster import Cluster
 from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
 from cost_model.estimate import Estimate
-from cost_model.placement import Shard, parse_placement
+from cost_model.placement import parse_placements
 from cost_model.plan import Plan
 from passes.trace import BatchSpec, alias_map, batch_spec
 
@@ -291,9 +291,9 @@ class Engine:
             for shard in part.shards:
                 if shard.name in states[ranks[0]]["params"]:
                     pieces = [states[r]["params"][shard.name] for r in ranks]
-                    place = parse_placement(shard.placement)
-                    split = isinstance(place, Shard) and tp > 1
-                    whole[shard.name] = join_shards(pieces, place.dim, place.outer) if split else pieces[0]  # type: ignore[union-attr]
+                    whole[shard.name] = join_mesh(
+                        pieces, parse_placements(shard.placement), self.plan.axes_of(stage).sizes
+                    )
         return whole
 
     def close(self) -> None:

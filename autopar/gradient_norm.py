@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from autopar.runtime.norm import CHUNK
 from cost_model.ops import OpCall, price_of
-from cost_model.placement import Shard, parse_placement
+from cost_model.placement import parse_placements, split_axes
 from cost_model.program import Collective, OpCost
 from cost_model.tensor import TensorMeta
 
@@ -53,7 +53,8 @@ def _copies(linked: Linked, stage: int) -> dict[str, tuple[int, int]]:
     for shard in linked.stages[stage].shards:
         if shard.trainable:
             holders = linked.program.tied_stages(shard.tied) if shard.tied else (stage,)
-            shards = [1 if isinstance(parse_placement(shard.placement), Shard) else meshes[s].tp for s in holders]
+            split = split_axes(parse_placements(shard.placement))
+            shards = [meshes[s].tp // linked.plan.axes_of(s).ranks(split) for s in holders]
             whole = sum(meshes[s].dp * count for s, count in zip(holders, shards, strict=True))
             found[shard.name] = sum(shards), whole
     return found

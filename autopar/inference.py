@@ -183,11 +183,13 @@ def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, batch: int) -> 
     ends = _ends(segments, targets, held)
     crossing = {*carried_values(segments), *(segments[end].entry or "" for end in ends[:-1])}
     chosen: dict[Mesh, dict[str, str]] = {}
-    for mesh in dict.fromkeys(plan.meshes):
+    for number, mesh in enumerate(plan.meshes):
+        if mesh in chosen:
+            continue
         alike = (stage for stage, other in zip(held.stages, plan.meshes, strict=True) if other == mesh)
         places = {name: place for stage in alike for name, place in stage.places.items()}
         lying = {node: places[target] for node, target in targets.items() if target in places}
-        chosen[mesh] = choices(specialise(traced, whole // mesh.dp), lying, crossing, mesh.tp)
+        chosen[mesh] = choices(specialise(traced, whole // mesh.dp), lying, crossing, plan.axes_of(number))
     parts = enumerate(zip([0, *ends], ends, strict=False))
     return replace(
         plan,

@@ -13,9 +13,10 @@ from autopar.gradient_norm import FOUND, NORM, clip_costs, norm_workspace_bytes,
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
+from cost_model.axes import Axes
 from cost_model.errors import UnsupportedError
 from cost_model.mesh import Mesh
-from cost_model.placement import Placement, Shard
+from cost_model.placement import Placements, placements_text, split_axes
 from cost_model.plan import Plan, StagePlan
 from cost_model.program import Bucket, Chunk, Collective, ParameterShard, Program, StageProgram, StepWork, Value
 from cost_model.schedule import Step, splits_backward, stage_schedule
@@ -58,8 +59,8 @@ class LinkedStage:
         return merged_inputs(self.chunks)
 
     @property
-    def places(self) -> dict[str, Placement]:
-        """How each parameter and buffer lies on the tp axis, by its name in the model."""
+    def places(self) -> dict[str, Placements]:
+        """How each parameter and buffer lies on the tp axes, by its name in the model."""
         return {i.target: code.placements[i.node] for code in self.chunks for i in code.inputs}
 
     @property
@@ -195,8 +196,7 @@ class Linker:
         verify_cuts(codes, [plan.mesh(index % plan.pp) for index in range(len(codes))])
         chunks = [codes[stage :: plan.pp] for stage in range(plan.pp)]
         tied = _tied(chunks)
-        known = zip(chunks, plan.meshes, strict=True)
-        stages = tuple(_link_stage(self.traced, own, mesh, tied, self.optimizer is not None) for own, mesh in known)
+        stages = tuple(self._stage(own, plan, index, tied) for index, own in enumerate(chunks))
         lists = [steps_of(plan, stage) for stage in range(plan.pp)]
         check_schedule(lists, plan.microbatches, plan.virtual_stages, plan.window)
         program = _program(plan, tuple(self._stage_program(s, i, plan) for i, s in enumerate(stages)))
@@ -243,15 +243,19 @@ class Linker:
         for index, own in enumerate(chunks):
             same = tuple(map(id, own))
             if same not in known:
-                linked = _link_stage(self.traced, own, plan.mesh(index), tied, self.optimizer is not None)
+                linked = self._stage(own, plan, index, tied)
                 known[same] = self._stage_program(linked, index, plan)
             stages.append(_at(known[same], index, plan))
         return _program(plan, tuple(stages))
 
+    def _stage(self, chunks: tuple[StageCode, ...], plan: Plan, stage: int, tied: Mapping[str, str]) -> LinkedStage:
+        shards = _parameter_shards(chunks, plan.mesh(stage).dp, plan.axes_of(stage), tied)
+        return _link_stage(self.traced, chunks, shards, tied, self.optimizer is not None)
+
     def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
         last, chunk = index == len(plan.stages) - 1, index // plan.pp if plan.virtual_stages > 1 else 0
         stage = index % plan.pp
-        size = (plan.samples(stage), plan.mesh(stage), plan.precision, plan.overlap)
+        size = (plan.samples(stage), plan.mesh(stage), plan.axes_of(stage), plan.precision, plan.overlap)
         itself = index if exact is not None and stage == exact else None
         split = splits_backward(plan.schedule, stage)
         return (self._outliner.outline(plan, index, shared), size, last, chunk, split, itself)
@@ -279,7 +283,7 @@ class Linker:
         return build_stage(
             cut,
             stage.choices,
-            mesh.tp,
+            plan.axes_of(index % plan.pp),
             self._templates,
             last=index == len(plan.stages) - 1,
             zeros=zeros,
@@ -347,6 +351,7 @@ def _program(plan: Plan, stages: tuple[StageProgram, ...]) -> Program:
         devices=device_map(plan),
         virtual_stages=plan.virtual_stages,
         window=plan.window,
+        tp_sizes=() if plan.axes is None else plan.axes.sizes,
     )
 
 
@@ -385,9 +390,13 @@ def _tied(stages: Sequence[Sequence[StageCode]]) -> dict[str, str]:
 
 
 def _link_stage(
-    traced: Traced, chunks: tuple[StageCode, ...], mesh: Mesh, tied: Mapping[str, str], has_optimizer: bool
+    traced: Traced,
+    chunks: tuple[StageCode, ...],
+    shards: tuple[ParameterShard, ...],
+    tied: Mapping[str, str],
+    has_optimizer: bool,
 ) -> LinkedStage:
-    shards, buckets = _parameter_shards(chunks, mesh, tied), merged_buckets(chunks)
+    buckets = merged_buckets(chunks)
     group_of = {name: group for code in chunks for group, names in code.groups for name in names}
     layout, alone = gradient_layout(_finished(chunks), buckets, shards, group_of)
     reductions = reductions_of(buckets, alone, tied)
@@ -404,7 +413,9 @@ def _finished(chunks: Sequence[StageCode]) -> tuple[str, ...]:
     return tuple(reversed(dict.fromkeys(reversed(names))))
 
 
-def _parameter_shards(chunks: Sequence[StageCode], mesh: Mesh, tied: Mapping[str, str]) -> tuple[ParameterShard, ...]:
+def _parameter_shards(
+    chunks: Sequence[StageCode], dp: int, axes: Axes, tied: Mapping[str, str]
+) -> tuple[ParameterShard, ...]:
     """The stage's parameters and buffers; ``tied``: parameter -> its cross-stage group."""
     trained = {name for code in chunks for name in code.gradients}
     found: dict[str, ParameterShard] = {}
@@ -412,9 +423,9 @@ def _parameter_shards(chunks: Sequence[StageCode], mesh: Mesh, tied: Mapping[str
         for item in code.inputs:
             if item.kind in ("parameter", "buffer", "constant"):
                 place, name = code.placements[item.node], item.target
-                axis = reduce_axis(place, mesh.dp, mesh.tp)
+                axis = reduce_axis(place, dp, axes)
                 meta, kept = code.metas[item.node], code.types(item)
-                shard = ParameterShard(name, meta, str(place), name in trained, axis, tied.get(name), kept)
+                shard = ParameterShard(name, meta, placements_text(place), name in trained, axis, tied.get(name), kept)
                 found[name] = shard
     return tuple(found.values())
 
@@ -470,8 +481,8 @@ def _chunk(code: StageCode, plan: StagePlan, mesh: Mesh) -> Chunk:
         constants=code.constants,
         weight=code.weight,
         kept=code.kept,
-        sent_split=code.sent is not None and mesh.tp > 1 and isinstance(code.exit, Shard),
-        received_split=mesh.tp > 1 and isinstance(entry, Shard),
+        sent_split=code.sent is not None and mesh.tp > 1 and bool(split_axes(code.exit)),
+        received_split=mesh.tp > 1 and entry is not None and bool(split_axes(entry)),
     )
 
 
@@ -506,7 +517,7 @@ def _rank_source(linked: Linked, rank: int, stage: int, dp: int, tp: int) -> str
     segments = " | ".join(", ".join(labels) for labels in plan.labels(stage))
     doc = (
         f"Rank {rank} of {len(plan.placement)}: stage {stage} of {plan.pp}, replica {dp} of {mesh.dp}, "
-        f"shard {tp} of {mesh.tp}.\n\nSegments: {segments}"
+        f"shard {tp} of {plan.axes_of(stage)}.\n\nSegments: {segments}"
     )
     ops = {short: full for code in linked_stage.chunks for short, full in code.ops.items()}
     functions = (code.functions for code in linked_stage.chunks)

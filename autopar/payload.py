@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +17,12 @@ from autopar.ranks import under_launcher
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from autopar.runtime.recipe import blank
+from cost_model.axes import DP, TP, Axes, axes_name, members
 from cost_model.errors import ConfigError
-from cost_model.mesh import Mesh
-from cost_model.placement import REPLICATE, Placement, Shard
+from cost_model.placement import REPLICATE, Placements, Shard, split_axes
 from cost_model.plan import Plan
 from cost_model.prices import TIED, axis_groups
-from cost_model.program import Bucket
+from cost_model.program import Bucket, Program
 from passes.graph import GraphInput, ModelGraph, is_getitem, torch_dtype
 
 WRAP = " to the other end"
@@ -59,7 +61,7 @@ def rank_payload(
         "buffers": _sent(values),
         "initial": initial,
         "layouts": {
-            n: _layout(linked, rank, n, p if i.kind == "parameter" else REPLICATE, tuple(tensors[n].shape))
+            n: _layout(linked, rank, n, p if i.kind == "parameter" else _whole(linked), tuple(tensors[n].shape))
             for n, (i, p) in held.items()
             if n in saved
         },
@@ -79,18 +81,22 @@ def local_tensors(
     """The shards of parameters that a rank's program reads, and its buffers; without those called ``but``."""
     stage, _, tp = linked.coordinates[rank]
     held = {name: place for name, place in _held(linked, stage).items() if name not in but}
-    size = linked.plan.mesh(stage).tp
-    params = {n: _local(tensors[n], p, tp, size) for n, (i, p) in held.items() if i.kind == "parameter"}
+    axes = linked.plan.axes_of(stage)
+    params = {n: _local(tensors[n], p, tp, axes) for n, (i, p) in held.items() if i.kind == "parameter"}
     return params, {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"}
 
 
-def _held(linked: Linked, stage: int) -> dict[str, tuple[GraphInput, Placement]]:
-    """What of the model a stage's ranks hold, and how it lies on the tp axis."""
+def _held(linked: Linked, stage: int) -> dict[str, tuple[GraphInput, Placements]]:
+    """What of the model a stage's ranks hold, and how it lies on the tp axes."""
     part, kinds = linked.stages[stage], ("parameter", "buffer", "constant")
-    places = part.places
-    before = {i.target: (i, places.get(i.target, Shard(0))) for i in part.prologue_inputs if i.kind in kinds[1:]}
-    counters = {n: (GraphInput(n, "buffer", n, False, False), REPLICATE) for n in linked.traced.counters}
+    places, whole = part.places, _whole(linked)
+    before = {i.target: (i, places.get(i.target, whole)) for i in part.prologue_inputs if i.kind in kinds[1:]}
+    counters = {n: (GraphInput(n, "buffer", n, False, False), whole) for n in linked.traced.counters}
     return {**counters, **{i.target: (i, places[i.target]) for i in part.inputs if i.kind in kinds}, **before}
+
+
+def _whole(linked: Linked) -> Placements:
+    return (REPLICATE,) * len(linked.plan.axes_of(0).sizes)
 
 
 def program_payload(linked: Linked, rank: int) -> dict[str, Any]:
@@ -202,27 +208,29 @@ def _slices(linked: Linked, stage: int, dp: int) -> dict[str, tuple[int, int]]:
     return {name: (0, size) if name in own_rows else whole for name in batched}
 
 
-def _layout(linked: Linked, rank: int, name: str, placement: Placement, shape: tuple[int, ...]) -> dict[str, Any]:
+def _layout(linked: Linked, rank: int, name: str, places: Placements, shape: tuple[int, ...]) -> dict[str, Any]:
     """The fields of ``autopar.runtime.checkpoint.Layout``; of equal shards the first rank's is written."""
     stage, dp, tp = linked.coordinates[rank]
     is_holder = stage == linked.first_holder[name]
-    is_first = is_holder and dp == 0
-    size = linked.plan.mesh(stage).tp
-    if not isinstance(placement, Shard) or size == 1:
-        place = {"dim": None, "outer": 1, "index": 0, "size": 1}
-        return {"shape": shape, **place, "writes": is_first and tp == 0, "writes_pieces": is_holder and tp == 0}
-    place = {"dim": placement.dim, "outer": placement.outer, "index": tp, "size": size}
-    return {"shape": shape, **place, "writes": is_first, "writes_pieces": is_holder}
+    mesh = linked.plan.axes_of(stage)
+    at = mesh.coordinates(tp)
+    axes = split_axes(places) if mesh.size > 1 else ()
+    splits = [(places[k].dim, places[k].outer, at[k], mesh.sizes[k]) for k in axes]  # type: ignore[union-attr]
+    writes = is_holder and not any(place for axis, place in enumerate(at) if axis not in axes)
+    return {"shape": shape, "splits": tuple(splits), "writes": writes and dp == 0, "writes_pieces": writes}
 
 
 def _meta(meta: Any) -> tuple[tuple[int, ...], str] | None:
     return None if meta is None else (meta.shape, meta.dtype)
 
 
-def _local(tensor: Tensor, placement: Placement, index: int, size: int) -> Tensor:
-    if size == 1 or not isinstance(placement, Shard):
-        return tensor.contiguous()
-    return shard_of(tensor, index, size, placement.dim, placement.outer).contiguous()
+def _local(tensor: Tensor, places: Placements, index: int, mesh: Axes) -> Tensor:
+    """The shard of rank ``index`` of a mesh."""
+    at = mesh.coordinates(index)
+    shards = [(place, axis) for axis, place in enumerate(places) if isinstance(place, Shard) and mesh.size > 1]
+    for place, axis in sorted(shards, key=lambda shard: shard[0].outer, reverse=True):
+        tensor = shard_of(tensor, at[axis], mesh.sizes[axis], place.dim, place.outer)
+    return tensor.contiguous()
 
 
 Piece = tuple[int, int, int]
@@ -273,18 +281,34 @@ def _silent(linked: Linked, rank: int) -> list[str]:
     return found
 
 
-def _group_size(mesh: Mesh, axis: str) -> int:
+def _group_size(program: Program, stage: int, axis: str) -> int:
     """Ranks of a stage's groups on an axis; both degrees make one of their own where both are above 1."""
-    both = mesh.size if min(mesh.dp, mesh.tp) > 1 else 1
-    return {"tp": mesh.tp, "dp": mesh.dp, "dp_tp": both}[axis]
+    mesh, found = program.meshes[stage], members(axis, len(program.sizes(stage)))
+    assert found is not None
+    with_dp, axes = found
+    shards = math.prod(program.sizes(stage)[axis] for axis in axes)
+    if with_dp and axes:
+        return mesh.dp * shards if min(mesh.dp, shards) > 1 else 1
+    return mesh.dp if with_dp else shards
+
+
+def _axes(program: Program) -> list[str]:
+    """Groups within a stage: of each degree, of tp axes together, of all that some collective is over."""
+    count = len(program.tp_sizes)
+    every = (axes for number in range(1, count) for axes in itertools.combinations(range(count), number))
+    found = [TP, DP, f"{DP}_{TP}", *(axes_name(axes, count) for axes in every)]
+    used = {
+        c.axis for stage in program.stages for c in stage.collectives() if members(c.axis, max(1, count)) is not None
+    }
+    return [*found, *sorted(used.difference(found))]
 
 
 def groups(linked: Linked) -> dict[str, list[list[int]]]:
     """Every process group by axis name, the same for all ranks and in the same order."""
     program = linked.program
     made: dict[str, list[list[int]]] = {}
-    sizes = {axis: [_group_size(mesh, axis) for mesh in program.meshes] for axis in ("tp", "dp", "dp_tp")}
-    for axis, own in sizes.items():
+    for axis in _axes(program):
+        own = [_group_size(program, stage, axis) for stage in range(program.pp)]
         ranks = [list(g) for s, size in enumerate(own) if size > 1 for g in axis_groups(program, axis, s)]
         made.update({axis: ranks} if ranks else {})
     tied = sorted({s.tied: stage.stage for stage in program.stages for s in stage.parameters if s.tied}.items())

@@ -22,7 +22,7 @@ from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.planner.regional import fastest_view, search_placed
 from autopar.planner.saving import NONE, RECOMPUTE
-from autopar.planner.search import Infeasible, Pins, Solution, search
+from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
 from autopar.planner.virtual import Assigned, recut
@@ -33,6 +33,7 @@ from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH, faster_schedules, windows
 from autopar.weights import ModelValues
+from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
 from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchError, UnsupportedError
@@ -342,15 +343,34 @@ class Job:
         assert not isinstance(p.dp, tuple) and not isinstance(p.tp, tuple)
         pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages, p.window)
         found = self._searched_alike(pins)
-        tries = self.separable and not flat and may_differ(p, self.cluster)
+        tries = self.separable and not flat and p.tp_axes is None and may_differ(p, self.cluster)
         return DifferentMeshes(self).faster(found) if tries else found
 
     def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
         """With one mesh for all stages."""
         p = self.options.parallelism
         if self.cluster.network is None or not self.cluster.uneven or p.placement is not None:
-            return self._searched_under(pins)
+            return self._on_axes(self._searched_under(pins))
         return self._placed(pins)
+
+    def _on_axes(self, found: Solution | Infeasible) -> Solution | Infeasible:
+        """The same degrees with tp as two axes, where links or factors suggest it and it is faster."""
+        pinned = self.options.parallelism
+        if isinstance(found, Infeasible) or pinned.tp_axes is not None:
+            return found
+        c, best = found.configuration, found
+        for axes in self.space.worth_splitting(c.dp, c.tp, c.microbatch_size, pinned.sequence_parallel):
+            pins = replace(pinned, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size, tp_axes=axes)
+            other = self.under(pins, self.options.memory_cap_bytes)._searched()
+            if isinstance(other, Solution) and other.objective_s < best.objective_s * (1 - WORTH):
+                note = (
+                    f"tp={c.tp} is {axes[0]} x {axes[1]} axes: {seconds_text(other.objective_s)} against "
+                    f"{seconds_text(found.objective_s)} on one; the gap is to plans with one"
+                )
+                known = replace(other.configuration, tp_axes=axes)
+                bound_s = min(found.bound_s, other.objective_s)
+                best = replace(other, configuration=known, bound_s=bound_s, notes=(*found.notes, note))
+        return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
 
     def _searched_under(self, pins: Pins) -> Solution | Infeasible:
         with planning_progress() as report:
@@ -419,7 +439,8 @@ class Job:
         job.__dict__.pop("space", None)
         return job
 
-    def pinned_space(self) -> PinnedSpace:
+    def pinned_space(self, c: Configuration | None = None) -> PinnedSpace:
+        """c: what was found, whose axes hold."""
         pins = self.options.parallelism
         if pins.zero and not self.space.divisible:
             assert self.optimizer is not None
@@ -427,7 +448,9 @@ class Job:
                 f"zero={pins.zero} splits parameters into pieces, which {self.optimizer.path} does not update as it "
                 "updates whole parameters; use zero=0, or an elementwise optimizer such as torch.optim.AdamW"
             )
-        return PinnedSpace(self.space, pins.recompute, pins.zero, pins.sequence_parallel)
+        return PinnedSpace(
+            self.space, pins.recompute, pins.zero, pins.sequence_parallel, (c and c.tp_axes) or pins.tp_axes
+        )
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
         return self.peaks(self.plan(solution))
@@ -465,13 +488,19 @@ class Job:
             microbatches=c.microbatches,
             memory_cap_bytes=self.cap_bytes,
             placement=placement,
-            stages=_stage_plans(local, meshes, _parts(solution), self.pinned_space()),
+            stages=_stage_plans(local, meshes, _parts(solution), self.pinned_space(c)),
             segment_labels=tuple(s.label for s in local.segments),
             precision=self.options.precision,
             virtual_stages=c.virtual_stages,
             window=c.window,
+            axes=self._axes(c),
         )
         return replace(plan, memory_cap_bytes=max(self.stage_caps(plan)))
+
+    def _axes(self, c: Configuration) -> Axes | None:
+        """Those that tp consists of, None where it is one."""
+        sizes = self.pinned_space(c).sizes(c.tp)
+        return self.space.mesh_prices(c.dp, sizes).axes if len(sizes) > 1 else None
 
     def _infeasible(self, found: Infeasible) -> InfeasiblePlanError:
         """The smallest cap that would do, with the plan that meets it."""

@@ -18,7 +18,7 @@ from rich.table import Table
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
 from cost_model.network import Network
-from cost_model.placement import Placement, Replicate, Shard, Varying, parse_placement
+from cost_model.placement import Placement, Placements, Replicate, Shard, Varying, parse_placements, split_axes
 from cost_model.plan import RECOMPUTES, Plan, folded, split_number
 from cost_model.program import Collective, ParameterShard, Program, StageProgram
 from cost_model.strategies import parse_strategy
@@ -228,24 +228,29 @@ def _parameter_table(program: Program) -> Group:
 
 
 def _parameter_group(shard: ParameterShard) -> tuple[object, ...]:
-    place = parse_placement(shard.placement)
-    if not isinstance(place, Shard):
-        return (place,)
+    places = parse_placements(shard.placement)
+    if not split_axes(places):
+        return places
     parts = split_number(shard.name)
     pattern = (shard.name, "") if parts is None else (parts[0], parts[2])
-    return (pattern, place, shard.meta)
+    return (pattern, places, shard.meta)
 
 
 def _is_whole(group: Sequence[ParameterShard]) -> bool:
-    return not isinstance(parse_placement(group[0].placement), Shard)
+    return not split_axes(parse_placements(group[0].placement))
 
 
 def _parameter_row(group: Sequence[ParameterShard]) -> tuple[str, str, str]:
-    place = parse_placement(group[0].placement)
-    if not isinstance(place, Shard):
-        return f"{len(group)} others", placement_text(place), ""
+    places = parse_placements(group[0].placement)
+    if not split_axes(places):
+        return f"{len(group)} others", places_text(places), ""
     names = sorted((split_number(shard.name) or (shard.name, 0, ""))[1:] + (shard.name,) for shard in group)
-    return folded([name[-1] for name in names]), placement_text(place), " x ".join(map(str, group[0].meta.shape))
+    return folded([name[-1] for name in names]), places_text(places), " x ".join(map(str, group[0].meta.shape))
+
+
+def places_text(places: Placements) -> str:
+    """Placements in words, axis by axis."""
+    return "; ".join(map(placement_text, places))
 
 
 def placement_text(place: Placement) -> str:

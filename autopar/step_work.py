@@ -77,7 +77,7 @@ def _reductions_of_bucket(bucket: Bucket, tied: Mapping[str, str]) -> list[PartS
         around = casts_around(bucket.gradients, part, bucket.reduced.dtype)
         found.append(PartStep("reduce_scatter", "dp", bucket.name, bucket.reduced.nbytes, around))
     if bucket.varying:
-        found.append(PartStep("all_reduce", "tp", bucket.name, bucket.reduced_part.nbytes, casts))
+        found.append(PartStep("all_reduce", bucket.varying, bucket.name, bucket.reduced_part.nbytes, casts))
     if bucket.tied in tied:
         found.append(PartStep("all_reduce", f"tied:{bucket.tied}", bucket.name, bucket.reduced_part.nbytes, casts))
     return found

@@ -2,8 +2,8 @@
 
     python benchmarks/rules.py [--layers 32] [--mesh 2 4 8]
 
-Enumeration is timed on each axis of the mesh, as planning does it, with equal blocks enumerated once, and over every
-call of the model, as if no two blocks were alike.
+Enumeration is timed as planning does it: the strategies of each axis of the mesh, then those of the whole mesh, with
+equal blocks enumerated once; and over every call of the model, as if no two blocks were alike.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from autopar.planner.space import LocalModel
+from autopar.planner.mesh_strategies import mesh_space
+from autopar.planner.space import Sizes, Structure
 from autopar.planner.strategies import op_space
 from cost_model.ops import entry_of
 from cost_model.ops.table import backward_only
 from passes.calls import call_of
-from passes.graph import is_getitem
-from passes.segment import Segment, segment
+from passes.graph import ModelGraph, is_getitem
+from passes.segment import Segment
 from passes.specialise import specialise
 from passes.trace import trace
 
@@ -43,28 +45,44 @@ def llama(layers: int) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"input_ids": tokens, "labels": tokens}
 
 
-def enumerate_all(local: LocalModel, parts: Iterable[Segment], size: int) -> tuple[float, int, int]:
-    """CPU seconds (of one thread), calls and strategies of these segments on an axis of ``size`` ranks."""
-    ambient = local.ambient
+@dataclass(frozen=True)
+class Enumerated:
+    """axes_s, mesh_s: CPU seconds (of one thread) for each axis by itself, and for all of them together; calls: how
+    many; axes, mesh: strategies on each axis, and on the mesh."""
+
+    axes_s: float
+    mesh_s: float
+    calls: int
+    axes: tuple[int, ...]
+    mesh: int
+
+
+def enumerate_all(model: ModelGraph, ambient: frozenset[str], parts: Iterable[Segment], sizes: Sizes) -> Enumerated:
+    """The strategies of these segments."""
     start = time.process_time()
-    spaces = [op_space(local.model, part.nodes, ambient, size) for part in parts]
-    seconds = time.process_time() - start
-    ops = [op for space in spaces for op in space.ops]
-    return seconds, len(ops), sum(len(op.strategies) for op in ops)
+    spaces = [[op_space(model, part.nodes, ambient, size) for size in sizes] for part in parts]
+    axes_s = time.process_time() - start
+    meshes = [mesh_space(axes, sizes) for axes in spaces]
+    mesh_s = time.process_time() - start - axes_s
+    alone = tuple(sum(len(op.strategies) for own in spaces for op in own[axis].ops) for axis in range(len(sizes)))
+    ops = [op for mesh in meshes for op in mesh.ops]
+    return Enumerated(axes_s, mesh_s, len(ops), alone, sum(len(op.strategies) for op in ops))
 
 
 def time_enumeration(layers: int, mesh: list[int]) -> dict[str, float]:
-    """Seconds over all axes, printed, with equal blocks enumerated once and without."""
-    model = specialise(trace(*llama(layers)), BATCH)
-    local = LocalModel(model, segment(model))
-    distinct = tuple({part.kind: part for part in reversed(local.segments)}.values())
+    """Seconds, printed, with equal blocks enumerated once and without."""
+    traced = trace(*llama(layers))
+    model, structure, sizes = specialise(traced, BATCH), Structure(traced), tuple(mesh)
     found = {}
-    for name, parts in (("equal blocks once", distinct), ("every layer", local.segments)):
-        rows = [enumerate_all(local, parts, size) for size in mesh]
-        found[name] = sum(row[0] for row in rows)
+    for name, parts in (
+        ("equal blocks once", tuple(structure.representatives.values())),
+        ("every layer", structure.segments),
+    ):
+        done = enumerate_all(model, structure.ambient, parts, sizes)
+        found[name] = done.axes_s + done.mesh_s
         print(
-            f"Llama of {layers} layers, {name}: {found[name]:.3f} s for axes of {mesh} ranks "
-            f"({rows[0][1]} calls, {', '.join(str(row[2]) for row in rows)} strategies)"
+            f"Llama of {layers} layers, {name}: {found[name]:.3f} s on a mesh of {mesh} ranks, {done.axes_s:.3f} of "
+            f"it for axes ({done.calls} calls, {', '.join(map(str, done.axes))} strategies, {done.mesh} on the mesh)"
         )
     return found
 

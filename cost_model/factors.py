@@ -51,13 +51,15 @@ class FactorMap:
 class Strategy:
     """One op's choice on one axis: the placement it wants of each input and gives each output.
 
-    factor: what is split ("" if nothing is); inside: whether the op's own collectives finish it.
+    factor: what is split ("" if nothing is); inside: whether the op's own collectives finish it; most_ranks: among
+    how many it can be split, where that is less than what the shapes allow, else 0.
     """
 
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
     factor: str = ""
     inside: bool = False
+    most_ranks: int = 0
 
 
 def _terms(side: str) -> list[list[list[str]]]:
@@ -183,7 +185,10 @@ def split_factor(rule: FactorMap, factor: str, outer: int, size: int) -> Strateg
     if not contracted and any(s is None for s in shards_out):
         return None
     inputs = tuple(s or (PARTIAL if contracted and i in rule.addends else VARYING) for i, s in enumerate(shards_in))
-    return Strategy(inputs, tuple(s or PARTIAL for s in shards_out), factor, inside=factor in rule.halo)
+    most = extent // max(1, rule.halo[factor]) if factor in rule.halo else 0
+    return Strategy(
+        inputs, tuple(s or PARTIAL for s in shards_out), factor, inside=factor in rule.halo, most_ranks=most
+    )
 
 
 def factor_of(rule: FactorMap, side: str, index: int, shard: Shard) -> tuple[str, int] | None:

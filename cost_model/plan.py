@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from cost_model.axes import Axes
+from cost_model.collectives import Link
 from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, UnknownNameError
 from cost_model.mesh import Degree, Mesh, meshes_of, of_stages
 from cost_model.precision import Precision
@@ -29,6 +33,7 @@ class Parallelism:
     dp, tp: of all stages, or of each, in order: ``tp=(2, 4)`` is a stage of 2 shards that feeds one of 4.
     microbatch_size: samples per microbatch per data-parallel replica (of the first stage, where replicas differ).
     window: microbatches that 1f1b has under way for each stage that comes after (see ``stage_schedule``).
+    tp_axes: the axes that tp consists of, the outermost first; each op is split along one factor on each.
     placement: device index of each (stage, dp replica, tp shard), in that order.
     overlap: whether collectives move behind compute: parameters are gathered ahead, gradients reduced as they complete.
     """
@@ -45,6 +50,7 @@ class Parallelism:
     sequence_parallel: bool | None = None
     placement: tuple[int, ...] | None = None
     overlap: bool | None = None
+    tp_axes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self._check_degrees()
@@ -74,7 +80,25 @@ class Parallelism:
                 )
             object.__setattr__(self, "schedule", "1f1b")
         if self.placement is not None:
-            object.__setattr__(self, "placement", _device_tuple(self.placement))
+            object.__setattr__(self, "placement", _whole_numbers("placement", "device numbers", self.placement))
+        if self.tp_axes is not None:
+            self._check_axes()
+
+    def _check_axes(self) -> None:
+        """Axes of two ranks and more that multiply to tp, which they say where it is not pinned itself."""
+        axes = _whole_numbers("tp_axes", "degrees", self.tp_axes)
+        if self.meshes_differ:
+            raise ParallelismError(
+                "stages with meshes of their own have one tp axis each; use one dp and tp for all stages"
+            )
+        if not axes or min(axes) < 2:
+            raise ParallelismError(f"tp_axes must be degrees of 2 and more or None, not {self.tp_axes!r}")
+        if self.tp not in (None, math.prod(axes)):
+            raise ParallelismError(
+                f"tp_axes={axes} multiply to {math.prod(axes)}, not to tp={self.tp}; drop one of them"
+            )
+        object.__setattr__(self, "tp_axes", axes)
+        object.__setattr__(self, "tp", math.prod(axes))
 
     def _check_degrees(self) -> None:
         """Degrees of single stages say how many stages there are; equal ones are one number."""
@@ -106,9 +130,10 @@ class Parallelism:
 class StagePlan:
     """One part of the chain, the half-open range of segments that a stage (or one of its virtual stages) runs.
 
-    choices: on the tp axis the strategy of each op ("op:<node>"), the placement of each parameter and of the
-    activation that comes in ("input:<node>") and the second form of a tensor with several users ("form:<node>");
-    on the dp axis the ZeRO level of each parameter ("zero:<node>", "1" to "3"; 0 is not written).
+    choices: on the tp axes, axis by axis with " | " between, the strategy of each op ("op:<node>"), the placement of
+    each parameter and of the activation that comes in ("input:<node>") and the second form of a tensor with several
+    users ("form:<node>"); on the dp axis the ZeRO level of each parameter ("zero:<node>", "1" to "3"; 0 is not
+    written).
     recompute: the level of each segment, in order; empty where none recomputes.
     """
 
@@ -144,6 +169,7 @@ class Plan:
     data-parallel replica; microbatch_size: samples of one on each replica (of the first stage, see ``samples``).
     fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
     window, overlap: as in ``Parallelism``.
+    axes: those that tp consists of, None where it is one.
     """
 
     model: str
@@ -163,6 +189,7 @@ class Plan:
     virtual_stages: int = 1
     window: int = 1
     overlap: bool = False
+    axes: Axes | None = None
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -196,6 +223,19 @@ class Plan:
         count = sum(mesh.size for mesh in self.meshes)
         if len(self.placement) != count or set(self.placement) != set(range(count)):
             raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
+        if self.axes is not None and (self.meshes_differ or self.axes.size != self.tp or len(self.axes.sizes) < 2):
+            raise ConfigError(
+                f"a plan of tp={self.tp} cannot have the axes {self.axes.sizes}: they must multiply to it"
+            )
+
+    def axes_of(self, stage: int) -> Axes:
+        """The axes of one pipeline stage's shards: one where the plan names no others."""
+        return self.axes or Axes.flat(self.mesh(stage).tp)
+
+    @property
+    def tp_axes(self) -> tuple[int, ...]:
+        """As pinned by ``Parallelism``."""
+        return self.axes_of(0).sizes
 
     def _check_degrees(self) -> None:
         for name in ("dp", "tp"):
@@ -248,8 +288,9 @@ class Plan:
         return "\n".join([head, *(f"stage {stage}: {self.labels_text(stage)}" for stage in range(self.pp))])
 
     def mesh_text(self) -> str:
-        """ "dp=1 x tp=(2, 4) x pp=2"."""
-        return f"dp={self.dp} x tp={self.tp} x pp={self.pp}"
+        """ "dp=1 x tp=(2, 4) x pp=2", "dp=1 x tp=8 (2 x 4) x pp=2"."""
+        axes = "" if self.axes is None else f" ({self.axes})"
+        return f"dp={self.dp} x tp={self.tp}{axes} x pp={self.pp}"
 
     def schedule_text(self) -> str:
         """The schedule, with its virtual stages and its window where they are more than one."""
@@ -310,8 +351,8 @@ class Plan:
         stages = tuple(StagePlan(**{**stage, "recompute": tuple(stage["recompute"])}) for stage in raw.pop("stages"))
         labels, placement = tuple(raw.pop("segment_labels")), tuple(raw.pop("placement"))
         raw |= {name: tuple(raw[name]) for name in ("dp", "tp") if isinstance(raw[name], list)}
-        precision = Precision(**raw.pop("precision"))
-        return Plan(**raw, stages=stages, segment_labels=labels, placement=placement, precision=precision)
+        precision, axes = Precision(**raw.pop("precision")), _axes(raw.pop("axes"))
+        return Plan(**raw, stages=stages, segment_labels=labels, placement=placement, precision=precision, axes=axes)
 
     def save(self, path: str | Path) -> None:
         """Errors: ConfigError where nothing can be written."""
@@ -344,7 +385,20 @@ _JSON_TYPES: dict[str, type | types.UnionType] = {
     "str | None": str | None,
     "Mapping[str, str]": dict,
     "Precision": dict,
+    "Axes | None": dict | None,
 }
+
+
+def _axes(raw: dict[str, Any] | None) -> Axes | None:
+    """Inverse of ``asdict``. Errors: ConfigError."""
+    if raw is None:
+        return None
+    try:
+        links = {name: Link(**link) for name, link in raw["links"].items()}
+        mesh = Axes(tuple(raw["sizes"]), links, Link(**raw["copy"]))
+        return Axes.of(mesh.sizes, lambda axes: mesh.links[mesh.name(axes)], mesh.copy)
+    except (AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"the plan's axes are {raw!r}, which are none; {_WRITE_ONE}") from error
 
 
 def _defaults() -> dict[str, object]:
@@ -371,11 +425,11 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _device_tuple(placement: object) -> tuple[int, ...]:
-    whole = isinstance(placement, Sequence) and not isinstance(placement, str)
-    if not whole or any(not isinstance(d, int) or isinstance(d, bool) for d in placement):  # type: ignore[attr-defined]
-        raise ParallelismError(f"placement must be a list of device numbers or None, not {placement!r}")
-    return tuple(placement)  # type: ignore[arg-type]
+def _whole_numbers(name: str, what: str, given: object) -> tuple[int, ...]:
+    whole = isinstance(given, Sequence) and not isinstance(given, str)
+    if not whole or any(not isinstance(d, int) or isinstance(d, bool) for d in given):  # type: ignore[attr-defined]
+        raise ParallelismError(f"{name} must be a list of {what} or None, not {given!r}")
+    return tuple(given)  # type: ignore[arg-type]
 
 
 def folded(labels: Sequence[str]) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
+from cost_model.axes import is_inside_replica, members
 from cost_model.background import Streams
 from cost_model.crossing import Message
 from cost_model.errors import UnknownNameError, VerificationError
@@ -135,14 +139,14 @@ def collective_stages(program: Program, axis: str, stage: int) -> tuple[int, ...
 
 def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...], ...]:
     """Device groups that run a stage's collective on an axis at the same time; raises UnknownNameError."""
-    device, mesh = program.devices, program.meshes[stage]
-    dps, tps = range(mesh.dp), range(mesh.tp)
-    if axis == "tp":
-        return tuple(tuple(device[stage, dp, tp] for tp in tps) for dp in dps)
-    if axis == "dp":
-        return tuple(tuple(device[stage, dp, tp] for dp in dps) for tp in tps)
-    if axis == "dp_tp":
-        return (program.ranks(stage),)
+    device, mesh, sizes = program.devices, program.meshes[stage], program.sizes(stage)
+    dps, found = range(mesh.dp), members(axis, len(sizes))
+    if found is not None:
+        with_dp, own = found
+        shards = _shard_groups(sizes, own)
+        if with_dp:
+            return tuple(tuple(device[stage, dp, tp] for dp in dps for tp in group) for group in shards)
+        return tuple(tuple(device[stage, dp, tp] for tp in group) for dp in dps for group in shards)
     if axis == "world":
         return (tuple(rank for other in range(program.pp) for rank in program.ranks(other)),)
     if axis.startswith(TIED):
@@ -150,6 +154,14 @@ def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...
         groups = program.tied_groups(axis.removeprefix(TIED))
         return tuple(tuple(device[cell] for cell in group) for group in groups)
     raise UnknownNameError("axis", axis, ("tp", "dp", "dp_tp", "world", f"{TIED}<name>"))
+
+
+def _shard_groups(sizes: tuple[int, ...], axes: tuple[int, ...]) -> list[list[int]]:
+    """Shards of a mesh that differ in their places on some axes alone, in the order of these axes."""
+    grid = np.arange(math.prod(sizes)).reshape(sizes)
+    rest = [axis for axis in range(len(sizes)) if axis not in axes]
+    groups: list[list[int]] = grid.transpose(*rest, *axes).reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()
+    return groups
 
 
 def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, ...]:
@@ -177,7 +189,7 @@ def price_replicas(program: Program, cluster: PricedCluster) -> tuple[tuple[Stag
 
 def _meet_in_blocks(program: Program) -> bool:
     blocks = (block for chunk in program.chain for block in chunk.blocks)
-    return any(collective.axis != "tp" for block in blocks for collective in block.collectives())
+    return any(not is_inside_replica(c.axis) for block in blocks for c in block.collectives())
 
 
 def _check_chain(program: Program) -> None:
@@ -328,7 +340,10 @@ class _Pricer:
         self, stage: int, dps: Sequence[int], collective: Collective, price_s: Callable[..., float]
     ) -> float:
         groups = axis_groups(self.program, collective.axis, stage)
-        own = tuple(groups[dp] for dp in dps) if collective.axis == "tp" else groups
+        own = groups
+        if is_inside_replica(collective.axis):  # those of each replica come one behind the other
+            each = len(groups) // self.program.meshes[stage].dp
+            own = tuple(group for dp in dps for group in groups[dp * each : (dp + 1) * each])
         key = (own, collective, price_s)
         if key not in self.collective_prices:
             self.collective_prices[key] = max(

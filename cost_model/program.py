@@ -6,6 +6,7 @@ and the liveness analysis look at what will run, without knowing torch.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,8 @@ class Collective:
     """One collective as issued by one rank.
 
     kind: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast.
-    axis: mesh axis whose ranks take part ("tp", "dp", "dp_tp", "tied:<name>", "world").
+    axis: mesh axes whose ranks take part ("tp", "tp0", "tp1_tp0", "dp", "dp_tp", "tied:<name>", "world"; see
+      ``cost_model.axes``).
     nbytes: bytes of the full (gathered or reduced) tensor, as torch's op sees its larger side.
     """
 
@@ -147,8 +149,8 @@ class Bucket:
 
     zero: what a rank holds of its part alone: 1 the optimizer state, 2 gradients too, 3 parameters too.
     parameters: (name, elements) in order; numel: all of them, padded to a multiple of dp.
-    trainable: whether they have gradients; varying: whether these are summed over the tp axis too; tied, kept: as in
-    ``ParameterShard``.
+    trainable: whether they have gradients; varying: the axes of the mesh over which these are summed too, by name,
+    empty where there are none; tied, kept: as in ``ParameterShard``.
     """
 
     name: str
@@ -157,7 +159,7 @@ class Bucket:
     dp: int
     parameters: tuple[tuple[str, int], ...]
     trainable: bool
-    varying: bool
+    varying: str
     tied: str | None
     kept: Kept | None = None
 
@@ -310,6 +312,12 @@ class StageProgram:
     step: StepWork
     buckets: tuple[Bucket, ...] = ()
 
+    def collectives(self) -> tuple[Collective, ...]:
+        """Of its blocks and of its step."""
+        blocks = (block for chunk in self.chunks for block in chunk.blocks)
+        inside = (collective for block in blocks for collective in block.collectives())
+        return (*inside, *self.step.collectives, *self.step.gathers)
+
     @property
     def segments(self) -> tuple[int, ...]:
         return tuple(segment for chunk in self.chunks for segment in chunk.segments)
@@ -320,7 +328,8 @@ class Program:
     """The whole distributed program: one StageProgram per stage, all ranks by symmetry.
 
     dp, tp: mesh degrees, of all stages or of each; microbatches: per data-parallel replica; virtual_stages: chunks of
-    each stage; window: as in ``stage_schedule``. devices[(stage, dp, tp)] = device index in the cluster.
+    each stage; window: as in ``stage_schedule``. tp_sizes: of the axes that tp consists of, none where it is one.
+    devices[(stage, dp, tp)] = device index in the cluster.
     """
 
     dp: Degree
@@ -332,10 +341,16 @@ class Program:
     devices: Mapping[tuple[int, int, int], int] = field(hash=False)
     virtual_stages: int = 1
     window: int = 1
+    tp_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        assert not self.tp_sizes or math.prod(self.tp_sizes) == self.tp
         assert len(self.stages) == self.pp
         assert all(len(stage.chunks) == self.virtual_stages for stage in self.stages)
+
+    def sizes(self, stage: int) -> tuple[int, ...]:
+        """Of the axes that tp of a stage consists of."""
+        return self.tp_sizes or (self.meshes[stage].tp,)
 
     @property
     def chain(self) -> tuple[Chunk, ...]:

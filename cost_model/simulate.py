@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cost_model.axes import is_inside_replica
 from cost_model.collector import collector_paused
 from cost_model.egress import Egress
 from cost_model.errors import VerificationError
@@ -454,7 +455,7 @@ def _meet(ranks: Sequence[Sequence[_Rank]], collective: Collective, seconds: Seq
     """A collective of the ranks of each replica: it starts when its last member is there, of all replicas where it
     goes over them."""
     starts = [max(rank.now for rank in own) for own in ranks]
-    alone = collective.axis == "tp" or collective.axis.startswith(TIED)
+    alone = is_inside_replica(collective.axis) or collective.axis.startswith(TIED)
     for own, start_s, own_s in zip(ranks, starts, seconds, strict=True):
         for rank, rank_s in zip(own, own_s, strict=True):
             rank.reduce(collective, rank_s, start_s if alone else max(starts))

@@ -11,10 +11,18 @@ from collections.abc import Collection, Mapping
 
 from torch import fx
 
+from cost_model.axes import Axes
 from cost_model.factors import Strategy, unsplit_strategies
 from cost_model.ops import entry_of
-from cost_model.placement import REPLICATE, Partial, Placement, Replicate, Shard
-from cost_model.strategies import follow, replicated, strategy_text
+from cost_model.placement import BETWEEN_AXES, REPLICATE, Partial, Placement, Placements, Replicate, Shard
+from cost_model.strategies import (
+    MeshStrategy,
+    follow,
+    goes_together,
+    parse_mesh_strategy,
+    replicated,
+    strategy_text,
+)
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
 from passes.dependence import active_nodes
@@ -27,10 +35,32 @@ _SPLIT_PREFERENCE = 1e-3
 
 
 def choices(
-    model: ModelGraph, parameters: Mapping[str, Placement], whole: Collection[str], size: int
+    model: ModelGraph, parameters: Mapping[str, Placements], whole: Collection[str], mesh: Axes
 ) -> dict[str, str]:
-    """The choices of ``passes.shard`` for all stages. parameters: by node; whole: values that are whole at cuts."""
-    return _Follow(model, parameters, whole, size).run()
+    """The choices of ``passes.shard`` for all stages. parameters: by node; whole: values that are whole at cuts.
+
+    Each axis is followed by itself; a call that two axes would split in one place is split by the first alone.
+    """
+    alone = []
+    for axis, size in enumerate(mesh.sizes):
+        own = {node: places[axis] for node, places in parameters.items()}
+        alone.append(_Follow(model, own, whole, size).run())
+    joined = {key: BETWEEN_AXES.join(chosen[key] for chosen in alone) for key in alone[0]}
+    calls = [n for n in model.nodes() if op_key(n.name) in joined] if len(alone) > 1 else []
+    for node in calls:
+        joined[op_key(node.name)] = str(_apart(model, node, parse_mesh_strategy(joined[op_key(node.name)]), mesh))
+    return joined
+
+
+def _apart(model: ModelGraph, node: fx.Node, wanted: MeshStrategy, mesh: Axes) -> MeshStrategy:
+    """The strategy with whole work on each axis whose part of it does not go together with that of those before."""
+    call = call_of(node, model.metas)
+    plain = replicated(len(call.inputs), len(call.outputs))
+    found = MeshStrategy((plain,) * len(wanted.axes))
+    for axis, own in enumerate(wanted.axes):
+        more = MeshStrategy((*found.axes[:axis], own, *found.axes[axis + 1 :]))
+        found = more if goes_together(more, call.inputs, call.outputs, mesh.sizes) else found
+    return found
 
 
 class _Follow:

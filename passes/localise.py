@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from cost_model.axes import Axes
 from cost_model.errors import RuleError
 from cost_model.factors import Strategy
 from cost_model.placement import Shard
+from cost_model.strategies import MeshStrategy, splits
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
 from passes.graph import Meta
@@ -19,21 +21,36 @@ aten = torch.ops.aten
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
-def localise(
-    node: fx.Node, strategy: Strategy, out: Meta, operands: Mapping[fx.Node, fx.Node], axis: str, size: int
-) -> Call:
-    """Target, args and kwargs of ``node`` on local operands, with ``out`` its local meta."""
+def localise(node: fx.Node, strategy: MeshStrategy, out: Meta, operands: Mapping[fx.Node, fx.Node], mesh: Axes) -> Call:
+    """Target, args and kwargs of ``node`` on local operands, with ``out`` its local meta.
+
+    Errors: RuleError where two splits of one op would each need an algorithm of its own.
+    """
     args = fx.map_arg(node.args, lambda n: operands[n])
     kwargs = fx.map_arg(dict(node.kwargs), lambda n: operands[n])
-    special = _ALGORITHMS.get(node.target)
-    if special is not None:
-        call = special(strategy, args, axis, size)
+    if node.target in _ALGORITHMS:
+        call = _by_algorithm(node.target, strategy, args, kwargs, mesh)
         if call is not None:
             return call
     sizes = _SIZES.get(node.target)
     if sizes is not None:
         args = sizes(args, out)
     return node.target, args, kwargs
+
+
+def _by_algorithm(
+    target: Any, strategy: MeshStrategy, args: tuple[Any, ...], kwargs: dict[str, Any], mesh: Axes
+) -> Call | None:
+    """Split by split: those that leave the op as it is (fewer groups) come before the one that replaces it."""
+    found: Call | None = None
+    for axes, own in sorted(splits(strategy, mesh.sizes), key=lambda split: split[1].inside):
+        call = _ALGORITHMS[target](own, args, mesh.name(axes), mesh.ranks(axes))
+        if call is None:
+            continue
+        if found is not None and found[0] is not target:
+            raise RuleError(str(target), f"is split in two ways that do not go together: {strategy}")
+        found, args = call, call[1] if call[0] is target else args
+    return found
 
 
 def _shape(args: tuple[Any, ...], out: Meta) -> tuple[Any, ...]:

@@ -1,44 +1,58 @@
-"""Redistribute: the op of our vocabulary that turns one placement into another on one axis."""
+"""Redistribute: the ops of our vocabulary that turn one placement into another, move by move."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import fx
 
+from cost_model.axes import Axes
 from cost_model.errors import RuleError
 from cost_model.placement import (
-    PARTIAL,
     REPLICATE,
     Partial,
     Placement,
+    Placements,
     Replicate,
     Shard,
     Varying,
-    local_shape,
+    as_held,
+    mesh_shape,
 )
-from cost_model.redistribution import conversion_steps
+from cost_model.routes import RouteBook
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
 from passes.rewriter import GraphBuilder
 
 
+@functools.lru_cache(maxsize=8)
+def routes_on(mesh: Axes) -> RouteBook:
+    """Kept from stage to stage."""
+    return RouteBook(mesh)
+
+
 def redistribute(
-    built: GraphBuilder, node: fx.Node, source: Placement, target: Placement, axis: str, size: int, *, like: fx.Node
+    built: GraphBuilder, node: fx.Node, meta: TensorMeta, ends: tuple[Placements, Placements], mesh: Axes, like: fx.Node
 ) -> fx.Node:
-    """Append the conversion of ``node`` from ``source`` to ``target``; the node itself where they are equal."""
-    for step_source, step_target in conversion_steps(source, target):
-        node = _step(built, node, step_source, step_target, axis, size, like)
+    """Append the conversion of ``node``, whole ``meta``, from one placement to another; itself where they are equal."""
+    for move in routes_on(mesh).route(meta, *ends):
+        function, args = _call(move.source, move.target, mesh.name(move.axes), mesh.ranks(move.axes))
+        node = _made(built, function, (node, *args), meta, move.after, mesh, like)
     return node
 
 
-def _step(
-    built: GraphBuilder, node: fx.Node, source: Placement, target: Placement, axis: str, size: int, like: fx.Node
+def _made(
+    built: GraphBuilder,
+    function: Any,
+    args: tuple[Any, ...],
+    meta: TensorMeta,
+    places: Placements,
+    mesh: Axes,
+    like: fx.Node,
 ) -> fx.Node:
-    meta = built.tensor(node)
-    function, args = _call(source, target, axis, size)
-    result = _resize(meta, source, target, size)
-    made = built.call(function, (node, *args), result, like=like)
+    local = TensorMeta(mesh_shape(meta.shape, places, mesh.sizes), meta.dtype)
+    made = built.call(function, args, local, like=like)
     assert isinstance(made, fx.Node)
     return made
 
@@ -66,20 +80,19 @@ def _call(source: Placement, target: Placement, axis: str, size: int) -> tuple[A
     raise RuleError("redistribute", f"no way from {source} to {target}; the planner must not choose it")
 
 
-def _resize(meta: TensorMeta, source: Placement, target: Placement, size: int) -> TensorMeta:
-    shape = list(meta.shape)
-    if isinstance(source, Shard):
-        shape[source.dim] *= size
-    return TensorMeta(local_shape(tuple(shape), target, size), meta.dtype)
-
-
 def ambient_shard(
-    built: GraphBuilder, node: fx.Node, target: Placement, axis: str, size: int, *, like: fx.Node
+    built: GraphBuilder, node: fx.Node, meta: TensorMeta, target: Placements, mesh: Axes, like: fx.Node
 ) -> fx.Node:
-    """An ambient value as an op wants it: sliced where it wants a shard, a portion of it in a sum."""
-    if isinstance(target, Shard):
-        meta = _resize(built.tensor(node), REPLICATE, target, size)
-        made = built.call(vocabulary.take_shard, (node, axis, size, target.dim, target.outer), meta, like=like)
-        assert isinstance(made, fx.Node)
-        return made
-    return redistribute(built, node, REPLICATE, PARTIAL, axis, size, like=like) if target == PARTIAL else node
+    """An ambient value, whole ``meta``, as an op wants it: sliced where it wants a shard, a portion of it in a sum."""
+    places: Placements = (REPLICATE,) * len(target)
+    for axis in sorted(range(len(target)), key=lambda axis: getattr(target[axis], "outer", 0)):
+        wanted = target[axis]
+        places = (*places[:axis], wanted, *places[axis + 1 :])
+        if isinstance(wanted, Shard):
+            own = as_held(places, axis, mesh.sizes)
+            assert isinstance(own, Shard)
+            args = (node, mesh.name((axis,)), mesh.sizes[axis], own.dim, own.outer)
+            node = _made(built, vocabulary.take_shard, args, meta, places, mesh, like)
+        elif isinstance(wanted, Partial):
+            node = _made(built, vocabulary.portion, (node, mesh.sizes[axis]), meta, places, mesh, like)
+    return node

@@ -1,4 +1,4 @@
-"""Shard: one stage's graph becomes the program of one rank of a mesh axis.
+"""Shard: one stage's graph becomes the program of one rank of a mesh.
 
 Every parameter-dependent call runs the strategy the plan names; where a value lies otherwise than a call wants
 it, a conversion is inserted, once per form and shared by all its users. Ambient values stay whole and are
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from cost_model.axes import Axes
 from cost_model.errors import VerificationError
-from cost_model.factors import Strategy
-from cost_model.placement import REPLICATE, Placement, Shard, local_shape, parse_placement
-from cost_model.strategies import parse_strategy, replicated
+from cost_model.placement import REPLICATE, Partial, Placements, Shard, mesh_shape, parse_placements
+from cost_model.strategies import MeshStrategy, parse_mesh_strategy, replicated
 from cost_model.tensor import TensorMeta
 from passes.calls import tensor_args
 from passes.dependence import active_nodes
-from passes.graph import GraphInput, Meta, ModelGraph, is_getitem
+from passes.graph import Meta, ModelGraph, is_getitem
 from passes.localise import localise
 from passes.pieces import AMBIENT, segment_of
 from passes.redistribute import ambient_shard, redistribute
@@ -31,8 +31,8 @@ class ShardedStage:
     """graph: local shapes; placements: of each input by node name; exit: of the output."""
 
     graph: ModelGraph
-    placements: Mapping[str, Placement] = field(hash=False)
-    exit: Placement
+    placements: Mapping[str, Placements] = field(hash=False)
+    exit: Placements
 
 
 def input_key(node: str) -> str:
@@ -47,22 +47,23 @@ def form_key(node: str) -> str:
     return f"form:{node}"
 
 
-def shard(model: ModelGraph, choices: Mapping[str, str], axis: str, size: int, *, last: bool) -> ShardedStage:
-    """Apply ``choices`` on ``axis``; calls without a choice are replicated. ``last``: the output is the loss."""
-    return _Shard(model, choices, axis, size).run(last)
+def shard(model: ModelGraph, choices: Mapping[str, str], mesh: Axes, *, last: bool) -> ShardedStage:
+    """Apply ``choices`` on a mesh; calls without a choice are replicated. ``last``: the output is the loss."""
+    return _Shard(model, choices, mesh).run(last)
 
 
 class _Shard:
-    def __init__(self, model: ModelGraph, choices: Mapping[str, str], axis: str, size: int) -> None:
-        self.model, self.choices, self.axis, self.size = model, choices, axis, size
+    def __init__(self, model: ModelGraph, choices: Mapping[str, str], mesh: Axes) -> None:
+        self.model, self.choices, self.mesh = model, choices, mesh
+        self.whole: Placements = (REPLICATE,) * len(mesh.sizes)
         self.active = active_nodes(model)
         self.changed = {i.node for i in model.inputs if i.changes}
         self.placed_inputs = self.changed | {i.node for i in model.inputs if i.kind in ("parameter", "activation")}
         self.built = GraphBuilder()
         self.mapped: dict[fx.Node, fx.Node] = {}
-        self.places: dict[fx.Node, Placement] = {}
-        self.outputs_of: dict[fx.Node, tuple[Placement, ...]] = {}
-        self.forms: dict[tuple[fx.Node, Placement, int], fx.Node] = {}
+        self.places: dict[fx.Node, Placements] = {}
+        self.outputs_of: dict[fx.Node, tuple[Placements, ...]] = {}
+        self.forms: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
 
     def run(self, last: bool) -> ShardedStage:
         for node in self.model.graph.nodes:
@@ -71,12 +72,12 @@ class _Shard:
             elif node.op == "call_function":
                 self._call(node)
                 if node.meta.get("carried") and node.name in self.active:
-                    self.mapped[node] = self._form(node, REPLICATE, node)
-                    self.places[node] = REPLICATE
+                    self.mapped[node] = self._form(node, self.whole, node)
+                    self.places[node] = self.whole
                 if "segment" in node.meta:
                     self.mapped[node].meta.setdefault("segment", node.meta["segment"])
         exit_node = next(n for n in self.model.graph.nodes if n.name == self.model.outputs[0])
-        target = REPLICATE if last else self.places[exit_node]
+        target = self.whole if last else self.places[exit_node]
         out = self._form(exit_node, target, exit_node)
         by_name = {n.name: n for n in self.model.graph.nodes}
         outs = (out, *(self.mapped[by_name[name]] for name in self.model.outputs[1:]))
@@ -88,20 +89,21 @@ class _Shard:
         return ShardedStage(graph, places, target)
 
     def _input(self, node: fx.Node) -> None:
-        place = parse_placement(self.choices.get(input_key(node.name), "R"))
-        self.places[node] = place
-        self.mapped[node] = self.built.placeholder(node.name, self._local(self.model.tensor(node.name), place))
+        text = self.choices.get(input_key(node.name))
+        places = self.whole if text is None else parse_placements(text)
+        self.places[node] = places
+        self.mapped[node] = self.built.placeholder(node.name, self._local(self.model.tensor(node.name), places))
 
-    def _local(self, meta: TensorMeta, place: Placement) -> TensorMeta:
-        return TensorMeta(local_shape(meta.shape, place, self.size), meta.dtype)
+    def _local(self, meta: TensorMeta, places: Placements) -> TensorMeta:
+        return TensorMeta(mesh_shape(meta.shape, places, self.mesh.sizes), meta.dtype)
 
     def _call(self, node: fx.Node) -> None:
         if is_getitem(node):
             self._item(node)
         elif node.name not in self.active:
-            self.places[node] = REPLICATE
+            self.places[node] = self.whole
             meta = self.model.metas[node.name]
-            self.outputs_of[node] = (REPLICATE,) * (1 if isinstance(meta, TensorMeta) else len(meta))
+            self.outputs_of[node] = (self.whole,) * (1 if isinstance(meta, TensorMeta) else len(meta))
             self.mapped[node] = self.built.copy(node, self.mapped, meta)
         else:
             self._active(node)
@@ -122,44 +124,45 @@ class _Shard:
         wanted = dict(zip(operands, strategy.inputs, strict=True))
         converted = {o: self._operand(o, place, node) for o, place in wanted.items()}
         local_out = self._output_meta(node, strategy)
-        target, args, kwargs = localise(node, strategy, local_out, converted, self.axis, self.size)
+        target, args, kwargs = localise(node, strategy, local_out, converted, self.mesh)
         made = self.built.call(target, args, local_out, like=node, **kwargs)
         self.mapped[node] = made
         self.outputs_of[node] = strategy.outputs
         self.places[node] = strategy.outputs[0]
 
-    def _strategy(self, node: fx.Node, num_inputs: int) -> Strategy:
+    def _strategy(self, node: fx.Node, num_inputs: int) -> MeshStrategy:
         text = self.choices.get(op_key(node.name))
         if text is not None:
-            return parse_strategy(text)
+            return parse_mesh_strategy(text)
         meta = self.model.metas[node.name]
-        return replicated(num_inputs, 1 if isinstance(meta, TensorMeta) else len(meta))
+        plain = replicated(num_inputs, 1 if isinstance(meta, TensorMeta) else len(meta))
+        return MeshStrategy((plain,) * len(self.whole))
 
-    def _output_meta(self, node: fx.Node, strategy: Strategy) -> Meta:
+    def _output_meta(self, node: fx.Node, strategy: MeshStrategy) -> Meta:
         meta = self.model.metas[node.name]
         if isinstance(meta, TensorMeta):
             return self._local(meta, strategy.outputs[0])
         return tuple(None if m is None else self._local(m, p) for m, p in zip(meta, strategy.outputs, strict=True))
 
-    def _operand(self, operand: fx.Node, wanted: Placement, user: fx.Node) -> fx.Node:
+    def _operand(self, operand: fx.Node, wanted: Placements, user: fx.Node) -> fx.Node:
         if operand.name not in self.active and operand.name not in self.placed_inputs:
             return self._ambient(operand, wanted, user)
-        if operand.name in self.changed and not isinstance(wanted, Shard):
-            return self.mapped[operand]  # its new value is whole on every rank, no sum
+        if operand.name in self.changed:  # its new value is whole where it is not split, no sum
+            wanted = tuple(place if isinstance(place, Shard) else REPLICATE for place in wanted)
         form = self.choices.get(form_key(operand.name))
-        return self._form(operand, wanted, user, parse_placement(form) if form else None)
+        return self._form(operand, wanted, user, parse_placements(form) if form else None)
 
-    def _ambient(self, operand: fx.Node, wanted: Placement, user: fx.Node) -> fx.Node:
-        if not isinstance(wanted, Shard) and str(wanted) != "P":
+    def _ambient(self, operand: fx.Node, wanted: Placements, user: fx.Node) -> fx.Node:
+        wanted = tuple(place if isinstance(place, Shard | Partial) else REPLICATE for place in wanted)
+        if wanted == self.whole:
             return self.mapped[operand]
         key = (operand, wanted, AMBIENT)
         if key not in self.forms:
-            self.forms[key] = ambient_shard(
-                self.built, self.mapped[operand], wanted, self.axis, self.size, like=operand
-            )
+            start, meta = self.mapped[operand], self.model.tensor(operand.name)
+            self.forms[key] = ambient_shard(self.built, start, meta, wanted, self.mesh, operand)
         return self.forms[key]
 
-    def _form(self, operand: fx.Node, wanted: Placement, user: fx.Node, via: Placement | None = None) -> fx.Node:
+    def _form(self, operand: fx.Node, wanted: Placements, user: fx.Node, via: Placements | None = None) -> fx.Node:
         """``operand`` in placement ``wanted``, through its shared second form if the plan names one.
 
         Segments share no conversion of an input: each is traced by itself.
@@ -169,13 +172,8 @@ class _Shard:
             return self.mapped[operand]
         key = (operand, wanted, segment_of(user) if operand.op == "placeholder" else AMBIENT)
         if key not in self.forms:
-            start = self.mapped[operand]
+            start, meta = self.mapped[operand], self.model.tensor(operand.name)
             if via is not None and via not in (source, wanted):
                 start, source = self._form(operand, via, user), via
-            self.forms[key] = redistribute(self.built, start, source, wanted, self.axis, self.size, like=user)
+            self.forms[key] = redistribute(self.built, start, meta, (source, wanted), self.mesh, user)
         return self.forms[key]
-
-
-def parameter_inputs(stage: ShardedStage) -> tuple[tuple[GraphInput, Placement], ...]:
-    """Parameters of the stage with their placements, in input order."""
-    return tuple((i, stage.placements[i.node]) for i in stage.graph.inputs if i.kind == "parameter")

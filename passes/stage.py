@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cost_model.placement import Partial, Placement, Varying
+from cost_model.axes import DP, Axes
+from cost_model.placement import Placements
 from cost_model.precision import Kept, Precision
 from cost_model.program import Block, Bucket, Value
 from cost_model.tensor import TensorMeta
@@ -31,13 +32,12 @@ from passes.split import SplitGraphs, split
 from passes.split_weight import split_weight
 from passes.stitch import Templates, stage_joint
 from passes.zero import AXIS as STATE_AXIS
-from passes.zero import finished, make_buckets, scatters, shard_name, shard_state
+from passes.zero import finished, make_buckets, scatters, shard_name, shard_state, varying_name
 
 SETUP = "setup"
 FORWARD_SIGNATURE = "params, buffers, constants, batch, step, received, comm, kernels, device"
 BACKWARD_SIGNATURE = "params, buffers, constants, batch, step, saved, grads, accumulate, comm, kernels, device"
 SETUP_SIGNATURE = "buffers, comm, kernels, device"
-AXIS = "tp"
 _SAVE_ALL: Mapping[int, str] = {}
 _BACKWARD_DOC = "One microbatch: gradients into their buffers."
 _FIRST_DOC = "One microbatch: (gradient of the activation received, values for the gradients of parameters)."
@@ -52,8 +52,8 @@ class StageCode:
     use; forward, backward: their priced blocks. weight: None, or the part of the backward that the stage before does
     not wait for, as a function of its own; kept: storages that ``backward`` leaves for it.
     saved: storages kept from forward to backward; keeps: how many values of ``saved`` a microbatch carries.
-    inputs: what the stage reads, with placements on the tensor-parallel axis; constants: made by ``setup``.
-    sent, received: local activation metas at the cuts; exit: how what is sent lies on the axis.
+    inputs: what the stage reads, with placements on the tensor-parallel mesh; constants: made by ``setup``.
+    sent, received: local activation metas at the cuts; exit: how what is sent lies on the mesh.
     gradients: parameters that get one, in the order in which
     backward finishes them (a parameter the loss does not reach has none, as on one device).
     buckets: parameters whose state is split over the dp axis.
@@ -69,12 +69,12 @@ class StageCode:
     backward: Block
     saved: tuple[str, ...]
     inputs: tuple[GraphInput, ...]
-    placements: Mapping[str, Placement] = field(hash=False)
+    placements: Mapping[str, Placements] = field(hash=False)
     metas: Mapping[str, TensorMeta] = field(hash=False)
     constants: tuple[Value, ...]
     sent: TensorMeta | None
     received: TensorMeta | None
-    exit: Placement
+    exit: Placements
     gradients: tuple[str, ...]
     buckets: tuple[Bucket, ...]
     groups: Groups
@@ -106,7 +106,7 @@ class StageCode:
 def build_stage(
     model: ModelGraph,
     choices: Mapping[str, str],
-    tp: int,
+    mesh: Axes,
     templates: Templates,
     *,
     last: bool,
@@ -134,7 +134,7 @@ def build_stage(
     given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
     None: none are. segments: labels of the chain's segments, for profilers.
     """
-    sharded = pack(shard(model, choices, AXIS, tp, last=last))
+    sharded = pack(shard(model, choices, mesh, last=last))
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)
@@ -149,7 +149,9 @@ def build_stage(
         graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
     buckets = given
     if buckets is None:
-        buckets = make_buckets(graphs, inputs, sharded.placements, metas, choices, (dp, tp), shared, suffix, precision)
+        buckets = make_buckets(
+            graphs, inputs, sharded.placements, metas, choices, (dp, mesh), shared, suffix, precision
+        )
     scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:
@@ -161,7 +163,7 @@ def build_stage(
     groups: Groups = ()
     if overlaps:
         graphs = overlap(graphs, STATE_AXIS)
-        early = _reduced_early(alone, kept, buckets, sharded.placements, (dp, tp), shared)
+        early = _reduced_early(alone, kept, buckets, sharded.placements, (dp, mesh), shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
     return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments).build()
 
@@ -170,8 +172,8 @@ def _reduced_early(
     alone: Sequence[GraphInput],
     kept: Mapping[str, Kept],
     buckets: Sequence[Bucket],
-    placements: Mapping[str, Placement],
-    mesh: tuple[int, int],
+    placements: Mapping[str, Placements],
+    degrees: tuple[int, Axes],
     shared: Collection[str],
 ) -> dict[str, str]:
     """Parameters, by node, whose gradients are summed over replicas where they lie, and by one part of the chain."""
@@ -181,7 +183,7 @@ def _reduced_early(
         for i in alone
         if i.target not in split
         and i.node not in shared
-        and (reduce_axis(placements[i.node], *mesh) or "").startswith(STATE_AXIS)
+        and (reduce_axis(placements[i.node], *degrees) or "").startswith(STATE_AXIS)
         and kept[i.target].grads == kept[i.target].reduce
     }
 
@@ -315,10 +317,8 @@ class _Builder:
         return tuple(known.values())
 
 
-def reduce_axis(placement: Placement, dp: int, tp: int) -> str | None:
-    """Axis over which a parameter's gradient is summed once per step."""
-    varying = tp > 1 and isinstance(placement, Varying)
-    assert not isinstance(placement, Partial)
-    if dp > 1:
-        return "dp_tp" if varying else "dp"
-    return "tp" if varying else None
+def reduce_axis(places: Placements, dp: int, mesh: Axes) -> str | None:
+    """Axes over which a parameter's gradient is summed once per step, by name."""
+    varying = varying_name(places, mesh)
+    parts = [DP] * (dp > 1) + [varying] * bool(varying)
+    return "_".join(parts) or None

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cost_model.background import check_waited
 from cost_model.errors import VerificationError
 from cost_model.mesh import Mesh
-from cost_model.placement import Placement, Replicate, Shard
+from cost_model.placement import REPLICATE, Placements, Shard, placements_text
 from cost_model.program import Block, Bucket, Collective, Program, StageProgram, StepWork
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes import overlap_vocabulary, vocabulary
@@ -262,22 +262,22 @@ def verify_cuts(codes: Sequence[StageCode], meshes: Sequence[Mesh]) -> None:
     for index, (code, mesh) in enumerate(zip(codes, meshes, strict=True)):
         for item in code.inputs:
             if item.kind == "parameter":
-                own = str(code.placements[item.node]), mesh
+                own = placements_text(code.placements[item.node]), mesh
                 first = places.setdefault(item.target, own)
                 _check_tied(index, item.target, own, first)
 
 
-Side = tuple[StageCode, Placement, Mesh]
+Side = tuple[StageCode, Placements, Mesh]
 
 
 def _check_cut(index: int, before: Side, after: Side) -> None:
     (code, exit, mesh), (next_code, entry, next_mesh) = before, after
-    sent, received = (code.sent, str(exit)), (next_code.received, str(entry))
+    sent, received = (code.sent, placements_text(exit)), (next_code.received, placements_text(entry))
     assert code.sent is not None and next_code.received is not None
     if mesh == next_mesh:
         fits = sent == received
     elif mesh.tp == next_mesh.tp:
-        fits = str(exit) == str(entry) and code.sent.dtype == next_code.received.dtype
+        fits = exit == entry and code.sent.dtype == next_code.received.dtype
     else:
         ends = ((exit, code.sent, mesh), (entry, next_code.received, next_mesh))
         fits = code.sent.dtype == next_code.received.dtype and all(may_cross(*end) for end in ends)
@@ -285,12 +285,13 @@ def _check_cut(index: int, before: Side, after: Side) -> None:
         raise VerificationError("cut", f"stage {index} sends {sent}, stage {index + 1} takes {received}")
 
 
-def may_cross(place: Placement, local: TensorMeta, mesh: Mesh) -> bool:
+def may_cross(places: Placements, local: TensorMeta, mesh: Mesh) -> bool:
     """Whether a tensor that lies so can go to another mesh: whole, or in shards one behind the other."""
+    (place,) = places
     if isinstance(place, Shard) and mesh.tp > 1:
         shape = (local.shape[0] * mesh.dp, *local.shape[1:])
         return place.is_consecutive(shape)
-    return mesh.tp == 1 or isinstance(place, Replicate)
+    return mesh.tp == 1 or place == REPLICATE
 
 
 def _check_tied(index: int, name: str, own: tuple[str, Mesh], first: tuple[str, Mesh]) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cost_model.placement import Placement, Varying
+from cost_model.axes import Axes
+from cost_model.placement import Placements, varying_axes
 from cost_model.precision import Precision
 from cost_model.program import Bucket
 from cost_model.tensor import TensorMeta
@@ -45,30 +46,30 @@ def scatters(node: str, choices: Mapping[str, str], dp: int) -> bool:
 def make_buckets(
     graphs: SplitGraphs,
     inputs: Sequence[GraphInput],
-    placements: Mapping[str, Placement],
+    placements: Mapping[str, Placements],
     metas: Mapping[str, TensorMeta],
     choices: Mapping[str, str],
-    mesh: tuple[int, int],
+    degrees: tuple[int, Axes],
     shared: Collection[str],
     suffix: str,
     precision: Precision,
 ) -> tuple[Bucket, ...]:
     """Buckets of parameters with one level, dtype and way to be reduced; from level 2 on, of the same segments too.
 
-    choices: as in ``StagePlan``. mesh: (dp, tp). shared: parameters, by node, that other stages hold too; each has a
-    bucket of its own with its name, so that its parts lie alike in all of them. suffix: of other buckets' names, which
-    no two virtual stages of a stage have in common. Without a gradient a parameter is split at level 3
-    only.
+    choices: as in ``StagePlan``. degrees: dp and the mesh of a replica. shared: parameters, by node, that other stages
+    hold too; each has a bucket of its own with its name, so that its parts lie alike in all of them. suffix: of other
+    buckets' names, which no two virtual stages of a stage have in common. Without a gradient a parameter is split at
+    level 3 only.
     """
-    dp, tp = mesh
+    dp, mesh = degrees
     order = {name: index for index, name in enumerate(finished(graphs))}
     used = _segments_of(graphs)
-    members: dict[tuple[int, tuple[int, ...], str, bool, bool, str | None], list[GraphInput]] = {}
+    members: dict[tuple[int, tuple[int, ...], str, bool, str, str | None], list[GraphInput]] = {}
     for item in sorted(inputs, key=lambda i: order.get(i.target, -1)):
         level = int(choices.get(zero_key(item.node), "0"))
         trainable = item.target in order
         if item.kind == "parameter" and dp > 1 and (level == 3 or (level and trainable)):
-            varying = tp > 1 and trainable and isinstance(placements[item.node], Varying)
+            varying = varying_name(placements[item.node], mesh) if trainable else ""
             tied = item.target if item.node in shared else None
             where = used.get(item.node, ()) if level > 1 else ()
             key = (level, where, metas[item.node].dtype, trainable, varying, tied)
@@ -80,6 +81,12 @@ def make_buckets(
         name = f"zero{level}/{tied or f'{number}{suffix}'}"
         found.append(Bucket(name, level, dtype, dp, parameters, trainable, varying, tied, precision.kept(dtype)))
     return tuple(found)
+
+
+def varying_name(places: Placements, mesh: Axes) -> str:
+    """The axes of a mesh over which a parameter's gradient is a sum, by name; empty where there are none."""
+    axes = varying_axes(places) if mesh.size > 1 else ()
+    return mesh.name(axes) if axes else ""
 
 
 def _rows(items: list[GraphInput], metas: Mapping[str, TensorMeta], *, whole: bool) -> Iterator[list[GraphInput]]:

@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from autopar.planner.prices import MeshPrices, conversion_kinds
@@ -28,8 +29,14 @@ def draw_prices(patch: pytest.MonkeyPatch, seed: int) -> None:
         impossible = conversion_kinds(source, target) is None
         return math.inf if impossible else draw("as", meta.nbytes, str(source), str(target))
 
+    def conversions_s(prices: MeshPrices, meta: Any, sources: Any, targets: Any) -> Any:
+        """On several axes there is always a way."""
+        if len(prices.sizes) == 1:
+            return np.array([[conversion_s(meta, a[0], b[0]) for b in targets] for a in sources])
+        return np.array([[0.0 if a == b else draw("as", meta.nbytes, a, b) for b in targets] for a in sources])
+
     patch.setattr(MeshPrices, "op_time_s", op_time_s)
-    patch.setattr(MeshPrices, "conversion_s", property(lambda prices: conversion_s))
+    patch.setattr(MeshPrices, "conversions_s", conversions_s)
     patch.setattr(
         MeshPrices, "parameter_time_s", lambda prices, meta, place, *zero: draw("parameter", meta, str(place), *zero)
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from cost_model.axes import Axes
 from passes.batch import analyse_batch
 from passes.cut import cut_stage
 from passes.graph import ModelGraph
@@ -37,4 +38,4 @@ def whole_stage(model: nn.Module, batch: dict[str, object]) -> ModelGraph:
 
 def built(stage: ModelGraph, choices: Mapping[str, str], size: int) -> StageCode:
     """The stage sharded over ``size`` ranks, as code."""
-    return build_stage(stage, choices, size, {}, last=True)
+    return build_stage(stage, choices, Axes.flat(size), {}, last=True)

@@ -15,8 +15,18 @@ from thread_ranks import ThreadComm, Wires
 from torch import Tensor, fx, nn
 
 from autopar.runtime.comm import join_shards, shard_of
+from cost_model.axes import Axes
 from cost_model.errors import VerificationError
-from cost_model.placement import Partial, Placement, Shard, Varying, local_shape, parse_placement
+from cost_model.placement import (
+    REPLICATE,
+    Partial,
+    Placement,
+    Shard,
+    Varying,
+    local_shape,
+    parse_placement,
+    placements_text,
+)
 from cost_model.redistribution import can_convert, conversion_steps, step_collectives
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
@@ -127,14 +137,14 @@ def stage() -> Any:
 )
 def test_shard(stage: Any, choices: dict[str, str], after: str) -> None:
     assert graph_text(stage) == BEFORE.strip()
-    assert graph_text(shard(stage, choices, "tp", 2, last=True).graph) == after.strip()
+    assert graph_text(shard(stage, choices, Axes.flat(2), last=True).graph) == after.strip()
 
 
 def test_nothing_chosen_changes_nothing(stage: Any) -> None:
-    sharded = shard(stage, {}, "tp", 2, last=True)
+    sharded = shard(stage, {}, Axes.flat(2), last=True)
     before, after = stage.nodes(), sharded.graph.nodes()
     assert [(n.target, len(n.all_input_nodes)) for n in after] == [(n.target, len(n.all_input_nodes)) for n in before]
-    assert {str(p) for p in sharded.placements.values()} == {"R"} and str(sharded.exit) == "R"
+    assert {placements_text(p) for p in sharded.placements.values()} == {"R"} and sharded.exit == (REPLICATE,)
 
 
 def _kinds(block: Any) -> list[tuple[str, int]]:
@@ -157,7 +167,7 @@ def test_sequence_shards_cost_a_gather_and_a_scatter_each_way(stage: Any) -> Non
 
 def test_a_strategy_for_another_op_is_found(stage: Any) -> None:
     with pytest.raises(VerificationError, match="operands"):
-        shard(stage, {"op:linear": "S(2) -> S(2)"}, "tp", 2, last=True)
+        shard(stage, {"op:linear": "S(2) -> S(2)"}, Axes.flat(2), last=True)
 
 
 def test_a_rule_that_promises_another_shape_is_found(stage: Any) -> None:
@@ -245,7 +255,8 @@ def test_conversion(source: str, target: str, size: int, monkeypatch: pytest.Mon
     value, gradient = torch.randn(2, *SHAPE, dtype=torch.float64)
     built_graph = GraphBuilder()
     given = built_graph.placeholder("x", TensorMeta(local_shape(SHAPE, before, size), "float64"))
-    made = redistribute(built_graph, given, before, after, "tp", size, like=given)
+    whole = TensorMeta(SHAPE, "float64")
+    made = redistribute(built_graph, given, whole, ((before,), (after,)), Axes.flat(size), given)
     built_graph.graph.output(made)
     ranks = _Simulated(size, monkeypatch)
     results = ranks.run(built_graph.graph, _values(value, before, size), _gradients(gradient, after, size))

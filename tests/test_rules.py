@@ -84,7 +84,7 @@ def test_programs_follow_the_rule() -> None:
     parallelism = autopar.Parallelism(dp=1, tp=2, pp=1)
     with autopar.compile(Projected(), cpu_cluster(2, 1e12), batch(), parallelism=parallelism) as exe:
         places = exe.planned.linked.stages[0].places
-        assert isinstance(places["up"], Shard) and isinstance(places["down"], Shard)
+        assert isinstance(places["up"][0], Shard) and isinstance(places["down"][0], Shard)
         assert not any("no rule" in note for note in exe.notes)
 
 

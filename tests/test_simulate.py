@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -421,6 +421,18 @@ def test_axis_groups() -> None:
     assert axis_groups(what, "world", 0) == (tuple(range(8)),)
     with pytest.raises(UnknownNameError, match="did you mean 'dp_tp'"):
         axis_groups(what, "dptp", 0)
+
+
+def test_groups_of_several_axes() -> None:
+    what = replace(program([stage_program(0, 1, [], [])], 1, "gpipe", dp=2, tp=4), tp_sizes=(2, 2))
+    assert axis_groups(what, "tp", 0) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert axis_groups(what, "tp0", 0) == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert axis_groups(what, "tp1", 0) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert axis_groups(what, "tp1_tp0", 0) == ((0, 2, 1, 3), (4, 6, 5, 7))
+    assert axis_groups(what, "dp_tp1", 0) == ((0, 1, 4, 5), (2, 3, 6, 7))
+    assert axis_groups(what, "dp", 0) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    with pytest.raises(UnknownNameError):
+        axis_groups(what, "tp2", 0)
 
 
 def test_collectives_in_blocks_are_exposed_and_take_the_slowest_group() -> None:

@@ -147,14 +147,14 @@ def test_another_shape_at_a_cut_is_found(codes: tuple[StageCode, ...]) -> None:
 def test_another_placement_at_a_cut_is_found(codes: tuple[StageCode, ...]) -> None:
     """A sum taken for a whole value has the right shape and the wrong numbers."""
     first, second = codes
-    other = VARYING if first.exit == REPLICATE else REPLICATE
+    other = VARYING if first.exit == (REPLICATE,) else REPLICATE
     with pytest.raises(VerificationError, match="stage 0 sends"):
-        verify_cuts((first, _with_places(second, **{_entry(second): other})), MESHES)
+        verify_cuts((first, _with_places(second, **{_entry(second): (other,)})), MESHES)
 
 
 def test_tied_parameters_that_lie_differently_are_found(codes: tuple[StageCode, ...]) -> None:
     first, second = codes
     node = next(i.node for i in second.inputs if i.target == "token.weight")
-    other = REPLICATE if second.placements[node] != REPLICATE else Shard(1)
+    other = REPLICATE if second.placements[node] != (REPLICATE,) else Shard(1)
     with pytest.raises(VerificationError, match="token.weight"):
-        verify_cuts((first, _with_places(second, **{node: other})), MESHES)
+        verify_cuts((first, _with_places(second, **{node: (other,)})), MESHES)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from autopar.optimizer_price import OptimizerPrice
+from autopar.planner.factor_graph import FloatArray
+from cost_model.axes import Axes
 from cost_model.cluster import Cluster
-from cost_model.factors import Strategy
+from cost_model.collectives import Link
 from cost_model.ops import INSIDE, OpCall, entry_of, price_of
-from cost_model.placement import Placement, Shard, Varying, local_shape
+from cost_model.placement import Placement, Placements, Shard, mesh_shape, varying_axes
 from cost_model.precision import Precision
 from cost_model.program import OpCost
 from cost_model.redistribution import can_convert, conversion_steps, step_collectives
+from cost_model.routes import RouteBook
+from cost_model.strategies import MeshStrategy, splits
 from cost_model.tensor import TensorMeta
 
-
-def local_meta(meta: TensorMeta, placement: Placement, size: int) -> TensorMeta:
-    return TensorMeta(local_shape(meta.shape, placement, size), meta.dtype)
+_LARGE = 1 << 26
+_SHORTEST_S = 1e-12
 
 
 @functools.cache
@@ -38,15 +45,6 @@ def conversion_kinds(source: Placement, target: Placement) -> tuple[tuple[str, t
     return tuple(found)
 
 
-@functools.cache
-def travels_forward(source: Placement, target: Placement) -> bool:
-    """Whether a change of placement needs a collective in forward."""
-    if not can_convert(source, target):
-        return False
-    steps = [step_collectives(a, b) for a, b in conversion_steps(source, target)]
-    return any(step is not None and step.forward not in ("", "slice") for step in steps)
-
-
 @dataclass(frozen=True)
 class _Sizes:
     """A parameter on a rank: as stored; its gradient as accumulated, and as summed; what is updated."""
@@ -61,6 +59,7 @@ class _Sizes:
 class MeshPrices:
     """Seconds and bytes on a (dp, tp) mesh of a cluster whose ranks are laid out tp innermost.
 
+    sizes: of the axes that tp consists of.
     optimizer: the price of one parameter of each shape, from which rates per byte are taken; parameter_bytes: theirs;
     reduced_bytes: of all parameters, whose gradients are reduced in a few large messages. precision: in which dtypes
     the gradient of a parameter, and what is updated, are kept.
@@ -68,15 +67,42 @@ class MeshPrices:
 
     cluster: Cluster
     dp: int
-    tp: int
+    sizes: tuple[int, ...]
     optimizer: OptimizerPrice
     parameter_bytes: int
     reduced_bytes: int
     precision: Precision = Precision()
 
     @cached_property
-    def tp_group(self) -> tuple[int, ...]:
-        return tuple(range(self.tp))
+    def tp(self) -> int:
+        return math.prod(self.sizes)
+
+    @cached_property
+    def axes(self) -> Axes:
+        """What a plan keeps: links as they are for large and for small messages over the first group of each kind."""
+        if len(self.sizes) == 1:
+            return Axes.flat(self.tp)
+        small, large = self.copy_s(0, "float32"), self.copy_s(_LARGE, "float32")
+        return Axes.of(self.sizes, self._link, Link(small, _LARGE / max(large - small, _SHORTEST_S)))
+
+    def _link(self, axes: tuple[int, ...]) -> Link:
+        """By which a ring takes as long as the cluster says."""
+        ranks = self.ranks(axes)
+        empty, full = (self.collective_s("all_gather", nbytes, axes) / (ranks - 1) for nbytes in (0, _LARGE))
+        return Link(empty, _LARGE / ranks / max(full - empty, _SHORTEST_S))
+
+    def ranks(self, axes: Sequence[int]) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    def group(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The first ranks that differ in their places on some axes alone."""
+        strides = [math.prod(self.sizes[axis + 1 :]) for axis in axes]
+        places = itertools.product(*(range(self.sizes[axis]) for axis in axes))
+        return tuple(sum(i * n for i, n in zip(at, strides, strict=True)) for at in places)
+
+    def local_meta(self, meta: TensorMeta, places: Placements) -> TensorMeta:
+        """What a rank holds."""
+        return TensorMeta(mesh_shape(meta.shape, places, self.sizes), meta.dtype)
 
     @cached_property
     def op_s(self) -> Callable[[OpCost], float]:
@@ -96,7 +122,7 @@ class MeshPrices:
         """A call that computes nothing still costs its line on a CPU."""
         return max((d.op_overhead_s for d in self.cluster.devices if d.kind == "cpu"), default=0.0)
 
-    def op_time_s(self, call: OpCall, strategy: Strategy) -> float:
+    def op_time_s(self, call: OpCall, strategy: MeshStrategy) -> float:
         """Forward and backward of one call under a strategy, its own collectives included."""
         local = self._local(call, strategy)
         cost, entry = price_of(local), entry_of(call.op)
@@ -106,44 +132,74 @@ class MeshPrices:
             backward = max(backward, self.view_s)
         return forward + backward + self._inside_s(local, strategy)
 
-    def again_s(self, call: OpCall, strategy: Strategy) -> float:
+    def again_s(self, call: OpCall, strategy: MeshStrategy) -> float:
         """Forward of one call once more, without its own collectives."""
         cost = price_of(self._local(call, strategy))
         return self.view_s if cost is None else self.op_s(cost)
 
-    def _local(self, call: OpCall, strategy: Strategy) -> OpCall:
+    def _local(self, call: OpCall, strategy: MeshStrategy) -> OpCall:
         return OpCall(
             call.op,
-            tuple(local_meta(m, p, self.tp) for m, p in zip(call.inputs, strategy.inputs, strict=True)),
-            tuple(local_meta(m, p, self.tp) for m, p in zip(call.outputs, strategy.outputs, strict=True)),
+            tuple(self.local_meta(m, p) for m, p in zip(call.inputs, strategy.inputs, strict=True)),
+            tuple(self.local_meta(m, p) for m, p in zip(call.outputs, strategy.outputs, strict=True)),
             call.args,
         )
 
-    def _inside_s(self, local: OpCall, strategy: Strategy) -> float:
+    def _inside_s(self, local: OpCall, strategy: MeshStrategy) -> float:
         """Collectives by which the op itself finishes a split."""
-        place = strategy.inputs[0]
-        if not (strategy.inside and isinstance(place, Shard)):
+        if not any(own.inside for own in strategy.axes):
             return 0.0
-        return sum(self.collective_s(kind, nbytes) for kind, nbytes in INSIDE[local.op](local, place, self.tp))
+        total = 0.0
+        for axes, own in splits(strategy, self.sizes):
+            place = own.inputs[0]
+            if own.inside and isinstance(place, Shard):
+                moved = INSIDE[local.op](local, place, self.ranks(axes))
+                total += sum(self.collective_s(kind, nbytes, axes) for kind, nbytes in moved)
+        return total
 
     @cached_property
-    def collective_s(self) -> Callable[[str, int], float]:
-        """Seconds of a collective over the tp axis."""
+    def collective_s(self) -> Callable[[str, int, Sequence[int]], float]:
+        """Seconds of a collective over some of the tp axes together."""
 
         @functools.cache
-        def seconds(kind: str, nbytes: int) -> float:
-            return self.cluster.collective_time_s(kind, nbytes, self.tp_group) if self.tp > 1 else 0.0
+        def seconds(kind: str, nbytes: int, axes: tuple[int, ...]) -> float:
+            return self.cluster.collective_time_s(kind, nbytes, self.group(axes)) if self.tp > 1 else 0.0
 
         return seconds
 
+    def copy_s(self, nbytes: int, dtype: str) -> float:
+        """Seconds of a local copy of so many bytes, read and written."""
+        return self.op_s(OpCost("copy", 0.0, float(nbytes), dtype))
+
+    @cached_property
+    def routes(self) -> RouteBook:
+        """Ways between placements on several axes, by these prices."""
+        return RouteBook(self)
+
+    def conversions_s(
+        self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements]
+    ) -> FloatArray:
+        """[source, target] seconds, forward and backward, of a change of placement; infinite where there is none."""
+        if len(self.sizes) > 1:
+            return self.routes.seconds(meta, sources, targets)
+        return np.array([[self.conversion_s(meta, a[0], b[0]) for b in targets] for a in sources])
+
+    def travels_forward(self, meta: TensorMeta, source: Placements, target: Placements) -> bool:
+        """Whether a change of placement needs a collective in forward."""
+        if len(self.sizes) == 1 and not can_convert(source[0], target[0]):
+            return False
+        steps = (step_collectives(move.source, move.target) for move in self.routes.route(meta, source, target))
+        return any(step is not None and step.forward not in ("", "slice") for step in steps)
+
     @cached_property
     def conversion_s(self) -> Callable[[TensorMeta, Placement, Placement], float]:
-        """Seconds, forward and backward, of a change of placement of a tensor; infinite where there is none."""
+        """Seconds, forward and backward, of a change of placement of a tensor on the only axis; infinite where there is
+        none."""
 
         @functools.cache
         def kind_s(kind: str, nbytes: int, dtype: str, packed: int) -> float:
             moved = nbytes // self.tp if kind in ("slice", "all_to_all") else nbytes
-            travel = 0.0 if kind == "slice" else self.collective_s(kind, moved)
+            travel = 0.0 if kind == "slice" else self.collective_s(kind, moved, (0,))
             return travel + (self.op_s(OpCost("copy", 0.0, 2.0 * moved * packed, dtype)) if packed else 0.0)
 
         def seconds(meta: TensorMeta, source: Placement, target: Placement) -> float:
@@ -156,19 +212,19 @@ class MeshPrices:
 
         return seconds
 
-    def parameter_step_s(self, meta: TensorMeta, placement: Placement, zero: int = 0) -> float:
+    def parameter_step_s(self, meta: TensorMeta, places: Placements, zero: int = 0) -> float:
         """Gradient reduction, optimizer and gathering once per step, at the rates of the whole model's buffers."""
-        sizes, varying = self._sizes(local_meta(meta, placement, self.tp)), isinstance(placement, Varying)
+        sizes, varying = self._sizes(self.local_meta(meta, places)), varying_axes(places)
         around = 2 * self._cast_s(sizes.gradient, sizes.reduced)
         update = sizes.updated.nbytes * self._optimizer_rate
         update += self._cast_s(sizes.gradient, sizes.updated) + self._cast_s(sizes.updated, sizes.stored)
         sent = sizes.reduced.nbytes
         if zero == 0:
-            rate = self._rate_s("all_reduce", "dp_tp" if varying else "dp")
+            rate = self._rate_s("all_reduce", varying, with_dp=True)
             return sent * rate + update + (around if rate else 0.0)
-        part = update + ((sent * self._rate_s("all_reduce", "tp") + around) if varying else 0.0)
-        scattered = sent * self._rate_s("reduce_scatter", "dp") + around if zero == 1 else 0.0
-        gathered = sizes.stored.nbytes * self._rate_s("all_gather", "dp") if zero < 3 else 0.0
+        part = update + ((sent * self._rate_s("all_reduce", varying, with_dp=False) + around) if varying else 0.0)
+        scattered = sent * self._rate_s("reduce_scatter") + around if zero == 1 else 0.0
+        gathered = sizes.stored.nbytes * self._rate_s("all_gather") if zero < 3 else 0.0
         return part / self.dp + scattered + gathered
 
     def _sizes(self, meta: TensorMeta) -> _Sizes:
@@ -181,19 +237,16 @@ class MeshPrices:
         return self.op_s(OpCost("copy", 0.0, float(source.nbytes + target.nbytes), target.dtype))
 
     @cached_property
-    def _rate_s(self) -> Callable[[str, str], float]:
-        """Seconds per byte of a large collective over an axis."""
-        ranks = {
-            "dp": tuple(range(0, self.dp * self.tp, self.tp)),
-            "tp": tuple(range(self.tp)),
-            "dp_tp": tuple(range(self.dp * self.tp)),
-        }
+    def _rate_s(self) -> Callable[..., float]:
+        """Seconds per byte of a large collective over some of the tp axes, over replicas too, or over these alone."""
 
         @functools.cache
-        def rate_s(kind: str, axis: str) -> float:
-            if len(ranks[axis]) == 1:
+        def rate_s(kind: str, axes: tuple[int, ...] = (), *, with_dp: bool = True) -> float:
+            replicas = range(0, self.dp * self.tp, self.tp) if with_dp else (0,)
+            ranks = tuple(first + rank for first in replicas for rank in self.group(axes))
+            if len(ranks) == 1:
                 return 0.0
-            return self.cluster.collective_time_s(kind, self.parameter_bytes, ranks[axis]) / self.parameter_bytes
+            return self.cluster.collective_time_s(kind, self.parameter_bytes, ranks) / self.parameter_bytes
 
         return rate_s
 
@@ -201,11 +254,11 @@ class MeshPrices:
     def _optimizer_rate(self) -> float:
         return sum(map(self.op_s, self.optimizer.costs)) / max(self.parameter_bytes, 1)
 
-    def parameter_time_s(self, meta: TensorMeta, placement: Placement, trainable: bool = True, zero: int = 0) -> float:
+    def parameter_time_s(self, meta: TensorMeta, places: Placements, trainable: bool = True, zero: int = 0) -> float:
         """Once per microbatch: its gradient added to the buffer, after a reduction from level 2 on; at level 3 the
         parameter gathered for forward and for backward."""
-        sizes = self._sizes(local_meta(meta, placement, self.tp))
-        gathers = 2 * sizes.stored.nbytes * self._rate_s("all_gather", "dp") if zero == 3 else 0.0
+        sizes = self._sizes(self.local_meta(meta, places))
+        gathers = 2 * sizes.stored.nbytes * self._rate_s("all_gather") if zero == 3 else 0.0
         if not trainable:
             return gathers
         kept, part = sizes.gradient, self.dp if zero > 1 else 1
@@ -215,11 +268,11 @@ class MeshPrices:
         row = sizes.reduced
         packed = self.op_s(OpCost("copy", 0.0, float(sizes.stored.nbytes + 2 * row.nbytes), row.dtype))
         added += self._cast_s(row, kept) / self.dp
-        return gathers + added + packed + row.nbytes * self._rate_s("reduce_scatter", "dp")
+        return gathers + added + packed + row.nbytes * self._rate_s("reduce_scatter")
 
-    def parameter_state_bytes(self, meta: TensorMeta, placement: Placement, trainable: bool, zero: int = 0) -> float:
+    def parameter_state_bytes(self, meta: TensorMeta, places: Placements, trainable: bool, zero: int = 0) -> float:
         """Weight, gradient and optimizer state with the master copy, each split over dp from level 3, 2 and 1 on."""
-        sizes = self._sizes(local_meta(meta, placement, self.tp))
+        sizes = self._sizes(self.local_meta(meta, places))
         state = sizes.updated.nbytes * self.optimizer.state_bytes / max(self.parameter_bytes, 1)
         if self.optimizer.costs and sizes.updated != sizes.stored:
             state += sizes.updated.nbytes
@@ -227,26 +280,26 @@ class MeshPrices:
         return sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
 
     @cached_property
-    def parameter_costs(self) -> Callable[[TensorMeta, Placement, bool, int], tuple[float, float, float]]:
+    def parameter_costs(self) -> Callable[[TensorMeta, Placements, bool, int], tuple[float, float, float]]:
         """Seconds per microbatch and per step and bytes of state; each asked for by many segments, at all sizes."""
 
         @functools.cache
-        def costs(meta: TensorMeta, place: Placement, trainable: bool, zero: int) -> tuple[float, float, float]:
-            time_s = self.parameter_time_s(meta, place, trainable, zero) if trainable or zero else 0.0
-            step_s = self.parameter_step_s(meta, place, zero) if trainable else 0.0
-            return time_s, step_s, self.parameter_state_bytes(meta, place, trainable, zero)
+        def costs(meta: TensorMeta, places: Placements, trainable: bool, zero: int) -> tuple[float, float, float]:
+            time_s = self.parameter_time_s(meta, places, trainable, zero) if trainable or zero else 0.0
+            step_s = self.parameter_step_s(meta, places, zero) if trainable else 0.0
+            return time_s, step_s, self.parameter_state_bytes(meta, places, trainable, zero)
 
         return costs
 
-    def fastest_zero(self, meta: TensorMeta, placement: Placement) -> int:
+    def fastest_zero(self, meta: TensorMeta, places: Placements) -> int:
         """Of the levels that cost no time in a microbatch, 0 and 1, the faster; 0 where they are equal."""
-        whole, split = (self.parameter_costs(meta, placement, True, zero)[1] for zero in (0, 1))
+        whole, split = (self.parameter_costs(meta, places, True, zero)[1] for zero in (0, 1))
         return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
-    def transfer_s(self, meta: TensorMeta, placement: Placement, carried_bytes: int = 0) -> float:
+    def transfer_s(self, meta: TensorMeta, places: Placements, carried_bytes: int = 0) -> float:
         """An activation, with what is carried beside it, to the next stage and the gradients back."""
         stride = self.dp * self.tp
         if stride >= self.cluster.num_devices:
             return 0.0
-        nbytes = local_meta(meta, placement, self.tp).nbytes + carried_bytes
+        nbytes = self.local_meta(meta, places).nbytes + carried_bytes
         return self.cluster.transfer_time_s(nbytes, 0, stride) + self.cluster.transfer_time_s(nbytes, stride, 0)

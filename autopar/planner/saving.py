@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.planner.factor_graph import Factor, FloatArray
-from autopar.planner.strategies import OpSpace, PlannedOp
+from autopar.planner.mesh_strategies import MeshOp, MeshSpace
 from cost_model.ops import entry_of, price_of
 from passes.recompute import Flow, is_heavy, repeated
 
@@ -108,7 +108,7 @@ class SegmentLevels:
     """What each level keeps of one kind of segment. entry: the activation that comes in, and its bytes."""
 
     def __init__(
-        self, space: OpSpace, entry: tuple[str, int] | None, outside: frozenset[str], weights: set[str]
+        self, space: MeshSpace, entry: tuple[str, int] | None, outside: frozenset[str], weights: set[str]
     ) -> None:
         self.space, self.outside = space, outside
         self.by_output = {made: tensor for tensor, made in space.values.items()}
@@ -117,7 +117,7 @@ class SegmentLevels:
         self.needed = self._needed()
         self.heavy = self._heavy(weights)
 
-    def output(self, op: PlannedOp, index: int) -> str:
+    def output(self, op: MeshOp, index: int) -> str:
         """The tensor that is an op's output; a name of its own where nothing in the forward reads it."""
         if len(op.call.outputs) == 1:
             return op.node
@@ -137,7 +137,7 @@ class SegmentLevels:
         read = self.needed.union(*(op.operands for op in self.space.ops if op.node in ops))
         return Level(kept, ops, read)
 
-    def _outputs(self, op: PlannedOp) -> list[str]:
+    def _outputs(self, op: MeshOp) -> list[str]:
         return [self.output(op, index) for index in range(len(op.call.outputs))]
 
     def _flow(self, entry: tuple[str, int] | None) -> Flow:
@@ -168,7 +168,7 @@ class SegmentLevels:
         return frozenset(heavy)
 
 
-def saves_of(op: PlannedOp) -> tuple[str, ...]:
+def saves_of(op: MeshOp) -> tuple[str, ...]:
     """What an op saves, by the op table; one without an entry saves all it reads."""
     entry = entry_of(op.call.op)
     return tuple(f"in{i}" for i in range(len(op.operands))) if entry is None else entry.saves(op.call)

@@ -8,6 +8,7 @@ several users is shared).
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,27 @@ import numpy as np
 from autopar.optimizer_price import OptimizerPrice
 from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import Factor, FactorGraph
-from autopar.planner.prices import MeshPrices, local_meta, travels_forward
+from autopar.planner.mesh_strategies import MeshOp, combined, mesh_space
+from autopar.planner.prices import MeshPrices
 from autopar.planner.saving import NONE, RECOMPUTE, SAVE_ALL, OpUse, Saving, SegmentLevels, TensorUse, saves_of
-from autopar.planner.strategies import SEQUENCE, OpSpace, PlannedOp, op_space, pin_sequence
+from autopar.planner.several_axes import divides_better, pairs, spans_levels
+from autopar.planner.strategies import SEQUENCE, OpSpace, op_space, pin_sequence
 from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
 from cost_model.mesh import Mesh
-from cost_model.placement import PARTIAL, REPLICATE, VARYING, Placement, Shard, parse_placement
+from cost_model.placement import (
+    PARTIAL,
+    REPLICATE,
+    VARYING,
+    Placement,
+    Placements,
+    Shard,
+    parse_placements,
+    placements_text,
+    split_axes,
+)
 from cost_model.plan import RECOMPUTES
 from cost_model.precision import Precision
-from cost_model.strategies import strategy_text
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.dependence import active_nodes
@@ -39,6 +51,8 @@ from passes.trace import Traced
 from passes.zero import zero_key
 
 EXIT = "exit"
+Sizes = tuple[int, ...]
+"""Of the axes that tp consists of."""
 
 
 class Structure:
@@ -88,9 +102,9 @@ class LocalModel:
             found.append(known[key])
         return found
 
-    def has_sequence(self, tp: int) -> bool:
+    def has_sequence(self, sizes: tuple[int, ...]) -> bool:
         """Whether a value between segments can be split along a sequence."""
-        return any(sequence_of(self.tensor(part.exit), tp) for part in self.structure.representatives.values())
+        return any(sequence_of(self.tensor(part.exit), sizes) for part in self.structure.representatives.values())
 
     def tensor(self, name: str) -> TensorMeta:
         """The meta of any value."""
@@ -100,7 +114,7 @@ class LocalModel:
 
 
 class ModelSpace:
-    """What the search asks: a chain for each (dp, tp, microbatch size); None where the batch cannot be split so.
+    """What the search asks: a chain for each (dp, axes of tp, microbatch size); None where the batch does not split so.
 
     sharded: False keeps every parameter whole (an optimizer that is not elementwise); divisible: False keeps its state
     on every replica (one that treats pieces of a flattened parameter otherwise than the parameter).
@@ -122,10 +136,10 @@ class ModelSpace:
         self.divisible, self.precision = divisible, precision
         self.optimizer, self.parameter_bytes, self.sharded = optimizer, parameter_bytes, sharded
         self._models: dict[int, LocalModel | None] = {}
-        self._chains: dict[tuple[int, int, int, Saving, bool | None], Chain | None] = {}
-        self._graphs: dict[tuple[int, int, bool | None, str], _SegmentGraph] = {}
-        self._prices: dict[int, MeshPrices] = {}
-        self._mesh_prices: dict[tuple[int, int], MeshPrices] = {}
+        self._chains: dict[tuple[int, Sizes, int, Saving, bool | None], Chain | None] = {}
+        self._graphs: dict[tuple[int, Sizes, bool | None, str], _SegmentGraph] = {}
+        self._prices: dict[Sizes, MeshPrices] = {}
+        self._mesh_prices: dict[tuple[int, Sizes], MeshPrices] = {}
         self.structure, self.specialiser = Structure(traced), Specialiser(traced)
 
     def local_model(self, microbatch_size: int) -> LocalModel | None:
@@ -146,33 +160,33 @@ class ModelSpace:
         return LocalModel(self.structure, self.specialiser, model)
 
     def chain(
-        self, dp: int, tp: int, microbatch_size: int, saving: Saving = SAVE_ALL, sequence: bool | None = None
+        self, dp: int, sizes: Sizes, microbatch_size: int, saving: Saving = SAVE_ALL, sequence: bool | None = None
     ) -> Chain | None:
         """The chain with these ways to save memory to choose from. sequence: whether values between segments are split
         along the sequence, None where that is a choice too."""
         if self.analysis.synchronised and dp * microbatch_size != self.traced.global_graph.batch:
             return None
-        key = (dp, tp, microbatch_size, saving, sequence)
+        key = (dp, sizes, microbatch_size, saving, sequence)
         if key not in self._chains:
             local = self.local_model(microbatch_size)
-            possible = local is not None and (not sequence or tp == 1 or local.has_sequence(tp))
-            self._chains[key] = self._chain(local, dp, tp, saving, sequence) if local and possible else None
+            possible = local is not None and (not sequence or sizes == (1,) or local.has_sequence(sizes))
+            self._chains[key] = self._chain(local, dp, sizes, saving, sequence) if local and possible else None
         return self._chains[key]
 
-    def _chain(self, local: LocalModel, dp: int, tp: int, saving: Saving, sequence: bool | None) -> Chain:
-        prices = self.mesh_prices(dp, tp)
+    def _chain(self, local: LocalModel, dp: int, sizes: Sizes, saving: Saving, sequence: bool | None) -> Chain:
+        prices = self.mesh_prices(dp, sizes)
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
         for part in local.structure.representatives.values():
             kinds[part.kind] = len(graphs)
-            key = (local.model.batch, tp, sequence, part.kind)
+            key = (local.model.batch, sizes, sequence, part.kind)
             if key not in self._graphs:
                 last = part is local.segments[-1]
-                shared_prices = self._prices.setdefault(tp, prices)
-                self._graphs[key] = _SegmentGraph(local, part, shared_prices, tp, self.sharded, last, sequence)
+                shared_prices = self._prices.setdefault(sizes, prices)
+                self._graphs[key] = _SegmentGraph(local, part, shared_prices, self.sharded, last, sequence)
             graphs.append(self._graphs[key].build(prices, saving))
         order = tuple(kinds[part.kind] for part in local.segments)
-        inputs, moments = self._input_bytes // dp, self._momentary_bytes(local, tp, saving, sequence)
+        inputs, moments = self._input_bytes // dp, self._momentary_bytes(local, sizes, saving, sequence)
 
         def reserve_bytes(first: int, last: int) -> int:
             return inputs + max(moments[kind] for kind in set(order[first:last]))
@@ -182,7 +196,7 @@ class ModelSpace:
     def _cut_s(self, local: LocalModel, prices: MeshPrices) -> Callable[[int, str], float]:
         @functools.cache
         def transfer_s(meta: TensorMeta, label: str, carried_bytes: int) -> float:
-            return prices.transfer_s(meta, parse_placement(label), carried_bytes)
+            return prices.transfer_s(meta, parse_placements(label), carried_bytes)
 
         def cut_s(position: int, label: str) -> float:
             exit, carried_bytes = local.cut_before[position]
@@ -190,23 +204,33 @@ class ModelSpace:
 
         return cut_s
 
-    def _momentary_bytes(self, local: LocalModel, tp: int, saving: Saving, sequence: bool | None) -> list[int]:
+    def _momentary_bytes(self, local: LocalModel, sizes: Sizes, saving: Saving, sequence: bool | None) -> list[int]:
         """Of each kind of segment, what the highest levels hold while its backward runs: what is made again, gradients
         before they are scattered, and gathered parameters twice, as they arrive and as they lie."""
         copies = {0: 0, 1: 0, 2: 1, 3: 2}[max(saving.zero, default=0)]
         found = []
         for kind in local.structure.representatives:
-            graph = self._graphs[(local.model.batch, tp, sequence, kind)]
+            graph = self._graphs[(local.model.batch, sizes, sequence, kind)]
             parameters = sum(local.tensor(name).nbytes for name in graph.part.parameters)
             again = 0 if saving.recompute == (NONE,) else graph.segment_levels.again_bytes(saving.recompute[-1])
-            found.append((again + copies * parameters) // tp)
+            found.append((again + copies * parameters) // math.prod(sizes))
         return found
 
-    def mesh_prices(self, dp: int, tp: int) -> MeshPrices:
-        if (dp, tp) not in self._mesh_prices:
+    def worth_splitting(self, dp: int, tp: int, microbatch_size: int, sequence: bool | None) -> list[Sizes]:
+        """Axes that tp might better consist of: what links and factors suggest, the inner one ever larger."""
+        keys = [key for key in self._graphs if key[:3] == (microbatch_size, (tp,), sequence)]
+        spaces = [self._graphs[key].space for key in keys]
+        return [
+            pair
+            for pair in pairs(tp)
+            if spans_levels(self.mesh_prices(dp, pair).axes) or any(divides_better(s, tp, pair) for s in spaces)
+        ]
+
+    def mesh_prices(self, dp: int, sizes: Sizes) -> MeshPrices:
+        if (dp, sizes) not in self._mesh_prices:
             known = (self.optimizer, self.parameter_bytes, self._reduced_bytes, self.precision)
-            self._mesh_prices[dp, tp] = MeshPrices(self.cluster, dp, tp, *known)
-        return self._mesh_prices[dp, tp]
+            self._mesh_prices[dp, sizes] = MeshPrices(self.cluster, dp, sizes, *known)
+        return self._mesh_prices[dp, sizes]
 
     @cached_property
     def _reduced_bytes(self) -> int:
@@ -221,16 +245,20 @@ class ModelSpace:
         return min(sizes, default=0) if len(sizes) == 1 else 0
 
 
-def boundary_placements(meta: TensorMeta, tp: int) -> tuple[Placement, ...]:
-    """How an activation may lie between segments: whole, a sum, or split along one dim."""
-    if tp == 1:
-        return (REPLICATE,)
-    return (REPLICATE, PARTIAL, *(Shard(d) for d, e in enumerate(meta.shape) if e % tp == 0 and e > 1))
+def boundary_placements(meta: TensorMeta, sizes: Sizes) -> list[Placements]:
+    """How an activation may lie between segments: on each axis whole, a sum, or split along one dim."""
+    if sizes == (1,):
+        return [(REPLICATE,)]
+    known: list[Placement] = [REPLICATE, PARTIAL, *(Shard(d) for d, e in enumerate(meta.shape) if e > 1)]
+    return combined([known] * len(sizes), meta.shape, sizes)
 
 
-def sequence_of(meta: TensorMeta, tp: int) -> tuple[Placement, ...]:
-    """``SEQUENCE`` where a boundary [batch, sequence, features] may lie so."""
-    return (SEQUENCE,) if len(meta.shape) == 3 and meta.shape[1] > 1 and meta.shape[1] % tp == 0 else ()
+def sequence_of(meta: TensorMeta, sizes: Sizes) -> Placements | None:
+    """``SEQUENCE`` on all axes, where a boundary [batch, sequence, features] may lie so."""
+    if len(meta.shape) != 3 or meta.shape[1] == 1:
+        return None
+    found = combined([(SEQUENCE,)] * len(sizes), meta.shape, sizes)
+    return found[0] if found else None
 
 
 class _SegmentGraph:
@@ -241,23 +269,19 @@ class _SegmentGraph:
         local: LocalModel,
         part: Segment,
         prices: MeshPrices,
-        tp: int,
         sharded: bool,
         last: bool,
         sequence: bool | None,
     ) -> None:
-        self.local, self.part, self.prices, self.tp = local, part, prices, tp
+        self.local, self.part, self.prices, self.sizes = local, part, prices, prices.sizes
         self.sharded, self.last, self.sequence = sharded, last, sequence
-        self.space: OpSpace = op_space(local.model, part.nodes, local.structure.ambient, tp)
-        if sequence is not None and tp > 1:
-            ends = [name for name in (part.entry, part.exit) if name and self._along(name)]
-            self.space = pin_sequence(self.space, ends, split=sequence)
+        self.space = mesh_space(self._axis_spaces(), self.sizes)
         self.ops = {op.node: op for op in self.space.ops}
         self.domains: dict[str, tuple[str, ...]] = {}
         self.factors: list[Factor] = []
         self.uses: dict[int, Callable[[], OpUse | TensorUse]] = {}
         self._with_levels: dict[tuple[str, ...], tuple[Factor, ...]] = {}
-        self.labels: dict[str, tuple[Placement, ...]] = {}
+        self.labels: dict[str, tuple[Placements, ...]] = {}
         self.users = self._users()
         for op in self.space.ops:
             self._op(op)
@@ -272,9 +296,19 @@ class _SegmentGraph:
             self._redistributions(tensor, tensor_users)
         self.exit = self._exit()
 
-    def _users(self) -> dict[str, list[tuple[PlannedOp, int]]]:
+    def _axis_spaces(self) -> list[OpSpace]:
+        """What each axis allows by itself; axes of one size share theirs."""
+        ends = [name for name in (self.part.entry, self.part.exit) if name and self._along(name)]
+        found: dict[int, OpSpace] = {}
+        for size in dict.fromkeys(self.sizes):
+            space = op_space(self.local.model, self.part.nodes, self.local.structure.ambient, size)
+            pins = self.sequence is not None and size > 1
+            found[size] = pin_sequence(space, ends, split=bool(self.sequence)) if pins else space
+        return [found[size] for size in self.sizes]
+
+    def _users(self) -> dict[str, list[tuple[MeshOp, int]]]:
         """tensor -> (op, operand index), each op once."""
-        users: dict[str, list[tuple[PlannedOp, int]]] = {}
+        users: dict[str, list[tuple[MeshOp, int]]] = {}
         for op in self.space.ops:
             for index, operand in enumerate(op.operands):
                 if operand not in self.local.structure.ambient and all(u[0] is not op for u in users.get(operand, [])):
@@ -318,30 +352,37 @@ class _SegmentGraph:
     def _meta(self, tensor: str) -> TensorMeta:
         return self.local.tensor(tensor)
 
-    def _boundary(self, name: str) -> tuple[Placement, ...]:
+    @property
+    def whole(self) -> Placements:
+        return (REPLICATE,) * len(self.sizes)
+
+    def _boundary(self, name: str) -> tuple[Placements, ...]:
         """Placements of an activation at a cut; one that is carried on is whole."""
         if name in self.local.structure.carried:
-            return (REPLICATE,)
-        places, along = boundary_placements(self._meta(name), self.tp), self._along(name)
+            return (self.whole,)
+        meta, along = self._meta(name), self._along(name)
+        places = boundary_placements(meta, self.sizes)
         if self.sequence is None or not along:
-            return places
-        return (PARTIAL, *along) if self.sequence else tuple(place for place in places if place not in along)
+            return tuple(places)
+        if self.sequence:
+            return tuple(combined([(PARTIAL, SEQUENCE)] * len(self.sizes), meta.shape, self.sizes))
+        return tuple(p for p in places if not any(isinstance(own, Shard) and own.dim == SEQUENCE.dim for own in p))
 
-    def _along(self, name: str) -> tuple[Placement, ...]:
-        return () if name in self.local.structure.carried else sequence_of(self._meta(name), self.tp)
+    def _along(self, name: str) -> Placements | None:
+        return None if name in self.local.structure.carried else sequence_of(self._meta(name), self.sizes)
 
     def _hold(self, name: str) -> None:
         """A carried value is whole on every rank: one that is made here is brought into that form."""
         variable = f"carried:{name}"
-        self.domains[variable] = (str(REPLICATE),)
+        self.domains[variable] = (placements_text(self.whole),)
         if name in self.space.values:
-            self._pair(name, self._source(name), (variable, (REPLICATE,)), saves=False, kept=True)
+            self._pair(name, self._source(name), (variable, (self.whole,)), saves=False, kept=True)
         self.held[name] = variable
 
-    def _op(self, op: PlannedOp) -> None:
+    def _op(self, op: MeshOp) -> None:
         times = np.array([self.prices.op_time_s(op.call, s) for s in op.strategies])
         saved = np.array([self._saved_outputs(op, k) for k in range(len(op.strategies))], dtype=float)
-        self.domains[op_key(op.node)] = tuple(strategy_text(s) for s in op.strategies)
+        self.domains[op_key(op.node)] = tuple(map(str, op.strategies))
         plain = Factor((op_key(op.node),), time_s=times, saved_bytes=saved)
         self._add(plain, lambda: self._op_use(op, plain))
 
@@ -350,29 +391,29 @@ class _SegmentGraph:
         self.uses[len(self.factors)] = use
         self.factors.append(factor)
 
-    def _op_use(self, op: PlannedOp, plain: Factor) -> OpUse:
+    def _op_use(self, op: MeshOp, plain: Factor) -> OpUse:
         again_s = np.array([self.prices.again_s(op.call, s) for s in op.strategies])
         unread = {}
         for index, meta in enumerate(op.call.outputs):
             tensor = self.segment_levels.output(op, index)
             if tensor not in self.users:
-                sizes = [local_meta(meta, s.outputs[index], self.tp).nbytes for s in op.strategies]
+                sizes = [self.prices.local_meta(meta, s.outputs[index]).nbytes for s in op.strategies]
                 unread[tensor] = np.array(sizes, dtype=float)
         return OpUse(op.node, plain, again_s, unread)
 
-    def _saved_outputs(self, op: PlannedOp, index: int) -> int:
+    def _saved_outputs(self, op: MeshOp, index: int) -> int:
         strategy = op.strategies[index]
         kept = [int(name[3:]) for name in saves_of(op) if name.startswith("out")]
-        return sum(local_meta(op.call.outputs[k], strategy.outputs[k], self.tp).nbytes for k in kept)
+        return sum(self.prices.local_meta(op.call.outputs[k], strategy.outputs[k]).nbytes for k in kept)
 
-    def _parameter_places(self, name: str) -> tuple[Placement, ...]:
+    def _parameter_places(self, name: str) -> tuple[Placements, ...]:
         meta = self._meta(name)
-        if self.tp == 1:
-            return (REPLICATE,)
-        shards: tuple[Placement, ...] = self.space.shards.get(name, ())
-        if name in self.local.structure.shared:
-            shards = tuple(Shard(d) for d, e in enumerate(meta.shape) if e % self.tp == 0 and e > 1)
-        return (REPLICATE, VARYING, *(shards if self.sharded else ()))
+        if self.sizes == (1,):
+            return ((REPLICATE,),)
+        if name not in self.local.structure.shared:
+            return tuple(self.space.places(name, meta.shape, (REPLICATE, VARYING), sharded=self.sharded))
+        shards = [Shard(d) for d, e in enumerate(meta.shape) if e > 1] if self.sharded else []
+        return tuple(combined([(REPLICATE, VARYING, *shards)] * len(self.sizes), meta.shape, self.sizes))
 
     def _zero_levels(self, name: str, prices: MeshPrices, saving: Saving) -> tuple[int, ...]:
         """What the search chooses from: nothing where the fastest is taken, and not twice for one parameter."""
@@ -387,7 +428,7 @@ class _SegmentGraph:
         trainable = name in self.local.structure.trainable
         weight = 1.0 if name not in self.local.structure.shared or self._is_first_holder(name) else 0.0
 
-        def costs(place: Placement, zero: int) -> tuple[float, float, float]:
+        def costs(place: Placements, zero: int) -> tuple[float, float, float]:
             time_s, step_s, state_bytes = prices.parameter_costs(meta, place, trainable, zero)
             return time_s, weight * step_s, weight * state_bytes
 
@@ -401,25 +442,25 @@ class _SegmentGraph:
         """A shared parameter's state is counted in the first segment that holds it; copies are found exactly later."""
         return self.local.structure.first_holders[name] is self.part
 
-    def _placed(self, name: str, places: tuple[Placement, ...]) -> None:
+    def _placed(self, name: str, places: tuple[Placements, ...]) -> None:
         self.labels[name] = places
-        self.domains[input_key(name)] = tuple(map(str, places))
+        self.domains[input_key(name)] = tuple(map(placements_text, places))
 
-    def _source(self, tensor: str) -> tuple[str, tuple[Placement, ...]]:
+    def _source(self, tensor: str) -> tuple[str, tuple[Placements, ...]]:
         """(variable, placement under each of its labels) of where a tensor comes from."""
         if tensor in self.held:
-            return self.held[tensor], (REPLICATE,)
+            return self.held[tensor], (self.whole,)
         if tensor in self.labels:
             return input_key(tensor), self.labels[tensor]
         op_name, index = self.space.values[tensor]
         return op_key(op_name), tuple(s.outputs[index] for s in self.ops[op_name].strategies)
 
-    def _redistributions(self, tensor: str, users: list[tuple[PlannedOp, int]]) -> None:
+    def _redistributions(self, tensor: str, users: list[tuple[MeshOp, int]]) -> None:
         variable, places = self._source(tensor)
         kept = self._kept_by_source(tensor)
-        if len(users) > 1 and self.tp > 1 and tensor not in self.held:
+        if len(users) > 1 and self.sizes != (1,) and tensor not in self.held:
             forms = self._forms(tensor, places)
-            self.domains[form_key(tensor)] = tuple(map(str, forms))
+            self.domains[form_key(tensor)] = tuple(map(placements_text, forms))
             self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=False, kept=kept)
             variable, places = form_key(tensor), forms
         first = variable != form_key(tensor)
@@ -447,15 +488,15 @@ class _SegmentGraph:
         op_name, index = self.space.values[tensor]
         return f"out{index}" in saves_of(self.ops[op_name])
 
-    def _forms(self, tensor: str, places: tuple[Placement, ...]) -> tuple[Placement, ...]:
-        known = dict.fromkeys([*places, REPLICATE, VARYING, PARTIAL, *self.space.shards.get(tensor, ())])
-        return tuple(known)
+    def _forms(self, tensor: str, places: tuple[Placements, ...]) -> tuple[Placements, ...]:
+        more = self.space.places(tensor, self._meta(tensor).shape, (REPLICATE, VARYING, PARTIAL))
+        return tuple(dict.fromkeys([*places, *more]))
 
     def _pair(
         self,
         tensor: str,
-        source: tuple[str, tuple[Placement, ...]],
-        target: tuple[str, tuple[Placement, ...]],
+        source: tuple[str, tuple[Placements, ...]],
+        target: tuple[str, tuple[Placements, ...]],
         *,
         saves: bool,
         kept: bool,
@@ -469,10 +510,10 @@ class _SegmentGraph:
         meta = self._meta(tensor)
         (source_variable, given), (target_variable, wanted) = source, target
         rows, columns = list(dict.fromkeys(given)), list(dict.fromkeys(wanted))
-        conversion_s, nbytes = self.prices.conversion_s, meta.nbytes
-        pairs = np.array([[conversion_s(meta, a, b) for b in columns] for a in rows])
+        pairs = self.prices.conversions_s(meta, rows, columns)
+        before, after = (np.array([self._local_bytes(meta, p) for p in places]) for places in (rows, columns))
         at = np.ix_([rows.index(a) for a in given], [columns.index(b) for b in wanted])
-        local = np.array([[nbytes / self.tp if isinstance(p, Shard) else float(nbytes) for p in columns] for _ in rows])
+        local = np.broadcast_to(after, pairs.shape)
         saved = None
         if saves:
             again = np.array([[kept and a == b for b in columns] for a in rows])
@@ -480,13 +521,14 @@ class _SegmentGraph:
         plain = Factor((source_variable, target_variable), time_s=pairs[at], saved_bytes=saved)
 
         def use() -> TensorUse:
-            before = np.array(
-                [[nbytes / self.tp if isinstance(a, Shard) else float(nbytes)] * len(columns) for a in rows]
-            )
-            travels = np.array([[travels_forward(a, b) for b in columns] for a in rows])
-            return TensorUse(tensor, plain, first, user, before[at], local[at], travels[at])
+            given_bytes = np.broadcast_to(before[:, None], pairs.shape)
+            travels = np.array([[self.prices.travels_forward(meta, a, b) for b in columns] for a in rows])
+            return TensorUse(tensor, plain, first, user, given_bytes[at], local[at], travels[at])
 
         self._add(plain, use)
+
+    def _local_bytes(self, meta: TensorMeta, places: Placements) -> float:
+        return meta.nbytes / self.prices.ranks(split_axes(places))
 
     def _exit(self) -> str | None:
         """Tie the last op's strategy to the boundary's label; the loss must end up whole."""
@@ -495,14 +537,14 @@ class _SegmentGraph:
             self._pair(self.part.exit, (variable, places), self._whole_loss(), saves=False, kept=True)
             return None
         ends = self._boundary(self.part.exit)
-        self.domains[EXIT] = tuple(map(str, ends))
+        self.domains[EXIT] = tuple(map(placements_text, ends))
         allowed = np.array([[0.0 if a == b else np.inf for b in ends] for a in places])
         self.factors.append(Factor((variable, EXIT), time_s=allowed))
         return EXIT
 
-    def _whole_loss(self) -> tuple[str, tuple[Placement, ...]]:
-        self.domains["loss"] = (str(REPLICATE),)
-        return "loss", (REPLICATE,)
+    def _whole_loss(self) -> tuple[str, tuple[Placements, ...]]:
+        self.domains["loss"] = (placements_text(self.whole),)
+        return "loss", (self.whole,)
 
 
 def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]:
@@ -523,24 +565,30 @@ def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]
 
 @dataclass(frozen=True)
 class PinnedSpace:
-    """A space under pins; see ``autopar.planner.search.Space``."""
+    """A space under pins; see ``autopar.planner.search.Space``. axes: those that tp consists of, if pinned."""
 
     space: ModelSpace
     recompute: str | None = None
     zero: int | None = None
     sequence: bool | None = None
+    axes: Sizes | None = None
+
+    def sizes(self, tp: int) -> Sizes:
+        """Of the axes of a tp."""
+        return self.axes if self.axes and math.prod(self.axes) == tp else (tp,)
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         """Unless pinned otherwise nothing is recomputed, and only optimizer state is split, where that is faster."""
         recompute = NONE if self.recompute is None else self.recompute
-        return self.space.chain(dp, tp, microbatch_size, Saving((recompute,), self._zero(())), self.sequence)
+        saving = Saving((recompute,), self._zero(()))
+        return self.space.chain(dp, self.sizes(tp), microbatch_size, saving, self.sequence)
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> list[Chain]:
         """With all that is not pinned to choose from, up to each level: the higher ones hold more for a moment."""
         recompute = [RECOMPUTES[: i + 1] for i in range(3)] if self.recompute is None else [(self.recompute,)]
         zero = list(dict.fromkeys(self._zero(free) for free in ((0, 1), (0, 1, 2, 3)))) if dp > 1 else [(0,)]
         savings = [Saving(levels, known) for levels in recompute for known in zero]
-        found = [self.space.chain(dp, tp, microbatch_size, saving, self.sequence) for saving in savings]
+        found = [self.space.chain(dp, self.sizes(tp), microbatch_size, saving, self.sequence) for saving in savings]
         return [chain for chain in found if chain is not None]
 
     def _zero(self, free: tuple[int, ...]) -> tuple[int, ...]:
@@ -565,12 +613,12 @@ class PinnedSpace:
             for name in part.parameters:
                 replicas.setdefault(name, set()).add(mesh.dp)
         for (part, like, assignment), mesh in zip(segments, meshes, strict=True):
-            prices = self.space.mesh_prices(mesh.dp, mesh.tp)
+            prices = self.space.mesh_prices(mesh.dp, self.sizes(mesh.tp))
             for name, known in zip(part.parameters, like.parameters, strict=True):
                 trainable = name in local.structure.trainable
                 if name in levels or mesh.dp == 1 or not self.space.divisible or len(replicas[name]) > 1:
                     continue
-                place = parse_placement(assignment[input_key(known)])
+                place = parse_placements(assignment[input_key(known)])
                 fastest = prices.fastest_zero(local.tensor(name), place) if trainable else 0
                 level = int(assignment.get(zero_key(known), fastest if self.zero is None else self.zero))
                 levels[name] = level if trainable or level == 3 else 0

@@ -104,8 +104,8 @@ def _state_layout(layout: Layout, tensor: Tensor, what: str) -> Layout:
     shape = tuple(tensor.shape)
     if shape == layout.local_shape:
         return layout
-    if (layout.dim is None and layout.span is None) or tensor.numel() == 1:
-        return Layout(shape, None, 1, 0, 1, layout.writes and layout.is_first)
+    if layout.is_whole or tensor.numel() == 1:
+        return Layout(shape, (), layout.writes and layout.is_first)
     raise UnsupportedError(
         f"optimizer state {what} has the shape {shape} beside a shard of {layout.local_shape}, so that no other plan "
         "could load it; pin tp=1 and zero=0 to save checkpoints with this optimizer"

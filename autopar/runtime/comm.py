@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autopar.runtime.exchange import End, Exchange, exchange_of
 from autopar.runtime.ranges import SegmentRange
+from cost_model.placement import REPLICATE, Placements, Shard, as_held
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,15 @@ def _join(parts: Tensor, dim: int, outer: int, *, copy: bool) -> Tensor:
     seen = _viewed(parts, dim + 1, (outer, parts.shape[dim + 1] // outer))
     whole = seen.movedim(0, dim + 1).flatten(dim, dim + 2).contiguous()
     return whole.clone() if copy and whole.data_ptr() == parts.data_ptr() else whole
+
+
+def join_mesh(held: Sequence[Tensor], places: Placements, sizes: Sequence[int]) -> Tensor:
+    """The whole tensor from what the ranks of a mesh hold of it, of equal pieces the first."""
+    for axis in reversed(range(len(sizes))):
+        rows = [held[start : start + sizes[axis]] for start in range(0, len(held), sizes[axis])]
+        own = as_held((*places[: axis + 1], *[REPLICATE] * (len(sizes) - axis - 1)), axis, sizes)
+        held = [join_shards(row, own.dim, own.outer) if isinstance(own, Shard) else row[0] for row in rows]
+    return held[0]
 
 
 def join_shards(shards: Sequence[Tensor], dim: int, outer: int) -> Tensor:

@@ -53,6 +53,6 @@ def _held(rank: Held) -> Iterator[tuple[str, Layout, Tensor]]:
             if name in layouts:
                 yield name, layouts[name], tensor
     for name, tensor in rank.buffers.items():
-        yield name, layouts.get(name, Layout(tuple(tensor.shape), None, 1, 0, 1, writes=False)), tensor
+        yield name, layouts.get(name, Layout(tuple(tensor.shape), (), writes=False)), tensor
     for name, piece in rank.parts().items():
         yield name, updated[name], piece

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,28 +21,37 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, extents) of a block of a tensor."""
 
 
+Split = tuple[int, int, int, int]
+"""(dim, outer, index, size): dim = outer x size x inner of the whole, of which a rank holds place ``index`` of size."""
+Run = tuple[int, int, int]
+"""(where it begins in the shard, where in the whole, how long) of indices of a dim that a shard has in a row."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a rank's shard lies in the whole tensor.
 
-    shape: of the whole; dim: None where the rank holds all of it, else dim = outer x size x inner and the rank holds
-    place ``index`` of ``size``. writes: whether this rank is the one that writes it. writes_pieces: whether it would be
-    if it held a piece that no other replica holds. span: elements [start, stop) of the flattened shard, if it holds
-    these alone.
+    shape: of the whole; splits: one for each axis that splits it, those of one dim inside each other. writes: whether
+    this rank is the one that writes it. writes_pieces: whether it would be if it held a piece that no other replica
+    holds. span: elements [start, stop) of the flattened shard, if it holds these alone.
     """
 
     shape: tuple[int, ...]
-    dim: int | None
-    outer: int
-    index: int
-    size: int
+    splits: tuple[Split, ...]
     writes: bool
     writes_pieces: bool = False
     span: tuple[int, int] | None = None
 
     @property
+    def is_whole(self) -> bool:
+        return not self.splits and self.span is None
+
+    @property
     def shard_shape(self) -> tuple[int, ...]:
-        return tuple(n // self.size if d == self.dim else n for d, n in enumerate(self.shape))
+        shape = list(self.shape)
+        for dim, _, _, size in self.splits:
+            shape[dim] //= size
+        return tuple(shape)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -54,45 +65,51 @@ class Layout:
     def pieces(self, key: str, local: Tensor) -> Iterator[Piece]:
         """What the rank holds as blocks of the whole."""
         if self.span is None:
-            for offsets, extents in self._in_whole((0,) * len(self.shape), self.shard_shape):
-                yield self._piece(key, offsets, _cut(local, self.dim, self._local(offsets), extents))
+            yield from self._in_whole(key, (0,) * len(self.shape), local)
             return
         strides = [math.prod(self.shard_shape[d + 1 :]) for d in range(len(self.shape))]
         for first, extents in boxes(self.shard_shape, *self.span):
             start = sum(a * b for a, b in zip(first, strides, strict=True)) - self.span[0]
-            block = local[start : start + math.prod(extents)].view(extents)
-            begin = 0 if self.dim is None else first[self.dim]
-            for offsets, sizes in self._in_whole(first, extents):
-                yield self._piece(key, offsets, _cut(block, self.dim, self._local(offsets) - begin, sizes))
+            yield from self._in_whole(key, first, local[start : start + math.prod(extents)].view(extents))
 
-    def _piece(self, key: str, offsets: tuple[int, ...], local: Tensor) -> Piece:
-        return Piece(key, self.shape, offsets, local)
+    def _in_whole(self, key: str, first: tuple[int, ...], block: Tensor) -> Iterator[Piece]:
+        """A block of the shard that begins at ``first``, cut where the shard's neighbours lie apart in the whole."""
+        cut = (self._runs(dim, begin, block.shape[dim]) for dim, begin in enumerate(first))
+        for runs in itertools.product(*cut):
+            piece = block
+            for dim, ((at, _, count), begin) in enumerate(zip(runs, first, strict=True)):
+                piece = piece.narrow(dim, at - begin, count)
+            yield Piece(key, self.shape, tuple(offset for _, offset, _ in runs), piece)
 
-    @property
-    def _extent(self) -> int:
-        """Of one of the ``outer`` blocks along ``dim`` that make the shard."""
-        assert self.dim is not None
-        return self.shape[self.dim] // self.outer // self.size
+    def _runs(self, dim: int, begin: int, count: int) -> Iterator[Run]:
+        """Of indices [begin, begin + count) of a dim of the shard."""
+        for at, offset, length in self._all_runs[dim]:
+            low, high = max(at, begin), min(at + length, begin + count)
+            if low < high:
+                yield low, offset + low - at, high - low
 
-    def _in_whole(self, first: tuple[int, ...], extents: tuple[int, ...]) -> Iterator[Box]:
-        """A block of the shard as blocks of the whole: cut along ``dim`` where the shard's neighbours lie apart."""
-        if self.dim is None:
-            yield first, extents
-            return
-        at, end = first[self.dim], first[self.dim] + extents[self.dim]
-        while at < end:
-            outer, inside = divmod(at, self._extent)
-            count = min(self._extent - inside, end - at)
-            offset = (outer * self.size + self.index) * self._extent + inside
-            yield _with(first, self.dim, offset), _with(extents, self.dim, count)
-            at += count
+    @cached_property
+    def _all_runs(self) -> list[list[Run]]:
+        """Of each dim: split after split, the outermost first, what is in its blocks is kept."""
+        found = []
+        for dim, extent in enumerate(self.shape):
+            kept = [(0, extent)]
+            for outer, index, size in sorted(split[1:] for split in self.splits if split[0] == dim):
+                kept = [part for start, length in kept for part in _blocks(start, length, extent, outer, index, size)]
+            ends = itertools.accumulate((length for _, length in kept), initial=0)
+            found.append([(at, start, length) for at, (start, length) in zip(ends, kept, strict=False)])
+        return found
 
-    def _local(self, offsets: tuple[int, ...]) -> int:
-        """Where along ``dim`` of the shard a block of the whole begins."""
-        if self.dim is None:
-            return 0
-        outer, inside = divmod(offsets[self.dim], self._extent * self.size)
-        return outer * self._extent + inside % self._extent
+
+def _blocks(start: int, length: int, extent: int, outer: int, index: int, size: int) -> Iterator[tuple[int, int]]:
+    """(start, length) of what of [start, start + length) is in blocks ``index`` of size, of outer x size x inner."""
+    inner = extent // outer // size
+    first = start // (inner * size)
+    for number in range(first, -(-(start + length) // (inner * size))):
+        low = max(start, (number * size + index) * inner)
+        high = min(start + length, (number * size + index + 1) * inner)
+        if low < high:
+            yield low, high - low
 
 
 @dataclass(frozen=True)
@@ -147,11 +164,3 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
     for offsets, extents in boxes(shape[1:], start, stop):
         yield (row, *offsets), (1, *extents)
-
-
-def _with(numbers: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
-    return (*numbers[:at], value, *numbers[at + 1 :])
-
-
-def _cut(tensor: Tensor, dim: int | None, start: int, extents: tuple[int, ...]) -> Tensor:
-    return tensor if dim is None else tensor.narrow(dim, start, extents[dim])
