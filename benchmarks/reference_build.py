@@ -138,7 +138,8 @@ class Builder:
         ends = _stage_ends(parts, layout.cuts)
         microbatches, rest = divmod(self.batch, layout.dp * layout.microbatch)
         assert not rest, layout
-        labels = (_FUSED, _FUSED_ENDS) if self.shape.fused else (_BLOCK, _ENDS)
+        ends_labels = _FUSED_ENDS if self.shape.fused and self.shape.head else _ENDS
+        labels = (_FUSED if self.shape.fused else _BLOCK, ends_labels)
         choices = _choices(parts, *labels) if layout.tp > 1 else [{} for _ in parts]
         stages = tuple(
             StagePlan(first, last, {k: v for own in choices[first:last] for k, v in own.items()})
