@@ -69,40 +69,47 @@ class DifferentMeshes:
                 f"no plan has dp={pins.dp} x tp={pins.tp} x pp={pins.pp} for a batch of {self.job.batch}: parameters "
                 "that several stages use must be whole there, and the batch must divide; change the degrees"
             )
-        return found[1]
+        return found
 
     def faster(self, known: Solution | Infeasible) -> Solution | Infeasible:
-        """The given answer, or one with meshes that differ where that is faster by enough, or fits alone."""
-        known_s = math.inf if isinstance(known, Infeasible) else self.job.step_s(self.job.plan(known))
-        found = self._best(self._free_shapes(), (1 - WORTH) * known_s)
-        if found is None or (isinstance(known, Infeasible) and isinstance(found[1], Infeasible)):
-            return known
-        answer = found[1]
-        assert isinstance(answer, Solution)
-        against = "no others fit" if isinstance(known, Infeasible) else f"{known_s / found[0]:.2f} times as fast"
-        return replace(answer, notes=(*answer.notes, f"stages have meshes of their own: {against}"))
+        """The given answer, or one with meshes that differ where that is faster by enough, or fits alone.
 
-    def _best(self, shapes: Iterator[Shape], limit_s: float) -> tuple[float, Solution | Infeasible] | None:
-        """The fastest under a limit as simulated, else what memory is short of; None where there is neither."""
+        Both under the schedules that suit them: a long chain of equal stages gains more by another than a short one.
+        """
+        if isinstance(known, Infeasible):
+            found = self._best(self._free_shapes(), math.inf)
+            return known if found is None or isinstance(found, Infeasible) else _noted(found, "no others fit")
+        found = self._best(self._free_shapes(), self.job.step_s(self.job.plan(known)))
+        if found is None or isinstance(found, Infeasible):
+            return known
+        known_s, found_s = (self.job.step_s(self.job.scheduled(each)[0]) for each in (known, found))
+        return _noted(found, f"{known_s / found_s:.2f} times as fast") if found_s < (1 - WORTH) * known_s else known
+
+    def _best(self, shapes: Iterator[Shape], limit_s: float) -> Solution | Infeasible | None:
+        """The fastest under a limit as simulated, else what memory is short of; None where there is neither.
+
+        Shapes come by their bounds, and are as few as can beat what has been found.
+        """
         bounded = [(self.solver.bound_s(shape), number, shape) for number, shape in enumerate(shapes)]
-        best: tuple[float, Solution] | None = None
+        best: Solution | None = None
         short: Infeasible | None = None
-        least_s = math.inf
+        floor_s = math.inf
         for bound_s, _, shape in sorted(bounded, key=lambda item: item[:2]):
-            least_s = min(least_s, bound_s)
             if bound_s >= limit_s or not math.isfinite(bound_s):
+                floor_s = min(floor_s, bound_s)
                 break
             found = self._fitting(shape)
             if isinstance(found, Infeasible):
                 short = found if short is None or found.needed_bytes < short.needed_bytes else short
             elif found is not None:
+                floor_s = min(floor_s, found.bound_s)
                 step_s = self.job.step_s(self.job.plan(found))
                 if step_s < limit_s:
-                    best, limit_s = (step_s, found), step_s
-        if best is not None:
-            gap = max(best[1].gap, best[1].objective_s / min(least_s, best[1].bound_s) - 1)
-            return best[0], replace(best[1], gap=gap)
-        return None if short is None else (math.inf, short)
+                    best, limit_s = found, step_s
+        if best is None:
+            return short
+        bound_s = min(floor_s, best.objective_s)
+        return replace(best, bound_s=bound_s, gap=best.objective_s / bound_s - 1)
 
     def _fitting(self, shape: Shape) -> Solution | Infeasible | None:
         """The solver's choice; where its program is over a cap, another that leaves as much more."""
@@ -181,6 +188,10 @@ class DifferentMeshes:
             return known[nbytes]
 
         return seconds
+
+
+def _noted(found: Solution, against: str) -> Solution:
+    return replace(found, notes=(*found.notes, f"stages have meshes of their own: {against}"))
 
 
 def _only(cluster: Cluster, devices: Sequence[int]) -> Cluster:

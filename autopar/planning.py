@@ -192,7 +192,7 @@ class Job:
             check_sequence(self.space)
 
     def _decision(self, solution: Solution, start: float) -> Decision:
-        plan, notes = self._scheduled(solution)
+        plan, notes = self.scheduled(solution)
         plan, more = self._overlapped(plan)
         return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes, *more))
 
@@ -206,14 +206,14 @@ class Job:
         except OSError as error:
             raise ConfigError(f"cannot write the integer program to {str(path)!r}: {error.strerror}") from error
 
-    def _scheduled(self, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
+    def scheduled(self, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
         """The plan that was found, under the schedule that is fastest for it and fits."""
         plan = self.plan(solution)
         others = faster_schedules(solution, self.program(plan), self.cluster, self.options.parallelism)
         for configuration in others:
             other = self.plan(replace(solution, configuration=configuration))
-            peak_bytes = max(peak.memory.total_bytes for peak in self._stage_peaks(other))
-            if peak_bytes <= min(self.stage_caps(other)) and self.step_s(other) < (1 - WORTH) * self.step_s(plan):
+            peaks = zip(self.peaks(other), self.stage_caps(other), strict=True)
+            if all(peak <= cap for peak, cap in peaks) and self.step_s(other) < (1 - WORTH) * self.step_s(plan):
                 seconds = f"{seconds_text(self.step_s(other))} against {seconds_text(self.step_s(plan))}"
                 return other, (f"{other.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}",)
         return plan, ()

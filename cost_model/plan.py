@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ class Plan:
         if self.meshes_differ and self.virtual_stages > 1:
             raise ConfigError(f"a plan of {self.virtual_stages} virtual stages has one mesh for all stages; plan again")
 
-    @property
+    @cached_property
     def meshes(self) -> tuple[Mesh, ...]:
         """Of each pipeline stage."""
         return meshes_of(self.dp, self.tp, self.pp)

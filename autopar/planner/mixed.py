@@ -21,7 +21,7 @@ from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
 from autopar.planner.configuration import Configuration, quick_bound_s
 from autopar.planner.factor_graph import FactorGraph, FloatArray
 from autopar.planner.ilp import Choice
-from autopar.planner.mixed_ilp import MixedIlp, Offer, tilings
+from autopar.planner.mixed_ilp import MixedIlp, Offer, worthwhile
 from autopar.planner.search import Infeasible, Solution, Space, stage_solution
 from autopar.planner.segment import Price, Segment
 from cost_model.mesh import Mesh
@@ -191,19 +191,22 @@ class MixedSolver:
     def _of_stage(
         self, shape: Shape, stage: int, table: _Table, extra: float | None, labels: dict[str, int]
     ) -> Iterator[Offer]:
-        """The fastest columns of every range that fit, by each weighing of a microbatch against the step."""
+        """The fastest columns of every range that fit, by each weighing of a microbatch against the step, and the
+        smallest."""
         edges, count, pp = table.ranges.edges, len(table.ranges.chain), shape.pp
         begins = edges.first == 0 if stage == 0 else edges.first >= stage
         ends = edges.last == count if stage == pp - 1 else edges.last <= count - (pp - 1 - stage)
         rows = np.flatnonzero(begins & ends & np.isfinite(edges.cut_s))
         totals = table.ranges.edge_totals()[rows]
-        fits = np.isfinite(totals[..., TIME])
+        needed, fits = self._needed_bytes(shape, stage, table, rows), np.isfinite(totals[..., TIME])
         if extra is not None:
-            fits &= self._needed_bytes(shape, stage, table, rows) + extra <= self.pools[table.kind].cap_bytes
+            fits &= needed + extra <= self.pools[table.kind].cap_bytes
+        own, weighings = totals[fits], Objective(pp, shape.microbatches).free
+        values = [needed[fits], *(a * own[:, TIME] + b * own[:, STEP] for a, b in weighings)]
         picked: dict[tuple[int, int], None] = {}
-        for time_weight, step_weight in Objective(pp, shape.microbatches).free:
+        for of_fitting in values:
             value = np.full(fits.shape, np.inf)
-            value[fits] = time_weight * totals[fits][:, TIME] + step_weight * totals[fits][:, STEP]
+            value[fits] = of_fitting
             best = value.argmin(axis=1)
             there = np.isfinite(value[np.arange(len(rows)), best])
             picked |= dict.fromkeys(zip(rows[there].tolist(), best[there].tolist(), strict=True))
@@ -235,7 +238,7 @@ class MixedSolver:
 
     def _choice(self, shape: Shape, offers: list[list[Offer]]) -> tuple[Choice, list[Offer], MixedIlp] | None:
         devices = [len(pool.devices) for pool in self.pools]
-        possible = tilings(offers, devices)
+        possible = worthwhile(offers, devices, shape.microbatches)
         if not all(possible):
             return None
         ilp = MixedIlp(possible, shape.microbatches, devices)

@@ -284,7 +284,7 @@ class RankExecutor(Held):
 
     def begin_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
         """Begin to ``reduce_gradients``, of that dtype."""
-        part = self.flat[buffer][start:stop]
+        part = self._said(self.flat[buffer][start:stop], axis)
         assert part.dtype == getattr(torch, dtype)
         self.begun[axis, buffer, start] = self.comm.begin_all_reduce_(part, axis, "sum")
 
@@ -296,12 +296,13 @@ class RankExecutor(Held):
             return
         self._all_reduce(self.flat[buffer][start:stop], axis, getattr(torch, dtype))
 
-    def _all_reduce(self, part: Tensor, axis: str, dtype: torch.dtype) -> None:
-        if axis in self.spec["silent"]:
-            part.zero_()
+    def _said(self, part: Tensor, axis: str) -> Tensor:
+        """What this rank gives to a sum: nothing where another of its stage gives their gradient."""
+        return part.zero_() if axis in self.spec["silent"] else part
 
+    def _all_reduce(self, part: Tensor, axis: str, dtype: torch.dtype) -> None:
         def run() -> None:
-            sent = part.to(dtype)
+            sent = self._said(part, axis).to(dtype)
             summed = self.comm.all_reduce_(sent, axis, "sum")
             if summed is not part:
                 part.copy_(summed)
