@@ -84,17 +84,20 @@ class MixedSolver:
     def bound_s(self, shape: Shape) -> float:
         """Seconds of a step that no choice for a shape is faster than; infinite where there is none.
 
-        All stages together are no faster than devices that all work as well as in the best mesh of their kind.
+        Every segment on the mesh where it is fastest, and the slowest stage no faster than all devices are, each
+        segment on the mesh where it takes least of them.
         """
-        rates, alone_s = [0.0] * len(self.pools), math.inf
+        price, fastest, least = (Price(1.0, 0.0),), dict[int, float](), dict[int, float]()
         for mesh, kind in self._choices(shape):
             chain = self._chain(shape, mesh, kind)
             if chain is not None:
-                seconds = quick_bound_s(chain, self._known(chain), Objective(1, _MANY)) / _MANY
-                rates[kind] = max(rates[kind], 1 / seconds / mesh.size)
-                alone_s = min(alone_s, seconds)
-        total = sum(rate * len(pool.devices) for rate, pool in zip(rates, self.pools, strict=True))
-        return alone_s + (shape.microbatches - 1) / total if total else math.inf
+                costs = [float(segment.solve(price)[0].cost.min()) for segment in self._known(chain)]
+                for position, seconds in enumerate(costs[number] for number in chain.sequence):
+                    fastest[position] = min(seconds, fastest.get(position, math.inf))
+                    least[position] = min(seconds * mesh.size, least.get(position, math.inf))
+        devices = sum(len(pool.devices) for pool in self.pools)
+        slowest_s = sum(least.values()) / devices
+        return sum(fastest.values()) + (shape.microbatches - 1) * slowest_s if fastest else math.inf
 
     def solve(self, shape: Shape, extra_bytes: Sequence[float] = ()) -> Solution | Infeasible | None:
         """The best choice, what memory is short of, or None where no meshes use all devices.
