@@ -124,7 +124,7 @@ def _defer_products(graph: fx.Graph) -> None:
     parameters alone comes after it. It is waited for before its first use."""
     alone = _for_parameters(graph)
     for node in [n for n in graph.nodes if n.target is vocabulary.all_reduce]:
-        late = [n for n in _before(node) if n in alone]
+        late = [n for n in _unread_before(node) if n in alone]
         if not any(map(_works, (*late, *_until_used(node)))):
             continue
         for other in reversed(late):
@@ -137,12 +137,16 @@ def _defer_products(graph: fx.Graph) -> None:
             made.prepend(other)
 
 
-def _before(node: fx.Node) -> list[fx.Node]:
-    """Calls of the same segment between the last sum and ``node``."""
+def _unread_before(node: fx.Node) -> list[fx.Node]:
+    """Calls of the same segment between the last sum and ``node`` that it does not depend on."""
     found: list[fx.Node] = []
+    read = set(node.all_input_nodes)
     at = node.prev
     while at.op == "call_function" and at.target is not wait and segment_of(at) == segment_of(node):
-        found.insert(0, at)
+        if at in read:
+            read.update(at.all_input_nodes)
+        else:
+            found.insert(0, at)
         at = at.prev
     return found
 
