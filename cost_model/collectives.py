@@ -81,13 +81,21 @@ def all_to_all_s(ranks: int, nbytes: float, link: Link) -> float:
 
 
 def broadcast_s(ranks: int, nbytes: float, link: Link) -> float:
-    """min of the binomial tree, ceil(log2 p) (a + S / B), and scatter + ring all_gather.
+    """min of the binomial tree, ceil(log2 p) (a + S / B), and pieces that pass down a chain, (p - 1) a + S / B.
 
-    The latter: (ceil(log2 p) + p - 1) a + 2 S (p - 1) / pB.
+    The chain is what NCCL does (its broadcast knows no other algorithm than the ring).
     """
-    rounds = _rounds(ranks)
-    scattered = (rounds + ranks - 1) * link.latency_s + 2 * nbytes * (1 - 1 / ranks) / link.bandwidth_bytes_per_s
-    return min(rounds * link.seconds(nbytes), scattered)
+    return min(tree_s(ranks, nbytes, link), chain_s((link,) * (ranks - 1), nbytes))
+
+
+def tree_s(ranks: int, nbytes: float, link: Link) -> float:
+    """A binomial tree, as gloo broadcasts: ceil(log2 p) (a + S / B)."""
+    return _rounds(ranks) * link.seconds(nbytes)
+
+
+def chain_s(links: Sequence[Link], nbytes: float) -> float:
+    """Seconds until so many bytes have passed along all links in small pieces: the narrowest link's, and latencies."""
+    return nbytes / min(x.bandwidth_bytes_per_s for x in links) + math.fsum(x.latency_s for x in links)
 
 
 FLAT: dict[str, Callable[[int, float, Link], float]] = {

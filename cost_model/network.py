@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cost_model.collectives import FLAT, Link, ring_s, slowest
+from cost_model.collectives import FLAT, Link, chain_s, ring_s, slowest, tree_s
 
 Rows = tuple[tuple[float, ...], ...]
 FloatArray = npt.NDArray[np.float64]
@@ -100,18 +100,20 @@ class Network:
     def collective_s(self, kind: str, nbytes: float, devices: tuple[int, ...], backend: str) -> float:
         """Seconds of a collective, with groups like this one at work on the other devices of its nodes.
 
-        A ring in the order of the group; a broadcast is a tree, gloo's reduce_scatter an exchange of parts (as autopar
-        runs it); NCCL may reduce or gather along a tree where that is faster.
+        A ring in the order of the group; gloo's broadcast is a tree, its reduce_scatter an exchange of parts (as
+        autopar runs it); NCCL may reduce or gather along a tree where that is faster, and broadcasts along a chain
+        where that is.
         """
         if kind == "all_to_all" or (kind == "reduce_scatter" and backend == "gloo"):
             return self.start_s + self._exchange_s(nbytes, devices)
         links = self._ring(devices)
-        tree_s = FLAT[kind](len(devices), nbytes, slowest(links))
         if kind == "broadcast":
-            return self.start_s + tree_s
+            along_s = tree_s(len(devices), nbytes, slowest(links))
+            return self.start_s + (along_s if backend == "gloo" else min(along_s, chain_s(links[:-1], nbytes)))
+        by_tree_s = FLAT[kind](len(devices), nbytes, slowest(links))
         rounds = (2 if kind == "all_reduce" else 1) * (len(devices) - 1)
         around_s = ring_s(links, nbytes / len(devices), rounds)
-        return self.start_s + (around_s if backend == "gloo" else min(around_s, tree_s))
+        return self.start_s + (around_s if backend == "gloo" else min(around_s, by_tree_s))
 
     @cached_property
     def uniform(self) -> bool:

@@ -126,6 +126,34 @@ def test_gradients_of_parameters_are_made_behind_sums_of_tensor_parallelism() ->
     assert _text(graph) == SUMMED_AFTER
 
 
+SUM_OF_A_GRADIENT = """
+passed = aten.mm.default(grad, weight)
+begin_all_reduce_default = autopar.begin_all_reduce.default(passed, 'tp', 'sum')
+bias = aten.sum.dim_IntList(grad, [0])
+wait_default = autopar.wait.default(begin_all_reduce_default)
+accumulate_default = autopar.accumulate.default(wait_default, 'w')
+accumulate_default_1 = autopar.accumulate.default(bias, 'b')
+"""
+
+
+def test_a_sum_that_leads_to_gradients_alone_begins_after_what_it_sums() -> None:
+    graph = fx.Graph()
+    grad, weight = (graph.placeholder(name) for name in ("grad", "weight"))
+    made = graph.create_node("call_function", aten.mm.default, (grad, weight), name="passed")
+    bias = graph.create_node("call_function", aten.sum.dim_IntList, (grad, [0]), name="bias")
+    summed = graph.call_function(vocabulary.all_reduce, (made, "tp", "sum"))
+    graph.call_function(vocabulary.accumulate, (summed, "w"))
+    graph.call_function(vocabulary.accumulate, (bias, "b"))
+    graph.output(())
+    with FakeTensorMode():
+        for node in graph.nodes:
+            node.meta = {"val": torch.empty(4, 4), "segment": 0, "storage": ("own", node.name)}
+    forward = fx.Graph()
+    forward.output(())
+    overlap(SplitGraphs(forward, forward, graph, (), None, "", (), ()), "dp")
+    assert _text(graph) == SUM_OF_A_GRADIENT
+
+
 def _text(graph: fx.Graph) -> str:
     calls = (n for n in graph.nodes if n.op == "call_function")
     return "\n" + "".join(f"{n.name} = {n.target}({', '.join(map(repr, n.args))})\n" for n in calls)

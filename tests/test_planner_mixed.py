@@ -160,7 +160,7 @@ def test_on_mixed_devices_no_plan_of_equal_meshes_is_as_fast() -> None:
     batch = {"idx": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
 
     def estimate(**pins: int) -> autopar.Estimate | None:
-        parallelism = autopar.Parallelism(microbatch_size=8, schedule="1f1b", overlap=False, **pins)
+        parallelism = autopar.Parallelism(microbatch_size=8, schedule="1f1b", **pins)
         try:
             return autopar.estimate(model, mixed_cluster(), batch, optimizer=ADAMW, parallelism=parallelism)
         except ParallelismError:
