@@ -158,6 +158,10 @@ FREE = {
     "aten.lift_fresh.default",
     "aten.new_empty.default",
     "autopar.all_reduce.default",
+    "autopar.begin_all_gather.default",
+    "autopar.begin_all_reduce.default",
+    "autopar.begin_reduce_scatter.default",
+    "autopar.complete.default",
     "autopar.forward_end.default",
 }
 LOCAL = {
