@@ -51,15 +51,20 @@ class FactorMap:
 class Strategy:
     """One op's choice on one axis: the placement it wants of each input and gives each output.
 
-    factor: what is split ("" if nothing is); inside: whether the op's own collectives finish it; most_ranks: among
-    how many it can be split, where that is less than what the shapes allow, else 0.
+    factor: what is split ("" if nothing is); inside: whether the op's own collectives finish it; parts: the smallest
+    equal parts that it has; most_ranks: among how many it can be split, where that is fewer, else 0.
     """
 
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
     factor: str = ""
     inside: bool = False
+    parts: int = field(default=0, compare=False)
     most_ranks: int = 0
+
+    def can_be_split(self, ranks: int) -> bool:
+        """Whether so many ranks can have a part each."""
+        return self.parts % ranks == 0 and not (self.most_ranks and ranks > self.most_ranks)
 
 
 def _terms(side: str) -> list[list[list[str]]]:
@@ -179,16 +184,19 @@ def split_factor(rule: FactorMap, factor: str, outer: int, size: int) -> Strateg
     shards_in = [_place(dims, factor, outer, rule.sizes) for dims in rule.inputs]
     if factor in rule.inside:
         return Strategy(
-            tuple(s or REPLICATE for s in shards_in), tuple(s or REPLICATE for s in shards_out), factor, inside=True
+            tuple(s or REPLICATE for s in shards_in),
+            tuple(s or REPLICATE for s in shards_out),
+            factor,
+            inside=True,
+            parts=extent // outer,
         )
     contracted = all(s is None for s in shards_out)
     if not contracted and any(s is None for s in shards_out):
         return None
     inputs = tuple(s or (PARTIAL if contracted and i in rule.addends else VARYING) for i, s in enumerate(shards_in))
     most = extent // max(1, rule.halo[factor]) if factor in rule.halo else 0
-    return Strategy(
-        inputs, tuple(s or PARTIAL for s in shards_out), factor, inside=factor in rule.halo, most_ranks=most
-    )
+    outputs = tuple(s or PARTIAL for s in shards_out)
+    return Strategy(inputs, outputs, factor, factor in rule.halo, extent // outer, most)
 
 
 def factor_of(rule: FactorMap, side: str, index: int, shard: Shard) -> tuple[str, int] | None:

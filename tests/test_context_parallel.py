@@ -15,9 +15,9 @@ from torch import nn
 import autopar
 from autopar.planner.prices import MeshPrices
 from autopar.runtime import kernels
-from cost_model.factors import Strategy
 from cost_model.ops import OpCall
 from cost_model.placement import Shard
+from cost_model.strategies import MeshStrategy
 
 QUERIES = Shard(2)
 
@@ -47,8 +47,8 @@ def cheap_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that splits its queries costs nothing, any other a second."""
     priced = MeshPrices.op_time_s
 
-    def op_time_s(prices: MeshPrices, call: OpCall, strategy: Strategy) -> float:
-        is_other = call.op.startswith("autopar.attention") and strategy.inputs[0] != QUERIES
+    def op_time_s(prices: MeshPrices, call: OpCall, strategy: MeshStrategy) -> float:
+        is_other = call.op.startswith("autopar.attention") and strategy.inputs[0] != (QUERIES,)
         return priced(prices, call, strategy) + is_other
 
     monkeypatch.setattr(MeshPrices, "op_time_s", op_time_s)

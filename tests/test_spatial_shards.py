@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.planner.prices import MeshPrices
-from cost_model.factors import Strategy, split_factor
+from cost_model.factors import split_factor
 from cost_model.ops import OPS, OpCall
 from cost_model.ops.convolution import Window, window
 from cost_model.placement import Shard
+from cost_model.strategies import MeshStrategy
 from cost_model.tensor import TensorMeta
 
 
@@ -51,8 +52,8 @@ def cheap_rows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     """Convolutions that split spatial dim ``request.param`` cost nothing, any other a second."""
     priced = MeshPrices.op_time_s
 
-    def op_time_s(prices: MeshPrices, call: OpCall, strategy: Strategy) -> float:
-        is_other = "conv" in call.op and strategy.inputs[0] != Shard(request.param)
+    def op_time_s(prices: MeshPrices, call: OpCall, strategy: MeshStrategy) -> float:
+        is_other = "conv" in call.op and strategy.inputs[0] != (Shard(request.param),)
         return priced(prices, call, strategy) + is_other
 
     monkeypatch.setattr(MeshPrices, "op_time_s", op_time_s)
@@ -122,3 +123,15 @@ def test_windows(shape: tuple[int, int, int, int], found: Window | None) -> None
     assert window(call, 0) == found and rule is not None
     splits = [split_factor(rule, factor, 1, 3) for factor in rule.sizes]
     assert any(s is not None and s.inputs[0] == Shard(2) for s in splits) == (found is not None)
+
+
+def test_groups_are_split_among_no_more_ranks_than_there_are() -> None:
+    """Four channels in two groups: four ranks could have a channel each, and would have half of a group."""
+    metas = [TensorMeta(shape, "float32") for shape in ((2, 4, 8), (4, 2, 3))]
+    args = {"stride": [1], "padding": [1], "dilation": [1], "groups": 2}
+    call = OpCall("aten.conv1d.default", tuple(metas), (TensorMeta((2, 4, 8), "float32"),), args)
+    rule = OPS[call.op].factors(call)
+    assert rule is not None
+    split = [split_factor(rule, factor, 1, 2) for factor in rule.sizes]
+    (groups,) = [s for s in split if s is not None and s.inputs[:2] == (Shard(1), Shard(0))]
+    assert groups.can_be_split(2) and not groups.can_be_split(4)

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("autopar", "passes", "cost_model")
-DEPENDENCIES = ("torch", "numpy", "pulp", "highspy", "networkx", "tyro", "rich", "platformdirs")
+DEPENDENCIES = ("torch", "numpy", "pulp", "highspy", "networkx", "tyro", "rich", "platformdirs", "safetensors")
 
 MODEL = '''
 """A model of the user's own."""

@@ -48,7 +48,8 @@ def mesh_space(axes: Sequence[OpSpace], sizes: tuple[int, ...]) -> MeshSpace:
         first, choices = alone[0], tuple(op.strategies for op in alone)
         if len(alone) == 1:
             return MeshOp(first.node, first.operands, first.call, tuple(MeshStrategy((s,)) for s in first.strategies))
-        key = (choices, first.call.inputs, first.call.outputs)
+        parts = tuple(strategy.parts for strategy in first.strategies)
+        key = (choices, parts, first.call.inputs, first.call.outputs)
         if key not in known:
             known[key] = tuple(_joint(choices, first.call, sizes))
         return MeshOp(first.node, first.operands, first.call, known[key])
@@ -85,7 +86,7 @@ def _inside(own: Strategy, ranks: int, size: int) -> Strategy | None:
     """The strategy where what it splits has been split among so many ranks; None where it has too few parts."""
     if ranks == 1:
         return own
-    if own.most_ranks and ranks * size > own.most_ranks:
+    if not own.can_be_split(ranks * size):
         return None
 
     def moved(places: tuple[Placement, ...]) -> tuple[Placement, ...]:
