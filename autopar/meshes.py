@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_TIGHTENINGS = 6
 MOST_STAGES = 4
-MOST_DEVICES, MOST_ALIKE = 32, 16
+MOST_DEVICES, MOST_ALIKE = 8, 6
 """Up to so many devices meshes that differ are looked for unasked: of several kinds, of one kind."""
 WORTH = 0.01
 """The least part of a step that stages of different meshes must save: equal ones are simpler."""

@@ -103,9 +103,13 @@ def test_a_two_layer_mlp_in_full() -> None:
 # --- whole programs
 
 
-PROGRAMS: dict[str, tuple[Any, dict[str, int], int | None]] = {
+PROGRAMS: dict[str, tuple[Any, dict[str, Any], int | None]] = {
     "tp2": (lambda: example_gpt(), {"tp": 2}, None),
-    "tp2-pp2": (lambda: example_gpt(tied=True), {"tp": 2, "pp": 2, "dp": 1, "microbatch_size": 2}, 5),
+    "tp2-pp2": (
+        lambda: example_gpt(tied=True),
+        {"tp": 2, "pp": 2, "dp": 1, "microbatch_size": 2, "schedule": "1f1b"},
+        5,
+    ),
     "tp4-eager": (lambda: hf_gpt2("eager"), {"tp": 4}, 6),
     "dp2-pp2": (lambda: hf_gpt2("sdpa"), {"dp": 2, "pp": 2}, None),
 }
