@@ -17,7 +17,6 @@ from autopar.options import (
     OptimizerFactory,
     Options,
     SchedulerFactory,
-    check_target,
 )
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
@@ -81,10 +80,7 @@ def compile(
         write_lp,
         backend,
     )
-    if options.compiles:
-        check_target(model, cluster)
-        cluster = with_kernel_calls(cluster)
-    executable = Executable(model, cluster, options)
+    executable = Executable(model, with_kernel_calls(cluster, options), options)
     if inputs is not None:
         executable.prepare(inputs)
     return executable
@@ -130,7 +126,4 @@ def estimate(
         write_lp,
         backend,
     )
-    if options.compiles:
-        check_target(model, cluster)
-        cluster = with_kernel_calls(cluster)
-    return plan_model(model, cluster, inputs, options).estimate
+    return plan_model(model, with_kernel_calls(cluster, options), inputs, options).estimate

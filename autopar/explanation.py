@@ -146,7 +146,7 @@ def explain(
     """
     start = time.perf_counter()
     options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, solver=solver, backend=backend)
-    cluster = with_kernel_calls(cluster) if options.compiles else cluster
+    cluster = with_kernel_calls(cluster, options)
     job = Job.of(model, cluster, inputs, options)
     chosen = job.planned(decided(job, start)).estimate
     parts = _Parts(job, chosen, searched=plan is None)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from autopar.calibrate import cpu_model, kept_path
+from autopar.options import Options
 from autopar.runtime.pool import WorkerPool
 from cost_model.cluster import Cluster
 from cost_model.device import Device
@@ -35,12 +36,15 @@ def check_compiler(cluster: Cluster) -> None:
         raise MissingCompilerError(compiler, advice)
 
 
-def with_kernel_calls(cluster: Cluster) -> Cluster:
+def with_kernel_calls(cluster: Cluster, options: Options) -> Cluster:
     """The cluster with what calling a compiled kernel costs on its devices, measured where they are this machine's.
 
-    Measured once and kept beside the measures of ``Cluster.local``. Other devices: as their files say, else as an op.
-    Errors: MissingCompilerError, WorkerError.
+    Measured once, if options ask for kernels, and kept beside the measures of ``Cluster.local``. Other devices: as
+    their files say, else as an op. What is no cluster is left to ``check_target``. Errors: MissingCompilerError,
+    WorkerError.
     """
+    if not options.compiles or not isinstance(cluster, Cluster):
+        return cluster
     own = {id(d): d for d in cluster.devices if d.kind == "cpu" and d.sources.get("device") == _MEASURED}
     if not own:
         return cluster

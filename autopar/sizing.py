@@ -54,12 +54,12 @@ def size_nodes(
     _positive(most_nodes=most_nodes)
     size = cluster.node_size
     options = Options.of_keywords(keywords)
-    job = Job.of(model, _ready(cluster.resized(size), options), inputs, options)
+    job = Job.of(model, with_kernel_calls(cluster.resized(size), options), inputs, options)
     devices = job.least_devices
     nodes = least = most_nodes + 1 if devices is None else max(1, -(-devices // size))
     try:
         for nodes in range(least, most_nodes + 1):
-            found = _fits(job.on(_ready(cluster.resized(nodes * size), options)), f"{nodes} node(s)")
+            found = _fits(job.on(with_kernel_calls(cluster.resized(nodes * size), options)), f"{nodes} node(s)")
             if isinstance(found, Estimate):
                 return _nodes_answer(nodes, size, found, cluster.resized(nodes * size))
     except KeyboardInterrupt:
@@ -203,7 +203,7 @@ class _Scales:
         model, inputs, loss_fn = (*self.family(**{self.scale: number}), None)[:3]
         own = {} if loss_fn is None else {"loss_fn": loss_fn}
         options = Options.of_keywords({**self.keywords, **own})
-        job = Job.of(model, _ready(self.cluster, options), inputs, options)
+        job = Job.of(model, with_kernel_calls(self.cluster, options), inputs, options)
         found = _fits(job, f"{self.scale}={number}")
         if isinstance(found, Estimate):
             self.largest = _Model(number, sum(p.numel() for p in model.parameters()), found)
@@ -234,7 +234,7 @@ def _priced(
 ) -> tuple[Job, int, Estimate]:
     """The job, the tokens of a step, and the plan's estimate."""
     options = Options.of_keywords(keywords)
-    job = Job.of(model, _ready(cluster, options), inputs, options)
+    job = Job.of(model, with_kernel_calls(cluster, options), inputs, options)
     per_step = _tokens(job) if tokens_per_step is None else tokens_per_step
     _positive(tokens_per_step=per_step)
     return job, per_step, job.planned(decided(job, time.perf_counter())).estimate
@@ -248,11 +248,6 @@ def _tokens(job: Job) -> int:
     if found is None:
         raise ConfigError("no input is a batch of token numbers; say tokens_per_step, such as samples x length")
     return math.prod(found.shape)
-
-
-def _ready(cluster: Cluster, options: Options) -> Cluster:
-    """With what calls of compiled kernels cost, where they are asked for."""
-    return with_kernel_calls(cluster) if options.compiles else cluster
 
 
 def _positive(**values: float) -> None:

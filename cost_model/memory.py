@@ -27,7 +27,6 @@ CPU_ALIGNMENT = 64  # c10/core/alignment.h: gAlignment
 CUDA_BLOCK = 512  # c10/cuda/CUDACachingAllocator: kMinBlockSize
 CUDA_SMALL = 2**20  # the same: kSmallSize, the largest block of the small pool
 CUDA_LARGE = 2 * 2**20  # the same: kRoundLarge
-IN_PLACE_COLLECTIVES = ("all_reduce", "broadcast")
 
 
 def allocator_rounding(kind: str) -> Rounding:
@@ -57,7 +56,7 @@ def _round_up(nbytes: int, multiple: int) -> int:
 class StagePeak:
     """The moment of a stage's step at which most is alive.
 
-    moment: the schedule step, "reduction", "optimizer" or "gathering"; microbatches: how many hold saved activations
+    moment: the schedule step, "reduction" or "optimizer"; microbatches: how many hold saved activations
     then, counted in each virtual stage that they are in. live: storage -> bytes of what the running block has besides;
     empty where none runs.
     """
@@ -284,16 +283,15 @@ class _StageWalk:
                     self.buffers.add(self.blocks[self.sending_backward.popleft().chunk].gradient_out, -1)
 
     def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
-        """After the last step: sends are waited for, gradients reduced, parameters updated and gathered."""
+        """After the last step: sends are waited for, gradients reduced, parameters updated and gathered in place."""
         self.buffers = _Held()
         casts = stage.step.cast_bytes or (0,) * len(stage.step.collectives)
         pairs = zip(stage.step.collectives, casts, strict=True)
-        buffer = max((_collective_buffer_bytes(c) + cast for c, cast in pairs), default=0)
+        ranks = max((bucket.dp for bucket in stage.buckets), default=1)
+        buffer = max((_arriving_bytes(c, ranks) + cast for c, cast in pairs), default=0)
         self._see("reduction", _Amount.buffer({"collective": buffer}, round_bytes))
         workspace = {"workspace": stage.step.optimizer_workspace_bytes}
         self._see("optimizer", _Amount.buffer(workspace, round_bytes))
-        buffer = max(map(_collective_buffer_bytes, stage.step.gathers), default=0)
-        self._see("gathering", _Amount.buffer({"collective": buffer}, round_bytes))
 
     def peak(self, static: MemoryBreakdown) -> StagePeak:
         moment, count, carried, buffers, own = self.best_moment
@@ -334,6 +332,7 @@ class _StageWalk:
             self.outlived.add(sent)
 
 
-def _collective_buffer_bytes(collective: Collective) -> int:
-    """Bytes a step's collective needs beside the flat gradient buffer: none in place, else the larger side."""
-    return 0 if collective.kind in IN_PLACE_COLLECTIVES else collective.nbytes
+def _arriving_bytes(collective: Collective, ranks: int) -> int:
+    """Bytes that a step's collective holds beside the row it works on: gathers and reductions of a row lie in it, but
+    the parts that other ranks scatter to this one arrive apart, to be added."""
+    return collective.nbytes // ranks * (ranks - 1) if collective.kind == "reduce_scatter" else 0
