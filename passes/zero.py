@@ -8,7 +8,7 @@ reduced and scattered, and the rank's part is added to what the rank keeps.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from passes.fuse import ACCUMULATIONS, parameter_of, product
 from passes.graph import GraphInput, torch_dtype
 from passes.pieces import segment_of
 from passes.split import SplitGraphs, inputs_first
+from passes.storage import renamed, storage_of
 
 aten = torch.ops.aten
 AXIS = "dp"
@@ -172,6 +173,17 @@ def _unpack(graph: fx.Graph, parameter: fx.Node, full: fx.Node, offset: int, use
     view.meta = {**full.meta, "val": value}
     for use in uses:
         use.replace_input_with(parameter, view)
+        _move_views(use, storage_of(parameter), full.meta["storage"])
+
+
+def _move_views(node: fx.Node, before: Hashable, after: Hashable) -> None:
+    """Views of a parameter, and views of these, lie in what has been gathered."""
+    identity = node.meta.get("storage")
+    moved = renamed(identity, lambda storage: after if storage == before else storage)
+    if moved != identity:
+        node.meta["storage"] = moved
+        for user in node.users:
+            _move_views(user, before, after)
 
 
 def _scatter(graph: fx.Graph, bucket: Bucket) -> None:

@@ -26,7 +26,7 @@ from cost_model.plan import Parallelism
 from cost_model.program import Bucket, Collective
 from passes.verify import verify_step
 
-MEMORY_LOW, MEMORY_HIGH = -0.02, 0.10
+MEMORY_LOW, MEMORY_HIGH = 0.0, 0.03
 
 
 def groups(parameters: Any) -> torch.optim.Optimizer:
@@ -88,6 +88,16 @@ def test_parameters_are_gathered_where_they_are_used_and_freed() -> None:
         assert not born & set(stage.chunks[0].saved)
     source = planned(3, dp=2).linked.source(0)
     assert 'comm.all_gather(zero3_0, "dp", 2, 0, 1)' in source.replace("'", '"') and "op_as_strided" in source
+
+
+def test_views_of_a_gathered_parameter_lie_in_what_was_gathered() -> None:
+    for block in planned(3, dp=2).linked.program.stages[0].chunks[0].blocks:
+        gathered = {v.storage for line in block.instructions if line.collective for v in line.outputs}
+        views = [line for line in block.instructions if line.op == "aten.t.default"]
+        inputs = {v.storage for v in block.inputs}
+        made = [v.storage for line in views for v in line.outputs]
+        earlier = inputs | {v.storage for line in block.instructions if line not in views for v in line.outputs}
+        assert set(made) <= earlier and set(made) & gathered
 
 
 def test_gradients_are_reduced_where_they_are_finished() -> None:
