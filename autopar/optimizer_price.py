@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from autopar.optimizer_run import Observation, Work, chosen, observe
-from autopar.runtime.optim import OptimizerSpec
+from autopar.optimizer_run import Observation, Work, observe
+from autopar.runtime.optim import OptimizerSpec, chosen
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
@@ -42,7 +42,7 @@ def price_optimizer(
     names = [name for group in spec.groups for name in group.names if name in parameters]
     if not names:
         return OptimizerPrice((), 0, 0)
-    spec = chosen(spec, device)
+    spec = chosen(spec, device, {name: parameters[name].dtype for name in names})
     group_of = {name: index for index, group in enumerate(spec.groups) for name in group.names}
     keys = [(group_of[name], parameters[name]) for name in names]
 

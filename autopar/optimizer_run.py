@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,24 +106,6 @@ def _parameter(meta: TensorMeta, device: str) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device=device))
     parameter.grad = torch.empty_like(parameter)
     return parameter
-
-
-def chosen(spec: OptimizerSpec, device: str) -> OptimizerSpec:
-    """With the implementation torch takes on CUDA where no option asks for one: over lists.
-
-    torch.optim.optimizer._default_to_fused_or_foreach, which does not know fake tensors.
-    """
-    if device == "cpu":
-        return spec
-    return replace(spec, groups=tuple(replace(g, options=_over_lists(g.options)) for g in spec.groups))
-
-
-def _over_lists(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    is_open = "foreach" in options and options["foreach"] is None and options.get("fused") is None
-    needs_loop = options.get("differentiable") or (
-        isinstance(options.get("lr"), Tensor) and not options.get("capturable")
-    )
-    return {**options, "foreach": True} if is_open and not needs_loop else options
 
 
 def _make_fake(optimizer: Optimizer, fake: FakeTensorMode, recorder: _Recorder) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from autopar.runtime.channel import decode, encode
-from autopar.runtime.optim import OptimizerSpec, build, capture
+from autopar.runtime.optim import OptimizerSpec, build, capture, chosen, group_options, set_group_options
 from autopar.runtime.probe import is_elementwise, is_separable
 from cost_model.errors import ConfigError, UnsupportedError
 
@@ -292,3 +292,52 @@ def test_most_optimizers_update_each_parameter_by_itself(factory: Any) -> None:
 def test_what_couples_parameters_is_found(factory: Any) -> None:
     """``Limiting`` does so at large gradients only."""
     assert is_separable(captured(factory)) == (factory is own.Adding)
+
+
+FUSED_WHERE_OPEN = [
+    (AdamW, "float32", True),
+    (functools.partial(SGD, lr=0.1, momentum=0.9), "float64", True),
+    (AdamW, "bfloat16", None),  # its kernel rounds otherwise than the loop
+    (functools.partial(AdamW, fused=False), "float32", False),
+    (functools.partial(AdamW, foreach=True), "float32", None),
+    (functools.partial(AdamW, lr=torch.tensor(0.1)), "float32", None),
+    (own.Renamed, "float32", None),
+]
+
+
+@pytest.mark.parametrize(("factory", "dtype", "fused"), FUSED_WHERE_OPEN)
+def test_cpus_take_fused_kernels_where_torchs_own_optimizer_leaves_it_open(
+    factory: Any, dtype: str, fused: Any
+) -> None:
+    spec = captured(factory, {"w": ((3, 2), getattr(torch, dtype))})
+    assert chosen(spec, "cpu", {"w": dtype}).groups[0].options["fused"] is fused
+
+
+@pytest.mark.parametrize("factory", [AdamW, Adam, Adagrad, functools.partial(SGD, lr=0.1, momentum=0.9)])
+def test_fused_kernels_update_as_the_loop_does(factory: Any) -> None:
+    spec = captured(factory, {"w": ((37, 5), torch.float64)})
+    found = []
+    for taken in (spec, chosen(spec, "cpu", {"w": "float64"})):
+        weight = torch.linspace(-1, 1, 185, dtype=torch.float64).view(37, 5)
+        optimizer = build(taken, {"w": weight})
+        assert optimizer is not None
+        for step in range(3):
+            weight.grad = torch.cos(weight * (1 + step))
+            optimizer.step()
+        found.append(weight)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_how_an_update_is_computed_is_no_part_of_what_is_trained() -> None:
+    """Neither a checkpoint nor a scheduler takes the fused kernel away, or brings it to another device."""
+    spec = captured(AdamW, {"w": ((3, 2), torch.float32)})
+    optimizer = build(chosen(spec, "cpu", {"w": "float32"}), {"w": torch.zeros(3, 2)})
+    assert optimizer is not None and optimizer.param_groups[0]["fused"] is True
+    told = group_options(spec, optimizer, ["w"])
+    other = build(spec, {"w": torch.zeros(3, 2)})
+    assert other is not None
+    other.param_groups[0]["lr"] = 0.5
+    set_group_options(spec, other, ["w"], told)
+    assert (other.param_groups[0]["fused"], other.param_groups[0]["lr"]) == (None, 1e-3)
+    set_group_options(spec, optimizer, ["w"], told)
+    assert optimizer.param_groups[0]["fused"] is True

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from autopar import optimizer_price, optimizer_run
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.runtime import optim
-from autopar.runtime.optim import OptimizerSpec, build, capture
+from autopar.runtime.optim import OptimizerSpec, build, capture, chosen
 from cost_model.errors import UnsupportedError
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
@@ -61,7 +61,8 @@ def allocations(step: Callable[[], Any]) -> list[int]:
 
 
 def measured(spec: OptimizerSpec, metas: dict[str, TensorMeta]) -> tuple[int, int]:
-    """State and workspace bytes of real steps on real tensors."""
+    """State and workspace bytes of real steps on real tensors, as ranks take them."""
+    spec = chosen(spec, "cpu", {name: meta.dtype for name, meta in metas.items()})
     held = {name: nn.Parameter(torch.randn(m.shape).to(getattr(torch, m.dtype))) for name, m in metas.items()}
     optimizer = build(spec, held)
     assert optimizer is not None
@@ -161,14 +162,14 @@ def count_parameters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_loop_runs_no_more_parameters_for_more_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = count_parameters(monkeypatch)
+    sizes, loop = count_parameters(monkeypatch), partial(AdamW, foreach=False)
     few, many = gpt(5), gpt(15)
-    price_optimizer(spec_of(AdamW, few), few)
+    price_optimizer(spec_of(loop, few), few)
     run_for_few = sum(sizes)
-    price = price_optimizer(spec_of(AdamW, many), many)
+    price = price_optimizer(spec_of(loop, many), many)
     assert sum(sizes) - run_for_few == run_for_few < len(few) / 2
     one = {"ln": many["ln"]}
-    assert len(price.costs) == len(many) * len(price_optimizer(spec_of(AdamW, one), one).costs)
+    assert len(price.costs) == len(many) * len(price_optimizer(spec_of(loop, one), one).costs)
 
 
 def test_lists_hold_no_more_parameters_for_more_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +206,16 @@ def test_only_parameters_of_the_spec_are_priced() -> None:
     assert price_optimizer(spec, {"emb": metas["emb"]}) == OptimizerPrice((), 0, 0)
 
 
-def test_cuda_takes_lists_where_nothing_else_is_asked_for() -> None:
+def test_each_device_takes_what_is_fastest_there_where_nothing_else_is_asked_for() -> None:
     metas = gpt(2)
 
     def kinds(factory: Any, device: str) -> Counter[OpCost]:
         return Counter(price_optimizer(spec_of(factory, metas), metas, device=device).costs)
 
     assert kinds(AdamW, "cuda") == kinds(partial(AdamW, foreach=True), "cuda") != kinds(AdamW, "cpu")
-    assert kinds(partial(AdamW, foreach=False), "cuda") == kinds(AdamW, "cpu")
+    assert kinds(AdamW, "cpu") == kinds(partial(AdamW, fused=True), "cpu")
+    assert kinds(partial(AdamW, foreach=False), "cuda") == kinds(partial(AdamW, foreach=False), "cpu")
+    assert kinds(partial(AdamW, foreach=False), "cpu") != kinds(AdamW, "cpu")
     assert price_optimizer(spec_of(partial(AdamW, capturable=True), metas), metas, device="cuda").state_bytes > 0
 
 

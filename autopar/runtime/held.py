@@ -11,7 +11,7 @@ from torch import Tensor
 from autopar.runtime.buckets import HeldBucket, gradient_buffers
 from autopar.runtime.comm import Comm
 from autopar.runtime.groups import limit_waiting, make_groups
-from autopar.runtime.optim import OptimizerSpec, build, group_options, set_group_options
+from autopar.runtime.optim import OptimizerSpec, build, chosen, group_options, set_group_options
 from autopar.runtime.scaling import LossScaler
 
 Tree = Any
@@ -62,7 +62,8 @@ class Held:
             if bucket.gradients is not None:
                 self.updated.update(bucket.own(bucket.source))
                 self.gradients.update(bucket.own(bucket.gradients))
-        return build(OptimizerSpec.from_tree(self.spec["optimizer"]), self.updated)
+        dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self.updated.items()}
+        return build(chosen(OptimizerSpec.from_tree(self.spec["optimizer"]), self.device.type, dtypes), self.updated)
 
     def round(self) -> None:
         """Parameters from their master copies."""
