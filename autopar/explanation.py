@@ -149,6 +149,7 @@ def explain(
     cluster = with_kernel_calls(cluster, options)
     job = Job.of(model, cluster, inputs, options)
     chosen = job.planned(decided(job, start)).estimate
+    job = job.having(chosen.plan.precision)
     parts = _Parts(job, chosen, searched=plan is None)
     try:
         parts.gather(points, why)

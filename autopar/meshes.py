@@ -168,7 +168,7 @@ class DifferentMeshes:
             if carried_bytes or not place.is_consecutive(whole):
                 return math.inf
             nbytes //= mesh.tp
-        return self._hop_s(nbytes + carried_bytes)
+        return self._hop_s(self.job.options.precision.sent_bytes(nbytes + carried_bytes, exit))
 
     def _may_cut(self, position: int) -> bool:
         """Where replicas differ, not everything can go from so many to others."""

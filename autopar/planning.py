@@ -18,6 +18,7 @@ from autopar.checks import check_pins, check_plan, check_sequence, check_trains,
 from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linked, Linker, device_map
 from autopar.meshes import DifferentMeshes, may_differ
+from autopar.narrower import narrower
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.planner.regional import fastest_view, search_placed
@@ -105,7 +106,10 @@ def plan_model(
 
 @dataclass(eq=False)
 class Job:
-    """One model to plan: traced, analysed, its optimizer captured. parameters: as the optimizer sees them."""
+    """One model to plan: traced, analysed, its optimizer captured. parameters: as the optimizer sees them.
+
+    ways: the precisions that a plan may have, of which the options name the first.
+    """
 
     cluster: Cluster
     options: Options
@@ -114,6 +118,7 @@ class Job:
     optimizer: OptimizerSpec | None
     parameters: Mapping[str, TensorMeta]
     notes: tuple[str, ...]
+    ways: tuple[Precision, ...]
 
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
@@ -131,6 +136,8 @@ class Job:
 
     @staticmethod
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
+        ways = options.precision.choices
+        options = replace(options, precision=ways[0])
         traced = cast(trace(model, inputs, options.loss_fn), options.precision)
         analysis, notes = analysed(traced, model)
         if analysis.reason is not None or unruled(traced.global_graph):  # once more, to say where
@@ -143,7 +150,7 @@ class Job:
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in updated.items()}
         optimizer = capture(options.optimizer, shapes)
         notes = (*traced.notes, *notes, *_random(whole, options.seed), *_scaled(options.precision))
-        return Job(cluster, options, traced, analysis, optimizer, updated, notes)
+        return Job(cluster, options, traced, analysis, optimizer, updated, notes, ways)
 
     @property
     def batch(self) -> int:
@@ -175,7 +182,12 @@ class Job:
         self._check_pins()
         solution = self.solve()
         self._write_lp(solution)
-        return self._decision(solution, start)
+        return narrower(self, self._decision(solution, start), start)
+
+    def found(self, start: float) -> Decision | None:
+        """The search's answer; None where no plan fits."""
+        solution = self._searched()
+        return None if isinstance(solution, Infeasible) else self._decision(solution, start)
 
     def attempt(self) -> Planned | int:
         """What the search finds, or bytes of a device under which some plan fits where none fits under the cap."""
@@ -184,7 +196,7 @@ class Job:
         found = self._searched()
         if isinstance(found, Infeasible):
             return max(peak.memory.total_bytes for peak in self._stage_peaks(self.plan(found)))
-        return self.planned(self._decision(found, start))
+        return self.planned(narrower(self, self._decision(found, start), start))
 
     def _check_pins(self) -> None:
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
@@ -412,15 +424,17 @@ class Job:
         return step_s, replace(solution, configuration=best)
 
     def sent_bytes(self, microbatch_size: int) -> float:
-        """The largest activation between segments."""
-        local = self.space.local_model(microbatch_size)
+        """The largest activation between segments, as it is sent."""
+        local, sent = self.space.local_model(microbatch_size), self.options.precision.sent_bytes
         assert local is not None
-        return float(max((exit.nbytes + carried for exit, carried in local.cut_before[1:]), default=0))
+        return float(max((sent(exit.nbytes + carried, exit) for exit, carried in local.cut_before[1:]), default=0))
 
     @property
     def reduced_bytes(self) -> float:
-        """All gradients."""
-        return float(sum(meta.nbytes for meta in self.parameters.values()))
+        """All gradients, as they are summed."""
+        whole, kept = self.traced.global_graph, self.options.precision.kept
+        metas = [whole.tensor(i.node) for i in whole.inputs if i.trainable]
+        return float(sum(replace(meta, dtype=kept(meta.dtype).reduce).nbytes for meta in metas))
 
     @property
     def segments(self) -> int:
@@ -437,6 +451,12 @@ class Job:
         job = copy.copy(self)
         job.cluster = cluster
         job.__dict__.pop("space", None)
+        return job
+
+    def having(self, precision: Precision) -> Job:
+        """The same for another of ``ways``, searched anew."""
+        job = self.on(self.cluster)
+        job.options = replace(self.options, precision=precision)
         return job
 
     def pinned_space(self, c: Configuration | None = None) -> PinnedSpace:
@@ -535,7 +555,7 @@ class Job:
 
     def _check(self, plan: Plan) -> None:
         """A given plan must be for this model, cluster and batch, and fit."""
-        if plan.precision != self.options.precision:
+        if plan.precision not in self.ways:
             raise PlanMismatchError("precision", str(self.options.precision), str(plan.precision))
         check_plan(plan, self.space, self.options.parallelism)
         self._stages(plan.pp)

@@ -1,6 +1,6 @@
 """Estimated against measured steps on slow networks of one machine (namespaces, ``slow_network.py``), over gloo.
 
-    python benchmarks/slow_plans.py [--nodes 3] [--rates 10 50 200] [--delays 0 5 20] [--steps 3] [--compare] [--json]
+    python benchmarks/slow_plans.py [--nodes 3] [--rates 10 50 200] [--delays 0 5 20] [--compare] [--wire bf16]
 
 A pipeline of one stage a node, under GPipe and 1F1B, in 1, 2 and 4 microbatches, and under 1F1B in windows. --compare:
 the automatic plan against data parallelism and ZeRO 3 on the slowest network instead. Needs root.
@@ -119,7 +119,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             path.write_text(cluster_text(options.nodes, mbit * 1e6, ms * 1e-3, 'device = "cpu"'))
             told = {"cluster": str(path), "width": 512, "layers": options.nodes * 2, "steps": options.steps}
             for name, pins, batch in _cases(options):
-                ranks.tell({**told, "batch": batch, "pins": pins})
+                ranks.tell({**told, "batch": batch, "pins": pins, "precision": {"wire": options.wire}})
                 yield {"rate": mbit, "delay": ms, "plan": name, **ranks.answers()[0]}
 
 
@@ -164,6 +164,7 @@ def main() -> int:
     parser.add_argument("--delays", nargs="*", type=float, default=[0, 5, 20], help="ms")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--wire", choices=["bf16", "fp16", "auto"], help="what stages send each other")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if reason := why_not():

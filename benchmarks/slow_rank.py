@@ -44,6 +44,7 @@ def compiled(told: dict[str, Any]) -> autopar.Executable:
         batch(told),
         optimizer=SGD,
         parallelism=autopar.Parallelism(**told["pins"]),
+        precision=autopar.Precision(**told.get("precision", {})),
         timeout_s=told.get("timeout_s"),
     )
 
@@ -70,6 +71,7 @@ def answer(told: dict[str, Any]) -> dict[str, Any]:
             "schedule": plan.schedule,
             "window": plan.window,
             "microbatches": plan.microbatches,
+            "precision": str(plan.precision),
         }
         estimate = dataclasses.asdict(exe.estimate.breakdown)
         return {"steps_s": times[2:], "estimate_s": exe.estimate.step_time_s, "breakdown": estimate, "plan_found": mesh}

@@ -19,8 +19,8 @@ from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, 
 from cost_model.mesh import Degree, Mesh, meshes_of, of_stages
 from cost_model.precision import Precision
 
-SCHEMA_VERSION = 5
-OLDER_VERSIONS = (2, 3, 4)
+SCHEMA_VERSION = 6
+OLDER_VERSIONS = (2, 3, 4, 5)
 """That can be read too: a field that such a version lacks has a default, which means what that version did."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
@@ -224,6 +224,8 @@ class Plan:
         count = sum(mesh.size for mesh in self.meshes)
         if len(self.placement) != count or set(self.placement) != set(range(count)):
             raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
+        if self.precision.choices != (self.precision,):
+            raise ConfigError(f"a plan says what was chosen, not precision {self.precision}")
         if self.axes is not None and (self.meshes_differ or self.axes.size != self.tp or len(self.axes.sizes) < 2):
             raise ConfigError(
                 f"a plan of tp={self.tp} cannot have the axes {self.axes.sizes}: they must multiply to it"
@@ -343,6 +345,8 @@ class Plan:
             raise ConfigError(f"not an autopar plan: no 'version' field; {_WRITE_ONE}")
         if raw["version"] in OLDER_VERSIONS:
             raw = {**_defaults(), **raw, "version": SCHEMA_VERSION}
+            if isinstance(raw["precision"], dict):
+                raw["precision"] = {**asdict(Precision()), **raw["precision"]}
         if raw["version"] != SCHEMA_VERSION:
             raise PlanMismatchError("version", SCHEMA_VERSION, raw["version"])
         _check_fields(raw, Plan, "the plan")

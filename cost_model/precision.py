@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import itertools
+from dataclasses import asdict, dataclass, fields, replace
 
 from cost_model.errors import ConfigError
-from cost_model.tensor import FLOATING
+from cost_model.tensor import DTYPE_BYTES, FLOATING, TensorMeta
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """A user's name of a dtype -> torch's."""
+AUTO = "auto"
+SENT = "bf16"
+"""What is sent where that is left to the planner: as wide a range as fp32 in half the bytes, so nothing is scaled."""
+
+
+_CHOSEN = ("reduce", "wire")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Precision:
     grads: in which gradients are accumulated over microbatches; None: as params.
     reduce: in which they are summed over ranks once per step; None: as grads.
     master: of the copy that the optimizer updates and parameters are rounded from; None: it updates the parameters.
-    Optimizer state is of the dtype of what is updated.
+    wire: in which activations go from stage to stage and their gradients back, where that is narrower; None: as they
+    are. Optimizer state is of the dtype of what is updated. reduce and wire may be "auto": the planner's choice between
+    None and bf16, by price; a plan says what was chosen.
     """
 
     params: str | None = None
@@ -38,11 +47,14 @@ class Precision:
     grads: str | None = None
     reduce: str | None = None
     master: str | None = None
+    wire: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and value not in DTYPES:
-                raise ConfigError(f"precision {name} must be 'fp32', 'bf16', 'fp16' or None, not {value!r}")
+            known = {**dict.fromkeys(DTYPES), **dict.fromkeys([AUTO] if name in _CHOSEN else [])}
+            if value is not None and value not in known:
+                names = ", ".join(map(repr, known))
+                raise ConfigError(f"precision {name} must be {names} or None, not {value!r}")
 
     @classmethod
     def parse(cls, text: str) -> Precision:
@@ -73,7 +85,7 @@ class Precision:
     @property
     def scales_loss(self) -> bool:
         """Whether gradients pass through fp16, whose range is short: see ``autopar.runtime.scaling``."""
-        return "fp16" in (self.params, self.compute, self.grads, self.reduce)
+        return "fp16" in (self.params, self.compute, self.grads, self.reduce, self.wire)
 
     def kept(self, stored: str) -> Kept:
         """What belongs to a parameter that is stored in a dtype."""
@@ -82,6 +94,23 @@ class Precision:
         grads = stored if self.grads is None else DTYPES[self.grads]
         reduce = grads if self.reduce is None else DTYPES[self.reduce]
         return Kept(grads, reduce, stored if self.master is None else DTYPES[self.master])
+
+    @property
+    def choices(self) -> tuple[Precision, ...]:
+        """What a plan may have: with nothing left to the planner, the exact one first."""
+        each = [(None, SENT) if getattr(self, name) == AUTO else (getattr(self, name),) for name in _CHOSEN]
+        return tuple(replace(self, **dict(zip(_CHOSEN, way, strict=True))) for way in itertools.product(*each))
+
+    def sent(self, meta: TensorMeta) -> TensorMeta:
+        """An activation, or its gradient, as it goes from stage to stage."""
+        if self.wire is None or not meta.is_floating:
+            return meta
+        narrow = DTYPES[self.wire]
+        return replace(meta, dtype=narrow) if DTYPE_BYTES[narrow] < DTYPE_BYTES[meta.dtype] else meta
+
+    def sent_bytes(self, nbytes: int, meta: TensorMeta) -> int:
+        """Of so many bytes of the dtype of ``meta``."""
+        return nbytes * DTYPE_BYTES[self.sent(meta).dtype] // DTYPE_BYTES[meta.dtype]
 
     def stored(self, dtype: str) -> str:
         """The dtype in which a parameter is stored that the model has in ``dtype``."""

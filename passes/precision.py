@@ -51,7 +51,7 @@ _MASKS = ("mask", "attn_mask")
 
 def cast(traced: Traced, precision: Precision) -> Traced:
     """Parameters stored and ops computed as ``precision`` says; the trace itself where it says nothing of them."""
-    if precision.compute_dtype is None:
+    if precision.compute_dtype is None and not precision.scales_loss:
         return traced
     graphs = [None if g is None else _Cast(g, precision).run() for g in (traced.global_graph, traced.other)]
     assert graphs[0] is not None
@@ -67,7 +67,6 @@ class _Cast:
     """The graph again, its values followed as fake tensors, which know what dtype each op gives."""
 
     def __init__(self, model: ModelGraph, precision: Precision) -> None:
-        assert precision.compute_dtype is not None
         self.model, self.precision, self.compute = model, precision, precision.compute_dtype
         self.active = active_nodes(model)
         self.inputs: dict[fx.Node, GraphInput] = {}
@@ -129,7 +128,7 @@ class _Cast:
 
     def _operands(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
         """Operand -> what the call takes in its place."""
-        if node.name not in self.active or is_getitem(node) or op_name(node) in _NEVER:
+        if self.compute is None or node.name not in self.active or is_getitem(node) or op_name(node) in _NEVER:
             return {}
         floating = [o for o in dict.fromkeys(self.mapped[o] for o in tensor_args(node)) if self._is_floating(o)]
         dtype = self._dtype_of(op_name(node), floating)

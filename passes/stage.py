@@ -20,6 +20,7 @@ from passes.codegen import (
     returns,
     returns_named,
 )
+from passes.compress import compress
 from passes.fuse import fuse
 from passes.graph import GraphInput, ModelGraph
 from passes.group import Kernel, Kernels, Worth, group
@@ -134,7 +135,7 @@ def build_stage(
     given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
     None: none are. segments: labels of the chain's segments, for profilers.
     """
-    sharded = pack(shard(model, choices, mesh, last=last))
+    sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
     inputs = sharded.graph.inputs
     invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)

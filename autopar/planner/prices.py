@@ -297,9 +297,13 @@ class MeshPrices:
         return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
     def transfer_s(self, meta: TensorMeta, places: Placements, carried_bytes: int = 0) -> float:
-        """An activation, with what is carried beside it, to the next stage and the gradients back."""
+        """An activation, with what is carried beside it, to the next stage and the gradients back; cast where they go
+        in a narrower dtype."""
         stride = self.dp * self.tp
         if stride >= self.cluster.num_devices:
             return 0.0
-        nbytes = self.local_meta(meta, places).nbytes + carried_bytes
-        return self.cluster.transfer_time_s(nbytes, 0, stride) + self.cluster.transfer_time_s(nbytes, stride, 0)
+        held = self.local_meta(meta, places).nbytes + carried_bytes
+        nbytes = self.precision.sent_bytes(held, meta)
+        casts_s = 4 * self.copy_s(held + nbytes, meta.dtype) if nbytes < held else 0.0
+        there_s, back_s = (self.cluster.transfer_time_s(nbytes, *ends) for ends in ((0, stride), (stride, 0)))
+        return there_s + back_s + casts_s
