@@ -8,7 +8,7 @@ keep nothing alive.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from passes import vocabulary
 from passes.joint import JointGraph
 from passes.pieces import AMBIENT
 from passes.recompute import remade
-from passes.storage import is_view, renamed, storage_of
+from passes.storage import is_view, rebased, renamed
 
 aten = torch.ops.aten
 _SHAPE_ONLY = {aten.ones_like.default: 1, aten.zeros_like.default: 0}
@@ -80,7 +80,6 @@ class _Split:
         self.constants: dict[str, None] = {}
         self.saved: dict[str, None] = {}
         self.remade: frozenset[fx.Node] = frozenset()
-        self.again: set[Hashable] = set()
 
     def run(self) -> SplitGraphs:
         backward = self._backward([v for v in self.joint.gradients.values() if v is not None])
@@ -143,13 +142,12 @@ class _Split:
                 stack += missing
 
     def _copy_again(self, graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
-        """A second copy has memory of its own; so have views of it, while views of a saved value lie in that."""
+        """A second copy has memory of its own."""
         made = copied(graph, node, mapped)
         if not is_view(node):
-            renamed(node.meta["storage"], self.again.add)
-        if storage_of(node) in self.again or not is_view(node):
+            made.meta["storage"] = renamed(node.meta["storage"], lambda storage: (_AGAIN, storage))
+        if made.meta["storage"] != node.meta["storage"]:
             made.name = f"{node.name}_{_AGAIN}"
-        made.meta["storage"] = renamed(node.meta["storage"], lambda s: (_AGAIN, s) if s in self.again else s)
         return made
 
     def _taken(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -225,9 +223,11 @@ def reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
 
 
 def copied(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
+    """A view lies in the memory that its operand has in the graph."""
     made = graph.node_copy(node, lambda n: mapped[n])
     made.meta = dict(node.meta)
     made.name = node.name
+    made.meta["storage"] = rebased(node.meta.get("storage"), ((o, mapped[o]) for o in node.all_input_nodes))
     return made
 
 

@@ -6,7 +6,7 @@ storages of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,22 @@ def renamed(identity: Any, rename: Callable[[Hashable], Hashable]) -> Any:
     if isinstance(identity, tuple) and not _is_renamed(identity):
         return tuple(renamed(part, rename) for part in identity)
     return None if identity is None else rename(identity)
+
+
+def rebased(identity: Any, pairs: Iterable[tuple[fx.Node, fx.Node]]) -> Any:
+    """The identity of a copied node, where (original, copy) of its operands lie elsewhere."""
+    moved: dict[Hashable, Hashable] = {}
+    for before, after in pairs:
+        moved.update(zip(_flat(before.meta.get("storage")), _flat(after.meta.get("storage")), strict=False))
+    return renamed(identity, lambda storage: moved.get(storage, storage))
+
+
+def _flat(identity: Any) -> Iterator[Hashable]:
+    if not isinstance(identity, tuple) or _is_renamed(identity):
+        yield identity
+    else:
+        for part in identity:
+            yield from _flat(part)
 
 
 def _is_renamed(identity: tuple[Any, ...]) -> bool:
