@@ -253,8 +253,9 @@ class Linker:
         return _link_stage(self.traced, chunks, shards, tied, self.optimizer is not None)
 
     def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
-        last, chunk = index == len(plan.stages) - 1, index // plan.pp if plan.virtual_stages > 1 else 0
-        stage = index % plan.pp
+        last, stage = index == len(plan.stages) - 1, index % plan.pp
+        cuts = tuple(part.first_segment for part in plan.stages)  # other cuts give other chunks of a stage those names
+        chunk = (index // plan.pp, cuts) if plan.virtual_stages > 1 else 0
         size = (plan.samples(stage), plan.mesh(stage), plan.axes_of(stage), plan.precision, plan.overlap)
         itself = index if exact is not None and stage == exact else None
         split = splits_backward(plan.schedule, stage)

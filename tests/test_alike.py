@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import starmap
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from autopar.alike import Outliner
 from autopar.options import Options
 from autopar.planning import Job, Planned
 from cost_model.errors import VerificationError
-from cost_model.plan import Parallelism
+from cost_model.plan import Parallelism, StagePlan
 from passes.verify import verify_priced
 
 LAYERS = 6
@@ -35,11 +37,12 @@ class Net(nn.Module):
         return (x * x).mean()
 
 
-def planned(masks: bool = False) -> tuple[Job, Planned]:
-    """One layer a stage."""
-    pins = Parallelism(dp=1, tp=1, pp=LAYERS, microbatch_size=2, schedule="1f1b")
+def planned(masks: bool = False, **others: Any) -> tuple[Job, Planned]:
+    """One layer a stage, unless others are asked for."""
+    pins = Parallelism(**{"dp": 1, "tp": 1, "pp": LAYERS, "microbatch_size": 2, "schedule": "1f1b", **others})
     options = Options.of(None, SGD, pins, None, None, None)
-    own = Job.of(Net(masks), cpu_cluster(LAYERS), {"x": torch.ones(4, 8)}, options)
+    assert isinstance(pins.pp, int)
+    own = Job.of(Net(masks), cpu_cluster(pins.pp), {"x": torch.ones(4, 8)}, options)
     return own, own.planned(own.decide(0.0))
 
 
@@ -47,6 +50,24 @@ def planned(masks: bool = False) -> tuple[Job, Planned]:
 def test_what_is_priced_is_what_is_linked(masks: bool) -> None:
     own, found = planned(masks)
     verify_priced(found.linked.program, own.program(found.plan))
+
+
+def test_chunks_of_a_stage_are_told_apart_whatever_was_priced_before() -> None:
+    """The fifth layer is its stage's second chunk of two, or its third of three: priced once, it is still but one."""
+    own, found = planned(pp=2, schedule="interleaved", virtual_stages=3)
+    plan = found.plan
+
+    def joined(first: int, last: int) -> StagePlan:
+        parts = plan.stages[first:last]
+        choices = {key: label for part in parts for key, label in part.choices.items()}
+        return StagePlan(parts[0].first_segment, parts[-1].last_segment, choices)
+
+    assert [(part.first_segment, part.last_segment) for part in plan.stages] == [(k, k + 1) for k in range(LAYERS)]
+    wider = replace(plan, virtual_stages=2, stages=tuple(starmap(joined, ((0, 2), (2, 4), (4, 5), (5, 6)))))
+    for order in ((wider, plan), (plan, wider)):
+        fresh = replace(own)
+        for each in order:
+            verify_priced(fresh.linked(each).program, fresh.program(each))
 
 
 @pytest.mark.parametrize(("masks", "distinct"), [(False, 3), (True, 4)])
