@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from cost_model.placement import Placement, Placements, Replicate, Shard, Varyin
 from cost_model.plan import RECOMPUTES, Plan, folded, split_number
 from cost_model.program import Collective, ParameterShard, Program, StageProgram
 from cost_model.strategies import parse_strategy
+from passes.shard import input_key
+from passes.zero import zero_key
 
 if TYPE_CHECKING:
     from autopar.planning import Planned
@@ -92,7 +94,7 @@ def render(*parts: RenderableType) -> str:
 def plan_text(planned: Planned, cluster: Cluster) -> str:
     """The plan, what each rank holds and sends, and the estimate in parts."""
     plan, estimate, program = planned.plan, planned.estimate, planned.linked.program
-    parts: list[RenderableType] = [_head(estimate, cluster), _stage_table(estimate)]
+    parts: list[RenderableType] = [_head(estimate, cluster), _stage_table(estimate), _segment_table(planned)]
     if cluster.network is not None and len(cluster.network.regions) > 1:
         parts.append(_placement_table(plan, cluster.network))
     if any(mesh.tp > 1 for mesh in plan.meshes):
@@ -104,8 +106,8 @@ def plan_text(planned: Planned, cluster: Cluster) -> str:
 
 def estimate_text(estimate: Estimate, cluster: Cluster) -> str:
     """Time and memory in parts."""
-    parts = (_head(estimate, cluster), _stage_table(estimate), _time_table(estimate.breakdown), _memory_table(estimate))
-    return render(*parts, _foot(estimate))
+    tables = (_stage_table(estimate), _time_table(estimate.breakdown), _memory_table(estimate))
+    return render(_head(estimate, cluster) + _recompute_text(estimate.plan), *tables, _foot(estimate))
 
 
 def estimate_tree(estimate: Estimate) -> dict[str, Any]:
@@ -135,7 +137,6 @@ def _head(estimate: Estimate, cluster: Cluster) -> str:
     return (
         f"autopar plan for {cluster_text(cluster)}\n"
         f"{str(plan).splitlines()[0]}\n"
-        f"{_recompute_text(plan)}"
         f"estimated step {seconds_text(estimate.step_time_s)}, peak memory {bytes_text(estimate.peak_bytes)} "
         f"a device ({share} of the cap of {bytes_text(plan.memory_cap_bytes)})\n"
     )
@@ -195,6 +196,34 @@ def _memory_table(estimate: Estimate) -> Group:
 
 
 # --- What each rank holds
+
+
+def _segment_table(planned: Planned) -> Group:
+    """What each segment does to save memory, and which of its parameters are split; neighbours alike in one row."""
+    plan, segments = planned.plan, planned.job.traced.segments
+    rows = []
+    for number, part in enumerate(plan.stages):
+        for index in range(part.first_segment, part.last_segment):
+            own, level = segments[index].parameters, part.recompute_levels.get(index, "none")
+            words = (_split_text(own, part.choices), _zero_text(own, part.choices), level)
+            rows.append((f"{number % plan.pp}", plan.segment_labels[index], words))
+    cells = []
+    for (stage, words), same in groupby(rows, key=lambda row: (row[0], row[2])):
+        cells.append((stage, folded([label for _, label, _ in same]), *words))
+    columns = ("stage", "segments", "parameters over tp", "ZeRO", "recompute")
+    return make_table("Choices of each segment", columns, cells, words=len(columns))
+
+
+def _split_text(parameters: Sequence[str], choices: Mapping[str, str]) -> str:
+    """ "whole", "4 of 12 split"."""
+    split = sum(bool(split_axes(parse_placements(choices.get(input_key(name), "R")))) for name in parameters)
+    return f"{split} of {len(parameters)} split" if split else "whole"
+
+
+def _zero_text(parameters: Sequence[str], choices: Mapping[str, str]) -> str:
+    """The level of all parameters, "0 (8), 3 (4)" where they differ."""
+    levels = sorted(Counter(choices.get(zero_key(name), "0") for name in parameters).items())
+    return levels[0][0] if len(levels) == 1 else ", ".join(f"{level} ({count})" for level, count in levels)
 
 
 def _placement_table(plan: Plan, network: Network) -> Group:

@@ -191,6 +191,37 @@ def test_stages_cover_the_model_in_order(pins: dict[str, int]) -> None:
     ]
 
 
+def test_choices_of_segments_are_told_with_neighbours_that_are_alike_in_one_row() -> None:
+    """Of four equal blocks the second is made again, and holds one parameter whole on every replica."""
+    base = planned(dp=4, tp=1, zero=1, recompute="none", schedule="1f1b")
+    (stage,), segments = base.plan.stages, base.job.traced.segments
+    second = base.plan.segment_labels.index("blocks.1")
+    whole = f"zero:{segments[second].parameters[0]}"
+    levels = tuple("full" if index == second else "none" for index in range(len(segments)))
+    choices = {key: label for key, label in stage.choices.items() if key != whole}
+    changed = dataclasses.replace(stage, choices=choices, recompute=levels)
+    plan = dataclasses.replace(base.plan, stages=(changed,))
+    rows = rows_under(plan_text(dataclasses.replace(base, plan=plan), CLUSTER), "Choices of each segment")
+    others = len(segments[second].parameters) - 1
+    assert [row[2:] for row in rows] == [
+        ["whole", "1", "none"], ["whole", f"0 (1), 1 ({others})", "full"], ["whole", "1", "none"]
+    ]  # fmt: skip
+    assert [label for row in rows for label in unfolded(row[1])] == list(plan.segment_labels)
+
+
+def test_split_parameters_are_counted_by_segment() -> None:
+    base = planned(dp=2, tp=2)
+    (stage,), segments = base.plan.stages, base.job.traced.segments
+    last = base.plan.segment_labels.index("blocks.3")
+    names = segments[last].parameters
+    split = {f"input:{name}": "S(0)" for name in names[:2]}
+    plan = dataclasses.replace(base.plan, stages=(dataclasses.replace(stage, choices=stage.choices | split),))
+    other = dataclasses.replace(base, plan=plan)
+    vars(other)["linked"] = base.linked  # what the property would make
+    rows = rows_under(plan_text(other, CLUSTER), "Choices of each segment")
+    assert [row[1:3] for row in rows if row[2] != "whole"] == [["blocks.3", f"2 of {len(names)} split"]]
+
+
 def test_parts_are_shown_with_their_sums() -> None:
     found = planned(dp=2, pp=2)
     text = plan_text(found, CLUSTER)

@@ -1,0 +1,145 @@
+"""The automatic plan against every grid: all dp x tp x pp, microbatch sizes, ZeRO 0, 1, 3, recompute none to full.
+
+    python benchmarks/baselines.py [CASE ...] [--depths] [--schedule 1f1b]
+
+Each grid is the best plan that its pins leave (shardings, stage boundaries and, unless pinned, the schedule), under the
+same cap and by the same simulator. Ruled out are those whose stages take longer on average than the automatic plan's
+step, and those of which no plan within the cap is fast enough for any schedule, by the search's proven bound: 1f1b
+takes at most (microbatches + pp - 1) / microbatches times as long as a schedule that never waits. Both bounds count
+collectives where they are due, none behind compute. Prints what is left, and how many there are of each kind. The exit
+code is 1 where a plan is faster than the automatic one, or exceeds the cap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from planner_cases import CASES, DEPTHS, Case
+
+from autopar.options import DEFAULT_OPTIMIZER, Options
+from autopar.planner.chain import Chain
+from autopar.planner.configuration import ConfigurationSolver, least_cost
+from autopar.planner.search import Configuration, Pins, configurations
+from autopar.planner.segment import Price, Segment
+from autopar.planning import Job, Planned
+from cost_model.plan import RECOMPUTES, Parallelism
+
+ZEROS = (0, 1, 3)
+PUBLISHED = {
+    "1T": (
+        ("published", Parallelism(6, 8, 64, 0, "full", "1f1b", 1)),
+        ("published, interleaved", Parallelism(6, 8, 64, 0, "full", "interleaved", 1, 2)),
+    )
+}
+"""The plan of table 1 of Narayanan et al. (2021), whose section 5.1 recomputes activations."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A way to train that the model can be cut and split for; bound_s: no plan of it takes less, whatever it holds."""
+
+    pins: Parallelism
+    configuration: Configuration
+    chain: Chain
+    bound_s: float
+
+    def __str__(self) -> str:
+        p = self.pins
+        return f"dp={p.dp} tp={p.tp} pp={p.pp} microbatch_size={p.microbatch_size} zero={p.zero} {p.recompute}"
+
+
+class Grids:
+    """All grids of a job; segments are made ready once."""
+
+    def __init__(self, job: Job, schedule: str | None) -> None:
+        self.job, self.schedule = job, schedule
+        self.segments: dict[object, Segment] = {}
+
+    def __iter__(self) -> Iterator[Grid]:
+        """One replica has nothing to split over replicas."""
+        for c in configurations(self.job.cluster.num_devices, self.job.batch, Pins()):
+            for zero, recompute in itertools.product(ZEROS if c.dp > 1 else (0,), RECOMPUTES):
+                pins = Parallelism(c.dp, c.tp, c.pp, zero, recompute, self.schedule, c.microbatch_size)
+                space = self.job.under(pins, self.job.options.memory_cap_bytes).pinned_space()
+                chain = space.chain(c.dp, c.tp, c.microbatch_size)
+                if chain is not None and c.pp <= len(chain):
+                    price = Price(c.microbatches / c.pp, 1 / c.pp)
+                    yield Grid(pins, c, chain, least_cost(chain, self._ready(chain), price))
+
+    def _ready(self, chain: Chain) -> list[Segment]:
+        return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
+
+    def may_take(self, grid: Grid, step_s: float) -> bool:
+        """Whether a plan of the grid that fits may take less, under any schedule."""
+        c, shared = grid.configuration, grid.chain.shared_domains()
+        within_s = step_s * (c.microbatches + c.pp - 1) / c.microbatches
+        for labels in itertools.product(*shared.values()):
+            chain = grid.chain.fixed(dict(zip(shared, labels, strict=True)))
+            solver = ConfigurationSolver(chain, self._ready(chain), c, self.job.cap_bytes)
+            if solver.solve(within_s).bound_s < within_s:
+                return True
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = {case.name: case for case in (*CASES, *DEPTHS)}
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; default: the first five")
+    parser.add_argument("--depths", action="store_true")
+    parser.add_argument("--schedule", help="of all grids; default: the best for each")
+    given = parser.parse_args()
+    names = given.cases or [case.name for case in (DEPTHS if given.depths else CASES)]
+    if set(names) - set(known):
+        parser.error(f"no case is called {', '.join(sorted(set(names) - set(known)))}")
+    failed = [name for name in names if not holds(known[name], given.schedule)]
+    return int(bool(failed))
+
+
+def holds(case: Case, schedule: str | None) -> bool:
+    """Whether no grid of a case is faster than its automatic plan, and no plan exceeds the cap; prints all it finds."""
+    (model, inputs), cluster = case.model(), case.load_cluster()
+    start, own = time.perf_counter(), time.process_time()
+    job = Job.of(model, cluster, inputs, Options.of(None, DEFAULT_OPTIMIZER, None, case.memory_cap, None, None))
+    best = job.planned(job.decide(start))
+    best_s = best.estimate.step_time_s
+    print(f"{case.name} on {case.devices}, cap {job.cap_bytes / 2**30:.2f} GiB: {_text(best, best_s)}", flush=True)
+    grids = Grids(job, schedule)
+    every = list(grids)
+    quick = sorted((grid for grid in every if grid.bound_s < best_s), key=lambda grid: grid.bound_s)
+    left = [grid for grid in quick if grids.may_take(grid, best_s)]
+    print(
+        f"{case.name}: {len(every)} grids, {len(every) - len(quick)} ruled out by what stages take on average, "
+        f"{len(quick) - len(left)} by what they take and hold, {len(left)} searched and simulated; "
+        f"processor {time.process_time() - own:.0f} s",
+        flush=True,
+    )
+    ways = [(str(grid), grid.pins) for grid in left] + list(PUBLISHED.get(case.name, ()))
+    failures = [name for name, pins in ways if not _is_beaten(job, name, pins, best_s)]
+    print(f"{case.name}: {len(failures)} faster, or over the cap; processor {time.process_time() - own:.0f} s")
+    return not failures and best.estimate.peak_bytes <= job.cap_bytes
+
+
+def _is_beaten(job: Job, name: str, pins: Parallelism, best_s: float) -> bool:
+    """Whether the best plan under some pins is no faster than the automatic one, and fits."""
+    found = job.under(pins, job.options.memory_cap_bytes).attempt()
+    if isinstance(found, int):
+        print(f"  {name}: needs {found / 2**30:.2f} GiB", flush=True)
+        return True
+    print(f"  {name}: {_text(found, best_s)}", flush=True)
+    return found.estimate.step_time_s >= best_s and found.estimate.peak_bytes <= job.cap_bytes
+
+
+def _text(planned: Planned, best_s: float) -> str:
+    plan, found = planned.plan, planned.estimate
+    how = f"{plan.mesh_text()}, {plan.microbatches} x {plan.microbatch_size}, {plan.schedule_text()}"
+    times = f"{found.step_time_s:.3f} s ({found.step_time_s / best_s - 1:+.1%})"
+    return f"{how}{plan.saving_text()}: {times}, {found.peak_bytes / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
