@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group
 from torch import fx
 
-from autopar.planner.chain import Chain
+from autopar.planner.chain import Chain, Floor
 from autopar.planner.search import Pins, Solution, Space, search
 from autopar.planning import Job
 from autopar.progress import say
@@ -80,6 +80,9 @@ class _HeldSpace:
     kind: int
     variable: str
     label: str
+
+    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
+        return self.space.floor(dp, tp, microbatch_size, above_s)
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         found = self.space.chain(dp, tp, microbatch_size)

@@ -148,6 +148,12 @@ class StreamRow:
         """Without the overhead."""
         return nbytes / interpolate(self.points, nbytes)
 
+    @property
+    def slowing(self) -> float:
+        """The largest ratio of a rate to that at a larger size, at least 1."""
+        rates = [rate for _, rate in self.points]
+        return max(max(rates[: i + 1]) / rate for i, rate in enumerate(rates))
+
 
 Row = GemmRow | StreamRow
 
@@ -231,6 +237,12 @@ class Device:
         row = self.ops.get(cost.op, row) if cost.op else row
         assert isinstance(row, StreamRow)
         return max(0.0, row.moving_s(cost.nbytes) - self._moving_s(cost.nbytes))
+
+    @property
+    def slowing(self) -> float:
+        """How much longer a byte may take in a larger op than in a smaller one, at most; 1 where it never does."""
+        rows = [row for row in (*self.rows.values(), *self.ops.values()) if isinstance(row, StreamRow)]
+        return max(row.slowing for row in rows)
 
     def product_s(self) -> float:
         """Seconds of one large product in the fastest dtype: to compare devices by."""

@@ -22,6 +22,7 @@ from autopar.planner.search import (
     Configuration,
     Factor,
     FactorGraph,
+    Floor,
     Infeasible,
     Pins,
     Progress,
@@ -54,7 +55,14 @@ def random_kind(rng: np.random.Generator, entry: bool, exit: bool, tied: bool, s
 
 
 class Unsaving:
-    """A space without ways to trade time for memory."""
+    """A space without ways to trade time for memory, of which nothing is known before a chain is made."""
+
+    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
+        chain = self.chain(dp, tp, microbatch_size)
+        return None if chain is None else Floor(len(chain), 0.0)
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
+        raise NotImplementedError
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
         return ()

@@ -68,6 +68,15 @@ class Chain:
         return replace(self, kinds=tuple(graph.fixed(labels) for graph in self.kinds))
 
 
+@dataclass(frozen=True)
+class Floor:
+    """What is known of a chain before it is made: how many segments it has, and ``time_s``, seconds per microbatch,
+    forward and backward, that no assignment of them goes below."""
+
+    segments: int
+    time_s: float
+
+
 @dataclass(frozen=True, eq=False)
 class Folding:
     """Ranges with the same kinds in the same order are one class.

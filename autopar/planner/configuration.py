@@ -5,7 +5,6 @@ Every plan a price finds is a column wherever it fits; the plans of two prices a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from autopar.planner.chain import Chain, IntArray, fold
 from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import Choice, StageIlp, objective_s
+from autopar.planner.least import least_costs, mean_bytes, quick_bound_s
 from autopar.planner.paths import Arcs, bottleneck, levels_of, sweep
 from autopar.planner.segment import Price, Segment
 from autopar.planner.solvers import Program
@@ -98,44 +98,6 @@ class _Found:
     best: tuple[Column, ...]
 
 
-def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objective) -> float:
-    """Seconds of balanced stages where neither memory nor cuts cost anything; infinite if nothing is allowed."""
-    return least_cost(chain, segments, Price(*objective.balanced))
-
-
-def least_cost(chain: Chain, segments: Sequence[Segment], price: Price) -> float:
-    """Of the whole chain at a price."""
-    total = None
-    for kind, run in itertools.groupby(chain.sequence):
-        power = _power(segments[kind].solve((price,))[0].cost, len(list(run)))
-        total = power if total is None else _joined(total, power)
-    assert total is not None
-    return float(total.min())
-
-
-def mean_bytes(chain: Chain, segments: Sequence[Segment], held: Sequence[int]) -> float:
-    """Of a stage, on average, where all hold the mean number of microbatches and each segment needs as little as it
-    may: a guess at whether anything fits, which costs next to nothing."""
-    price, total = Price(0.0, 0.0, 1.0, sum(held) / len(held)), 0.0
-    for kind, run in itertools.groupby(chain.sequence):
-        total += len(list(run)) * float(segments[kind].solve((price,))[0].cost.min())
-    return total / len(held)
-
-
-def _joined(a: FloatArray, b: FloatArray) -> FloatArray:
-    """The min-plus product."""
-    least: FloatArray = (a[:, :, None] + b[None]).min(axis=1)
-    return least
-
-
-def _power(cost: FloatArray, count: int) -> FloatArray:
-    """So many equal factors, by squaring."""
-    if count == 1:
-        return cost
-    half = _power(_joined(cost, cost), count // 2)
-    return half if count % 2 == 0 else _joined(half, cost)
-
-
 @dataclass(eq=False)
 class ConfigurationSolver:
     """Solves one configuration of a chain whose shared variables are fixed.
@@ -178,12 +140,11 @@ class ConfigurationSolver:
         chain, pp = self.chain, self.configuration.pp
         least = min(chain.reserve_bytes(*fold(chain.sequence).examples[k]) for k in range(len(set(chain.sequence))))
         room, held = pp * (self.cap_bytes - least) - sum(self.extra_bytes), min(self.held)
-        weights, best_s = self.objective.balanced, 0.0
-        for hint_s in self.hints_s:
-            byte = hint_s * weights[0]
-            price = Price(*weights, byte, byte * held)
-            best_s = max(best_s, least_cost(chain, self.segments, price) - byte * room)
-        return best_s + (pp - 1) * self._cheapest_cut_s
+        weights = self.objective.balanced
+        bytes_s = [hint_s * weights[0] for hint_s in self.hints_s]
+        prices = [Price(*weights, byte_s, byte_s * held) for byte_s in bytes_s]
+        duals = least_costs(chain.sequence, self.segments, prices) - np.array(bytes_s) * room
+        return float(max(0.0, duals.max())) + (pp - 1) * self._cheapest_cut_s
 
     @property
     def _cheapest_cut_s(self) -> float:

@@ -18,9 +18,10 @@ import numpy as np
 from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain, IntArray
 from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
-from autopar.planner.configuration import Configuration, quick_bound_s
+from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph, FloatArray
 from autopar.planner.ilp import Choice
+from autopar.planner.least import quick_bound_s
 from autopar.planner.mixed_ilp import MixedIlp, Offer, worthwhile
 from autopar.planner.search import Infeasible, Solution, Space, stage_solution
 from autopar.planner.segment import Price, Segment

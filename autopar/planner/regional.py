@@ -17,8 +17,9 @@ import numpy as np
 
 from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain
-from autopar.planner.configuration import Configuration, quick_bound_s
+from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph
+from autopar.planner.least import quick_bound_s
 from autopar.planner.placed_prices import Prices, Traffic, slowness
 from autopar.planner.placement import MAX_EXACT, Placed, Sketched, exactly, improved, sketched
 from autopar.planner.search import Infeasible, Pins, Solution, Space, configurations

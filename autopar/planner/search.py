@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from autopar.planner.bounds import Objective
-from autopar.planner.chain import Chain, in_flight
+from autopar.planner.chain import Chain, Floor, in_flight
 from autopar.planner.columns import Column, RangeTable
-from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome, quick_bound_s
+from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
+from autopar.planner.least import quick_bound_s
 from autopar.planner.segment import Segment
 from autopar.planner.solvers import Program
 from cost_model.errors import ParallelismError, UnknownNameError
@@ -31,7 +32,7 @@ from cost_model.plan import SCHEDULES
 from cost_model.schedule import refusal
 
 __all__ = [
-    "Chain", "Configuration", "Factor", "FactorGraph", "Infeasible", "Pins", "Progress", "Solution",
+    "Chain", "Configuration", "Factor", "FactorGraph", "Floor", "Infeasible", "Pins", "Progress", "Solution",
     "Space", "StageSolution", "in_flight", "is_interrupted", "search",
 ]  # fmt: skip
 MAX_CONFIRMATIONS = 8
@@ -46,6 +47,10 @@ INTERRUPTED = "interrupted after"
 
 class Space(Protocol):
     """What the caller knows: the chain on a mesh at a microbatch size, or None where that is impossible."""
+
+    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
+        """What costs less to know than the chain. One above so many seconds may take longer to find; where the answer
+        is not above them, none is known."""
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None: ...
 
@@ -192,12 +197,16 @@ def _divisors(number: int, pinned: int | None) -> list[int]:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A configuration whose units are not made yet. order: breaks ties; bound_s: proven for all of them."""
+    """A configuration whose units are not made yet. order: breaks ties; bound_s: proven for all of them.
+
+    floor_s: of its chain; chain: once no floor kept the configuration from the front.
+    """
 
     order: tuple[int, ...]
     bound_s: float
     configuration: Configuration
-    chain: Chain
+    floor_s: float
+    chain: Chain | None = None
 
 
 @dataclass(eq=False)
@@ -250,7 +259,7 @@ class _Search:
         while self.queue:
             self.floor_s, _, unit = heapq.heappop(self.queue)
             if isinstance(unit, _Waiting):
-                self._add_units(unit)
+                self._open(unit)
             elif unit.solution is None:
                 self._solve(unit)
             elif self._fits(unit):
@@ -274,8 +283,8 @@ class _Search:
         return len(self.units) + sum(isinstance(entry[2], _Waiting) for entry in self.queue)
 
     def _gather(self) -> None:
-        """Put every possible configuration in the queue under its quick bound."""
-        chains: dict[tuple[int, int, int], Chain | None] = {}
+        """Put every possible configuration in the queue under its floor: stages as fast as each other."""
+        floors: dict[tuple[int, int, int], Floor | None] = {}
         reasons: list[str] = []
         for c in configurations(self.num_devices, self.batch, self.pins):
             mesh = (c.dp, c.tp, c.microbatch_size)
@@ -283,16 +292,17 @@ class _Search:
             if refused is not None:
                 reasons.append(refused)
                 continue
-            if mesh not in chains:
-                chains[mesh] = self.space.chain(*mesh)
-            chain = chains[mesh]
-            if chain is None:
+            if mesh not in floors:
+                floors[mesh] = self.space.floor(*mesh)
+            floor = floors[mesh]
+            if floor is None:
                 reasons.append(f"dp={c.dp} tp={c.tp} microbatch_size={c.microbatch_size} cannot shard the model")
-            elif c.pp * c.virtual_stages > len(chain):
+            elif c.pp * c.virtual_stages > floor.segments:
                 virtual = "" if c.virtual_stages == 1 else f" x virtual_stages={c.virtual_stages}"
-                reasons.append(f"pp={c.pp}{virtual} is more than the {len(chain)} segments the model can be cut into")
+                segments = f"{floor.segments} segments the model can be cut into"
+                reasons.append(f"pp={c.pp}{virtual} is more than the {segments}")
             else:
-                self._await(c, chain)
+                self._push(_Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
         if not self.queue:
             raise ParallelismError(self._why(reasons))
 
@@ -304,17 +314,27 @@ class _Search:
             f"{pinned}: {detail}. Next: pin fewer degrees, or change the batch"
         )
 
-    def _await(self, c: Configuration, chain: Chain) -> None:
+    def _open(self, waiting: _Waiting) -> None:
+        """Put a configuration back under a higher floor, or the quick bound of its chain, or make its units."""
+        c = waiting.configuration
+        if waiting.chain is not None:
+            self._add_units(c, waiting.chain, waiting)
+            return
+        floor = self.space.floor(c.dp, c.tp, c.microbatch_size, waiting.floor_s)
+        if floor is not None and floor.time_s > waiting.floor_s:
+            self._push(replace(waiting, bound_s=_floor_s(c, floor), floor_s=floor.time_s))
+            return
+        chain = self.space.chain(c.dp, c.tp, c.microbatch_size)
+        assert chain is not None, c
         bound_s = quick_bound_s(chain, self._segments(chain), Objective(c.pp, c.microbatches))
         if math.isfinite(bound_s):
-            self._push(_Waiting((c.pp, c.tp, -c.microbatch_size), bound_s, c, chain))
+            self._push(replace(waiting, bound_s=max(waiting.bound_s, bound_s), chain=chain))
 
     def _segments(self, chain: Chain) -> list[Segment]:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
 
-    def _add_units(self, waiting: _Waiting) -> None:
+    def _add_units(self, c: Configuration, chain: Chain, waiting: _Waiting) -> None:
         """A unit for each choice of labels of shared variables."""
-        c, chain = waiting.configuration, waiting.chain
         choices, notes = self._shared_labels(c, chain)
         for number, labels in enumerate(choices):
             fixed = chain.fixed(labels)
@@ -512,6 +532,11 @@ class _Search:
         if not self.shortages:
             raise ParallelismError(self._why(["every way to cut the model is forbidden"]))
         return min(self.shortages, key=lambda row: row[:2])[2]
+
+
+def _floor_s(c: Configuration, floor: Floor) -> float:
+    """Seconds of a step of stages that are as fast as each other."""
+    return Objective(c.pp, c.microbatches).balanced[0] * floor.time_s
 
 
 def is_interrupted(notes: Iterable[str]) -> bool:

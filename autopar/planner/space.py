@@ -17,8 +17,9 @@ from functools import cached_property
 import numpy as np
 
 from autopar.optimizer_price import OptimizerPrice
-from autopar.planner.chain import Chain
+from autopar.planner.chain import Chain, Floor
 from autopar.planner.factor_graph import Factor, FactorGraph
+from autopar.planner.least import floor_s
 from autopar.planner.mesh_strategies import MeshOp, combined, mesh_space
 from autopar.planner.prices import MeshPrices
 from autopar.planner.saving import NONE, RECOMPUTE, SAVE_ALL, OpUse, Saving, SegmentLevels, TensorUse, saves_of
@@ -138,6 +139,7 @@ class ModelSpace:
         self._models: dict[int, LocalModel | None] = {}
         self._chains: dict[tuple[int, Sizes, int, Saving, bool | None], Chain | None] = {}
         self._graphs: dict[tuple[int, Sizes, bool | None, str], _SegmentGraph] = {}
+        self._floors_s: dict[tuple[int, bool | None], dict[Sizes, float]] = {}
         self._prices: dict[Sizes, MeshPrices] = {}
         self._mesh_prices: dict[tuple[int, Sizes], MeshPrices] = {}
         self.structure, self.specialiser = Structure(traced), Specialiser(traced)
@@ -164,14 +166,66 @@ class ModelSpace:
     ) -> Chain | None:
         """The chain with these ways to save memory to choose from. sequence: whether values between segments are split
         along the sequence, None where that is a choice too."""
-        if self.analysis.synchronised and dp * microbatch_size != self.traced.global_graph.batch:
-            return None
         key = (dp, sizes, microbatch_size, saving, sequence)
         if key not in self._chains:
-            local = self.local_model(microbatch_size)
-            possible = local is not None and (not sequence or sizes == (1,) or local.has_sequence(sizes))
-            self._chains[key] = self._chain(local, dp, sizes, saving, sequence) if local and possible else None
+            local = self._possible(dp, sizes, microbatch_size, sequence)
+            self._chains[key] = None if local is None else self._chain(local, dp, sizes, saving, sequence)
         return self._chains[key]
+
+    def _possible(self, dp: int, sizes: Sizes, microbatch_size: int, sequence: bool | None) -> LocalModel | None:
+        """The model at this size; None where it cannot run so."""
+        if self.analysis.synchronised and dp * microbatch_size != self.traced.global_graph.batch:
+            return None
+        local = self.local_model(microbatch_size)
+        splits = local is not None and (not sequence or sizes == (1,) or local.has_sequence(sizes))
+        return local if splits else None
+
+    def floor(
+        self, dp: int, sizes: Sizes, microbatch_size: int, above_s: float, sequence: bool | None = None
+    ) -> Floor | None:
+        """What the ops of segments that repeat take, parameters apart: as fewer ranks bound it, or by their strategies.
+
+        Half of the ranks take at most twice as long: what they do is what two of the others do, with fewer to talk to.
+        That holds up to the factor by which larger ops may run at lower rates.
+        """
+        local = self._possible(dp, sizes, microbatch_size, sequence)
+        if local is None:
+            return None
+        known = self._floors_s.setdefault((microbatch_size, sequence), {})
+        if not known:
+            known[(1,)] = self._floor_s(local, self.mesh_prices(dp, (1,)), sequence)
+        time_s = self._inherited_s(known, sizes)
+        if time_s <= above_s and sizes not in known:
+            known[sizes] = self._floor_s(local, self.mesh_prices(dp, sizes), sequence)
+            time_s = max(time_s, known[sizes])
+        return Floor(len(local.segments), time_s)
+
+    def _inherited_s(self, known: Mapping[Sizes, float], sizes: Sizes) -> float:
+        ranks, slowing = math.prod(sizes), self._slowing
+        fewer = [(math.prod(other), floor_s) for other, floor_s in known.items() if other != sizes]
+        parts = [floor_s * count / ranks / slowing for count, floor_s in fewer if count < ranks and ranks % count == 0]
+        return max([*parts, known.get(sizes, 0.0)])
+
+    @cached_property
+    def _slowing(self) -> float:
+        return max(device.slowing for device in {id(device): device for device in self.cluster.devices}.values())
+
+    def _floor_s(self, local: LocalModel, prices: MeshPrices, sequence: bool | None) -> float:
+        representatives, counts = local.structure.representatives, Counter(part.kind for part in local.segments)
+        graphs = {
+            kind: self._graph(local, part, prices, sequence).ops_alone
+            for kind, part in representatives.items()
+            if counts[kind] > 1
+        }
+        return floor_s([part.kind for part in local.segments], graphs)
+
+    def _graph(self, local: LocalModel, part: Segment, prices: MeshPrices, sequence: bool | None) -> _SegmentGraph:
+        """prices: any of the mesh that differ in dp alone."""
+        key = (local.model.batch, prices.sizes, sequence, part.kind)
+        if key not in self._graphs:
+            known, last = self._prices.setdefault(prices.sizes, prices), part is local.segments[-1]
+            self._graphs[key] = _SegmentGraph(local, part, known, self.sharded, last, sequence)
+        return self._graphs[key]
 
     def _chain(self, local: LocalModel, dp: int, sizes: Sizes, saving: Saving, sequence: bool | None) -> Chain:
         prices = self.mesh_prices(dp, sizes)
@@ -179,12 +233,7 @@ class ModelSpace:
         graphs: list[FactorGraph] = []
         for part in local.structure.representatives.values():
             kinds[part.kind] = len(graphs)
-            key = (local.model.batch, sizes, sequence, part.kind)
-            if key not in self._graphs:
-                last = part is local.segments[-1]
-                shared_prices = self._prices.setdefault(sizes, prices)
-                self._graphs[key] = _SegmentGraph(local, part, shared_prices, self.sharded, last, sequence)
-            graphs.append(self._graphs[key].build(prices, saving))
+            graphs.append(self._graph(local, part, prices, sequence).build(prices, saving))
         order = tuple(kinds[part.kind] for part in local.segments)
         inputs, moments = self._input_bytes // dp, self._momentary_bytes(local, sizes, saving, sequence)
 
@@ -336,6 +385,12 @@ class _SegmentGraph:
                 found += [use.factor(levels)] if isinstance(use, OpUse) else use.factors(levels)
             self._with_levels[names] = tuple(found)
         return self._with_levels[names]
+
+    @property
+    def ops_alone(self) -> FactorGraph:
+        """The graph where parameters cost nothing: what every mesh with this tp and every way to save builds on."""
+        entry = None if self.part.entry is None else input_key(self.part.entry)
+        return FactorGraph(self.domains, tuple(self.factors), entry, self.exit)
 
     def build(self, prices: MeshPrices, saving: Saving) -> FactorGraph:
         """The graph on a mesh: ``prices`` differ from those of the ops in dp alone."""
@@ -576,6 +631,10 @@ class PinnedSpace:
     def sizes(self, tp: int) -> Sizes:
         """Of the axes of a tp."""
         return self.axes if self.axes and math.prod(self.axes) == tp else (tp,)
+
+    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
+        """See ``ModelSpace.floor``."""
+        return self.space.floor(dp, self.sizes(tp), microbatch_size, above_s, self.sequence)
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         """Unless pinned otherwise nothing is recomputed, and only optimizer state is split, where that is faster."""
