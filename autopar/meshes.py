@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from autopar.link import joins_replicas
 from autopar.planner.mixed import MixedSolver, Pool, Shape
-from autopar.planner.search import Infeasible, Solution
+from autopar.planner.search import Infeasible, Solution, Space
 from cost_model.cluster import Cluster
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh, meshes_of
@@ -42,9 +42,10 @@ def may_differ(pins: Parallelism, cluster: Cluster) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class DifferentMeshes:
-    """The search of one job."""
+    """The search of one job. held: what becomes of what it searches."""
 
     job: Job
+    held: Callable[[Space], Space] = lambda space: space
 
     @cached_property
     def kinds(self) -> tuple[tuple[int, ...], ...]:
@@ -57,7 +58,7 @@ class DifferentMeshes:
         pools = []
         for devices in self.kinds:
             view = self.job if len(self.kinds) == 1 else self.job.on(_only(self.job.cluster, devices))
-            pools.append(Pool(devices, view.pinned_space(), min(map(self.job.device_cap_bytes, devices))))
+            pools.append(Pool(devices, self.held(view.pinned_space()), min(map(self.job.device_cap_bytes, devices))))
         return MixedSolver(pools, self._cut_s)
 
     def pinned(self) -> Solution | Infeasible:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Group
 from torch import fx
 
+from autopar.meshes import DifferentMeshes
 from autopar.planner.chain import Chain, Floor
-from autopar.planner.search import Pins, Solution, Space, search
+from autopar.planner.search import Infeasible, Pins, Solution, Space, search
 from autopar.planning import Job
 from autopar.progress import say
 from autopar.report import make_table, percent_text, seconds_text, strategy_words
@@ -74,9 +76,10 @@ class Why:
 
 @dataclass(frozen=True)
 class _HeldSpace:
-    """A space where one variable of one kind of segment keeps one label."""
+    """A space where one variable of one kind of segment keeps one label on so many shards."""
 
     space: Space
+    tp: int
     kind: int
     variable: str
     label: str
@@ -86,12 +89,14 @@ class _HeldSpace:
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         found = self.space.chain(dp, tp, microbatch_size)
-        return None if found is None else self._held(found)
+        return None if found is None else self._held(found, tp)
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        return [self._held(chain) for chain in self.space.saving_chains(dp, tp, microbatch_size)]
+        return [self._held(chain, tp) for chain in self.space.saving_chains(dp, tp, microbatch_size)]
 
-    def _held(self, chain: Chain) -> Chain:
+    def _held(self, chain: Chain, tp: int) -> Chain:
+        if tp != self.tp:
+            return chain
         held = chain.kinds[self.kind].holding({self.variable: self.label})
         return replace(chain, kinds=(*chain.kinds[: self.kind], held, *chain.kinds[self.kind + 1 :]))
 
@@ -99,31 +104,29 @@ class _HeldSpace:
 def why(job: Job, plan: Plan, name: str) -> Why:
     """Explain the placement of an op, named by its node or by a parameter or module that it is the first to use.
 
-    Equal blocks change together. Errors: UnknownNameError; ConfigError where the plan has no tp axis.
+    Equal blocks change together, on stages of as many shards as the op's. Errors: UnknownNameError; ConfigError where
+    the op's stage has no tp axis.
     """
-    dp, tp = plan.dp, plan.tp
-    if not isinstance(dp, int) or not isinstance(tp, int):
-        raise ConfigError(
-            f"{name!r} is not explained: the plan's stages have meshes of their own; pin one dp and one tp"
-        )
-    if tp == 1:
-        raise ConfigError(f"{name!r} has no placement to explain: the plan has tp=1; pin tp to see one")
-    node = _node(job, name)
-    part = next(part for part in job.space.structure.segments if node.name in part.nodes)
+    node, job = _node(job, name), _on_meshes_of(job, plan)
+    number, part = next((i, s) for i, s in enumerate(job.space.structure.segments) if node.name in s.nodes)
+    index = next(i for i, stage in enumerate(plan.stages) if number < stage.last_segment)
+    mesh = plan.mesh(index % plan.pp)
+    if mesh.tp == 1:
+        whose = f"its stage {index % plan.pp}" if plan.meshes_differ else "the plan"
+        raise ConfigError(f"{name!r} has no placement to explain: {whose} has tp=1; pin tp to see one")
     like = job.space.structure.representatives[part.kind]
     variable = op_key(like.nodes[part.nodes.index(node.name)])
     kind = list(job.space.structure.representatives).index(part.kind)
-    chain = job.pinned_space().chain(dp, tp, plan.microbatch_size)
+    chain = job.pinned_space().chain(mesh.dp, mesh.tp, plan.samples(index % plan.pp))
     assert chain is not None
     labels = chain.kinds[kind].domains[variable]
-    chosen = next((s.choices[op_key(node.name)] for s in plan.stages if op_key(node.name) in s.choices), labels[0])
+    chosen = plan.stages[index].choices.get(op_key(node.name), labels[0])
     found = []
-    for number, label in enumerate(labels):
-        say(f"why {node.name}: placement {number + 1} of {len(labels)}")
+    for position, label in enumerate(labels):
+        say(f"why {node.name}: placement {position + 1} of {len(labels)}")
         if label != chosen:
-            pins = Pins(dp, tp, plan.pp, plan.microbatch_size, _searched(plan.schedule))
-            space = _HeldSpace(job.pinned_space(), kind, variable, label)
-            found.append(Alternative(label, _step_s(job, plan, pins, space)))
+            held = functools.partial(_HeldSpace, tp=mesh.tp, kind=kind, variable=variable, label=label)
+            found.append(Alternative(label, _step_s(job, plan, held)))
     found.sort(key=lambda each: float("inf") if each.step_time_s is None else each.step_time_s)
     own = Alternative(chosen, simulate(job.program(plan), job.cluster).step_time_s)
     return Why(node.name, str(node.target), source_of(node), part.label, own, tuple(found))
@@ -134,20 +137,38 @@ def _searched(schedule: str) -> str:
     return "1f1b" if schedule in ("interleaved", "zero_bubble") else schedule
 
 
-def _step_s(job: Job, plan: Plan, pins: Pins, space: Space) -> float | None:
-    """Seconds of the best plan of a space on the mesh of the plan, under its schedule."""
-
-    def confirm(solution: Solution) -> Sequence[int]:
-        return job.peaks(job.plan(solution))
-
+def _step_s(job: Job, plan: Plan, held: Callable[[Space], Space]) -> float | None:
+    """Seconds of the best plan of a space made from the job's, on the meshes of the plan, under its schedule."""
     try:
-        found = search(space, job.cluster.num_devices, job.batch, cap_bytes=job.cap_bytes, pins=pins, confirm=confirm)
+        found = _held_plan(job, plan, held)
     except ParallelismError:
         return None
     if not isinstance(found, Solution):
         return None
     c = replace(found.configuration, schedule=plan.schedule, virtual_stages=plan.virtual_stages, window=plan.window)
-    return simulate(job.program(job.plan(replace(found, configuration=c))), job.cluster).step_time_s
+    other = replace(job.plan(replace(found, configuration=c)), overlap=plan.overlap)
+    return simulate(job.program(other), job.cluster).step_time_s
+
+
+def _on_meshes_of(job: Job, plan: Plan) -> Job:
+    """The job with the meshes, the axes and the microbatches of a plan, under the schedule it is searched by."""
+    axes = None if plan.axes is None else plan.tp_axes
+    free = replace(job.options.parallelism, virtual_stages=None, window=None, schedule=_searched(plan.schedule))
+    pins = replace(free, dp=plan.dp, tp=plan.tp, pp=plan.pp, microbatch_size=plan.microbatch_size, tp_axes=axes)
+    return job.under(pins, job.options.memory_cap_bytes)
+
+
+def _held_plan(job: Job, plan: Plan, held: Callable[[Space], Space]) -> Solution | Infeasible | None:
+    """What the search that finds plans with such meshes finds."""
+    if not isinstance(plan.dp, int) or not isinstance(plan.tp, int):
+        return DifferentMeshes(job, held).pinned()
+
+    def confirm(solution: Solution) -> Sequence[int]:
+        return job.peaks(job.plan(solution))
+
+    pins = Pins(plan.dp, plan.tp, plan.pp, plan.microbatch_size, _searched(plan.schedule))
+    space, count = held(job.pinned_space()), job.cluster.num_devices
+    return search(space, count, job.batch, cap_bytes=job.cap_bytes, pins=pins, confirm=confirm)
 
 
 def _node(job: Job, name: str) -> fx.Node:

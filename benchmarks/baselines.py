@@ -16,7 +16,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from planner_cases import CASES, DEPTHS, Case
@@ -24,7 +24,7 @@ from planner_cases import CASES, DEPTHS, Case
 from autopar.options import DEFAULT_OPTIMIZER, Options
 from autopar.planner.chain import Chain
 from autopar.planner.configuration import ConfigurationSolver, least_cost
-from autopar.planner.search import Configuration, Pins, configurations
+from autopar.planner.search import Configuration, Pins, Solution, configurations, search
 from autopar.planner.segment import Price, Segment
 from autopar.planning import Job, Planned
 from cost_model.plan import RECOMPUTES, Parallelism
@@ -53,6 +53,10 @@ class Grid:
         return f"dp={p.dp} tp={p.tp} pp={p.pp} microbatch_size={p.microbatch_size} zero={p.zero} {p.recompute}"
 
 
+class TooSlow(Exception):
+    """No plan that is left is fast enough."""
+
+
 class Grids:
     """All grids of a job; segments are made ready once."""
 
@@ -75,15 +79,37 @@ class Grids:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
 
     def may_take(self, grid: Grid, step_s: float) -> bool:
-        """Whether a plan of the grid that fits may take less, under any schedule."""
-        c, shared = grid.configuration, grid.chain.shared_domains()
+        """Whether a plan of the grid that fits once it is rewritten may take less, under any schedule."""
+        c = grid.configuration
         within_s = step_s * (c.microbatches + c.pp - 1) / c.microbatches
+        return self._is_offered(grid, within_s) and self._fits(grid, within_s)
+
+    def _is_offered(self, grid: Grid, within_s: float) -> bool:
+        """Whether columns that fit are fast enough."""
+        shared = grid.chain.shared_domains()
         for labels in itertools.product(*shared.values()):
             chain = grid.chain.fixed(dict(zip(shared, labels, strict=True)))
-            solver = ConfigurationSolver(chain, self._ready(chain), c, self.job.cap_bytes)
+            solver = ConfigurationSolver(chain, self._ready(chain), grid.configuration, self.job.cap_bytes)
             if solver.solve(within_s).bound_s < within_s:
                 return True
         return False
+
+    def _fits(self, grid: Grid, within_s: float) -> bool:
+        """Whether a program is fast enough by the bound of what was found, once its stages are as small as they must."""
+        p, job = grid.pins, self.job.under(grid.pins, self.job.options.memory_cap_bytes)
+
+        def confirm(found: Solution) -> Sequence[int]:
+            if found.bound_s >= within_s:
+                raise TooSlow
+            return job.peaks(job.plan(found))
+
+        pins = Pins(grid.configuration.dp, grid.configuration.tp, p.pp, p.microbatch_size, p.schedule)
+        space, count = job.pinned_space(), job.cluster.num_devices
+        try:
+            found = search(space, count, job.batch, cap_bytes=job.cap_bytes, pins=pins, confirm=confirm)
+        except TooSlow:
+            return False
+        return isinstance(found, Solution)
 
 
 def main() -> int:

@@ -99,6 +99,23 @@ def test_the_chosen_placement_of_an_op_is_the_fastest_and_the_others_say_what_th
     assert why(job, decided.plan, "blocks.0.mlp.up") == why(job, decided.plan, found.op) == found
 
 
+def test_an_op_of_a_stage_with_a_mesh_of_its_own_is_explained_on_that_mesh() -> None:
+    """On the stage of two shards; the other has one, where there is nothing to explain."""
+    model, batch = example_gpt(n_layer=2)
+    pins = Parallelism(dp=1, tp=(1, 2), microbatch_size=4, schedule="1f1b")
+    job = Job.of(model, cpu_cluster(3), batch, Options.of(None, ADAMW, pins, None, None, None))
+    decided = job.planned(job.decide(0.0))
+    first, last = decided.plan.segment_labels[0], "blocks.1.mlp.up"
+    found = why(job, decided.plan, last)
+    assert found.chosen.step_time_s == pytest.approx(decided.estimate.step_time_s)
+    assert found.chosen.placement == decided.plan.stages[1].choices[f"op:{found.op}"]
+    assert len({found.chosen.placement, *(other.placement for other in found.others)}) > 3
+    steps = [other.step_time_s for other in found.others if other.step_time_s is not None]
+    assert len(set(steps)) > 1 and steps == sorted(steps)
+    with pytest.raises(ConfigError, match="its stage 0 has tp=1"):
+        why(job, decided.plan, first)
+
+
 def test_ops_that_cannot_be_explained() -> None:
     job = gpt_job()
     plan = job.planned(job.decide(0.0)).plan
