@@ -95,7 +95,7 @@ class Grids:
         return False
 
     def _fits(self, grid: Grid, within_s: float) -> bool:
-        """Whether a program is fast enough by the bound of what was found, once its stages are as small as they must."""
+        """Whether a program that fits may be fast enough, by the bound of what was found."""
         p, job = grid.pins, self.job.under(grid.pins, self.job.options.memory_cap_bytes)
 
         def confirm(found: Solution) -> Sequence[int]:
