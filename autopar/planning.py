@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,6 +33,7 @@ from autopar.report import seconds_text
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH, faster_schedules, windows
+from autopar.uneven import fitted, moved
 from autopar.weights import ModelValues
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
@@ -167,9 +168,7 @@ class Job:
         return self.cluster.devices[device].usable_bytes if cap is None else cap
 
     def stage_caps(self, plan: Plan) -> tuple[int, ...]:
-        """What each stage of a plan may use: on meshes of their own as much as their devices have."""
-        if not plan.meshes_differ:
-            return (self.cap_bytes,) * plan.pp
+        """What each stage of a plan may use: as much as its devices have."""
         return tuple(min(map(self.device_cap_bytes, ranks)) for ranks in plan.stage_devices)
 
     def decide(self, start: float) -> Decision:
@@ -236,14 +235,14 @@ class Job:
         worth_s = WORTH * self.step_s(plan)
         if pinned is False or (pinned is None and hidable_s(self.program(plan), self.cluster) < worth_s):
             return plan, ()
-        needed = max(peak.memory.total_bytes for peak in self._stage_peaks(other))
+        needed, cap = self._tightest(self.program(other), self.stage_caps(other))
         if pinned:
-            if needed > self.cap_bytes:
+            if needed > cap:
                 advice = "leave overlap None, or raise memory_cap to that"
-                raise self._over_cap(self.cap_bytes, needed, other, advice, "the plan does not fit with overlap=True")
+                raise self._over_cap(cap, needed, other, advice, "the plan does not fit with overlap=True")
             return other, ()
         before_s, after_s = self.step_s(plan), self.step_s(other)
-        if needed > self.cap_bytes or before_s - after_s < worth_s:
+        if needed > cap or before_s - after_s < worth_s:
             return plan, ()
         seconds = f"{seconds_text(after_s)} against {seconds_text(before_s)}"
         return other, (f"collectives move behind compute, chosen after the search: {seconds}",)
@@ -361,9 +360,12 @@ class Job:
     def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
         """With one mesh for all stages."""
         p = self.options.parallelism
-        if self.cluster.network is None or not self.cluster.uneven or p.placement is not None:
-            return self._on_axes(self._searched_under(pins))
-        return self._placed(pins)
+        if self.cluster.network is not None and self.cluster.uneven and p.placement is None:
+            return self._placed(pins)
+        found = self._on_axes(self._searched_under(pins))
+        if isinstance(found, Infeasible) or len(set(self.cluster.devices)) == 1:
+            return found
+        return self._as_placed(pins, found)[1]
 
     def _on_axes(self, found: Solution | Infeasible) -> Solution | Infeasible:
         """The same degrees with tp as two axes, where links or factors suggest it and it is faster."""
@@ -399,27 +401,40 @@ class Job:
 
     def _placed(self, pins: Pins) -> Solution | Infeasible:
         """On an uneven network: meshes are priced on its fastest links, placed, and simulated where they are."""
-        view = self.on(fastest_view(self.cluster))
+        usable = [self.device_cap_bytes(device) for device in range(self.cluster.num_devices)]
+        caps = dict.fromkeys((min(usable), sum(usable) // len(usable)))  # more on larger devices makes room on smaller
+        views = [self.on(fastest_view(self.cluster, self.product_dtype, cap)) for cap in caps]
 
-        return search_placed(
+        found = search_placed(
             self.cluster,
-            view.pinned_space(),
+            views[0].pinned_space(),
             self.batch,
             pins,
             self,
-            view._searched_under,
-            functools.partial(self._fastest_schedule, pins),
+            lambda known: [view._searched_under(known) for view in views],
+            functools.partial(self._as_placed, pins),
         )
+        return found if isinstance(found, Infeasible) else moved(self, found, self._timed_s)
+
+    def _timed_s(self, solution: Solution) -> float:
+        """Seconds of a step of a placed plan; infinite where it does not fit."""
+        plan = self.plan(solution)
+        return self._simulated_s(self.stage_caps(plan), self.program(plan))
+
+    def _as_placed(self, pins: Pins, solution: Solution) -> tuple[float, Solution]:
+        """Seconds of a step of a placed plan, and it as its devices run it best."""
+        return min((self._fastest_schedule(pins, each) for each in fitted(self, solution)), key=lambda each: each[0])
 
     def _fastest_schedule(self, pins: Pins, solution: Solution) -> tuple[float, Solution]:
-        """Seconds of a step of a placed plan, and it under the faster of 1f1b, in any window, and gpipe."""
-        own, program = solution.configuration, self.program(self.plan(solution))
-        timed = [(self._simulated_s(program), own)]
+        """Seconds of a step, and it under the faster of 1f1b, in any window, and gpipe."""
+        own, plan = solution.configuration, self.plan(solution)
+        program, timed_s = self.program(plan), functools.partial(self._simulated_s, self.stage_caps(plan))
+        timed = [(timed_s(program), own)]
         if own.pp > 1 and own.schedule == "1f1b":
-            wider = windows(program, self.options.parallelism, self._simulated_s)
+            wider = windows(program, self.options.parallelism, timed_s)
             timed += [(step_s, replace(own, window=window)) for window, step_s in wider]
             if pins.schedule is None:
-                timed.append((self._simulated_s(replace(program, schedule="gpipe")), replace(own, schedule="gpipe")))
+                timed.append((timed_s(replace(program, schedule="gpipe")), replace(own, schedule="gpipe")))
         step_s, best = min(timed, key=lambda each: each[0])
         return step_s, replace(solution, configuration=best)
 
@@ -441,10 +456,23 @@ class Job:
         """Of the model."""
         return len(self.traced.segments)
 
-    def _simulated_s(self, program: Program) -> float:
-        """Seconds of a step on this cluster; infinite where it does not fit."""
+    @property
+    def product_dtype(self) -> str:
+        """Of most parameters, or what products are computed in instead."""
+        sizes = Counter[str]()
+        for meta in self.parameters.values():
+            sizes[meta.dtype] += meta.nbytes
+        return self.options.precision.compute_dtype or max(sorted(sizes), key=lambda dtype: sizes[dtype])
+
+    def _simulated_s(self, caps: Sequence[int], program: Program) -> float:
+        """Seconds of a step on this cluster; infinite where a stage does not fit."""
+        needed, cap = self._tightest(program, caps)
+        return math.inf if needed > cap else simulate(program, self.cluster).step_time_s
+
+    def _tightest(self, program: Program, caps: Sequence[int]) -> tuple[int, int]:
+        """Peak and cap of the stage that has least room."""
         peaks = [peak.memory.total_bytes for peak in self._program_peaks(program)]
-        return math.inf if max(peaks) > self.cap_bytes else simulate(program, self.cluster).step_time_s
+        return max(zip(peaks, caps, strict=True), key=lambda each: each[0] - each[1])
 
     def on(self, cluster: Cluster) -> Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
@@ -561,9 +589,9 @@ class Job:
         self._stages(plan.pp)
         cap = self.options.memory_cap_bytes
         cap = plan.memory_cap_bytes if cap is None else cap
-        differ = self.options.memory_cap_bytes is None and plan.meshes_differ
-        caps = [min(cap, own) for own in self.stage_caps(plan)] if differ else [cap] * plan.pp
-        needed, cap = max(zip(self.peaks(plan), caps, strict=True), key=lambda each: each[0] - each[1])
+        given = self.options.memory_cap_bytes is not None
+        caps = [cap] * plan.pp if given else [min(cap, own) for own in self.stage_caps(plan)]
+        needed, cap = self._tightest(self.program(plan), caps)
         if needed > cap:
             advice = "raise memory_cap to that, or leave the plan out and let the planner search"
             raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")

@@ -244,9 +244,9 @@ class Device:
         rows = [row for row in (*self.rows.values(), *self.ops.values()) if isinstance(row, StreamRow)]
         return max(row.slowing for row in rows)
 
-    def product_s(self) -> float:
-        """Seconds of one large product in the fastest dtype: to compare devices by."""
-        dtype = max(self.peak_flops, key=lambda name: (self.peak_flops[name], name))
+    def product_s(self, dtype: str | None = None) -> float:
+        """Seconds of one large product in a dtype, or in the fastest: to compare devices by."""
+        dtype = dtype or max(self.peak_flops, key=lambda name: (self.peak_flops[name], name))
         return self.op_time_s(OpCost("matmul", 2.0 * 4096**3, 6.0 * 4096**2, dtype, (1, 4096, 4096, 4096)))
 
     def peak(self, dtype: str) -> float:

@@ -7,8 +7,9 @@ slowest gradient reduction:
                           + (microbatches - 1) x the slowest stage or channel
     + max over (stage, shard) of the ring over replicas.
 
-No schedule takes less than the former where all stages are equally fast: the first microbatch goes there and back, and
-the slowest stage or channel, which it passes on the way, does as much for every other one.
+A stage has as much of the model as its slowest device takes as long for as those of the others take for theirs. No
+schedule takes less than the former where all stages are equally long: the first microbatch goes there and back, and the
+slowest stage or channel, which it passes on the way, does as much for every other one.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ MOST = 700.0  # e to this is a number
 
 @dataclass(frozen=True)
 class Traffic:
-    """What cells do and send. stage_s: forward and backward of one microbatch on the fastest device, exchanges within
-    the stage left out; sent_bytes: the activation of one microbatch, and its gradient, of one shard; reduced_bytes:
-    gradients of one (stage, shard); exchanged_bytes: what a shard sends to the others of its stage for one microbatch.
+    """What cells do and send. stage_s: forward and backward of one microbatch on the fastest device, of one of equal
+    stages, exchanges within it left out; sent_bytes: the activation of one microbatch, and its gradient, of one shard;
+    reduced_bytes: gradients of one (stage, shard); exchanged_bytes: what a shard sends to the others of its stage for
+    one microbatch; dtype: of its products, None where each device has its fastest.
     """
 
     pp: int
@@ -46,6 +48,7 @@ class Traffic:
     sent_bytes: float
     reduced_bytes: float
     exchanged_bytes: float = 0.0
+    dtype: str | None = None
 
 
 class Prices:
@@ -56,7 +59,7 @@ class Prices:
         self.network: Network = cluster.network
         self.traffic = traffic
         self.shape = (traffic.pp, traffic.dp, traffic.tp)
-        self.slowness = slowness(cluster)
+        self.slowness = slowness(cluster, traffic.dtype)
         self.delay_s = self.network.awaited_delays_s if cluster.rendezvous else self.network.delays_s
 
     def cost_s(self, cells: IntArray) -> float:
@@ -65,7 +68,9 @@ class Prices:
 
     def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
         """[replica] seconds of the schedule, [stage, shard] of the reduction."""
-        busy = self.traffic.stage_s * self.slowness[cells].max(axis=2) + self._exchanges_s(cells)
+        slow = self.slowness[cells].max(axis=2)
+        fast = 1.0 / slow.max(axis=1, keepdims=True)
+        busy = self.traffic.stage_s * slow * fast / fast.mean() + self._exchanges_s(cells)
         there, back = (cells[:-1], cells[1:]), (cells[1:], cells[:-1])
         sent_there, sent_back = self.busy_s(*there), self.busy_s(*back)
         along = busy.sum(axis=0) + (self.delay_s[there] + sent_there).max(axis=2).sum(axis=0)
@@ -203,9 +208,9 @@ class Prices:
         return float(2 * (dp - 1) / dp * self.traffic.reduced_bytes / best)
 
 
-def slowness(cluster: Cluster) -> FloatArray:
+def slowness(cluster: Cluster, dtype: str | None = None) -> FloatArray:
     """[device] how much longer a large product takes than on the fastest."""
-    times = {id(device): device.product_s() for device in cluster.devices}
+    times = {id(device): device.product_s(dtype) for device in cluster.devices}
     fastest = min(times.values())
     return np.array([times[id(device)] / fastest for device in cluster.devices])
 

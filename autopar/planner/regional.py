@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -33,13 +33,13 @@ IMPROVED = 2  # as many candidates as there are finalists, and again, are placed
 MAX_MICROBATCH = 16
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
-Search = Callable[[Pins], Solution | Infeasible]
+Search = Callable[[Pins], Sequence[Solution | Infeasible]]
 Simulate = Callable[[Solution], tuple[float, Solution]]
 
 
 class Volumes(Protocol):
-    """What a model sends on a mesh: the largest activation between stages, all gradients, and of how many
-    segments it is."""
+    """What a model sends on a mesh: the largest activation between stages, all gradients; of how many segments it is,
+    and in which dtype its products are."""
 
     def sent_bytes(self, microbatch_size: int) -> float: ...
 
@@ -48,6 +48,9 @@ class Volumes(Protocol):
 
     @property
     def segments(self) -> int: ...
+
+    @property
+    def product_dtype(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,16 @@ class Candidate:
     bound_s: float
 
 
-def fastest_view(cluster: Cluster) -> Cluster:
+def fastest_view(cluster: Cluster, dtype: str, usable: int | None = None) -> Cluster:
     """As many devices as the cluster has, all as fast as its fastest, in equal nodes of as many as the cluster can be
-    divided into, and as near as its nearest."""
+    divided into, and as near as its nearest.
+
+    dtype: in which devices are compared; usable: bytes of each, the least of all unless given.
+    """
     network = cluster.network
     assert network is not None
-    # What does not fit on the smallest is no plan.
-    device = cluster.devices[int(slowness(cluster).argmin())]
-    usable = min(device.usable_bytes for device in cluster.devices)
+    device = cluster.devices[int(slowness(cluster, dtype).argmin())]
+    usable = min(device.usable_bytes for device in cluster.devices) if usable is None else usable
     fastest = device.with_memory(usable + device.reserve_bytes)
     inner, count = _largest_group(network), cluster.num_devices
     levels = [_level("between", network, count, ~network.same_node if inner > 1 else ~np.eye(count, dtype=bool))]
@@ -93,24 +98,25 @@ def search_placed(
 ) -> Solution | Infeasible:
     """The fastest plan with its placement. ``space`` is that of the fastest view.
 
-    search: plans a mesh in full; simulate: the seconds of a placed plan, and it with the better schedule.
+    search: plans a mesh in full, under the least memory and where devices differ in it, under more; simulate: the
+    seconds of a placed plan, infinite where it does not fit, and it as its devices run it best.
     """
     found, bound_s = _candidates(cluster, space, batch, pins, volumes)
     best: tuple[float, Solution] | None = None
     short: Infeasible | None = None
     for c, placed in found:
-        answer = search(replace(pins, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size))
-        if isinstance(answer, Infeasible):
-            short = answer if short is None or answer.needed_bytes < short.needed_bytes else short
-            continue
         gap, note = max(0.0, placed.cost_s / bound_s - 1.0), _note(placed)
-        for devices in (placed.devices, *placed.others):
-            step_s, solution = simulate(replace(answer, placement=devices))
-            if best is None or step_s < best[0]:
-                best = (step_s, replace(solution, gap=gap, notes=(*solution.notes, note)))
+        for answer in search(replace(pins, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size)):
+            if isinstance(answer, Infeasible):
+                short = answer if short is None or answer.needed_bytes < short.needed_bytes else short
+                continue
+            for devices in (placed.devices, *placed.others):
+                step_s, solution = simulate(replace(answer, placement=devices))
+                if step_s < (math.inf if best is None else best[0]):
+                    best = (step_s, replace(solution, gap=gap, notes=(*solution.notes, note)))
     if best is not None:
         return best[1]
-    return short if short is not None else search(pins)
+    return short if short is not None else search(pins)[0]
 
 
 def _finalists(cluster: Cluster) -> int:
@@ -144,7 +150,7 @@ def _candidates(
 def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
     """Every mesh that may be, with the price that none of its placements is under."""
     whole_s = _whole_seconds(space)
-    view = fastest_view(cluster)
+    view = fastest_view(cluster, volumes.product_dtype)
     for number, c in enumerate(configurations(cluster.num_devices, batch, pins)):
         if pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH:
             continue
@@ -201,6 +207,7 @@ def _traffic(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Vo
         volumes.sent_bytes(size),
         volumes.reduced_bytes / c.pp / c.tp,
         exchanged / c.pp,
+        volumes.product_dtype,
     )
 
 

@@ -46,20 +46,31 @@ def recut(stages: Sequence[Timed], count: int) -> tuple[Part, ...]:
 
 
 def balanced_ends(seconds: Sequence[float], count: int) -> tuple[int, ...]:
-    """Where each of ``count`` neighbouring parts ends so that the longest is shortest; none is empty.
+    """Where each of ``count`` neighbouring parts ends so that the longest is shortest; none is empty."""
+    ends = shortest_ends(seconds, [1.0] * count, [len(seconds)] * count)
+    assert ends is not None, (count, len(seconds))
+    return ends
 
+
+def shortest_ends(seconds: Sequence[float], slowness: Sequence[float], most: Sequence[int]) -> tuple[int, ...] | None:
+    """Where neighbouring parts end so that the longest is shortest; none is empty. None where there is no way.
+
+    slowness: of each part, by what its seconds are multiplied; most: of each part, how many it may have.
     worst[k][n]: the longest of k parts of the first n, with the place where the last of them begins.
     """
-    assert 1 <= count <= len(seconds), (count, len(seconds))
     sums = [0.0]
     for each in seconds:
         sums.append(sums[-1] + each)
     worst: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for parts in range(1, count + 1):
-        row = {}
-        for last in range(parts, len(seconds) - (count - parts) + 1):
-            row[last] = min((max(worst[-1][cut][0], sums[last] - sums[cut]), cut) for cut in worst[-1] if cut < last)
+    for slow, limit in zip(slowness, most, strict=True):
+        row, before = {}, worst[-1]
+        for last in range(len(worst), len(seconds) - (len(slowness) - len(worst)) + 1):
+            cuts = [cut for cut in before if last - limit <= cut < last]
+            if cuts:
+                row[last] = min((max(before[cut][0], slow * (sums[last] - sums[cut])), cut) for cut in cuts)
         worst.append(row)
+    if len(seconds) not in worst[-1]:
+        return None
     ends = [len(seconds)]
     for row in reversed(worst[2:]):
         ends.append(row[ends[-1]][1])

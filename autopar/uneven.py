@@ -1,0 +1,95 @@
+"""Stages on unlike devices: what a search of equal ones assigned, cut anew so that no stage is long and each fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopar.planner.search import Solution
+from autopar.planner.virtual import shortest_ends
+from cost_model.plan import Plan
+from cost_model.prices import price_replicas
+
+if TYPE_CHECKING:
+    from autopar.planning import Job
+
+MAX_TIGHTENINGS, TIE = 6, 1e-6
+MOST_MOVES, MOST_DEVICES = 16, 128
+"""So many cuts of a plan that was chosen are tried, on clusters of up to so many devices, where that is quick."""
+
+
+def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
+    """A placed solution as it is and, where its stages' devices differ, with more segments on faster devices, and fewer
+    where the rewritten program does not fit."""
+    yield solution
+    plan = job.plan(solution)
+    kinds = [{job.cluster.devices[device] for device in own} for own in plan.stage_devices]
+    if solution.configuration.virtual_stages > 1 or all(own == kinds[0] for own in kinds):
+        return
+    caps = job.stage_caps(plan)
+    slow = _slowness(job, plan, solution)
+    seconds = [each for stage in solution.stages for each in stage.segments_s]
+    most = [len(seconds)] * plan.pp
+    for _ in range(MAX_TIGHTENINGS):
+        ends = shortest_ends(seconds, slow, most)
+        if ends is None or ends == tuple(stage.last for stage in solution.stages):
+            return
+        other = cut_at(solution, ends)
+        peaks = job.peaks(job.plan(other))
+        if all(peak <= cap for peak, cap in zip(peaks, caps, strict=True)):
+            yield other
+            return
+        most = [
+            min(limit, stage.last - stage.first - 1, int((stage.last - stage.first) * cap / peak))
+            if peak > cap
+            else limit
+            for limit, stage, peak, cap in zip(most, other.stages, peaks, caps, strict=True)
+        ]
+
+
+def moved(job: Job, solution: Solution, timed_s: Callable[[Solution], float]) -> Solution:
+    """The solution with ends of stages moved by a segment while that is faster: what a step costs once (gradients that
+    go round, the optimizer) is no part of what made stages equally long."""
+    c, tried = solution.configuration, 0
+    if c.virtual_stages > 1 or job.cluster.num_devices > MOST_DEVICES:
+        return solution
+    best, best_s, at = solution, timed_s(solution), 0
+    moves = [(stage, by) for stage in range(c.pp - 1) for by in (1, -1)]
+    while tried < min(MOST_MOVES, at + len(moves)):
+        stage, by = moves[tried % len(moves)]
+        tried += 1
+        ends = [part.last for part in best.stages]
+        ends[stage] += by
+        if not 0 < ends[stage] - (ends[stage - 1] if stage else 0) or ends[stage] >= ends[stage + 1]:
+            continue
+        other = cut_at(best, tuple(ends))
+        if (other_s := timed_s(other)) < best_s * (1 - TIE):
+            best, best_s, at = other, other_s, tried
+    return best
+
+
+def _slowness(job: Job, plan: Plan, solution: Solution) -> list[float]:
+    """Of each stage, how much longer its blocks take on its slowest replica than the search took them to."""
+    replicas = price_replicas(job.program(plan), job.cluster)
+    stages = zip(*replicas, strict=True)
+    own_s = [max(sum(chunk.blocks_s for chunk in price.chunks) for price in prices) for prices in stages]
+    return [seconds / sum(stage.segments_s) for seconds, stage in zip(own_s, solution.stages, strict=True)]
+
+
+def cut_at(solution: Solution, ends: tuple[int, ...]) -> Solution:
+    """The same choices of the same segments in other stages."""
+    assignments = [each for stage in solution.stages for each in stage.assignments]
+    seconds = [each for stage in solution.stages for each in stage.segments_s]
+    parts = tuple(
+        replace(
+            stage,
+            first=first,
+            last=last,
+            assignments=tuple(assignments[first:last]),
+            time_s=sum(seconds[first:last]),
+            segments_s=tuple(seconds[first:last]),
+        )
+        for stage, first, last in zip(solution.stages, (0, *ends), ends, strict=False)
+    )
+    return replace(solution, stages=parts)

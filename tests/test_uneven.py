@@ -1,0 +1,140 @@
+"""Stages on devices of several kinds: more segments on the faster, fewer where memory is small, never slower for it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from autopar.options import Options
+from autopar.planner.search import Solution
+from autopar.planner.virtual import shortest_ends
+from autopar.planning import Job
+from autopar.uneven import cut_at, fitted
+from cost_model.cluster import Cluster
+from cost_model.device import Device
+from cost_model.network import Network
+from cost_model.simulate import simulate
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+GIB = 2**30
+
+
+class Chain(nn.Module):
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return x.square().mean()
+
+
+def regions(*kinds: tuple[Device, int], gbits: float = 1000.0) -> Cluster:
+    """A region of each kind: so many nodes of one device, all links alike but slower between regions."""
+    count = len(kinds)
+    rates = tuple(tuple(gbits / 8 * 1e9 / (1 if a == b else 4) for b in range(count)) for a in range(count))
+    delays = tuple(tuple(1e-4 if a == b else 1e-3 for b in range(count)) for a in range(count))
+    region_of = tuple(region for region, (_, nodes) in enumerate(kinds) for _ in range(nodes))
+    every = tuple(range(len(region_of)))
+    network = Network(
+        tuple(f"region {r}" for r in range(count)), delays, rates, region_of, every, (None,) * len(every), 1e-5
+    )
+    return Cluster("mixed", tuple(kind for kind, nodes in kinds for _ in range(nodes)), (), "nccl", network)
+
+
+def job_of(cluster: Cluster, width: int = 2048, layers: int = 30, **pins: int | tuple[int, ...]) -> Job:
+    with torch.device("meta"):
+        model, x = Chain(width, layers).half(), torch.empty(1024 * cluster.num_devices, width, dtype=torch.float16)
+    parallelism = autopar.Parallelism(**{"tp": 1, "zero": 0, "recompute": "none", **pins})  # type: ignore[arg-type]
+    return Job.of(model, cluster, {"x": x}, Options.of(None, SGD, parallelism, None, None, None))
+
+
+FAST, SLOW = Device.load("a100-sxm-40gb"), Device.load("v100-sxm2-16gb")
+
+
+def solved(job: Job) -> Solution:
+    return job.solve()
+
+
+def sizes(solution: Solution) -> list[int]:
+    return [stage.last - stage.first for stage in solution.stages]
+
+
+def step_s(job: Job, solution: Solution) -> float:
+    return job.step_s(job.plan(solution))
+
+
+@pytest.mark.parametrize(("slow", "most", "ends"), [
+    ([1.0, 1.0], [6, 6], (3, 6)),
+    ([1.0, 2.0], [6, 6], (4, 6)),
+    ([2.0, 1.0], [6, 6], (2, 6)),
+    ([1.0, 2.0], [3, 6], (3, 6)),
+    ([1.0, 1.0, 4.0], [6, 6, 6], (2, 5, 6)),
+    ([1.0, 1.0], [2, 3], None),
+])  # fmt: skip
+def test_the_longest_part_is_as_short_as_it_can_be(
+    slow: list[float], most: list[int], ends: tuple[int, ...] | None
+) -> None:
+    assert shortest_ends([1.0] * 6, slow, most) == ends
+
+
+@pytest.mark.parametrize("first", [FAST, SLOW], ids=["fast first", "slow first"])
+def test_the_faster_devices_have_more_of_the_model(first: Device) -> None:
+    """Eight of each kind: whichever stages they are, theirs are as long as the others' take."""
+    other = SLOW if first is FAST else FAST
+    job = job_of(regions((first, 8), (other, 8)), pp=4, dp=4, microbatch_size=512)
+    found = solved(job)
+    speed = SLOW.product_s("float16") / FAST.product_s("float16")
+    assert found.placement is not None
+    of_stage = [{job.cluster.devices[d] for d in found.placement[4 * s : 4 * s + 4]} for s in range(4)]
+    fast = [size for size, devices in zip(sizes(found), of_stage, strict=True) if devices == {FAST}]
+    slow = [size for size, devices in zip(sizes(found), of_stage, strict=True) if SLOW in devices]
+    assert len(fast) == len(slow) == 2 and 0.5 * speed < sum(fast) / sum(slow) < 1.5 * speed
+    even = cut_at(found, tuple(len(job.traced.segments) * (stage + 1) // 4 for stage in range(4)))
+    assert step_s(job, found) < 0.95 * step_s(job, even)
+
+
+def test_no_placement_is_slower_than_with_even_stages() -> None:
+    """16 devices of two kinds in three regions, as searched, by hand and at random."""
+    job = job_of(regions((FAST, 3), (SLOW, 7), (FAST, 6)), pp=4, dp=4, microbatch_size=512)
+    found = solved(job)
+    best_s = step_s(job, found)
+    draw = torch.Generator().manual_seed(0)
+    tried = [tuple(range(16)), *(tuple(torch.randperm(16, generator=draw).tolist()) for _ in range(3))]
+    even = cut_at(found, tuple(len(job.traced.segments) * (stage + 1) // 4 for stage in range(4)))
+    for placement in (found.placement, *tried):
+        own = replace(even, placement=placement)
+        assert min(step_s(job, each) for each in fitted(job, own)) <= step_s(job, own)
+        assert best_s <= step_s(job, own)
+
+
+def test_small_memory_holds_fewer_segments_though_no_even_plan_fits() -> None:
+    """Parameters and gradients of 31 products of 8 MiB each: equal stages need a quarter of them on every device."""
+    large, small = (SLOW.with_memory(SLOW.reserve_bytes + int(room * GIB)) for room in (0.25, 0.085))
+    job = job_of(regions((large, 2), (small, 2)), pp=4, dp=1, microbatch_size=16)
+    found = solved(job)
+    plan = job.plan(found)
+    assert all(peak <= cap for peak, cap in zip(job.peaks(plan), job.stage_caps(plan), strict=True))
+    assert plan.memory_cap_bytes == large.usable_bytes
+    of_stage = [job.cluster.devices[devices[0]] for devices in plan.stage_devices]
+    rooms = dict(zip(sizes(found), of_stage, strict=True))
+    assert rooms[max(rooms)] == large and rooms[min(rooms)] == small
+    even = job.plan(cut_at(found, tuple(len(job.traced.segments) * (stage + 1) // 4 for stage in range(4))))
+    assert any(peak > cap for peak, cap in zip(job.peaks(even), job.stage_caps(even), strict=True))
+    again = replace(job.options, plan=plan)
+    job.options = again
+    assert job.decide(0.0).plan == plan
+
+
+def test_a_pinned_placement_has_stages_by_speed_too() -> None:
+    cluster = regions((SLOW, 2), (FAST, 2))
+    found = solved(job_of(cluster, pp=4, dp=1, microbatch_size=512, placement=(0, 1, 2, 3)))
+    assert max(sizes(found)[:2]) < min(sizes(found)[2:])
+    assert math.isfinite(simulate(job_of(cluster).program(job_of(cluster).plan(found)), cluster).step_time_s)
