@@ -17,6 +17,7 @@ from passes.trace import BatchSpec, batch_spec, is_batched
 
 _STREAMS = 2
 """Numbers of steps: even for training, odd for evaluation, which so leaves what training draws as it is."""
+_DROP_LAST = "have the DataLoader leave out what is left at an epoch's end (drop_last=True), or "
 _NEXT = "compile again with this batch as inputs"
 
 
@@ -34,9 +35,9 @@ def check_batch(found: BatchSpec, planned: BatchSpec) -> None:
         if isinstance(leaf, Tensor):
             _check_has_values(path, leaf)
         if _described(leaf) != _described(leaves[path]):
-            raise BatchError(
-                f"batch input {path!r} is {_described(leaf)} but the plan is for {_described(leaves[path])}; {_NEXT}"
-            )
+            differs = f"batch input {path!r} is {_described(leaf)} but the plan is for {_described(leaves[path])}"
+            is_smaller = isinstance(leaf, Tensor) and found.size < planned.size
+            raise BatchError(f"{differs}; {_DROP_LAST if is_smaller else ''}{_NEXT}")
 
 
 def rows_of_replica(planned: BatchSpec, dp: int) -> BatchSpec:

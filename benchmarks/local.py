@@ -1,14 +1,16 @@
 """Estimates held against this machine: step time and peak memory of eight models, each under several plans.
 
-    python benchmarks/local.py [--models NAME ...] [--plans NAME ...] [--steps 5] [--json]
+    python benchmarks/local.py [--models NAME ...] [--plans NAME ...] [--backends eager inductor] [--steps 5] [--json]
 
-Every plan runs on two worker processes (``autopar.compare``). Errors are signed, relative to measured. Run it with
-nothing else on the machine. Models of Hugging Face are built from configurations; nothing is downloaded.
+Every plan runs on two worker processes (``autopar.compare``), with every backend in turn. Errors are signed, relative
+to measured. Run it with nothing else on the machine. Models of Hugging Face are built from configurations; nothing is
+downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -23,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import autopar
+from autopar.options import BACKENDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -164,23 +167,24 @@ class Row:
 
     model: str
     plan: str
+    backend: str
     step_time_s: float
     step_time_error: float
     peak_bytes: int
     peak_memory_error: float
 
 
-def measured(name: str, plan: str, steps: int, cluster: autopar.Cluster) -> Row:
+def measured(name: str, plan: str, backend: str, steps: int, cluster: autopar.Cluster) -> Row:
     """One program, run and compared."""
     torch.manual_seed(0)
     model, batch = MODELS[name]()
-    exe = autopar.compile(model, cluster, batch, parallelism=PLANS[plan])
+    exe = autopar.compile(model, cluster, batch, parallelism=PLANS[plan], backend=backend)
     try:
         found = autopar.compare(exe, batch, steps=steps)
     finally:
         exe.close()
     seconds = statistics.median(found.steps_s)
-    return Row(name, plan, seconds, found.step_time_error, found.measured_peak_bytes, found.peak_memory_error)
+    return Row(name, plan, backend, seconds, found.step_time_error, found.measured_peak_bytes, found.peak_memory_error)
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
@@ -194,12 +198,11 @@ def summary(rows: list[Row]) -> dict[str, float]:
 
 
 def show(rows: list[Row]) -> None:
-    table = Table("model", "plan", "step s", "time error", "peak MiB", "memory error")
+    table = Table("model", "plan", "backend", "step s", "time error", "peak MiB", "memory error")
     for row in rows:
         errors = (f"{row.step_time_error:+.1%}", f"{row.peak_memory_error:+.2%}")
-        table.add_row(
-            row.model, row.plan, f"{row.step_time_s:.3f}", errors[0], f"{row.peak_bytes / 2**20:.1f}", errors[1]
-        )
+        figures = (f"{row.step_time_s:.3f}", errors[0], f"{row.peak_bytes / 2**20:.1f}", errors[1])
+        table.add_row(row.model, row.plan, row.backend, *figures)
     console, found = Console(), summary(rows)
     console.print(table)
     console.print(
@@ -212,15 +215,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--plans", nargs="+", choices=list(PLANS), default=["dp2", "tp2", "pp2"])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["eager"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     cluster = autopar.Cluster.local(2)
-    cases = [(model, plan) for model in options.models for plan in options.plans]
+    cases = list(itertools.product(options.models, options.plans, options.backends))
     rows = []
-    for model, plan in track(cases, console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        rows.append(measured(model, plan, options.steps, cluster))
-        print(f"{model} {plan}: {rows[-1].step_time_error:+.1%} {rows[-1].peak_memory_error:+.2%}", file=sys.stderr)
+    for case in track(cases, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        rows.append(measured(*case, options.steps, cluster))
+        print(f"{' '.join(case)}: {rows[-1].step_time_error:+.1%} {rows[-1].peak_memory_error:+.2%}", file=sys.stderr)
     if options.json:
         print(json.dumps({"rows": [vars(row) for row in rows], **summary(rows)}, indent=2))
     else:

@@ -127,13 +127,13 @@ def _scalar(loss: Any, source: str) -> torch.Tensor:
 def batch_spec(inputs: Any) -> BatchSpec:
     """Structure and size of one global batch: dict (kwargs) or tuple (args), dim 0 of its tensors is the batch.
 
-    Other mappings (Hugging Face's BatchEncoding) count as dicts. Errors: BatchError.
+    Other mappings (Hugging Face's BatchEncoding) count as dicts, lists (of a DataLoader) as tuples. Errors: BatchError.
     """
-    if not isinstance(inputs, Mapping | tuple):
+    if not isinstance(inputs, Mapping | tuple | list):
         raise BatchError(
             f"inputs must be a dict (keyword arguments) or a tuple (positional arguments), not {type(inputs).__name__}"
         )
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
     with_paths, treespec = pytree.tree_flatten_with_path(inputs)
     paths = tuple(_path_text(path) for path, _ in with_paths)
     leaves = tuple(leaf for _, leaf in with_paths)

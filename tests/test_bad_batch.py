@@ -52,11 +52,12 @@ def trained() -> Iterator[tuple[autopar.Executable, dict[str, Any]]]:
 
 
 WRONG_BATCHES: dict[str, tuple[Any, str]] = {
-    "list": ([1], "must be a dict"),
+    "set": ({1}, "must be a dict"),
+    "list": ([torch.ones(8, 8)], "the batch is a tuple but the plan was made for a dict"),
     "none": (None, "must be a dict"),
     "shape": (
         {"x": torch.ones(4, 8), "y": torch.ones(4, 8)},
-        r"'x' is float32\[4, 8\] but .* float32\[8, 8\]; compile",
+        r"'x' is float32\[4, 8\] but .* float32\[8, 8\]; have the DataLoader leave out .*drop_last=True.*, or compile",
     ),
     "dtype": ({"x": torch.ones(8, 8).double()}, r"'x' is float64\[8, 8\] but the plan is for float32"),
     "meta": ({"x": torch.ones(8, 8, device="meta")}, "'x' is on the meta device and has no values"),
@@ -101,3 +102,11 @@ def test_plain_values_inside_a_batch_are_used_as_they_are() -> None:
         reordered = dict(reversed(batch.items()))
         reordered["x"] = batch["x"].t().contiguous().t().requires_grad_()
         assert exe.step(reordered) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_data_loaders_lists_are_positional_arguments() -> None:
+    with autopar.compile(Regression(), TWO, optimizer=SGD) as exe:
+        samples = torch.utils.data.TensorDataset(BATCH["x"], BATCH["y"])
+        losses = [exe.step(batch) for batch in torch.utils.data.DataLoader(samples, batch_size=8)]
+        assert losses == pytest.approx([float(Regression()(**BATCH).detach())], rel=1e-5)
+        assert exe.eval_step([BATCH["x"], BATCH["y"]]) == exe.eval_step((BATCH["x"], BATCH["y"]))

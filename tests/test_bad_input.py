@@ -162,7 +162,7 @@ def test_meta_tensors_are_enough_to_estimate_and_too_little_to_train() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ([BATCH["x"], BATCH["y"]], "must be a dict .* or a tuple .*, not list"),
+        ({1, 2}, "must be a dict .* or a tuple .*, not set"),
         (BATCH["x"], "not Tensor"),
         ({}, "hold no tensor with a batch dim"),
         ({"x": torch.tensor(1.0), "y": 2.0}, "hold no tensor with a batch dim"),
