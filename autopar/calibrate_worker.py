@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from autopar.runtime.exchange import End, Exchange, exchange_of
+from autopar.runtime.transfers import Transfers, connect_stages
 from cost_model.cluster import BEHIND
 from cost_model.device import STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
@@ -33,6 +34,7 @@ from cost_model.tensor import TensorMeta
 Call: TypeAlias = Callable[[], object]
 COLD_BYTES = 64 * 2**20
 """Operands that rotate over so many bytes are found in memory, not in a cache (which ranks share)."""
+_LINK = "transfer"
 _BETWEEN = 512  # width of the product between two messages: some milliseconds
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
 MOVING_KINDS = tuple(kind + BEHIND for kind in BEHIND_KINDS)
@@ -102,6 +104,8 @@ class Calibrator:
         self._costs: dict[int, OpCost] = {}
         self._groups = {size: _own_group(rank, world_size, size) for size in message_ranks(world_size)}
         self._exchanges = {size: exchange_of(group, torch.device("cpu")) for size, group in self._groups.items()}
+        others = [other for other in range(world_size) if other != rank]
+        self._transfers = connect_stages({_LINK: dist.group.WORLD}, others, torch.device("cpu"))
 
     def resident_bytes(self, payload: Any) -> int:
         """The most this rank has held so far; asked for first, it is interpreter, torch and process group."""
@@ -132,7 +136,9 @@ class Calibrator:
         if behind:
             begin = _begun(kind, payload["nbytes"], payload["ranks"], exchange)
             return _behind_seconds(begin, payload["repeats"], exchange, group)
-        call, messages = _message(payload["kind"], payload["nbytes"], payload["ranks"], group, exchange)
+        call, messages = _message(
+            payload["kind"], payload["nbytes"], payload["ranks"], group, exchange, self._transfers
+        )
         call()
         return _wall_seconds(call, payload["repeats"], group) / messages
 
@@ -224,7 +230,9 @@ def _once_s(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup, exchange: Exchange) -> tuple[Call, int]:
+def _message(
+    kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup, exchange: Exchange, transfers: Transfers
+) -> tuple[Call, int]:
     """A call that moves ``nbytes`` of the full tensor as its price counts them, and how many messages that is."""
     full = torch.zeros(max(1, nbytes // 4 // ranks) * ranks)
     other, piece = torch.zeros_like(full), torch.zeros(full.numel() // ranks)
@@ -235,7 +243,7 @@ def _message(kind: str, nbytes: int, ranks: int, group: dist.ProcessGroup, excha
         "reduce_scatter": lambda: exchange.begin_scatter(piece, full, other[piece.numel() :])(),
         "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         "broadcast": lambda: dist.broadcast(full, members[0], group=group),
-        "transfer": functools.partial(_ping_pong, full, members),
+        "transfer": functools.partial(_ping_pong, full, members, transfers),
     }
     return calls[kind], 2 if kind == "transfer" else 1
 
@@ -257,12 +265,12 @@ def _begun(kind: str, nbytes: int, ranks: int, exchange: Exchange) -> Callable[[
     return calls[kind]
 
 
-def _ping_pong(tensor: torch.Tensor, members: list[int]) -> None:
-    """There and back between the first two members; the others look on."""
+def _ping_pong(tensor: torch.Tensor, members: list[int], transfers: Transfers) -> None:
+    """There and back between the first two members, as between stages; the others look on."""
     here, there = members[0], members[1]
     if dist.get_rank() == here:
-        dist.send(tensor, there)
-        dist.recv(tensor, there)
+        transfers.send(_LINK, tensor, there).wait(None)
+        transfers.receive(_LINK, tensor, there).wait(None)
     elif dist.get_rank() == there:
-        dist.recv(tensor, here)
-        dist.send(tensor, here)
+        transfers.receive(_LINK, tensor, here).wait(None)
+        transfers.send(_LINK, tensor, here).wait(None)

@@ -105,9 +105,10 @@ def test_a_worker_killed_while_checkpoints_are_written_leaves_the_last_whole_one
     assert loss == pytest.approx(expected[exe.steps - 1], rel=1e-4, abs=1e-7)
 
 
-def test_a_stuck_worker_ends_the_step_after_the_timeout() -> None:
+@pytest.mark.parametrize("pins", [{"dp": 2}, {"pp": 2}], ids=str)
+def test_a_stuck_worker_ends_the_step_after_the_timeout(pins: dict[str, int]) -> None:
     before = workers()
-    parallelism = autopar.Parallelism(dp=2)
+    parallelism = autopar.Parallelism(**pins)
     with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD, parallelism=parallelism, timeout_s=2) as exe:
         exe.step(BATCH)
         started = [pid for pid in workers() if pid not in before]

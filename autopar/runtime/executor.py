@@ -10,6 +10,7 @@ import copy
 import datetime
 import functools
 import importlib
+import itertools
 import linecache
 import math
 import time
@@ -31,13 +32,14 @@ from autopar.runtime.held import Held
 from autopar.runtime.measure import ONCE, Event, measure, title_of, traced_step
 from autopar.runtime.norm import sum_of_squares
 from autopar.runtime.ranges import is_profiled
+from autopar.runtime.transfers import Transfer, Transfers, connect_stages
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
 Part = tuple[int, int]
 """(microbatch, chunk)."""
-Awaited = tuple[Any, int]
-"""A message under way, and the rank at the other end."""
+Awaited = tuple[Transfer, int]
+"""A tensor under way, and the rank at the other end."""
 WORLD_REDUCTION = "all_reduce world"
 _TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
 _CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
@@ -66,6 +68,7 @@ class RankExecutor(Held):
         self.module = _load(payload, self.device)
         self.kernels: ModuleType = kernels
         self.chunks = [self._chunk(described) for described in payload["chunks"]]
+        self.transfers = self._connected()
         self.constants = self._set_up()
         self.events: list[Event] | None = None
         self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
@@ -94,6 +97,16 @@ class RankExecutor(Held):
         names = ("setup", "forward", "backward", *(["weight"] if described["splits_backward"] else []))
         found = {name: getattr(self.module, f"{name}{described['suffix']}") for name in names}
         return _Chunk(**{"weight": None, **found}, **{key: described[key] for key in ("received", "sent", "links")})
+
+    def _connected(self) -> Transfers:
+        """What carries tensors between stages; all ranks ask for it together."""
+        others = {rank for chunk in self.chunks for _, pieces in chunk.links.values() for rank, _, _ in pieces}
+        groups = {name: group for name, (ranks, group) in self.groups.items() if len(ranks) == self.world_size}
+        return connect_stages(groups, others, self.device)
+
+    def release(self) -> None:
+        super().release()
+        self.transfers.close()
 
     def _set_up(self) -> list[dict[str, Tensor]]:
         """Values of each chunk that never change."""
@@ -400,10 +413,13 @@ class RankExecutor(Held):
 
     def _expect(self, link: str, chunk: _Chunk, meta: Tree) -> None:
         (name, pieces), (shape, dtype) = chunk.links[link], meta
-        buffer, group = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device), self.groups[name][1]
+        buffer = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
         row = buffer.view(-1)
-        works = [(dist.irecv(row[first:last], src=source, group=group), source) for source, first, last in pieces]
+        works = [(self.transfers.receive(name, row[first:last], rank), rank) for rank, first, last in pieces]
         self.expected[link].append((works, buffer))
+        for works, _ in itertools.chain(*self.expected.values()):
+            for work, _ in works:
+                work.advance()
 
     def _receive(self, link: str, part: Part) -> Tensor:
         works, buffer = self.expected[link].popleft()
@@ -413,9 +429,9 @@ class RankExecutor(Held):
     def _send(self, link: str, tensor: Tensor, part: Part) -> None:
         self._wait(link, self.spec["window"] - 1)
         name, pieces = self.chunks[part[1]].links[link]
-        contiguous, group = tensor.contiguous(), self.groups[name][1]
+        contiguous = tensor.contiguous()
         row = contiguous.view(-1)
-        works = [(dist.isend(row[first:last], dst=target, group=group), target) for target, first, last in pieces]
+        works = [(self.transfers.send(name, row[first:last], rank), rank) for rank, first, last in pieces]
         self.sending[link].append((works, contiguous, part))
 
     def _wait(self, link: str, most: int) -> None:
@@ -454,7 +470,7 @@ class RankExecutor(Held):
         timeout_s = self.spec["timeout_s"]
         for work, peer in works:
             with self._waiting_for(peer):
-                work.wait() if timeout_s is None else work.wait(datetime.timedelta(seconds=timeout_s))
+                work.wait(None if timeout_s is None else datetime.timedelta(seconds=timeout_s))
 
     @contextlib.contextmanager
     def _waiting_for(self, peer: int | None) -> Iterator[None]:
