@@ -17,6 +17,7 @@ from cost_model.program import OpCost
 aten = torch.ops.aten
 _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
 _HALF = ("bfloat16", "float16")
+_ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
 _BLOCK = 16  # channels that oneDNN lays side by side
 _PLAIN_CHANNELS = 4  # images of at most so many channels are read as they are
 _SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/native/Convolution.cpp, use_mkldnn
@@ -39,14 +40,20 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
 def _packing(node: fx.Node, cost: OpCost) -> int:
     """What a product of half types packs on a CPU: blocks of both operands and of the result, the latter in float32.
 
-    oneDNN 3 as torch 2.13 calls it, found from its allocations: blocks of at most 256 x 1024 x 64; the first operand
-    only where it lies transposed. A GPU's libraries keep a workspace of their own, which is larger.
+    oneDNN 3 as torch 2.13 calls it, found from its allocations with AVX-512: the second operand in columns of 64, at
+    most 1536 deep; the first only where it lies transposed, in blocks of 256 x 512, and if it is deeper than that, a
+    row of blocks of the result waits for the rest of the sum. A GPU's libraries keep a workspace of their own.
     """
     assert cost.gemm is not None
     _, m, n, k = cost.gemm
-    rows, depth, columns = min(m, 256), min(k, 1024), 64
-    transposed = any(not operand.meta["val"].is_contiguous() for operand in node.all_input_nodes[:2])
-    return 2 * depth * columns + 4 * rows * min(n, columns) + 2 * rows * depth * transposed + _BOOKKEEPING
+    first = [operand for operand in node.args if isinstance(operand, fx.Node)][-2]
+    rows, wide, packed = min(m, _ROWS), _COLUMNS, 0
+    if not _value(first).is_contiguous():
+        packed = 2 * rows * (min(k, _DEPTH) + _PADDING)
+        wide = _WIDEST if k > _DEPTH else wide
+    filled = -(-n // _COLUMNS) * _COLUMNS
+    packed += 2 * min(k, _DEEPEST) * _COLUMNS + 4 * rows * min(filled, wide)
+    return packed + _BOOKKEEPING
 
 
 class _Convolution:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,3 +84,41 @@ def test_a_convolution_takes_what_is_said(name: str) -> None:
     for call, operands in ((forward, (source, weight, bias)), (backward, (gradient, source, weight))):
         peak, left = peak_bytes(lambda call=call, operands=operands: call(*operands))
         assert peak - left <= said(call, *operands) <= peak - left + SLACK + (peak - left) // 50
+
+
+FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+HAS_HALF_KERNELS = "avx512_bf16" in FLAGS and "amx_tile" not in FLAGS
+HALF_SHAPES = [
+    (1024, 1024, 1024),
+    (1024, 256, 2048),
+    (2048, 512, 512),
+    (512, 2048, 128),
+    (768, 768, 4096),
+    (256, 326, 872),
+]
+
+
+@pytest.mark.skipif(
+    not HAS_HALF_KERNELS, reason="oneDNN's kernels of half types are others without AVX-512 or with AMX"
+)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+@pytest.mark.parametrize("turned", list(itertools.product((False, True), repeat=2)), ids=str)
+@pytest.mark.parametrize("shape", HALF_SHAPES, ids=str)
+def test_a_product_of_half_types_takes_at_most_what_is_said(
+    shape: tuple[int, int, int], turned: tuple[bool, bool], batch: tuple[int, ...]
+) -> None:
+    """Operands that lie transposed, as a weight's gradient finds them, are packed."""
+    m, n, k = shape
+
+    def operand(rows: int, columns: int, is_turned: bool) -> Tensor:
+        made = torch.randn(*batch, *((columns, rows) if is_turned else (rows, columns))).to(torch.bfloat16)
+        return made.transpose(-1, -2) if is_turned else made
+
+    def product(first: Tensor, second: Tensor) -> Tensor:
+        made: Tensor = aten.bmm(first, second) if batch else aten.mm(first, second)
+        return made
+
+    operands = operand(m, k, turned[0]), operand(k, n, turned[1])
+    product(*operands)
+    peak, left = peak_bytes(lambda: product(*operands))
+    assert peak - left <= said(product, *operands) <= 2 * (peak - left) + 2**20
