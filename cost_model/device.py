@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from cost_model.errors import UnknownNameError, UnsupportedError
 from cost_model.hardware_file import Table, read_shipped, shipped_names
 from cost_model.program import OpCost
-from cost_model.tensor import DTYPE_BYTES, FLOATING
+from cost_model.tensor import COMPLEX, DTYPE_BYTES, FLOATING
 
 GEMM_KINDS = ("matmul", "convolution", "attention", "attention_backward")
 _PRICED_LIKE = {"convolution": "matmul"}  # kinds that a device's file may leave out
@@ -250,7 +250,8 @@ class Device:
         return self.op_time_s(OpCost("matmul", 2.0 * 4096**3, 6.0 * 4096**2, dtype, (1, 4096, 4096, 4096)))
 
     def peak(self, dtype: str) -> float:
-        """Operations per second in this dtype. Errors: UnsupportedError where the device has none."""
+        """Operations per second in this dtype, complex numbers' in that of their parts. Errors: UnsupportedError."""
+        dtype = COMPLEX.get(dtype, dtype)
         if dtype not in self.peak_flops:
             have = ", ".join(sorted(self.peak_flops))
             raise UnsupportedError(

@@ -23,6 +23,9 @@ DTYPE_BYTES = {
 }
 FLOATING = frozenset({"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"})
 
+COMPLEX = {"complex64": "float32", "complex128": "float64"}
+"""And the dtype of their parts, in which they are calculated with."""
+
 
 @dataclass(frozen=True)
 class TensorMeta:
@@ -45,3 +48,12 @@ class TensorMeta:
     @property
     def is_floating(self) -> bool:
         return self.dtype in FLOATING
+
+    @property
+    def is_complex(self) -> bool:
+        return self.dtype in COMPLEX
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether torch differentiates values of this dtype."""
+        return self.is_floating or self.is_complex

@@ -16,19 +16,20 @@ from torch import fx
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
-from passes import restate_attention  # noqa: F401  (with restate_random and our ops, adds to REWRITES)
+from passes import restate_attention, restate_forms  # noqa: F401  (with restate_random and our ops, adds to REWRITES)
 from passes.calls import schema_arguments
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
 from passes.restate import HALF, REWRITES
 from passes.rewriter import GraphBuilder
+from passes.unfold import unfolded
 
 aten = torch.ops.aten
 _DROPPED = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
+    aten._linalg_check_errors.default,
     aten.sym_constrain_range_for_size.default,
 }
-_RECURRENT = ("aten.lstm.", "aten.gru.", "aten.rnn_tanh.", "aten.rnn_relu.")
 _INACTIVE = {aten.scaled_dot_product_attention.default}
 """Ops tagged as random that draw nothing by the time they are kept (dropout_p is 0)."""
 
@@ -72,11 +73,9 @@ class Cleaner:
     def _plain(self, node: fx.Node) -> Any:
         if getattr(node.target, "__name__", "") == "getitem" and not isinstance(self.mapped[node.args[0]], fx.Node):  # type: ignore[index]
             return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
-        if any(name in str(node.target) for name in _RECURRENT):
-            raise UnsupportedError(
-                f"{node.target} is a recurrent layer as a whole ({source_of(node)}), which is not traced step by step: "
-                "state its steps with nn.LSTMCell or nn.GRUCell in a loop over the sequence"
-            )
+        made_of = unfolded(node)
+        if made_of is not None:
+            return self._inline(made_of.module, [self.operand(o) for o in made_of.operands])
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in _INACTIVE:
             raise UnsupportedError(
                 f"{node.target} draws random numbers in a way that does not divide among ranks ({source_of(node)}): "

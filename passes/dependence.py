@@ -45,7 +45,7 @@ def receiving_nodes(model: ModelGraph) -> frozenset[str]:
 
 def _has_floats(model: ModelGraph, node: fx.Node) -> bool:
     meta = model.metas[node.name]
-    return any(m is not None and m.is_floating for m in ((meta,) if isinstance(meta, TensorMeta) else meta))
+    return any(m is not None and m.has_gradient for m in ((meta,) if isinstance(meta, TensorMeta) else meta))
 
 
 def batch_nodes(model: ModelGraph) -> frozenset[str]:

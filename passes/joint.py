@@ -6,7 +6,7 @@ incoming gradient is an input, gradients of trainable parameters and of the acti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +75,9 @@ class Runner(fx.Interpreter):
         return result
 
 
+NO_STRIDES: Mapping[str, tuple[int, ...]] = {}
+
+
 def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
     """A graph without gradients as plain ATen calls with fake values, and the names of its outputs in it."""
     runner = Runner(model)
@@ -92,8 +95,11 @@ def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
     return graph, tuple(n.name for n in nodes[-1].args[0])
 
 
-def trace_joint(model: ModelGraph, *, last: bool) -> JointGraph:
-    """Joint forward and backward of a graph; ``last``: the output is the loss and its gradient is one."""
+def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[int, ...]] = NO_STRIDES) -> JointGraph:
+    """Joint forward and backward of a graph; ``last``: the output is the loss and its gradient is one.
+
+    strides: of inputs that do not lie contiguously; what an op does to a value depends on how it lies.
+    """
     wanted = _differentiated(model)
     runner = Runner(model)
 
@@ -107,7 +113,7 @@ def trace_joint(model: ModelGraph, *, last: bool) -> JointGraph:
         return (output, mark, *(grads or [None] * len(leaves)))
 
     with FakeTensorMode() as mode, _keep_source():
-        example = [_fake(model, i, i in wanted) for i in range(len(model.inputs))]
+        example = [_fake(model, i, i in wanted, strides) for i in range(len(model.inputs))]
         if not last:
             example.append(_gradient_like(model))
         with mode:
@@ -129,9 +135,15 @@ def _differentiated(model: ModelGraph) -> list[int]:
     return [i for i, item in enumerate(model.inputs) if item.has_gradient]
 
 
-def _fake(model: ModelGraph, index: int, requires_grad: bool) -> torch.Tensor:
-    meta = model.tensor(model.inputs[index].node)
-    return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype)).requires_grad_(requires_grad)
+def _fake(
+    model: ModelGraph, index: int, requires_grad: bool, strides: Mapping[str, tuple[int, ...]] = NO_STRIDES
+) -> torch.Tensor:
+    name = model.inputs[index].node
+    meta = model.tensor(name)
+    made = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+    if name in strides:
+        made = torch.empty_strided(meta.shape, strides[name], dtype=made.dtype)
+    return made.requires_grad_(requires_grad)
 
 
 def _gradient_like(model: ModelGraph) -> torch.Tensor:

@@ -126,7 +126,7 @@ def _long_lived(
         before.append(before[-1] + any(o.name in params for o in node.all_input_nodes))
     long = (n for i, n in enumerate(nodes) if before[last_use[n] + 1] - before[i + 1] > LONG)
     metas = ((n, model.metas[n.name]) for n in long)
-    return frozenset(n for n, meta in metas if isinstance(meta, TensorMeta) and meta.is_floating)
+    return frozenset(n for n, meta in metas if isinstance(meta, TensorMeta) and meta.has_gradient)
 
 
 def _carried(runs: list[list[fx.Node]]) -> frozenset[str]:

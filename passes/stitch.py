@@ -130,11 +130,19 @@ class _Stitch:
 
     def _template(self, piece: ModelGraph, last: bool) -> tuple[JointGraph, list[str]]:
         """The piece's trace, shared by equal pieces, and the labels of the piece that was traced."""
-        key = piece_key(piece, last=last)
+        strides = self._strides(piece)
+        key = f"{piece_key(piece, last=last)} {strides}"
         if key not in self.templates:
             labels = [label_of(n) for n in piece.nodes()]
-            self.templates[key] = (trace_joint(piece, last=last), labels)
+            named = {item.node: strides[k] for k, item in enumerate(piece.inputs) if k in strides}
+            self.templates[key] = (trace_joint(piece, last=last, strides=named), labels)
         return self.templates[key]
+
+    def _strides(self, piece: ModelGraph) -> dict[int, tuple[int, ...]]:
+        """Of inputs that do not lie contiguously, by number: ambient values that are views of others."""
+        values = [self.nodes[i.node].meta["val"] for i in piece.inputs]
+        apart = (k for k, i in enumerate(piece.inputs) if i.kind != "activation" and not values[k].is_contiguous())
+        return {k: tuple(values[k].stride()) for k in apart}
 
     def _lay_forward(self, piece: ModelGraph, final: bool) -> _Laid:
         joint, traced_labels = self._template(piece, final and self.last)

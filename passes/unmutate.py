@@ -16,8 +16,20 @@ from cost_model.errors import VerificationError
 from passes.graph import is_getitem
 from passes.storage import is_view, mark_storages
 
-_APART = (torch.ops.aten.unsafe_split.Tensor, torch.ops.aten.unsafe_split_with_sizes.default)
+_APART = (
+    torch.ops.aten.unsafe_chunk.default,
+    torch.ops.aten.unsafe_split.Tensor,
+    torch.ops.aten.unsafe_split_with_sizes.default,
+)
 """Ops whose results lie in one storage, but in parts of it that are never used as one again."""
+
+
+_PARTS: dict[Any, Any] = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+    torch.ops.aten.diagonal.default: torch.ops.aten.diagonal_scatter.default,
+}
+"""Views of a part, and what lays a part into a copy of the whole."""
 
 
 def unmutate(graph: fx.Graph) -> None:
@@ -26,7 +38,8 @@ def unmutate(graph: fx.Graph) -> None:
     written = [(node, _plain(node.target)) for node in graph.nodes]
     changed = [(node, plain) for node, plain in written if plain is not None]
     for node, plain in changed:
-        _check_last_use(graph, node)
+        if not _write_part(graph, node):
+            _check_last_use(graph, node)
         node.target = plain
     if changed:
         _propagate(graph)
@@ -42,6 +55,26 @@ def _plain(target: Any) -> Any:
     if plain is None or not name.endswith("_"):
         raise VerificationError("mutation", f"{target} writes into a value in a way that has no plain form")
     return plain
+
+
+def _write_part(graph: fx.Graph, node: fx.Node) -> bool:
+    """A write into a slice of a value: who reads either later reads the slice, or a value with it laid into."""
+    part = node.args[0]
+    assert isinstance(part, fx.Node)
+    scatter, whole = _PARTS.get(part.target), part.args[0] if part.args else None
+    if scatter is None or not isinstance(whole, fx.Node) or is_view(whole):
+        return False
+    nodes = list(graph.nodes)
+    later = set(nodes[nodes.index(node) + 1 :])
+    others = {n for n in nodes if _root(n) is whole} - {whole, part, node} - later
+    if any(reader in later for other in others for reader in other.users):
+        return False
+    with graph.inserting_after(node):
+        laid = graph.call_function(scatter, (whole, node, *part.args[1:]), dict(part.kwargs))
+    laid.meta = dict(whole.meta)
+    whole.replace_all_uses_with(laid, delete_user_cb=lambda user: user in later)
+    part.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+    return True
 
 
 def _check_last_use(graph: fx.Graph, node: fx.Node) -> None:

@@ -52,6 +52,26 @@ def _image(d: Draw, dims: int) -> Tensor:
     return _distinct(d, *d.shape(2, 2), *[4] * dims)
 
 
+def _complex(d: Draw) -> Tensor:
+    shape = (*d.shape(1, 2), 3)
+    return torch.complex(d.normal(*shape), d.normal(*shape))
+
+
+def _transformed(x: Tensor, last: Any) -> tuple[Any, ...]:
+    return x, [x.ndim - 1], 0, last
+
+
+def _definite(d: Draw) -> Tensor:
+    """Symmetric matrices whose eigenvalues are well apart."""
+    half = d.normal(*d.shape(1, 2), 3, 3) * 0.3
+    return half @ half.mT + torch.diag(torch.arange(1.0, 4.0)).double()
+
+
+def _solved(d: Draw) -> tuple[Any, ...]:
+    matrices = _definite(d)
+    return matrices, d.normal(*matrices.shape[:-1], 2)
+
+
 def _pooled(dims: int) -> Callable[[Draw], tuple[Any, ...]]:
     return lambda d: (_image(d, dims), [2] * dims, [d.pick(1, 2)] * dims)
 
@@ -361,5 +381,24 @@ MORE: list[Drawn] = [
     ("poisson_nll_loss.default", 6, lambda d: (*_losses(d), True, False, 1e-8, 0)),
     ("margin_ranking_loss.default", 6, lambda d: (d.normal(4, 3), d.normal(4, 3), d.normal(4, 3).sign(), 0.1, 0)),
     ("hinge_embedding_loss.default", 6, lambda d: (d.normal(4, 3), d.normal(4, 3).sign(), 1.0, 0)),
+    ("_fft_c2c.default", 6, lambda d: _transformed(_complex(d), d.pick(True, False))),
+    ("_fft_r2c.default", 6, lambda d: _transformed(d.normal(*d.shape(1, 2), 4), True)),
+    ("_fft_c2r.default", 6, lambda d: _transformed(_complex(d), 4)),
+    ("view_as_real.default conj_physical.default angle.default", 6, lambda d: (_complex(d),)),
+    ("complex.default polar.default", 6, lambda d: tuple(d.positive(*shape) for shape in [d.shape()] * 2)),
+    ("digamma.default lgamma.default", 6, lambda d: (d.positive(*d.shape()),)),
+    (
+        """linalg_cholesky_ex.default linalg_inv_ex.default _linalg_det.default _linalg_slogdet.default
+        linalg_matrix_exp.default""",
+        6,
+        lambda d: (_definite(d),),
+    ),
+    ("linalg_qr.default", 6, lambda d: (_definite(d), "reduced")),
+    ("_linalg_svd.default", 6, lambda d: (_definite(d), False, True)),
+    ("_linalg_eigh.default", 6, lambda d: (_definite(d), "L", True)),
+    ("_linalg_solve_ex.default", 6, _solved),
+    ("linalg_solve_triangular.default", 6, lambda d: (*_solved(d), {"upper": True})),
+    ("_cdist_forward.default", 6, lambda d: (d.normal(4, 6, 3), d.normal(4, 2, 3), 2.0, None)),
+    ("linalg_cross.default", 6, lambda d: (d.normal(4, 3), d.normal(4, 3), {"dim": -1})),
 ]
 """Like ``op_draws.DRAWN``."""

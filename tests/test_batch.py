@@ -122,7 +122,7 @@ SPLIT: dict[str, Case] = {
     ),
 }
 WHOLE: dict[str, tuple[Case, str]] = {
-    "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.cdist(self.a(x)[None], y[None])[0], x @ y.T)), "no rule"),
+    "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.special.i0e(self.a(x)), y)), "no rule"),
     "centred over the batch": (_forward(lambda self, x, y: F.mse_loss(x - self.a(x).mean(0), y)), "sum over the batch with its samples"),
     "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
     "softmax over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).softmax(0), y)), "mixes samples"),
@@ -138,7 +138,7 @@ WHOLE: dict[str, tuple[Case, str]] = {
     "columns picked by the batch's size": (_forward(lambda self, x, y: self.a(x)[:, x.size(0) - 2 :].sum()), "size"),
     "other ops for other sizes": (_forward(lambda self, x, y: F.mse_loss(self.a(x if x.size(0) > 4 else -x), y)), "different ops"),
     "a root of the mean": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y).sqrt()), "not linear"),
-    "a loss plus a number": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y) + 1.5), "not linear"),
+    "the logarithm of a loss": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y).log()), "not linear"),
     "a loss without the batch": (_forward(lambda self, x, y: self.a.weight.pow(2).sum()), "does not depend on the batch"),
     "a loss on one size only": (_forward(lambda self, x, y: self.a(x).view(8, 12).sum()), "one batch size only"),
 }  # fmt: skip

@@ -74,7 +74,7 @@ def test_planned_entries_answer_and_only_views_are_free(name: str) -> None:
             assert_cost(planned)
         tensors = {f"in{i}" for i in range(len(case.tensors))} | {f"out{i}" for i in range(len(case.outputs))}
         assert set(entry.saves(case.call)) <= tensors
-        if not case.call.outputs[0].is_floating:
+        if not case.call.outputs[0].has_gradient:
             assert entry.saves(case.call) == () and entry.backward_price(case.call) == ()
 
     holds()
@@ -100,6 +100,9 @@ HAND_MADE: dict[str, tuple[Any, ...]] = {
     "embedding_dense_backward.default": (torch.rand(2, 3, 6), IDS, 4, -1, False),
     "empty.memory_format": ([4, 6],),
     "new_empty.default": (X, [4, 6]),
+    "_conj.default": (torch.complex(X, X),),
+    "diagonal_scatter.default": (X, X[:, 0]),
+    "view_as_complex.default": (torch.rand(4, 2),),
     "gather.default": (X, 1, torch.zeros(4, 1, dtype=torch.int64)),
     "index_add.default": (X, 0, LABELS[:2] % 4, Y[:2]),
     "index_add_.default": (X, 0, LABELS[:2] % 4, Y[:2]),
@@ -151,12 +154,14 @@ def filled_call(name: str) -> OpCall:
 
 
 FREE = {
+    "aten._conj.default",
     "aten.as_strided.default",
     "aten.detach_.default",
     "aten.empty.memory_format",
     "aten.empty_like.default",
     "aten.lift_fresh.default",
     "aten.new_empty.default",
+    "aten.view_as_complex.default",
     "autopar.all_reduce.default",
     "autopar.begin_all_gather.default",
     "autopar.begin_all_reduce.default",

@@ -51,9 +51,13 @@ def joined(parts: list[Tensor], place: Shard) -> Tensor:
     return torch.stack(split, place.dim + 1).flatten(place.dim, place.dim + 2)
 
 
+def differentiable(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
 def parts_of(x: Tensor, size: int) -> list[Tensor]:
     """``size`` random tensors whose sum is ``x``."""
-    draw = torch.randn_like if x.is_floating_point() else lambda t: torch.randint_like(t, -5, 5)
+    draw = torch.randn_like if differentiable(x) else lambda t: torch.randint_like(t, -5, 5)
     first = [draw(x) for _ in range(size - 1)]
     return [*first, x - sum(first)]
 
@@ -69,7 +73,7 @@ def gradients(g: Tensor, place: Placement, size: int) -> list[Tensor]:
     """Each rank's gradient of a tensor in a placement, of the whole gradient ``g``."""
     if isinstance(place, Shard):
         return [shard(g, place, size, rank) for rank in range(size)]
-    return parts_of(g, size) if isinstance(place, Varying) and g.is_floating_point() else [g] * size
+    return parts_of(g, size) if isinstance(place, Varying) and differentiable(g) else [g] * size
 
 
 def assert_means(parts: list[Tensor], whole: Tensor, sums: type, place: Placement, tolerance: float) -> None:
@@ -103,7 +107,7 @@ NO_GRADIENT = {"aten.batch_norm.default": (3, 4), "aten.soft_margin_loss.default
 
 
 def leaves(tensors: Sequence[Tensor], name: str = "") -> list[Tensor]:
-    wanted = [t.is_floating_point() and i not in NO_GRADIENT.get(name, ()) for i, t in enumerate(tensors)]
+    wanted = [differentiable(t) and i not in NO_GRADIENT.get(name, ()) for i, t in enumerate(tensors)]
     return [t.detach().clone().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
 
 
@@ -210,7 +214,7 @@ def check(case: Case, strategy: Strategy, size: int) -> None:
     """Outputs and gradients of the ranks mean the whole ones."""
     inputs = leaves(case.tensors, case.name)
     outputs = case.run(inputs)
-    upstream = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs]
+    upstream = [torch.randn_like(o) if differentiable(o) else o for o in outputs]
     expected = backward(outputs, inputs, upstream)
     got, grads = run_ranks(case, strategy, size, upstream)
     is_rounded = any(o.dtype == torch.float32 for o in outputs)

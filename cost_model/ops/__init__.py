@@ -13,12 +13,14 @@ from cost_model.ops import (
     elementwise,
     factories,
     gather,
+    linalg,
     loss,
     matmul,
     norm,
     order,
     reduce,
     spatial,
+    spectral,
     views,
 )
 from cost_model.ops.table import INSIDE, OPS, Op, OpCall, Ref, entry_of, price_of
@@ -38,6 +40,7 @@ __all__ = [
     "entry_of",
     "factories",
     "gather",
+    "linalg",
     "loss",
     "matmul",
     "norm",
@@ -45,5 +48,6 @@ __all__ = [
     "price_of",
     "reduce",
     "spatial",
+    "spectral",
     "views",
 ]

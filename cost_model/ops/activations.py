@@ -40,6 +40,7 @@ elementwise(
     gradient_of("too ooo"),
     saving("in0"),
 )
+elementwise("digamma.default lgamma.default", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0"))
 elementwise(
     "floor.default ceil.default round.default round.decimals trunc.default sign.default sgn.default",
     "elementwise",
@@ -99,8 +100,8 @@ def _prelu_factors(call: OpCall) -> FactorMap:
     """Dim 1 of the input carries the slopes, unless there is one slope for all."""
     rank = len(call.inputs[0].shape)
     names = [f"a{i}" for i in range(rank)]
-    slope = names[1] if rank > 1 and call.inputs[1].shape[0] > 1 else "one"
-    terms = " ".join(names)
+    slope = names[1] if rank > 1 and call.inputs[1].numel > 1 else "one"
+    terms, slope = " ".join(names), slope if call.inputs[1].shape else ""
     return parse_map(f"{terms}, {slope} -> {terms}", call.inputs, call.outputs)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from cost_model.factors import FactorMap
 from cost_model.placement import Shard
 from cost_model.program import OpCost
-from cost_model.tensor import TensorMeta
+from cost_model.tensor import COMPLEX, TensorMeta
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,16 @@ def bytes_moved(call: OpCall) -> int:
 
 
 def arithmetic_dtype(*metas: TensorMeta) -> str:
-    """The first floating dtype; the first dtype where none is floating; float32 where there is no tensor."""
-    return next((m.dtype for m in metas if m.is_floating), metas[0].dtype if metas else "float32")
+    """The first floating dtype, complex numbers' that of their parts; else the first; float32 without tensors."""
+    found = (COMPLEX.get(m.dtype, m.dtype) for m in metas if m.has_gradient)
+    return next(found, metas[0].dtype if metas else "float32")
 
 
 def sweep(kind: str, *metas: TensorMeta, flops: float = 0.0) -> OpCost:
     """One pass that reads or writes each of ``metas`` once; integer arithmetic counts no flops."""
     assert kind in KINDS, kind
     dtype = arithmetic_dtype(*metas)
-    floating = any(m.is_floating for m in metas)
+    floating = any(m.has_gradient for m in metas)
     return OpCost(kind, flops if floating else 0.0, float(sum(m.nbytes for m in metas)), dtype)
 
 
@@ -119,10 +120,10 @@ def saves_nothing(call: OpCall) -> tuple[str, ...]:
 
 
 def saving(*names: str) -> Callable[[OpCall], tuple[str, ...]]:
-    """The named tensors, as far as the call has them and its output is floating (else nothing is differentiated)."""
+    """The named tensors, as far as the call has them and its first output has a gradient."""
 
     def saves(call: OpCall) -> tuple[str, ...]:
-        if not call.outputs[0].is_floating:
+        if not call.outputs[0].has_gradient:
             return ()
         present = {f"in{i}" for i in range(len(call.inputs))} | {f"out{i}" for i in range(len(call.outputs))}
         return tuple(name for name in names if name in present)

@@ -352,6 +352,6 @@ _register_copies("slice_scatter.default select_scatter.default", _written_factor
 
 register_priced(
     """aten.slice_backward.default aten.select_backward.default aten.as_strided_copy.default
-    aten.unfold_backward.default aten.diagonal_backward.default""",
+    aten.unfold_backward.default aten.diagonal_backward.default aten.diagonal_scatter.default""",
     _copy,
 )

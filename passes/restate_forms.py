@@ -1,0 +1,179 @@
+"""Restate calls whose form hides what they do: numbers that take only a dtype from an operand, bags of equal size.
+
+Samples of ``x.new_zeros(...)`` are no samples of x, and an ``embedding_bag`` over bags of one size, which torch calls
+with offsets into one row of ids, is a lookup and a reduction along the bag.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from cost_model.tensor import TensorMeta
+from passes.graph import meta_of, torch_dtype
+from passes.restate import rewrites
+
+if TYPE_CHECKING:
+    from passes.clean import Cleaner
+
+aten = torch.ops.aten
+_PLAIN: dict[Any, Any] = {
+    aten._conj.default: aten.conj_physical.default,
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+}
+"""Ops that return what others do, in memory of another kind."""
+_SUM, _MEAN, _MAX = range(3)
+"""Modes of an embedding bag, as torch numbers them."""
+
+
+@rewrites(*_PLAIN)
+def _plain(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    meta = meta_of(node.meta["val"])
+    assert meta is not None
+    return run.call(_PLAIN[node.target], tuple(a.values()), meta, like=node)
+
+
+@rewrites(aten.resolve_conj.default, aten.resolve_neg.default)
+def _resolved(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return a["self"]
+
+
+@rewrites(aten.view_as_complex.default)
+def _joined_parts(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """A number of each pair: parameters in one buffer lie where a view of pairs need not be."""
+    meta, source = meta_of(node.meta["val"]), run.tensor(a["self"])
+    assert isinstance(meta, TensorMeta)
+    part, last = TensorMeta(meta.shape, source.dtype), len(meta.shape)
+    parts = [run.call(aten.select.int, (a["self"], last, place), part, like=node) for place in (0, 1)]
+    return run.call(aten.complex.default, tuple(parts), meta, like=node)
+
+
+@rewrites(aten.slice_scatter.default)
+def _laid_into(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Of complex numbers, which torch does not differentiate: what is before, what is laid, what is behind."""
+    meta = run.tensor(a["self"])
+    start, end = a["start"] or 0, a["end"]
+    if not meta.is_complex or a["step"] != 1 or start < 0:
+        return NotImplemented
+    dim = a["dim"] % len(meta.shape)
+    extent, pieces = meta.shape[dim], []
+    stop = start + run.tensor(a["src"]).shape[dim]
+    assert end is None or end < 0 or min(end, extent) == stop
+    for first, last in ((0, start), (stop, extent)):
+        shape = (*meta.shape[:dim], last - first, *meta.shape[dim + 1 :])
+        piece = TensorMeta(shape, meta.dtype)
+        kept = run.call(aten.slice.Tensor, (a["self"], dim, first, last), piece, like=node) if last > first else None
+        pieces.append(kept)
+    laid = [p for p in (pieces[0], a["src"], pieces[1]) if p is not None]
+    return run.call(aten.cat.default, (laid, dim), meta, like=node)
+
+
+def _full(run: Cleaner, node: fx.Node, value: Any) -> Any:
+    meta = meta_of(node.meta["val"])
+    assert isinstance(meta, TensorMeta)
+    return run.call(aten.full.default, (list(meta.shape), value), meta, like=node, dtype=torch_dtype(meta.dtype))
+
+
+@rewrites(aten.new_zeros.default, aten.new_empty.default, aten.new_ones.default, aten.new_full.default)
+def _new(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Made from sizes alone; nobody may rely on what an empty tensor holds."""
+    return _full(run, node, 1 if node.target is aten.new_ones.default else a.get("fill_value", 0))
+
+
+@rewrites(aten.zeros_like.default, aten.ones_like.default)
+def _one_number(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """What is made like one number, a sum over samples perhaps, depends on no sample."""
+    if run.tensor(a["self"]).shape:
+        return NotImplemented
+    return _full(run, node, 1 if node.target is aten.ones_like.default else 0)
+
+
+@rewrites(aten.add.Tensor, aten.sub.Tensor)
+def _added_number(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """``loss = 0; loss = loss + ...``, ``loss + 1e-3``: nothing, or a value that joins a sum as any other does."""
+    other, meta = a["other"], meta_of(node.meta["val"])
+    if isinstance(other, fx.Node) or run.tensor(a["self"]) != meta or meta.shape or a["alpha"] != 1:
+        return NotImplemented
+    if other == 0:
+        return a["self"]
+    return run.call(node.target, (a["self"], _full(run, node, other)), meta, like=node)
+
+
+@rewrites(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
+def _equal_bags(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """[bags, words] ids: rows of the table, those of the padding left out, reduced along the words."""
+    ids, table, padding = run.tensor(a["indices"]), run.tensor(a["weight"]), a.get("padding_idx")
+    words = _bag_size(a["offsets"], ids)
+    if words is None or a["scale_grad_by_freq"] or a["include_last_offset"]:
+        return NotImplemented
+    flat, wide = TensorMeta((ids.numel // words, words), ids.dtype), (ids.numel // words, words, table.shape[1])
+    places = run.call(aten.reshape.default, (a["indices"], list(flat.shape)), flat, like=node)
+    rows = run.call(aten.embedding.default, (a["weight"], places), TensorMeta(wide, table.dtype), like=node)
+    kept = None
+    if padding is not None:
+        kept = run.call(aten.ne.Scalar, (places, padding % table.shape[0]), TensorMeta(flat.shape, "bool"), like=node)
+    if a["per_sample_weights"] is not None:
+        weights = TensorMeta((*flat.shape, 1), run.tensor(a["per_sample_weights"]).dtype)
+        each = run.call(aten.reshape.default, (a["per_sample_weights"], list(weights.shape)), weights, like=node)
+        rows = run.call(aten.mul.Tensor, (rows, each), TensorMeta(wide, table.dtype), like=node)
+    return [_reduced(run, node, rows, kept, a["mode"]), None, None, None]
+
+
+def _bag_size(offsets: Any, ids: TensorMeta) -> int | None:
+    """The size that all bags have; None where offsets are not those of torch's own [bags, words] form."""
+    is_range = isinstance(offsets, fx.Node) and offsets.target in (aten.arange.start_step, aten.arange.start)
+    if not is_range:
+        return None
+    start, end, *rest = offsets.args
+    step = rest[0] if rest else 1
+    return step if isinstance(step, int) and (start, end) == (0, ids.numel) and ids.numel % step == 0 else None
+
+
+def _reduced(run: Cleaner, node: fx.Node, rows: fx.Node, kept: fx.Node | None, mode: int) -> Any:
+    """[bags, words, width] -> [bags, width]; words that are not kept count nothing, and a bag of none is zero."""
+    meta = run.tensor(rows)
+    bags, words, _ = meta.shape
+    if kept is not None:
+        column = TensorMeta((bags, words, 1), "bool")
+        shown = run.call(aten.unsqueeze.default, (kept, 2), column, like=node)
+        filler = -torch.inf if mode == _MAX else 0.0
+        rows = run.call(aten.where.ScalarOther, (shown, rows, filler), meta, like=node)
+    out = TensorMeta((bags, meta.shape[2]), meta.dtype)
+    if mode == _MAX:
+        largest = run.call(aten.amax.default, (rows, [1]), out, like=node)
+        if kept is None:
+            return largest
+        some = run.call(aten.any.dim, (kept, 1, True), TensorMeta((bags, 1), "bool"), like=node)
+        return run.call(aten.where.ScalarOther, (some, largest, 0.0), out, like=node)
+    total = run.cast(node, run.summed(node, rows, [1]), meta.dtype)
+    if mode == _SUM:
+        return total
+    if kept is None:
+        return run.call(aten.mul.Tensor, (total, 1.0 / words), out, like=node)
+    number = run.call(aten.sum.dim_IntList, (kept, [1], True), TensorMeta((bags, 1), "int64"), like=node)
+    least = run.call(aten.clamp_min.default, (number, 1), TensorMeta((bags, 1), "int64"), like=node)
+    return run.call(aten.div.Tensor, (total, run.cast(node, least, meta.dtype)), out, like=node)
+
+
+@rewrites(aten.bilinear.default)
+def _bilinear(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """x W y for each feature: a product of x with all of W, then with y, summed."""
+    (features, first, second), dtype = run.tensor(a["weight"]).shape, run.tensor(a["weight"]).dtype
+    lead = run.tensor(a["input1"]).shape[:-1]
+    turned = TensorMeta((features, second, first), dtype)
+    weight = run.call(aten.transpose.int, (a["weight"], 1, 2), turned, like=node)
+    flat = TensorMeta((features * second, first), dtype)
+    weight = run.call(aten.reshape.default, (weight, list(flat.shape)), flat, like=node)
+    half = run.call(aten.linear.default, (a["input1"], weight), TensorMeta((*lead, flat.shape[0]), dtype), like=node)
+    wide = TensorMeta((*lead, features, second), dtype)
+    half = run.call(aten.reshape.default, (half, list(wide.shape)), wide, like=node)
+    other = TensorMeta((*lead, 1, second), dtype)
+    right = run.call(aten.unsqueeze.default, (a["input2"], len(lead)), other, like=node)
+    product = run.call(aten.mul.Tensor, (half, right), wide, like=node)
+    made = run.cast(node, run.summed(node, product, [len(lead) + 1]), dtype)
+    if a["bias"] is None:
+        return made
+    return run.call(aten.add.Tensor, (made, a["bias"]), TensorMeta((*lead, features), dtype), like=node)

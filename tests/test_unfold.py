@@ -1,0 +1,115 @@
+"""Calls without a rule become the calls they are made of, and the programs of what they are made of are right."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from unseen_models import BATCH, classes, normal
+
+from cost_model.ops import entry_of
+from passes.graph import is_getitem
+from passes.trace import trace
+from passes.unmutate import unmutate
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+class Model(nn.Module):
+    """A layer in front, a head behind, and what is looked at between them: [b, 6, 8] to any shape."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor], part: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.head, self.between = nn.Linear(8, 8), nn.LazyLinear(4), between
+        self.part = nn.Identity() if part is None else part
+        with torch.no_grad():
+            self(normal(BATCH, 6, 8), classes(4, BATCH))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.between(self.part, self.front(x)).flatten(1)), labels)
+
+
+def _bags(table: nn.Module, x: Tensor) -> Tensor:
+    ids = x.detach().flatten(1).abs().mul(9).long() % 12
+    return table(ids)
+
+
+def _filtered(_: nn.Module, x: Tensor) -> Tensor:
+    """A product of spectra, in which a slice of complex numbers is written."""
+    spectrum = torch.fft.rfft(x, dim=1)
+    kept = torch.zeros_like(spectrum)
+    kept[:, :2] = spectrum[:, :2]
+    return torch.fft.irfft(kept, n=6, dim=1)
+
+
+def _turned(_: nn.Module, x: Tensor) -> Tensor:
+    """Rotary embeddings by complex numbers."""
+    turn = torch.polar(torch.ones(6, 4), torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.5, 0.2, 0.1])))
+    pairs = torch.view_as_complex(x.reshape(-1, 6, 4, 2)) * turn
+    return torch.view_as_real(pairs).flatten(2)
+
+
+BETWEEN: dict[str, Callable[[], Model]] = {
+    "lstm": lambda: Model(lambda r, x: r(x)[0], nn.LSTM(8, 8, batch_first=True, bidirectional=True)),
+    "gru": lambda: Model(lambda r, x: r(x.transpose(0, 1))[1][-1], nn.GRU(8, 8, 2)),
+    "state": lambda: Model(lambda r, x: r(x[:, 0], x.new_zeros(x.shape[0], 8)), nn.GRUCell(8, 8)),
+    "bag_mean": lambda: Model(_bags, nn.EmbeddingBag(12, 8, padding_idx=3)),
+    "bag_max": lambda: Model(_bags, nn.EmbeddingBag(12, 8, mode="max", padding_idx=3)),
+    "spectrum": lambda: Model(_filtered),
+    "complex": lambda: Model(_turned),
+    "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
+    "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
+    "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),
+    "expand_as": lambda: Model(lambda _, x: x * x[:, :1].expand_as(x)),
+}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_calls_are_made_of_runs_as_on_one_device(name: str, dp: int, tp: int) -> None:
+    batch = {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)}
+    check_parity(BETWEEN[name](), batch, 2, 1e-4, SGD, dp=dp, tp=tp, pp=1)
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_nothing_without_a_rule_is_left(name: str) -> None:
+    graph = trace(BETWEEN[name](), {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)}).global_graph
+    assert [str(n.target) for n in graph.nodes() if not is_getitem(n) and entry_of(str(n.target)) is None] == []
+
+
+def test_a_number_added_to_the_loss_is_added_once() -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.out = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            loss = 0
+            for place in range(2):
+                loss = loss + F.cross_entropy(self.out(x[:, place]), labels)
+            return loss + 0.5
+
+    batch = {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)}
+    check_parity(Summed(), batch, 2, 1e-4, SGD, dp=2, tp=1, pp=1, microbatch_size=2)
+
+
+def test_writes_into_a_slice_are_laid_into_the_whole() -> None:
+    def part(x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 1:3].mul_(3)
+        return y + 1
+
+    with torch._subclasses.FakeTensorMode():
+        graph = torch.fx.experimental.proxy_tensor.make_fx(part)(torch.empty(4, 6)).graph
+    unmutate(graph)
+    x = torch.randn(4, 6)
+    assert torch.equal(fx.GraphModule({}, graph)(x), part(x))
