@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import highspy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lp_reader import solved_elsewhere
 from test_planner_search import (
     BATCH,
     DEVICES,
@@ -24,10 +24,12 @@ from autopar.planner import flat_solver
 from autopar.planner.search import Infeasible, Pins, Solution, search
 from cost_model.errors import ProblemSizeError, UnsupportedError
 
+FEW, MANY = (settings(max_examples=count, deadline=None) for count in (30, 400))
+SCHEDULE = st.sampled_from([None, "gpipe"])
+SEED = st.integers(0, 10**6)
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), tied=st.booleans(), schedule=st.sampled_from([None, "gpipe"]))
-def test_without_a_cap_all_three_agree(seed: int, tied: bool, schedule: str | None) -> None:
+
+def agree_without_a_cap(seed: int, tied: bool, schedule: str | None) -> None:
     """With costs per step the columns may be off by the gap they report, and by no more."""
     space, pins = RandomSpace(seed, tied), Pins(schedule=schedule)
     best = min(every_plan(space, pins))[0]
@@ -38,11 +40,8 @@ def test_without_a_cap_all_three_agree(seed: int, tied: bool, schedule: str | No
     assert best * (1 - 1e-9) <= columns.objective_s <= best * (1 + columns.gap) * (1 + 1e-9)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), tied=st.booleans(), tightness=st.floats(0, 1.2))
-def test_under_a_cap_the_flat_program_is_exact_and_the_columns_within_their_gap(
-    seed: int, tied: bool, tightness: float
-) -> None:
+def agree_under_a_cap(seed: int, tied: bool, tightness: float) -> None:
+    """The flat program is exact, the columns within the gap that they report."""
     space = RandomSpace(seed, tied)
     plans = every_plan(space, Pins())
     least, most = min(need for _, need in plans), min(plans)[1]
@@ -57,6 +56,24 @@ def test_under_a_cap_the_flat_program_is_exact_and_the_columns_within_their_gap(
     assert flat.objective_s == pytest.approx(min(fitting), rel=1e-6)
     assert_consistent(space, flat, cap)
     assert flat.objective_s * (1 - 1e-6) <= columns.objective_s <= flat.objective_s * (1 + columns.gap) * (1 + 1e-6)
+
+
+def test_without_a_cap_all_three_agree() -> None:
+    FEW(given(seed=SEED, tied=st.booleans(), schedule=SCHEDULE)(agree_without_a_cap))()
+
+
+def test_under_a_cap_all_three_agree() -> None:
+    FEW(given(seed=SEED, tied=st.booleans(), tightness=st.floats(0, 1.2))(agree_under_a_cap))()
+
+
+@pytest.mark.slow
+def test_many_graphs_without_a_cap() -> None:
+    MANY(given(seed=SEED, tied=st.booleans(), schedule=SCHEDULE)(agree_without_a_cap))()
+
+
+@pytest.mark.slow
+def test_many_graphs_under_a_cap() -> None:
+    MANY(given(seed=SEED, tied=st.booleans(), tightness=st.floats(0, 1.2))(agree_under_a_cap))()
 
 
 @settings(max_examples=15, deadline=None)
@@ -82,13 +99,7 @@ def test_the_flat_program_is_written_with_named_rows_and_read_back(tmp_path: Pat
     rows = ("one_range_1", "tile_0_1", "inside_0_0", "label_1_2_tied", "meet_0_1", "agree_2_tied_0", "begin_1_1")
     for row in (*rows, "cut_1_1_0", "marginal_0_0_", "slowest_stage_1", "largest_step_0", "memory_1"):
         assert f"\n{row}" in text, row
-    reader = highspy.Highs()
-    reader.setOptionValue("output_flag", False)
-    reader.readModel(str(path))
-    reader.run()
-    values = dict(zip(reader.getLp().col_names_, reader.getSolution().col_value, strict=True))
-    scale = next(s.time_s for s in found.stages if s.time_s == max(s.time_s for s in found.stages)) / values["slowest"]
-    assert reader.getObjectiveValue() * scale == pytest.approx(found.objective_s, rel=1e-6)
+    assert solved_elsewhere(path) == pytest.approx(found.objective_s, rel=1e-6)
 
 
 def test_a_graph_that_is_too_large_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lp_reader import solved_elsewhere
 
 from autopar.planner.configuration import ConfigurationSolver
 from autopar.planner.factor_graph import COMPONENTS
@@ -420,8 +421,10 @@ def test_a_solver_that_dies_is_replaced_and_that_is_said(tmp_path: Path, monkeyp
 def test_the_program_of_the_answer_can_be_written(tmp_path: Path) -> None:
     found = search(RandomSpace(8), DEVICES, BATCH, pins=Pins(pp=2))
     assert isinstance(found, Solution) and found.ilp is not None
-    found.ilp.write_lp(tmp_path / "stages.lp")
-    assert "one_column_1" in (tmp_path / "stages.lp").read_text()
+    path = tmp_path / "stages.lp"
+    found.ilp.write_lp(path)
+    assert "one_column_1" in path.read_text()
+    assert solved_elsewhere(path) == pytest.approx(found.objective_s, rel=1e-6)
 
 
 @dataclass

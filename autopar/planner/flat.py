@@ -25,7 +25,7 @@ import pulp
 from autopar.planner.chain import Chain
 from autopar.planner.columns import SAVED, STATE, STEP, TIME
 from autopar.planner.factor_graph import FactorGraph, FloatArray
-from autopar.planner.solvers import TIME_LIMIT_S, Answer, solved
+from autopar.planner.solvers import TIME_LIMIT_S, Answer, named, solved
 
 Term = tuple[pulp.LpVariable, float]
 
@@ -114,8 +114,8 @@ class FlatIlp:
 
     def __init__(self, problem: Problem, *, least: bool = False) -> None:
         self.given, self.chain, self.stages = problem, problem.chain, range(problem.pp)
-        self.problem = pulp.LpProblem("autopar_flat", pulp.LpMinimize)
         self.unit_s, self.unit_bytes = self._units()
+        self.problem = pulp.LpProblem(named("autopar_flat", self.unit_s), pulp.LpMinimize)
         self.graphs = [self.chain.kinds[kind] for kind in self.chain.sequence]
         self.ranges = [self._ranges(s) for s in self.stages]
         self.here: dict[tuple[int, int], pulp.LpVariable] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pulp
 
 from autopar.planner.columns import Column
-from autopar.planner.solvers import TIME_LIMIT_S, Answer, solved
+from autopar.planner.solvers import TIME_LIMIT_S, Answer, named, solved
 from cost_model.errors import SolverError
 
 Offers = Sequence[Sequence[Column]]
@@ -52,7 +52,7 @@ class StageIlp:
         self.offers = tuple(tuple(columns) for columns in offers)
         self.microbatches = microbatches
         self.unit_s = _unit_s(self.offers)
-        self.problem = pulp.LpProblem("autopar_stages", pulp.LpMinimize)
+        self.problem = pulp.LpProblem(named("autopar_stages", self.unit_s), pulp.LpMinimize)
         self.picks = [
             [pulp.LpVariable(f"x_{s}_{c}", cat=pulp.LpBinary) for c in range(len(columns))]
             for s, columns in enumerate(self.offers)

@@ -21,6 +21,11 @@ class Program(Protocol):
         """Write it in LP format, rows and variables by their names."""
 
 
+def named(name: str, unit_s: float) -> str:
+    """The name of a program, as its file's first line has it, with the seconds that its objective counts in."""
+    return f"{name}_in_units_of_{unit_s!r}_s"
+
+
 @dataclass(frozen=True)
 class Answer:
     """How a program was solved; the values are in its variables.
