@@ -29,13 +29,14 @@ from passes.clean import clean
 from passes.detach import detach
 from passes.draws import give_draws
 from passes.experts import traceable_experts
+from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
 from passes.mutations import changed_buffers
 from passes.repeats import Repeats, UnlikeError
 from passes.segment import Segment, segment
 from passes.unroll import unroll
-from passes.watch import ValueWatch, check_hooks, no_own_backward
+from passes.watch import ValueWatch, check_hooks, own_backwards
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 _DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -89,6 +90,7 @@ class _WithLoss(nn.Module):
         self._loss_fn, self._spec = loss_fn, spec
         self.watch = ValueWatch()
         self.repeats: Repeats | None = None
+        self.functions = Functions()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.watch.over(self.model), nullcontext() if self.repeats is None else self.repeats.between():
@@ -182,8 +184,12 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
     wrapped = _WithLoss(model, loss_fn, spec)
     wrapped.training = model.training  # not train(): the model's parts may each be in a mode of their own
     try:
-        with _stack_traces(sources), traceable_experts(model):
-            return _traced(wrapped, spec, sources)
+        while True:
+            try:
+                with _stack_traces(sources), traceable_experts(model):
+                    return _traced(wrapped, spec, sources)
+            except FunctionMet as met:
+                wrapped.functions.judge(met)
     except UnsupportedError:
         if sources:
             raise
@@ -195,7 +201,7 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     aliases = alias_map(wrapped.model)
     graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
     other_size = _second_size(spec.size)
-    notes = wrapped.watch.notes
+    notes = (*wrapped.watch.notes, *wrapped.functions.notes())
     other = None
     if other_size is not None:
         try:
@@ -280,7 +286,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with no_own_backward(), _as_on_cpu(module, mode):
+        with own_backwards(module.functions), _as_on_cpu(module, mode):
             exported = (_folded(module, args, kwargs) if folded else None) or _exported(module, args, kwargs)
     except AutoparError:
         raise

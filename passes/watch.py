@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from cost_model.errors import UnsupportedError
+from passes.functions import Functions
 
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _REGISTER = ("register_hook", "register_post_accumulate_grad_hook")
-_REGISTERED = "torch._library.autograd"
-"""Where backwards of registered ops live: calls of such an op are traced whole, and their backward with them."""
 _NUMBERS = (bool, int, float)
 
 
@@ -35,21 +34,16 @@ def check_hooks(model: nn.Module) -> None:
 
 
 @contextmanager
-def no_own_backward() -> Iterator[None]:
-    """While a model is traced: UnsupportedError from autograd Functions and from hooks on tensors.
+def own_backwards(functions: Functions) -> Iterator[None]:
+    """While a model is traced: autograd Functions as calls that have their gradients, UnsupportedError from hooks.
 
-    Only the forward of either is traced, and its derivative would take the place of the user's backward.
+    Only the forward of either would be traced, and its derivative would take the place of the user's backward.
     """
 
-    apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+    plain = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
-    def refuse_function(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__ == _REGISTERED:
-            return apply(cls, *args, **kwargs)
-        raise UnsupportedError(
-            f"{cls.__qualname__} is an autograd.Function: its backward is lost when a model is traced; state it with "
-            "differentiable calls (a straight-through estimator: x + (f(x) - x).detach())"
-        )
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return functions.apply(plain, cls, *args, **kwargs)
 
     def refuse_hook(tensor: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
         raise UnsupportedError(
@@ -57,7 +51,7 @@ def no_own_backward() -> Iterator[None]:
             "state what it does in forward or in the optimizer"
         )
 
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(refuse_function)):
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
         with mock.patch.object(torch.Tensor, _REGISTER[0], refuse_hook):
             with mock.patch.object(torch.Tensor, _REGISTER[1], refuse_hook):
                 yield

@@ -362,7 +362,7 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0]
+        return gradients[0].flip(0)
 
 
 class _Odd(nn.Module):
@@ -389,7 +389,10 @@ def _counted(model: Any, h: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("odd", "message"),
-    [(lambda _, h: _Own.apply(h), "_Own is an autograd.Function"), (_hooked, r"gradient hook on a tensor \[8, 4\]")],
+    [
+        (lambda _, h: _Own.apply(h), "_Own is an autograd.Function"),
+        (_hooked, r"gradient hook on a tensor \[8, 4\]"),
+    ],
     ids=["function", "tensor hook"],
 )
 def test_a_backward_of_the_users_own_is_refused(odd: Any, message: str) -> None:

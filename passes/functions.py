@@ -1,0 +1,169 @@
+"""Functions: autograd Functions of the user's own, whose backward a trace does not see, as calls that it does.
+
+Where a Function's backward is the derivative of its forward (a hand-written GELU), its forward is traced as any other
+code. Where it is the incoming gradient times something (a straight-through estimator, a reversed or bounded gradient),
+the value is joined by a zero of that gradient: f(x) + (x - x) times it, the second x and what it is times detached.
+Which of both holds is found by running the Function on small random tensors, outside of the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
+
+from cost_model.errors import AutoparError, UnsupportedError
+
+_EXTENT = 12
+"""No dim of the tensors that a Function is tried on is longer."""
+_SCALES = (1.0, 1e-6, 100.0)
+"""Of the random tensors, of which every third number is zero: a backward may bound what it returns."""
+_TOLERANCE = 1e-4
+_REGISTERED = "torch._library.autograd"
+"""Where backwards of registered ops live: calls of such an op are traced whole, and their backward with them."""
+OWN, SCALED, OTHER = "own", "scaled", "other"
+
+
+class FunctionMet(AutoparError):
+    """A trace met a Function that nobody has tried yet."""
+
+    def __init__(self, cls: Any, args: Sequence[Any]) -> None:
+        super().__init__(f"{cls.__qualname__} has not been tried")
+        self.cls, self.args_met = cls, tuple(args)
+
+
+class Context:
+    """What a Function's forward leaves for its backward."""
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.needs_input_grad = tuple(isinstance(a, Tensor) and a.is_floating_point() for a in args)
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        """Integers have no gradient anyway."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Gradients that are asked for here are never missing."""
+
+
+class Functions:
+    """What is known of the Functions met: is the backward the forward's own derivative, a scaled gradient, or other."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], str] = {}
+
+    def apply(self, plain: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call in a trace; ``plain``: torch's own. Errors: FunctionMet, UnsupportedError."""
+        if cls.__module__ == _REGISTERED:
+            return plain(cls, *args, **kwargs)
+        if cls is CheckpointFunction:  # recompute is the planner's matter
+            return args[0](*args[2:])
+        key = _key(cls, args)
+        if key not in self.known:
+            raise FunctionMet(cls, [_described(a) for a in args])
+        if self.known[key] == OWN:
+            return _forward(cls, args)[0]
+        if self.known[key] == SCALED:
+            return _with_gradient(cls, args)
+        raise UnsupportedError(
+            f"{cls.__qualname__} is an autograd.Function whose backward is neither the derivative of its forward "
+            "nor the gradient times something, and is lost when a model is traced; state it with differentiable calls"
+        )
+
+    def judge(self, met: FunctionMet) -> None:
+        """Try a Function. Outside of any trace."""
+        self.known[_key(met.cls, met.args_met)] = _judged(met.cls, met.args_met)
+
+    def notes(self) -> tuple[str, ...]:
+        """What was found, one line for each Function."""
+        found = {
+            OWN: "has the derivative of its forward as its backward, tried on random tensors: it is traced as that",
+            SCALED: "has the gradient times something as its backward, tried on random tensors: it is traced as that",
+        }
+        kinds = {(key[0].__qualname__, kind): None for key, kind in self.known.items()}
+        return tuple(f"the autograd.Function {name} {found[kind]}" for name, kind in kinds if kind in found)
+
+
+def _key(cls: Any, args: Sequence[Any]) -> Any:
+    """A Function with its numbers and flags, which may decide what its backward does."""
+    return cls, tuple(a for a in args if isinstance(a, bool | int | float | str))
+
+
+def _described(value: Any) -> Any:
+    """A tensor of a trace by shape and dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.Size(min(int(extent), _EXTENT) for extent in value.shape), value.dtype
+
+
+def _drawn(value: Any, seed: int) -> Any:
+    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)):
+        return value
+    shape, dtype = value
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator) * _SCALES[seed]
+    drawn.flatten()[::3] = 0
+    return drawn.to(dtype).requires_grad_()
+
+
+def _forward(cls: Any, args: Sequence[Any]) -> tuple[Any, Context]:
+    """The forward as ordinary code, and what it leaves."""
+    context = Context(args)
+    if cls.setup_context is torch.autograd.Function.setup_context:
+        return cls.forward(context, *args), context
+    output = cls.forward(*args)
+    cls.setup_context(context, args, output)
+    return output, context
+
+
+def _with_gradient(cls: Any, args: Sequence[Any]) -> Tensor:
+    """The forward's value, with the gradient that the backward makes of one of ones."""
+    output, context = _forward(cls, [a.detach() if isinstance(a, Tensor) else a for a in args])
+    scales = cls.backward(context, torch.ones_like(output))
+    made: Tensor = output.detach()
+    for arg, scale in zip(args, scales if isinstance(scales, tuple) else (scales,), strict=False):
+        if isinstance(arg, Tensor) and isinstance(scale, Tensor) and arg.is_floating_point():
+            made = made + (arg - arg.detach()) * scale.detach()
+    return made
+
+
+def _judged(cls: Any, described: Sequence[Any]) -> str:
+    for kind, run in ((OWN, lambda args: _forward(cls, args)[0]), (SCALED, lambda args: _with_gradient(cls, args))):
+        try:
+            if all(_agree(cls, run, [_drawn(a, seed) for a in described], seed) for seed in range(len(_SCALES))):
+                return kind
+        except Exception:  # noqa: BLE001  (whatever the user's code raises: it is not of this kind)
+            continue
+    return OTHER
+
+
+def _agree(cls: Any, run: Any, args: list[Any], seed: int) -> bool:
+    """Whether a way to run a Function has its values and its gradients, for a random gradient of the output."""
+    found = [_gradients(call, args, seed) for call in (lambda given: cls.apply(*given), run)]
+    (values, gradients), (others, own) = found
+    return all(
+        torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+        for a, b in zip((*values, *gradients), (*others, *own), strict=True)
+    )
+
+
+def _gradients(call: Any, args: list[Any], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = [t for t in pytree.tree_leaves(call(args)) if isinstance(t, Tensor) and t.is_floating_point()]
+    wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    generator = torch.Generator().manual_seed(seed + len(_SCALES))
+    pairs = [(o, torch.randn(o.shape, generator=generator).to(o.dtype)) for o in outputs]
+    known = [(o, g) for o, g in pairs if o.requires_grad]
+    if not known:
+        return [o.detach() for o in outputs], [torch.zeros_like(a) for a in wanted]
+    found = torch.autograd.grad([o for o, _ in known], wanted, [g for _, g in known], allow_unused=True)
+    gradients = [torch.zeros_like(a) if g is None else g for a, g in zip(wanted, found, strict=True)]
+    return [o.detach() for o in outputs], gradients

@@ -1,0 +1,134 @@
+"""Autograd Functions of the user's own keep their gradients."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from unseen_models import BATCH, classes, normal
+
+from passes.functions import OTHER, OWN, SCALED, FunctionMet, Functions
+from passes.trace import trace
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+class Gelu(torch.autograd.Function):
+    """A derivative written by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(1.702 * x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(1.702 * x)
+        return grad * (s + 1.702 * x * s * (1 - s))
+
+
+class Sign(torch.autograd.Function):
+    """A straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (ctx.saved_tensors[0].abs() <= 1)
+
+
+class Reversed(torch.autograd.Function):
+    """The new style: what is left for the backward is set up apart."""
+
+    @staticmethod
+    def forward(x: Tensor, share: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.share = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.share * grad, None
+
+
+class Bounded(torch.autograd.Function):
+    """A root whose derivative at zero is finite: not that of its forward, though almost."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.abs().sqrt()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * x.sign() / (2 * x.abs().sqrt()).clamp(min=0.01)
+
+
+class Summed(torch.autograd.Function):
+    """Rows get each other's gradients: no scale says that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.flip(0)
+
+
+CALLS = {
+    "gelu": (lambda _, x: Gelu.apply(x), OWN),
+    "sign": (lambda _, x: Sign.apply(x), SCALED),
+    "reversed": (lambda _, x: Reversed.apply(x, 0.5), SCALED),
+    "bounded": (lambda _, x: Bounded.apply(x), SCALED),
+    "checkpoint": (lambda part, x: checkpoint(part, x, use_reentrant=True), None),
+}
+
+
+class Model(nn.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.part, self.head, self.call = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4), call
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.call(self.part, self.front(x))), labels)
+
+
+def batch() -> dict[str, Tensor]:
+    return {"x": normal(BATCH, 8), "labels": classes(4, BATCH)}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_are_those_of_the_function(name: str, dp: int, tp: int) -> None:
+    check_parity(Model(CALLS[name][0]), batch(), 2, 1e-4, SGD, dp=dp, tp=tp, pp=1)
+
+
+@pytest.mark.parametrize(("function", "kind"), [(Gelu, OWN), (Sign, SCALED), (Bounded, SCALED), (Summed, OTHER)])
+def test_functions_are_told_apart(function: Any, kind: str) -> None:
+    known = Functions()
+    with pytest.raises(FunctionMet) as met:
+        known.apply(None, function, torch.zeros(40, 6))
+    known.judge(met.value)
+    assert list(known.known.values()) == [kind]
+
+
+def test_what_was_found_is_said() -> None:
+    notes = trace(Model(CALLS["sign"][0]), batch()).notes
+    assert any("autograd.Function Sign has the gradient times something" in note for note in notes)
