@@ -21,7 +21,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -72,6 +71,7 @@ class RankExecutor(Held):
         self.constants = self._set_up()
         self.events: list[Event] | None = None
         self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
+        self.is_stale = False
         self.attached: dict[str, RankExecutor] = {}
         self._reset()
 
@@ -185,24 +185,28 @@ class RankExecutor(Held):
                 buffer.mul_(1 / self.accumulated)
 
     def _begin(self, batch: Mapping[str, Tensor], *, keep: bool = False) -> None:
-        """keep: leave the gradients as they are."""
+        """keep: leave the gradients as they are; else those of the last step are cleared before the first backward."""
         self._reset()
         self.batch = {name: batch[name].to(self.device).contiguous() for name in self.spec["batch"]}
         self.module.feed(self)
         self.step_values = self.module.prologue(self.batch, self.buffers, self.comm, self.kernels, self.device)
         if self.scaler is not None:
             self.step_values["loss_scale"] = self.scaler.scale
-        if self.spec["accumulates"] and self.accumulated == 0 and not keep:
+        self.is_stale = self.spec["accumulates"] and self.accumulated == 0 and not keep
+
+    def _clear_gradients(self) -> None:
+        """What the step before left: once, while a stage waits for another if it does."""
+        if self.is_stale:
             for buffer in self.flat.values():
                 buffer.zero_()
+            self.is_stale = False
 
     def _finish(self) -> float:
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.loss is not None and self.spec["reports_loss"]:
             loss.copy_(self.loss if self.scaler is None else self.loss / self.scaler.scale)
         if self.world_size > 1:
-            loss = loss.to(self.device)
-            self._timed("loss", ONCE, lambda: dist.all_reduce(loss), WORLD_REDUCTION)
+            self._timed("loss", ONCE, lambda: self.comm.all_reduce_(loss, "world", "sum"), WORLD_REDUCTION)
         value = float(loss)
         self._reset()
         return value
@@ -250,6 +254,7 @@ class RankExecutor(Held):
         self._backward("weight", own.weight, part, self.kept.pop(part))
 
     def _backward(self, name: str, function: Callable[..., Any], part: Part, saved: list[Tensor]) -> Any:
+        self._clear_gradients()
         microbatch, chunk = part
         accumulate = Add if self.spec["accumulates"] or self.accumulated else Store
         last = self.reducing and microbatch == self.spec["microbatches"] - 1
@@ -422,6 +427,7 @@ class RankExecutor(Held):
                 work.advance()
 
     def _receive(self, link: str, part: Part) -> Tensor:
+        self._clear_gradients()
         works, buffer = self.expected[link].popleft()
         self._timed(link, part, lambda: self._wait_for(works))
         return buffer
