@@ -178,14 +178,18 @@ class ConfigurationSolver:
     def _start(self, limit_s: float) -> tuple[tuple[StageSpace, ...], tuple[Column, ...]]:
         """Edges through which a tiling within the limit may lead, and a first tiling, whose value limits them further.
 
-        Ranges are made longer until none of the longest is fast enough and fits: nor do longer ones, then.
+        Ranges are made longer until none of the longest is fast enough and fits: nor do longer ones, then. Most
+        configurations have no edges at the first prices, which are few.
         """
-        self._first_prices()
+        self.table.add(self._first_prices())
+        best: tuple[Column, ...] = ()
         while True:
             spaces = tuple(self._space(stage) for stage in range(self.configuration.pp))
             near = self._within(spaces, limit_s)
-            best = self._incumbent([self._pool(space) for space in near], ())
-            near = self._within(near, min(limit_s, self._value(best) * (1 + CLOSE)))
+            if all(len(space.edges) for space in near):
+                self.table.add(self._hinted() if np.isfinite(self.cap_bytes) else [])
+                best = self._incumbent([self._pool(space) for space in near], ())
+                near = self._within(near, min(limit_s, self._value(best) * (1 + CLOSE)))
             if not self._is_cut_short(spaces, min(limit_s, self._value(best) * (1 + CLOSE))):
                 return near, best
             self.table.extend(min(len(self.chain), 2 * self.table.longest))
@@ -253,12 +257,12 @@ class ConfigurationSolver:
             for c, held, reserve in zip(columns, self.held, reserves, strict=True)
         ]
 
-    def _first_prices(self) -> None:
-        prices = [Price(*weights) for weights in self.objective.free]
-        if np.isfinite(self.cap_bytes):
-            prices += [Price(0.0, 0.0, 1.0, float(held)) for held in dict.fromkeys(self.held)]
-            prices += self._hinted()
-        self.table.add(prices)
+    def _first_prices(self) -> list[Price]:
+        """What tells how fast a range may be, and how little it may need."""
+        free = [Price(*weights) for weights in self.objective.free]
+        if not np.isfinite(self.cap_bytes):
+            return free
+        return free + [Price(0.0, 0.0, 1.0, float(held)) for held in dict.fromkeys(self.held)]
 
     def _hinted(self) -> list[Price]:
         """The latest hints for each stage, as many as are cheap."""
@@ -359,11 +363,13 @@ class ConfigurationSolver:
         edges, e = self.table.edges, space.edges
         totals = self.table.totals[edges.cls[e], :, edges.entry[e], edges.exit[e]]
         over = totals[:, :, STATE] + space.held * totals[:, :, SAVED] > space.capacity_bytes[:, None]
-        count, picked = totals.shape[1], []
+        picked = []
         for weights in self._weightings():
             cost = weights[0] * totals[:, :, TIME] + weights[1] * totals[:, :, STEP]
-            picked.append(np.arange(len(e)) * count + np.where(over, np.inf, cost).argmin(axis=1))
-        rows, prices = np.divmod(np.unique(np.concatenate(picked)), count)
+            picked.append(np.where(over, np.inf, cost).argmin(axis=1))
+        best = np.sort(np.stack(picked, axis=1), axis=1)
+        rows, found = np.nonzero(np.diff(best, axis=1, prepend=-1))
+        prices = best[rows, found]
         fits = ~over[rows, prices]
         rows, prices = rows[fits], prices[fits]
         return _Pool(e[rows], prices, totals[rows, prices, TIME], totals[rows, prices, STEP])
