@@ -222,6 +222,7 @@ class _Pricer:
         self.program, self.cluster = program, cluster
         self.op_prices: dict[tuple[int, ...], dict[OpCost, float]] = {}
         self.collective_prices: dict[tuple[object, ...], float] = {}
+        self.asked: dict[tuple[object, ...], float] = {}
         self.users = {step: self._users(step) for step in (1, -1)}
 
     def stage(self, stage: int, dps: Sequence[int]) -> StagePrice:
@@ -339,17 +340,24 @@ class _Pricer:
     def _slowest_s(
         self, stage: int, dps: Sequence[int], collective: Collective, price_s: Callable[..., float]
     ) -> float:
-        groups = axis_groups(self.program, collective.axis, stage)
-        own = groups
-        if is_inside_replica(collective.axis):  # those of each replica come one behind the other
-            each = len(groups) // self.program.meshes[stage].dp
-            own = tuple(group for dp in dps for group in groups[dp * each : (dp + 1) * each])
-        key = (own, collective, price_s)
-        if key not in self.collective_prices:
-            self.collective_prices[key] = max(
-                price_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0 for group in own
-            )
-        return self.collective_prices[key]
+        """Equal collectives of a stage, one a layer, are asked for once; so are those of stages on the same ranks."""
+        asked = (stage, dps, collective, price_s)
+        if asked not in self.asked:
+            key = (self._groups(stage, dps, collective.axis), collective, price_s)
+            if key not in self.collective_prices:
+                self.collective_prices[key] = max(
+                    price_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0 for group in key[0]
+                )
+            self.asked[asked] = self.collective_prices[key]
+        return self.asked[asked]
+
+    def _groups(self, stage: int, dps: Sequence[int], axis: str) -> tuple[tuple[int, ...], ...]:
+        """Those of some replicas; they come one behind the other."""
+        groups = axis_groups(self.program, axis, stage)
+        if not is_inside_replica(axis):
+            return groups
+        each = len(groups) // self.program.meshes[stage].dp
+        return tuple(group for dp in dps for group in groups[dp * each : (dp + 1) * each])
 
     def _transfer_s(self, stage: int, chunk: int, dps: Sequence[int], *, back: bool, empty: bool) -> float:
         """Seconds of what a chunk sends to the next one's stage, or gets back from it, on the slowest rank of some

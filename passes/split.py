@@ -249,12 +249,10 @@ def _filled(graph: fx.Graph, node: fx.Node, value: int) -> fx.Node:
 
 def _accumulate(graph: fx.Graph, gradient: fx.Node, parameter: str) -> None:
     """Right after a gradient is complete, so that it dies at once."""
-    calls = [n for n in graph.nodes if n.op == "call_function"]
-    if gradient.op == "placeholder" and calls:
-        context = graph.inserting_before(calls[0])
-    else:
-        context = graph.inserting_after(gradient)
-    with context:
+    first = None
+    if gradient.op == "placeholder":
+        first = next((n for n in graph.nodes if n.op == "call_function"), None)
+    with graph.inserting_after(gradient) if first is None else graph.inserting_before(first):
         made = graph.call_function(vocabulary.accumulate, (gradient, parameter))
     made.meta = {k: gradient.meta[k] for k in ("label", "nn_module_stack") if k in gradient.meta}
     made.meta["segment"] = gradient.meta.get("segment", AMBIENT)

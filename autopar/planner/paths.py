@@ -131,8 +131,9 @@ def _relaxed(values: FloatArray, nodes_of: IntArray, nodes: int) -> FloatArray:
     best = np.full((len(values), nodes), np.inf)
     if values.shape[1] == 0:
         return best
-    order = np.argsort(nodes_of, kind="stable")
-    sorted_nodes = nodes_of[order]
-    starts = np.flatnonzero(np.concatenate([[True], sorted_nodes[1:] != sorted_nodes[:-1]]))
-    best[:, sorted_nodes[starts]] = np.minimum.reduceat(values[:, order], starts, axis=1)
+    if (nodes_of[1:] < nodes_of[:-1]).any():
+        order = np.argsort(nodes_of, kind="stable")
+        values, nodes_of = values[:, order], nodes_of[order]
+    starts = np.flatnonzero(np.concatenate([[True], nodes_of[1:] != nodes_of[:-1]]))
+    best[:, nodes_of[starts]] = np.minimum.reduceat(values, starts, axis=1)
     return best
