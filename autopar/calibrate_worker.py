@@ -239,18 +239,13 @@ def _message(
     members = dist.get_process_group_ranks(group)
     calls: dict[str, Call] = {
         "all_reduce": lambda: exchange.begin_all_reduce(full, "sum")(),
-        "all_gather": lambda: _settled(exchange, exchange.begin_gather(full, piece)),
+        "all_gather": lambda: exchange.gather(full, piece),
         "reduce_scatter": lambda: exchange.begin_scatter(piece, full, other[piece.numel() :])(),
         "all_to_all": lambda: dist.all_to_all_single(other, full, group=group),
         "broadcast": lambda: dist.broadcast(full, members[0], group=group),
         "transfer": functools.partial(_ping_pong, full, members, transfers),
     }
     return calls[kind], 2 if kind == "transfer" else 1
-
-
-def _settled(exchange: Exchange, end: End) -> None:
-    end()
-    exchange.settle()
 
 
 def _begun(kind: str, nbytes: int, ranks: int, exchange: Exchange) -> Callable[[], End]:

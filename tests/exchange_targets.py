@@ -64,21 +64,22 @@ class Target:
         return row
 
     def at_once(self, request: dict[str, Any]) -> list[Tensor]:
-        """A gather, a reduction and a sum that have all begun before the first of them is ended, in ``order``."""
+        """A gather, a reduction and a sum that have all begun before a gather ends and they end, in ``order``."""
         way, count = self.ways[request["way"], "all"], request["count"]
         size = len(request["order"])
         whole, part = torch.empty(size * count), torch.full((count,), float(self.rank))
         row, arriving = torch.full((size * count,), float(self.rank)), torch.empty((size - 1) * count)
-        total = torch.full((count,), float(self.rank))
+        total, between = torch.full((count,), float(self.rank)), torch.empty(size * count)
         ends = [
             way.begin_gather(whole, part),
             way.begin_scatter(arriving[:count], row, arriving),
             way.begin_all_reduce(total, "sum"),
         ]
+        way.gather(between, part)
         for place in request["order"]:
             ends[place]()
         way.settle()
-        return [whole, arriving[:count].clone(), total]
+        return [whole, arriving[:count].clone(), total, between]
 
 
 LINKS = ("forward", "backward")

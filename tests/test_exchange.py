@@ -65,6 +65,7 @@ def test_every_rank_has_the_same_reduction(pool: WorkerPool, group: str, count: 
 @pytest.mark.parametrize("count", [3, 100_000])
 def test_collectives_that_have_begun_end_in_any_order(pool: WorkerPool, way: str, count: int) -> None:
     order = [2, 1, 0] if way == "near" else [0, 1, 2]  # messages between two ranks arrive in the order they were sent
-    for whole, part, total in pool.call("at_once", [{"way": way, "count": count, "order": order}] * RANKS):
-        assert torch.equal(whole, torch.arange(3.0).repeat_interleave(count))
+    for whole, part, total, between in pool.call("at_once", [{"way": way, "count": count, "order": order}] * RANKS):
+        for gathered in (whole, between):
+            assert torch.equal(gathered, torch.arange(3.0).repeat_interleave(count))
         assert part.eq(3).all() and total.eq(3).all()

@@ -141,9 +141,7 @@ class Comm:
         return self._exchanges[axis]
 
     def _gather(self, whole: Tensor, part: Tensor, axis: str) -> None:
-        exchange = self._exchange(axis, part)
-        exchange.begin_gather(whole.view(-1), part.view(-1))()
-        exchange.settle()
+        self._exchange(axis, part).gather(whole.view(-1), part.view(-1))
 
     def _scatter(self, out: Tensor, x: Tensor, axis: str) -> None:
         """With persistent buffers as much is allocated for a moment as without."""

@@ -31,6 +31,9 @@ class Exchange(Protocol):
     def begin_gather(self, whole: Tensor, part: Tensor) -> End:
         """``whole``: the parts of all ranks in order; ``part`` may lie in its place there."""
 
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        """The same at once; nobody reads ``part`` after it. What has begun before may still be on its way."""
+
     def begin_scatter(self, out: Tensor, x: Tensor, arriving: Tensor) -> End:
         """``out``: this rank's part of the sum of ``x``; it may lie in ``x`` or at the beginning of ``arriving``, which
         is memory for what other ranks send: all of ``x`` but a part."""
@@ -53,6 +56,9 @@ class Native:
 
     def begin_gather(self, whole: Tensor, part: Tensor) -> End:
         return _waiting(_gather_native(whole, part, group=self.group, async_op=True))
+
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        self.begin_gather(whole, part)()
 
     def begin_scatter(self, out: Tensor, x: Tensor, arriving: Tensor) -> End:
         return _waiting(_scatter_native(out, x, group=self.group, async_op=True))
@@ -91,6 +97,9 @@ class Messages:
                 self._wait(self._pass_on(parts, parts[(self.rank - step + 1) % self.size], step))
 
         return end
+
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        self.begin_gather(whole, part)()
 
     def begin_scatter(self, out: Tensor, x: Tensor, arriving: Tensor) -> End:
         parts, rows = x.view(self.size, -1), arriving.view(self.size - 1, -1)

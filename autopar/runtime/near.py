@@ -174,6 +174,11 @@ class Near:
             parts[self.index].copy_(part.view(-1))
         return lambda: self._take_all(number, [parts[index] for index in self.peers])
 
+    def gather(self, whole: Tensor, part: Tensor) -> None:
+        end, number = self.begin_gather(whole, part), self.count
+        end()
+        self._settle(number)
+
     def begin_scatter(self, out: Tensor, x: Tensor, arriving: Tensor) -> Callable[[], None]:
         parts, number = x.view(self.size, -1), self._number()
         for index, peer in self.peers.items():
