@@ -160,6 +160,11 @@ PLANS = [
     Parallelism(dp=1, tp=1, pp=2, schedule="zero_bubble", microbatch_size=2),
     Parallelism(dp=2, tp=1, pp=2, virtual_stages=2, microbatch_size=1, zero=2),
 ]
+OVERLAPPED = [
+    Parallelism(dp=2, tp=1, pp=1, zero=3, recompute="selective", overlap=True),
+    Parallelism(dp=1, tp=2, pp=1, overlap=True),
+    Parallelism(dp=2, tp=1, pp=2, schedule="1f1b", microbatch_size=1, zero=1, overlap=True),
+]
 
 
 def _name(plan: Parallelism) -> str:
@@ -167,7 +172,9 @@ def _name(plan: Parallelism) -> str:
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("plan", [*PLANS[:2], *(pytest.param(p, marks=pytest.mark.slow) for p in PLANS[2:])], ids=_name)
+@pytest.mark.parametrize(
+    "plan", [*PLANS[:2], *OVERLAPPED, *(pytest.param(p, marks=pytest.mark.slow) for p in PLANS[2:])], ids=_name
+)
 def test_programs_with_kernels_train_what_one_device_trains(plan: Parallelism, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels run as printed, not compiled."""
     monkeypatch.setattr(compiled, "compiled", lambda function: function)
@@ -175,7 +182,7 @@ def test_programs_with_kernels_train_what_one_device_trains(plan: Parallelism, m
     size = (plan.dp or 1) * (plan.tp or 1) * (plan.pp or 1)
     with autopar.compile(model, cpu_cluster(size), batch, optimizer=ADAMW, parallelism=plan, backend="inductor") as exe:
         losses = [exe.step(batch) for _ in range(3)]
-        assert len(kernels_of(exe)) > 10
+        assert len(kernels_of(exe)) > 10 and exe.plan.overlap is bool(plan.overlap)
         expected, trained = reference(model, batch, ADAMW)
         assert losses == pytest.approx(expected, rel=1e-9)
         assert largest_error(exe.full_state_dict(), trained.state_dict()) < 1e-8
