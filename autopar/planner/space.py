@@ -192,8 +192,8 @@ class ModelSpace:
         if local is None:
             return None
         known = self._floors_s.setdefault((microbatch_size, sequence), {})
-        if not known:
-            known[(1,)] = self._floor_s(local, self.mesh_prices(dp, (1,)), sequence)
+        if not known:  # one rank splits no sequence
+            known[(1,)] = self._floor_s(local, self.mesh_prices(dp, (1,)), None)
         time_s = self._inherited_s(known, sizes)
         if time_s <= above_s and sizes not in known:
             known[sizes] = self._floor_s(local, self.mesh_prices(dp, sizes), sequence)
@@ -204,7 +204,7 @@ class ModelSpace:
         ranks, slowing = math.prod(sizes), self._slowing
         fewer = [(math.prod(other), floor_s) for other, floor_s in known.items() if other != sizes]
         parts = [floor_s * count / ranks / slowing for count, floor_s in fewer if count < ranks and ranks % count == 0]
-        return max([*parts, known.get(sizes, 0.0)])
+        return max([*filter(math.isfinite, parts), known.get(sizes, 0.0)])  # more ranks may do what fewer cannot
 
     @cached_property
     def _slowing(self) -> float:
