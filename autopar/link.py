@@ -27,7 +27,7 @@ from passes.codegen import render_module
 from passes.cut import cut_stage, prologue
 from passes.graph import GraphInput, ModelGraph
 from passes.group import Worth
-from passes.schedule_code import PartStep, Reduction, render_prologue, render_step
+from passes.schedule_code import PartStep, Reduction, SpanStep, render_prologue, render_step
 from passes.segment import Segment
 from passes.specialise import specialise
 from passes.stage import StageCode, build_stage, reduce_axis
@@ -47,7 +47,7 @@ class LinkedStage:
     chunks: tuple[StageCode, ...]
     shards: tuple[ParameterShard, ...]
     layout: tuple[tuple[str, tuple[str, ...]], ...]
-    reductions: tuple[Reduction | PartStep, ...]
+    reductions: tuple[Reduction | SpanStep | PartStep, ...]
     gathers: tuple[PartStep, ...]
     prologue_source: str
     prologue_ops: Mapping[str, str] = field(hash=False)
@@ -250,7 +250,7 @@ class Linker:
 
     def _stage(self, chunks: tuple[StageCode, ...], plan: Plan, stage: int, tied: Mapping[str, str]) -> LinkedStage:
         shards = _parameter_shards(chunks, plan.mesh(stage).dp, plan.axes_of(stage), tied)
-        return _link_stage(self.traced, chunks, shards, tied, self.optimizer is not None)
+        return _link_stage(self.traced, chunks, shards, tied, plan.dp_inner, self.optimizer is not None)
 
     def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
         last, stage = index == len(plan.stages) - 1, index % plan.pp
@@ -353,6 +353,7 @@ def _program(plan: Plan, stages: tuple[StageProgram, ...]) -> Program:
         virtual_stages=plan.virtual_stages,
         window=plan.window,
         tp_sizes=() if plan.axes is None else plan.axes.sizes,
+        dp_inner=plan.dp_inner,
     )
 
 
@@ -395,12 +396,13 @@ def _link_stage(
     chunks: tuple[StageCode, ...],
     shards: tuple[ParameterShard, ...],
     tied: Mapping[str, str],
+    inner: int,
     has_optimizer: bool,
 ) -> LinkedStage:
     buckets = merged_buckets(chunks)
     group_of = {name: group for code in chunks for group, names in code.groups for name in names}
     layout, alone = gradient_layout(_finished(chunks), buckets, shards, group_of)
-    reductions = reductions_of(buckets, alone, tied)
+    reductions = reductions_of(buckets, alone, tied, inner)
     names = tuple(i.node for i in merged_inputs(chunks) if i.kind == "step")
     graph = prologue(traced.global_graph, names)
     source, ops = render_prologue(graph)
@@ -444,7 +446,7 @@ def _stage_program(
 ) -> StageProgram:
     collectives = [*fed, *(r.collective for r in stage.reductions)]
     groups = [*(None for _ in fed), *(r.group for r in stage.reductions)]
-    casts = [*(0 for _ in fed), *(sum(target.nbytes for _, target in r.casts[:1]) for r in stage.reductions)]
+    casts = [*(0 for _ in fed), *(r.beside_bytes for r in stage.reductions)]
     if len(plan.placement) > 1:
         collectives += [FOUND] if plan.precision.scales_loss else []
         collectives += [NORM] if clips else []

@@ -17,7 +17,7 @@ from autopar.ranks import under_launcher
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from autopar.runtime.recipe import blank
-from cost_model.axes import DP, TP, Axes, axes_name, members
+from cost_model.axes import ACROSS, DP, INSIDE, TP, Axes, axes_name, members
 from cost_model.errors import ConfigError
 from cost_model.placement import REPLICATE, Placements, Shard, split_axes
 from cost_model.plan import Plan
@@ -283,6 +283,8 @@ def _silent(linked: Linked, rank: int) -> list[str]:
 
 def _group_size(program: Program, stage: int, axis: str) -> int:
     """Ranks of a stage's groups on an axis; both degrees make one of their own where both are above 1."""
+    if axis in (ACROSS, INSIDE):
+        return len(axis_groups(program, axis, stage)[0])
     mesh, found = program.meshes[stage], members(axis, len(program.sizes(stage)))
     assert found is not None
     with_dp, axes = found
@@ -300,7 +302,8 @@ def _axes(program: Program) -> list[str]:
     used = {
         c.axis for stage in program.stages for c in stage.collectives() if members(c.axis, max(1, count)) is not None
     }
-    return [*found, *sorted(used.difference(found))]
+    groups = (ACROSS, INSIDE) if program.dp_inner > 1 else ()
+    return [*found, *sorted(used.difference(found)), *groups]
 
 
 def groups(linked: Linked) -> dict[str, list[list[int]]]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
+from autopar.grouped import group_sizes
 from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linked, Linker, device_map
 from autopar.meshes import DifferentMeshes, may_differ
@@ -436,6 +437,10 @@ class Job:
             if pins.schedule is None:
                 timed.append((timed_s(replace(program, schedule="gpipe")), replace(own, schedule="gpipe")))
         step_s, best = min(timed, key=lambda each: each[0])
+        if self.options.parallelism.dp_inner is None:
+            groups = [replace(best, dp_inner=size) for size in group_sizes(plan, self.cluster)]
+            timed = [(self._timed_s(replace(solution, configuration=each)), each) for each in groups]
+            step_s, best = min([(step_s, best), *timed], key=lambda each: each[0])
         return step_s, replace(solution, configuration=best)
 
     def sent_bytes(self, microbatch_size: int) -> float:
@@ -496,9 +501,9 @@ class Job:
                 f"zero={pins.zero} splits parameters into pieces, which {self.optimizer.path} does not update as it "
                 "updates whole parameters; use zero=0, or an elementwise optimizer such as torch.optim.AdamW"
             )
-        return PinnedSpace(
-            self.space, pins.recompute, pins.zero, pins.sequence_parallel, (c and c.tp_axes) or pins.tp_axes
-        )
+        grouped = pins.zero is None and (pins.dp_inner or (c and c.dp_inner) or 1) > 1
+        zero = 0 if grouped else pins.zero  # what is split over all replicas is not summed in groups of them
+        return PinnedSpace(self.space, pins.recompute, zero, pins.sequence_parallel, (c and c.tp_axes) or pins.tp_axes)
 
     def _peaks(self, solution: Solution) -> Sequence[int]:
         return self.peaks(self.plan(solution))
@@ -542,6 +547,7 @@ class Job:
             virtual_stages=c.virtual_stages,
             window=c.window,
             axes=self._axes(c),
+            dp_inner=self.options.parallelism.dp_inner or c.dp_inner,
         )
         return replace(plan, memory_cap_bytes=max(self.stage_caps(plan)))
 

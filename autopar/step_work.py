@@ -8,7 +8,7 @@ from dataclasses import replace
 from cost_model.ops import OpCall, price_of
 from cost_model.program import Bucket, OpCost, ParameterShard
 from cost_model.tensor import TensorMeta
-from passes.schedule_code import PartStep, Reduction, casts_around
+from passes.schedule_code import PartStep, Reduction, SpanStep, casts_around
 
 Layout = tuple[tuple[str, tuple[str, ...]], ...]
 """(dtype, parameters in order) of each flat gradient buffer."""
@@ -56,10 +56,15 @@ def gradient_layout(
 
 
 def reductions_of(
-    buckets: Sequence[Bucket], alone: tuple[Reduction, ...], tied: Mapping[str, str]
-) -> tuple[Reduction | PartStep, ...]:
-    """All reductions of a step in order: within the stage, then between stages, where all must come in one order."""
-    found: list[Reduction | PartStep] = list(alone)
+    buckets: Sequence[Bucket], alone: tuple[Reduction, ...], tied: Mapping[str, str], inner: int
+) -> tuple[Reduction | SpanStep | PartStep, ...]:
+    """All reductions of a step in order: within the stage, then between stages, where all must come in one order.
+
+    inner: so many neighbouring replicas sum gradients outside buckets among themselves first.
+    """
+    found: list[Reduction | SpanStep | PartStep] = []
+    for reduction in alone:
+        found += reduction.in_groups(inner) or (reduction,)
     for bucket in buckets:
         if bucket.trainable:
             found += _reductions_of_bucket(bucket, tied)

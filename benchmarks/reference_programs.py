@@ -22,7 +22,7 @@ def _synchronised(stage: StageProgram) -> StageProgram:
     calls = tuple(Instruction("autopar.all_reduce.default", (), (), None, c, 0, (), -1) for c in moved)
     (chunk,) = stage.chunks
     backward = replace(chunk.backward, instructions=(*chunk.backward.instructions, *calls))
-    step = replace(stage.step, collectives=left, cast_bytes=(), groups=())
+    step = replace(stage.step, collectives=left, beside_bytes=(), groups=())
     return replace(stage, chunks=(replace(chunk, backward=backward),), step=step)
 
 

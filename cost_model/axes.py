@@ -11,6 +11,8 @@ from cost_model.collectives import FLAT, Link
 
 TP = "tp"
 DP = "dp"
+ACROSS, INSIDE = "dp0", "dp1"
+"""Replicas in groups of neighbours: those at one place of each group, and those of a group."""
 NO_LINK = Link(0.0, math.inf)
 
 

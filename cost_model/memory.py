@@ -285,7 +285,7 @@ class _StageWalk:
     def finish(self, stage: StageProgram, round_bytes: Rounding) -> None:
         """After the last step: sends are waited for, gradients reduced, parameters updated and gathered in place."""
         self.buffers = _Held()
-        casts = stage.step.cast_bytes or (0,) * len(stage.step.collectives)
+        casts = stage.step.beside_bytes or (0,) * len(stage.step.collectives)
         pairs = zip(stage.step.collectives, casts, strict=True)
         ranks = max((bucket.dp for bucket in stage.buckets), default=1)
         buffer = max((_arriving_bytes(c, ranks) + cast for c, cast in pairs), default=0)

@@ -19,8 +19,8 @@ from cost_model.errors import ConfigError, ParallelismError, PlanMismatchError, 
 from cost_model.mesh import Degree, Mesh, meshes_of, of_stages
 from cost_model.precision import Precision
 
-SCHEMA_VERSION = 6
-OLDER_VERSIONS = (2, 3, 4, 5)
+SCHEMA_VERSION = 7
+OLDER_VERSIONS = (2, 3, 4, 5, 6)
 """That can be read too: a field that such a version lacks has a default, which means what that version did."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero_bubble")
 RECOMPUTES = ("none", "selective", "full")
@@ -36,6 +36,7 @@ class Parallelism:
     window: microbatches that 1f1b has under way for each stage that comes after (see ``stage_schedule``).
     tp_axes: the axes that tp consists of, the outermost first; each op is split along one factor on each.
     placement: device index of each (stage, dp replica, tp shard), in that order.
+    dp_inner: replicas of so many neighbours sum their gradients among themselves before they sum them with others.
     overlap: whether collectives move behind compute: parameters are gathered ahead, gradients reduced as they complete.
     """
 
@@ -52,10 +53,11 @@ class Parallelism:
     placement: tuple[int, ...] | None = None
     overlap: bool | None = None
     tp_axes: tuple[int, ...] | None = None
+    dp_inner: int | None = None
 
     def __post_init__(self) -> None:
         self._check_degrees()
-        for name in ("pp", "microbatch_size", "virtual_stages", "window"):
+        for name in ("pp", "microbatch_size", "virtual_stages", "window", "dp_inner"):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
                 raise ParallelismError(f"{name} must be a positive integer or None, not {value!r}")
@@ -169,7 +171,7 @@ class Plan:
     dp, tp: one number for all pipeline stages, or one for each. batch: global batch size in samples; microbatches: per
     data-parallel replica; microbatch_size: samples of one on each replica (of the first stage, see ``samples``).
     fingerprints tie the plan to a model graph and a cluster. precision: what the model's graph was cast to.
-    window, overlap: as in ``Parallelism``.
+    window, overlap, dp_inner: as in ``Parallelism``; dp_inner is 1 where gradients of all replicas are summed as one.
     axes: those that tp consists of, None where it is one.
     """
 
@@ -191,6 +193,7 @@ class Plan:
     window: int = 1
     overlap: bool = False
     axes: Axes | None = None
+    dp_inner: int = 1
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -205,7 +208,7 @@ class Plan:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("batch", "pp", "microbatch_size", "microbatches", "virtual_stages", "window"):
+        for name in ("batch", "pp", "microbatch_size", "microbatches", "virtual_stages", "window", "dp_inner"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"a plan's {name} must be at least 1, not {getattr(self, name)}")
         self._check_degrees()
@@ -224,6 +227,10 @@ class Plan:
         count = sum(mesh.size for mesh in self.meshes)
         if len(self.placement) != count or set(self.placement) != set(range(count)):
             raise ConfigError(f"a plan of {count} device(s) must place each of them once, not {self.placement}")
+        if self.dp_inner > 1 and (self.meshes_differ or self.mesh(0).dp % self.dp_inner or self.dp_inner == self.dp):
+            raise ConfigError(
+                f"a plan of dp={self.dp} cannot have dp_inner={self.dp_inner}: it must divide it into several groups"
+            )
         if self.precision.choices != (self.precision,):
             raise ConfigError(f"a plan says what was chosen, not precision {self.precision}")
         if self.axes is not None and (self.meshes_differ or self.axes.size != self.tp or len(self.axes.sizes) < 2):
@@ -305,7 +312,8 @@ class Plan:
         nothing is."""
         zero = "" if self.zero == 0 else f", zero {self.zero}"
         recompute = "" if self.recompute == "none" else f", recompute {self.recompute}"
-        return f"{zero}{recompute}{', overlap' if self.overlap else ''}"
+        inner = "" if self.dp_inner == 1 else f", gradients summed in groups of {self.dp_inner} first"
+        return f"{zero}{recompute}{', overlap' if self.overlap else ''}{inner}"
 
     @property
     def recompute(self) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cost_model.axes import is_inside_replica, members
+from cost_model.axes import ACROSS, INSIDE, is_inside_replica, members
 from cost_model.background import Streams
 from cost_model.crossing import Message
 from cost_model.errors import UnknownNameError, VerificationError
@@ -147,6 +147,11 @@ def axis_groups(program: Program, axis: str, stage: int) -> tuple[tuple[int, ...
         if with_dp:
             return tuple(tuple(device[stage, dp, tp] for dp in dps for tp in group) for group in shards)
         return tuple(tuple(device[stage, dp, tp] for tp in group) for dp in dps for group in shards)
+    if axis in (ACROSS, INSIDE):
+        ranks = np.array([[device[stage, dp, tp] for dp in dps] for tp in range(mesh.tp)])
+        grid = ranks.reshape(mesh.tp, -1, program.dp_inner)
+        grid = grid.transpose(0, 2, 1) if axis == ACROSS else grid
+        return tuple(tuple(map(int, group)) for group in grid.reshape(-1, grid.shape[-1]))
     if axis == "world":
         return (tuple(rank for other in range(program.pp) for rank in program.ranks(other)),)
     if axis.startswith(TIED):

@@ -236,7 +236,8 @@ class StepWork:
 
     optimized_bytes: sizes of the tensors that the optimizer updates, each of which has state of its own; None where
     these are the trainable parameters. master_bytes: of those that are copies of parameters in another dtype.
-    cast_bytes: of the copy in another dtype that each of ``collectives`` works on, none where it is empty.
+    beside_bytes: of the copy in another dtype that each of ``collectives`` works on, and of what arrives beside a row
+    outside buckets; none where it is empty.
     groups: for each of ``collectives`` the group of gradients with whose completion it begins, behind the rest of the
     last microbatch's backward; None for those that are waited for where they stand, and all where it is empty.
     """
@@ -248,7 +249,7 @@ class StepWork:
     gathers: tuple[Collective, ...] = ()
     optimized_bytes: tuple[int, ...] | None = None
     master_bytes: tuple[int, ...] = ()
-    cast_bytes: tuple[int, ...] = ()
+    beside_bytes: tuple[int, ...] = ()
     groups: tuple[str | None, ...] = ()
 
     @property
@@ -329,6 +330,7 @@ class Program:
 
     dp, tp: mesh degrees, of all stages or of each; microbatches: per data-parallel replica; virtual_stages: chunks of
     each stage; window: as in ``stage_schedule``. tp_sizes: of the axes that tp consists of, none where it is one.
+    dp_inner: as in ``Plan``.
     devices[(stage, dp, tp)] = device index in the cluster.
     """
 
@@ -342,6 +344,7 @@ class Program:
     virtual_stages: int = 1
     window: int = 1
     tp_sizes: tuple[int, ...] = ()
+    dp_inner: int = 1
 
     def __post_init__(self) -> None:
         assert not self.tp_sizes or math.prod(self.tp_sizes) == self.tp

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cost_model.axes import ACROSS, DP, INSIDE
 from cost_model.program import Collective
 from cost_model.schedule import (
     Backward,
@@ -64,12 +65,56 @@ class Reduction:
         """(from, to): to the dtype of the sum, and back."""
         return casts_around(self.meta, self.meta, self.reduced)
 
+    @property
+    def beside_bytes(self) -> int:
+        return _copied_bytes(self.casts)
+
+    def in_groups(self, inner: int) -> tuple[SpanStep, ...] | None:
+        """The same sum over replicas group by group; None where it is over others, begins early, or does not divide."""
+        if inner == 1 or self.axis != DP or self.group is not None or self.casts or (self.stop - self.start) % inner:
+            return None
+        kinds = ("reduce_scatter", "all_reduce", "all_gather")
+        return tuple(SpanStep(kind, self.dtype, self.start, self.stop, inner) for kind in kinds)
+
     def __str__(self) -> str:
         return f"run.reduce_gradients({self.place})"
 
     @property
     def place(self) -> str:
         return f'"{self.axis}", "{self.dtype}", {self.start}, {self.stop}, "{self.reduced}"'
+
+
+@dataclass(frozen=True)
+class SpanStep:
+    """One of three steps that sum elements [start, stop) of the flat gradient buffer of a dtype over replicas: in each
+    group of ``inner`` neighbours a rank sums a part ("reduce_scatter"), which is summed with those of the other groups
+    ("all_reduce"), and all parts are gathered in the group ("all_gather")."""
+
+    kind: str
+    dtype: str
+    start: int
+    stop: int
+    inner: int
+    casts: tuple[tuple[TensorMeta, TensorMeta], ...] = ()
+    group: None = None
+
+    @property
+    def axis(self) -> str:
+        return ACROSS if self.kind == "all_reduce" else INSIDE
+
+    @property
+    def collective(self) -> Collective:
+        nbytes = TensorMeta((self.stop - self.start,), self.dtype).nbytes
+        return Collective(self.kind, self.axis, nbytes // self.inner if self.kind == "all_reduce" else nbytes)
+
+    @property
+    def beside_bytes(self) -> int:
+        """What arrives from the others of the group."""
+        nbytes = self.collective.nbytes
+        return nbytes - nbytes // self.inner if self.kind == "reduce_scatter" else 0
+
+    def __str__(self) -> str:
+        return f'run.{SPAN_CALLS[self.kind]}("{self.dtype}", {self.start}, {self.stop}, {self.inner})'
 
 
 @dataclass(frozen=True)
@@ -92,6 +137,10 @@ class PartStep:
     def collective(self) -> Collective:
         return Collective(self.kind, self.axis, self.nbytes)
 
+    @property
+    def beside_bytes(self) -> int:
+        return _copied_bytes(self.casts)
+
     def __str__(self) -> str:
         return f'run.{PART_CALLS[self.kind]}("{self.axis}", "{self.bucket}")'
 
@@ -103,6 +152,16 @@ def casts_around(before: TensorMeta, after: TensorMeta, dtype: str) -> tuple[tup
     return (before, replace(before, dtype=dtype)), (replace(after, dtype=dtype), after)
 
 
+def _copied_bytes(casts: Sequence[tuple[TensorMeta, TensorMeta]]) -> int:
+    """Of the copy that a collective works on."""
+    return sum(target.nbytes for _, target in casts[:1])
+
+
+SPAN_CALLS = {
+    "reduce_scatter": "scatter_span",
+    "all_reduce": "reduce_span",
+    "all_gather": "gather_span",
+}
 PART_CALLS = {
     "reduce_scatter": "scatter_gradients",
     "all_reduce": "reduce_part",
@@ -115,7 +174,7 @@ NO_COUNTERS: Mapping[str, int | float] = {}
 
 def render_step(
     steps: Sequence[Step],
-    reductions: Sequence[Reduction | PartStep],
+    reductions: Sequence[Reduction | SpanStep | PartStep],
     gathers: Sequence[PartStep],
     *,
     sends: bool,
@@ -152,7 +211,7 @@ def render_step(
     return "\n\n\n".join(_function(name, doc, lines) for name, (doc, lines) in functions.items())
 
 
-def _begun(reductions: Sequence[Reduction | PartStep]) -> list[str]:
+def _begun(reductions: Sequence[Reduction | SpanStep | PartStep]) -> list[str]:
     early = [r for r in reductions if isinstance(r, Reduction) and r.group is not None]
     groups = dict.fromkeys(r.group for r in early)
     return [

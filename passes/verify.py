@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cost_model.axes import ACROSS, INSIDE
 from cost_model.background import check_waited
 from cost_model.errors import VerificationError
 from cost_model.mesh import Mesh
@@ -186,6 +187,15 @@ class _RecordingRun:
 
     def begin_gradients(self, axis: str, dtype: str, start: int, stop: int, reduced: str) -> None:
         self.begun.append(Collective("all_reduce", axis, (stop - start) * DTYPE_BYTES[reduced]))
+
+    def scatter_span(self, dtype: str, start: int, stop: int, inner: int) -> None:
+        self.calls.append(Collective("reduce_scatter", INSIDE, (stop - start) * DTYPE_BYTES[dtype]))
+
+    def reduce_span(self, dtype: str, start: int, stop: int, inner: int) -> None:
+        self.calls.append(Collective("all_reduce", ACROSS, (stop - start) // inner * DTYPE_BYTES[dtype]))
+
+    def gather_span(self, dtype: str, start: int, stop: int, inner: int) -> None:
+        self.calls.append(Collective("all_gather", INSIDE, (stop - start) * DTYPE_BYTES[dtype]))
 
     def scatter_gradients(self, axis: str, bucket: str) -> None:
         self.calls.append(Collective("reduce_scatter", axis, self.buckets[bucket].reduced.nbytes))

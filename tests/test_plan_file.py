@@ -67,7 +67,7 @@ def test_a_plan_file_that_lacks_a_field_is_of_another_version_or_is_not_there(
     raw = json.loads(plan.to_json())
     with pytest.raises(ConfigError, match="the plan lacks 'tp'; write one with plan.save"):
         autopar.Plan.from_json(json.dumps({name: value for name, value in raw.items() if name != "tp"}))
-    with pytest.raises(PlanMismatchError, match="the plan's version is 99 but here it is 6; plan again"):
+    with pytest.raises(PlanMismatchError, match="the plan's version is 99 but here it is 7; plan again"):
         autopar.Plan.from_json(json.dumps({**raw, "version": 99}))
     with pytest.raises(ConfigError, match=r"cannot read the plan '.*none.json': No such file"):
         autopar.Plan.load(tmp_path / "none.json")

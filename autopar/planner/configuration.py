@@ -40,7 +40,7 @@ class Configuration:
     """Mesh degrees, schedule and microbatching. microbatches: per data-parallel replica.
 
     virtual_stages: into so many parts the stages that are searched for are cut again. window: as in ``stage_schedule``.
-    tp_axes: those that tp consists of, None where it is one.
+    tp_axes: those that tp consists of, None where it is one. dp_inner: as in ``Plan``.
     """
 
     dp: int
@@ -52,6 +52,7 @@ class Configuration:
     virtual_stages: int = 1
     window: int = 1
     tp_axes: tuple[int, ...] | None = None
+    dp_inner: int = 1
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,37 @@ class Prices:
         return found
 
     def _rings_s(self, cells: IntArray) -> FloatArray:
-        """[stage, shard] all_reduce around the replicas: the slowest link in every round, each latency as often as a
-        message passes it."""
+        """[stage, shard] all_reduce over the replicas, in groups of a region first where that is faster: the slowest
+        link in every round, each latency as often as a message passes it."""
+        found = self._ring_s(cells)
+        for size in self._group_sizes:
+            grid = cells.reshape(cells.shape[0], -1, size, cells.shape[2])
+            region = self.region[grid]
+            if (region == region[:, :, :1]).all():
+                grouped = self._groups_s(grid)
+                return grouped if grouped.max() < found.max() else found
+        return found
+
+    @cached_property
+    def _group_sizes(self) -> tuple[int, ...]:
+        """Of groups of replicas, the largest first; none where there is one region."""
+        sizes = range(self.traffic.dp // 2, 1, -1) if len(set(self.region.tolist())) > 1 else ()
+        return tuple(size for size in sizes if self.traffic.dp % size == 0)
+
+    def _groups_s(self, grid: IntArray) -> FloatArray:
+        """[stage, shard] of [stage, group, replica, shard]: around each group, a part around the groups, and back."""
+        part, (count, size) = self.traffic.reduced_bytes / grid.shape[2], grid.shape[1:3]
+        total = np.zeros((grid.shape[0], grid.shape[3]))
+        for axis, ranks, nbytes in ((2, size, self.traffic.reduced_bytes), (1, count, part)):
+            after = np.roll(grid, -1, axis=axis)
+            slowest = (self._users(grid, axis) / self.network.bandwidths[grid, after]).max(axis=axis)
+            latencies = self.network.latencies_s[grid, after].sum(axis=axis)
+            seconds: FloatArray = 2 * (ranks - 1) / ranks * (nbytes * slowest + latencies)
+            total += seconds.max(axis=1)
+        return total
+
+    def _ring_s(self, cells: IntArray) -> FloatArray:
+        """[stage, shard] all_reduce around all replicas."""
         dp = self.traffic.dp
         if dp == 1:
             return np.zeros((self.traffic.pp, self.traffic.tp))
@@ -200,12 +229,14 @@ class Prices:
         return (sum(within), within[1]), (sum(between), between[1])
 
     def _ring_bound_s(self, regions: int) -> float:
-        """A ring through at least so many regions: each has a link to another one, of which the slowest counts."""
+        """Replicas in at least so many regions: each sends as much whether they go around one ring or several, and a
+        region sends to another one at least a part for each other region."""
         dp, network = self.traffic.dp, self.network
         if dp == 1:
             return 0.0
-        best = network.fastest_bandwidth if regions == 1 else network.bandwidths_out[regions - 1]
-        return float(2 * (dp - 1) / dp * self.traffic.reduced_bytes / best)
+        sent = 2 * self.traffic.reduced_bytes / dp
+        across_s = 0.0 if regions == 1 else (regions - 1) * sent / network.bandwidths_out[regions - 1]
+        return float(max((dp - 1) * sent / network.fastest_bandwidth, across_s))
 
 
 def slowness(cluster: Cluster, dtype: str | None = None) -> FloatArray:

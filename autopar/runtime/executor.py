@@ -32,6 +32,7 @@ from autopar.runtime.measure import ONCE, Event, measure, title_of, traced_step
 from autopar.runtime.norm import sum_of_squares
 from autopar.runtime.ranges import is_profiled
 from autopar.runtime.transfers import Transfer, Transfers, connect_stages
+from cost_model.axes import ACROSS, INSIDE
 from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
@@ -326,6 +327,21 @@ class RankExecutor(Held):
                 part.copy_(summed)
 
         self._timed("reduce", ONCE, run, f"all_reduce {axis}")
+
+    def scatter_span(self, buffer: str, start: int, stop: int, inner: int) -> None:
+        """Elements [start, stop) of a flat gradient buffer: this rank's part becomes its sum over its group."""
+        row = self.flat[buffer][start:stop]
+        self._timed("reduce", ONCE, lambda: self.comm.reduce_scatter_(row, INSIDE), f"reduce_scatter {INSIDE}")
+
+    def reduce_span(self, buffer: str, start: int, stop: int, inner: int) -> None:
+        """Sum this rank's part over the other groups."""
+        part = self.flat[buffer][start:stop].view(inner, -1)[self.comm.index(INSIDE)]
+        self._all_reduce(part, ACROSS, part.dtype)
+
+    def gather_span(self, buffer: str, start: int, stop: int, inner: int) -> None:
+        """All parts, each from the rank of the group that has summed it."""
+        row = self.flat[buffer][start:stop]
+        self._timed("reduce", ONCE, lambda: self.comm.all_gather_(row, INSIDE), f"all_gather {INSIDE}")
 
     def unscale_gradients(self) -> None:
         """Gradients of the loss itself, and whether any rank has one that is not finite."""
