@@ -18,6 +18,7 @@ from torch import Tensor, nn, ops
 import autopar
 from autopar import Parallelism, Precision
 from autopar.kernel_calls import with_kernel_calls
+from autopar.options import Options
 from autopar.runtime import compiled
 from cost_model.device import Device
 from cost_model.errors import MissingCompilerError, UnknownNameError
@@ -236,6 +237,8 @@ def test_calling_a_kernel_is_measured_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("AUTOPAR_CACHE_DIR", str(tmp_path))
     device = dataclasses.replace(cpu_cluster(2).devices[0], sources={"device": "measured"})
     here = dataclasses.replace(cpu_cluster(2), devices=(device, device))
-    (first, second), again = with_kernel_calls(here).devices, with_kernel_calls(here).devices
+    compiles, eager = (Options.of_keywords({"backend": backend}) for backend in ("inductor", "eager"))
+    (first, second), again = (with_kernel_calls(here, compiles).devices for _ in range(2))
     assert first == second == again[0] and 1e-6 < first.kernel_overhead_s < 1e-3
-    assert with_kernel_calls(cpu_cluster(2)) == cpu_cluster(2)
+    assert with_kernel_calls(cpu_cluster(2), compiles) == cpu_cluster(2)
+    assert with_kernel_calls(here, eager) == here
