@@ -8,7 +8,7 @@ global batch's, so that shards and microbatches simply add up.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ _INACTIVE = {aten.scaled_dot_product_attention.default}
 """Ops tagged as random that draw nothing by the time they are kept (dropout_p is 0)."""
 
 
+@dataclass(frozen=True)
+class _Number:
+    """What is no tensor: a number read from one, which checks alone may use."""
+
+    node: fx.Node
+
+
 class Cleaner:
     """State of one run: the graph being built and where each old node went."""
 
@@ -43,7 +50,16 @@ class Cleaner:
         self.trainable: set[fx.Node] = set()
 
     def operand(self, value: Any) -> Any:
-        return fx.map_arg(value, lambda n: self.mapped[n])
+        return fx.map_arg(value, self._mapped)
+
+    def _mapped(self, node: fx.Node) -> Any:
+        found = self.mapped[node]
+        if isinstance(found, _Number):
+            raise UnsupportedError(
+                f"a call takes a number that {found.node.target} reads from a tensor ({source_of(found.node)}), which "
+                "differs from batch to batch: pass it as an input, or compute with the tensor"
+            )
+        return found
 
     def run(self, graph: fx.Graph, owner: fx.GraphModule) -> Any:
         """Copy every call of ``graph``; returns what its output node returns."""
@@ -71,8 +87,11 @@ class Cleaner:
         return self._plain(node)
 
     def _plain(self, node: fx.Node) -> Any:
+        if meta_of(node.meta.get("val")) is None:
+            return _Number(node)
         if getattr(node.target, "__name__", "") == "getitem" and not isinstance(self.mapped[node.args[0]], fx.Node):  # type: ignore[index]
             return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
+        self.operand(node.all_input_nodes)
         made_of = unfolded(node)
         if made_of is not None:
             return self._inline(made_of.module, [self.operand(o) for o in made_of.operands])
@@ -81,8 +100,8 @@ class Cleaner:
                 f"{node.target} draws random numbers in a way that does not divide among ranks ({source_of(node)}): "
                 "draw them outside the model and pass them as inputs, or make them of torch.rand"
             )
-        meta = meta_of(node.meta.get("val"))
-        assert meta is not None, f"{node.target} returns no tensor"
+        meta = meta_of(node.meta["val"])
+        assert meta is not None
         made = self.built.copy(node, self.mapped, meta)
         if "device" in made.kwargs:
             made.kwargs = {**made.kwargs, "device": torch.device("cpu")}

@@ -71,6 +71,16 @@ def _laid_into(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     return run.call(aten.cat.default, (laid, dim), meta, like=node)
 
 
+@rewrites(aten.cat.default)
+def _joined(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Without the tensors of shape [0] that torch lets anybody join to anything (caches begin as such)."""
+    rank, meta = max(len(run.tensor(t).shape) for t in a["tensors"]), meta_of(node.meta["val"])
+    kept = [t for t in a["tensors"] if rank == 1 or run.tensor(t).shape != (0,)]
+    if len(kept) == len(a["tensors"]) or meta is None:
+        return NotImplemented
+    return kept[0] if len(kept) == 1 else run.call(aten.cat.default, (kept, a["dim"]), meta, like=node)
+
+
 def _full(run: Cleaner, node: fx.Node, value: Any) -> Any:
     meta = meta_of(node.meta["val"])
     assert isinstance(meta, TensorMeta)

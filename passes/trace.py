@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError, UnsupportedError
+from passes import questions
 from passes.clean import clean
 from passes.detach import detach
 from passes.draws import give_draws
@@ -33,6 +34,7 @@ from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
 from passes.mutations import changed_buffers
+from passes.questions import Questions
 from passes.repeats import Repeats, UnlikeError
 from passes.segment import Segment, segment
 from passes.unroll import unroll
@@ -91,8 +93,13 @@ class _WithLoss(nn.Module):
         self.watch = ValueWatch()
         self.repeats: Repeats | None = None
         self.functions = Functions()
+        self.questions = Questions()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self.questions.over():
+            return self._loss(*args, **kwargs)
+
+    def _loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.watch.over(self.model), nullcontext() if self.repeats is None else self.repeats.between():
             outputs = self.model(*args, **kwargs)
         if self._loss_fn is None:
@@ -182,6 +189,8 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
     """
     spec = batch_spec(inputs)
     wrapped = _WithLoss(model, loss_fn, spec)
+    batch = pytree.tree_unflatten(spec.leaves, spec.treespec)
+    given = ((), batch) if spec.is_kwargs else (batch, {})
     wrapped.training = model.training  # not train(): the model's parts may each be in a mode of their own
     try:
         while True:
@@ -190,6 +199,9 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
                     return _traced(wrapped, spec, sources)
             except FunctionMet as met:
                 wrapped.functions.judge(met)
+            except TraceError as error:
+                if not isinstance(error.__cause__, _DEPENDS_ON_VALUES) or not wrapped.questions.record(wrapped, *given):
+                    raise
     except UnsupportedError:
         if sources:
             raise
@@ -201,7 +213,7 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     aliases = alias_map(wrapped.model)
     graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
     other_size = _second_size(spec.size)
-    notes = (*wrapped.watch.notes, *wrapped.functions.notes())
+    notes = (*wrapped.watch.notes, *wrapped.functions.notes(), *wrapped.questions.notes())
     other = None
     if other_size is not None:
         try:
@@ -364,7 +376,11 @@ def _user_line(error: BaseException, model: nn.Module) -> str | None:
     """The innermost line of the traceback that lies outside torch, preferring the model's own file."""
     frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
     own = {inspect.getsourcefile(type(m)) for m in model.modules() if _has_source(type(m))}
-    outside = [f for f in frames if "/torch/" not in f.filename and f.filename not in ("<string>", __file__)]
+    outside = [
+        f
+        for f in frames
+        if "/torch/" not in f.filename and f.filename not in ("<string>", __file__, questions.__file__)
+    ]
     chosen = [f for f in outside if f.filename in own] or outside
     if not chosen:
         return None

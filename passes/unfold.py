@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from cost_model.errors import VerificationError
 from cost_model.ops import entry_of
 from cost_model.ops.table import backward_only
+from passes.graph import is_getitem
 from passes.rewriter import SOURCE_KEYS
 from passes.unmutate import unmutate
 
@@ -55,7 +56,7 @@ def unfolded(node: fx.Node) -> Unfolded | None:
     table = {target: function} if composite else {}
     with mode, torch.backends.mkldnn.flags(enabled=False):  # whose layers are one device's
         made = make_fx(call, table, pre_dispatch=True)(*values)
-    if any(n.op == "get_attr" or n.target is target for n in made.graph.nodes):
+    if not all(n.op in ("placeholder", "output") or _is_plain(n, target) for n in made.graph.nodes):
         return None
     try:
         unmutate(made.graph)
@@ -64,6 +65,12 @@ def unfolded(node: fx.Node) -> Unfolded | None:
     for call_inside in made.graph.nodes:
         call_inside.meta.update({key: node.meta[key] for key in SOURCE_KEYS if key in node.meta})
     return Unfolded(made, tuple(operands))
+
+
+def _is_plain(node: fx.Node, target: Any) -> bool:
+    """A call of another op: no constant, and no wrapper of several results."""
+    is_op = isinstance(node.target, torch._ops.OpOverload) and node.target is not target
+    return node.op == "call_function" and (is_op or is_getitem(node))
 
 
 def _made_of(target: Any) -> tuple[Callable[..., Any] | None, bool]:

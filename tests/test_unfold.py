@@ -67,6 +67,7 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
     "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),
+    "empty_cat": lambda: Model(lambda _, x: torch.cat([torch.tensor([]), x], -1)),
     "expand_as": lambda: Model(lambda _, x: x * x[:, :1].expand_as(x)),
 }
 

@@ -1,0 +1,86 @@
+"""Checks of tensors' values, and branches that no batch changes, are answered; others are refused."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from unseen_models import BATCH, classes, normal
+
+from cost_model.errors import TraceError, UnsupportedError
+from passes.trace import trace
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+class Asking(nn.Module):
+    """Checks its labels, and branches on what no batch changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.norm, self.head = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        if labels.max() >= 4:
+            raise ValueError("too large")
+        h = self.norm(self.front(x))
+        scale = torch.full((16,), 2.0)
+        if (scale > 1).all():
+            h = h / scale
+        assert (labels >= 0).all().item()
+        return F.cross_entropy(self.head(h), labels)
+
+
+def batch() -> dict[str, Tensor]:
+    return {"x": normal(BATCH, 8), "labels": classes(4, BATCH)}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_answers_are_those_of_the_batch() -> None:
+    check_parity(Asking(), batch(), 2, 1e-4, SGD, dp=2, tp=1, pp=1)
+
+
+def test_lines_and_answers_are_noted_and_buffers_stay() -> None:
+    model = Asking()
+    notes = [note for note in trace(model, batch()).notes if "forward checks" in note]
+    assert len(notes) == 3 and "labels.max() >= 4" in notes[0] and "to be False" in notes[0]
+    assert "to be True" in notes[1] and int(model.norm.num_batches_tracked) == 0
+
+
+def test_without_weights_nothing_can_be_asked() -> None:
+    with pytest.raises(TraceError, match=r"labels.max\(\) >= 4"):
+        trace(Asking().to("meta"), batch())
+
+
+def test_a_branch_that_batches_change_is_refused() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            h = self.a(x)
+            return F.cross_entropy(h * 2 if h.sum() > 0 else h, labels)
+
+    with pytest.raises(TraceError, match=r"h.sum\(\) > 0"):
+        trace(Branching(), batch())
+
+
+def test_a_number_read_from_a_tensor_is_refused() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return F.cross_entropy(self.a(x) * labels.max().item(), labels)
+
+    with pytest.raises(UnsupportedError, match="a number that aten.item"):
+        trace(Reading(), batch())
