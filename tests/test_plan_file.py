@@ -142,6 +142,11 @@ def test_a_plan_against_pins_cap_or_optimizer(plan: autopar.Plan) -> None:
     with pytest.raises(InfeasiblePlanError, match="the given plan does not fit under 1.0 KiB") as caught:
         estimate(Regression(), plan=plan, memory_cap="1KiB")
     assert estimate(Regression(), plan=plan, memory_cap=caught.value.needed_bytes).plan == plan
+
+
+def test_a_plan_that_splits_parameters_against_an_optimizer_that_needs_them_whole() -> None:
+    wide = {name: torch.ones(8, 512) for name in BATCH}
+    plan = estimate(Regression(512), wide, tp=2).plan
     assert any("S(" in text for name, text in plan.stages[0].choices.items() if name.startswith("input:"))
     with pytest.raises(ConfigError, match="the optimizer is not elementwise, so parameters stay whole"):
-        estimate(Regression(), plan=plan, optimizer=functools.partial(torch.optim.Adafactor, lr=0.1))
+        estimate(Regression(512), wide, plan=plan, optimizer=functools.partial(torch.optim.Adafactor, lr=0.1))
