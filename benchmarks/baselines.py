@@ -23,7 +23,8 @@ from planner_cases import CASES, DEPTHS, Case
 
 from autopar.options import DEFAULT_OPTIMIZER, Options
 from autopar.planner.chain import Chain
-from autopar.planner.configuration import ConfigurationSolver, least_cost
+from autopar.planner.configuration import ConfigurationSolver
+from autopar.planner.least import least_costs
 from autopar.planner.search import Configuration, Pins, Solution, configurations, search
 from autopar.planner.segment import Price, Segment
 from autopar.planning import Job, Planned
@@ -73,7 +74,8 @@ class Grids:
                 chain = space.chain(c.dp, c.tp, c.microbatch_size)
                 if chain is not None and c.pp <= len(chain):
                     price = Price(c.microbatches / c.pp, 1 / c.pp)
-                    yield Grid(pins, c, chain, least_cost(chain, self._ready(chain), price))
+                    bound_s = float(least_costs(chain.sequence, self._ready(chain), (price,))[0])
+                    yield Grid(pins, c, chain, bound_s)
 
     def _ready(self, chain: Chain) -> list[Segment]:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
