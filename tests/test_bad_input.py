@@ -295,7 +295,8 @@ def test_an_optimizer_that_couples_parameters_keeps_them_in_one_stage() -> None:
 
 
 def test_a_cap_beyond_the_device_and_idle_devices_are_said() -> None:
-    notes = estimate(Regression(), memory_cap="1PiB", tp=2).notes
+    wide = {name: torch.zeros(8, 512) for name in ("x", "y")}
+    notes = estimate(Regression(512), wide, memory_cap="1PiB", tp=2).notes
     assert any("the memory cap of 1024 TiB is more than a device's" in note for note in notes)
     assert not any("do the same work" in note for note in notes)
     odd = {name: torch.zeros(7, 3) for name in ("x", "y")}
