@@ -237,15 +237,9 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _estimated_kinds(program: Program, cluster: Cluster) -> dict[str, float]:
-    """As ``StageEstimate.op_kinds_s``, but the whole update as one kind, since its ops are the blocks' ops too, and the
-    loss's own sum as no kind, since no op of the program makes it."""
+    """As ``StageEstimate.op_kinds_s``, but the whole update as one kind, since its ops are the blocks' ops too."""
     kinds: defaultdict[str, float] = defaultdict(float)
     prices = price_stages(program, cluster)
-    for stage, price in zip(program.stages, prices, strict=True):
-        for collective, seconds in zip(stage.step.collectives, price.step_collectives_s, strict=True):
-            if collective.axis == "world":
-                kinds[collective.kind] -= seconds
-                kinds[OTHER] += seconds
     for estimate, price in zip(simulate(program, cluster).stages, prices, strict=True):
         for kind, seconds in estimate.op_kinds_s.items():
             kinds[kind] += seconds - price.optimizer_kinds_s.get(kind, 0.0)

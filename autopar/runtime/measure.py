@@ -154,7 +154,7 @@ def _kinds(executor: RankExecutor, batch: Tree, kinds: Tree) -> dict[str, float]
     """Seconds of one step by kind of op; they sum to the step.
 
     An event counts for its kind with all that runs inside it. "other": ops the program does not name;
-    "receive": waiting included; "outside ops": Python, and waiting for sends and for the loss.
+    "receive": waiting included; "outside ops": Python, and waiting for sends.
     """
     known = {**kinds, **_optimizer_event(executor)}
     comm, kernels = executor.comm, executor.kernels
