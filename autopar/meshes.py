@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from autopar.link import joins_replicas
 from autopar.planner.mixed import MixedSolver, Pool, Shape
 from autopar.planner.search import Infeasible, Solution, Space
+from autopar.rescheduled import scheduled
 from cost_model.cluster import Cluster
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh, meshes_of
@@ -83,7 +84,7 @@ class DifferentMeshes:
         found = self._best(self._free_shapes(), self.job.step_s(self.job.plan(known)))
         if found is None or isinstance(found, Infeasible):
             return known
-        known_s, found_s = (self.job.step_s(self.job.scheduled(each)[0]) for each in (known, found))
+        known_s, found_s = (self.job.step_s(scheduled(self.job, each)[0]) for each in (known, found))
         return _noted(found, f"{known_s / found_s:.2f} times as fast") if found_s < (1 - WORTH) * known_s else known
 
     def _best(self, shapes: Iterator[Shape], limit_s: float) -> Solution | Infeasible | None:

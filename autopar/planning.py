@@ -31,9 +31,10 @@ from autopar.planner.virtual import Assigned, recut
 from autopar.progress import planning_progress
 from autopar.relaxations import decided
 from autopar.report import seconds_text
+from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
-from autopar.schedules import WORTH, faster_schedules, windows
+from autopar.schedules import WORTH, windows
 from autopar.uneven import fitted, moved
 from autopar.weights import ModelValues
 from cost_model.axes import Axes
@@ -204,7 +205,7 @@ class Job:
             check_sequence(self.space)
 
     def _decision(self, solution: Solution, start: float) -> Decision:
-        plan, notes = self.scheduled(solution)
+        plan, notes = scheduled(self, solution)
         plan, more = self._overlapped(plan)
         return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes, *more))
 
@@ -218,17 +219,9 @@ class Job:
         except OSError as error:
             raise ConfigError(f"cannot write the integer program to {str(path)!r}: {error.strerror}") from error
 
-    def scheduled(self, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
-        """The plan that was found, under the schedule that is fastest for it and fits."""
-        plan = self.plan(solution)
-        others = faster_schedules(solution, self.program(plan), self.cluster, self.options.parallelism)
-        for configuration in others:
-            other = self.plan(replace(solution, configuration=configuration))
-            peaks = zip(self.peaks(other), self.stage_caps(other), strict=True)
-            if all(peak <= cap for peak, cap in peaks) and self.step_s(other) < (1 - WORTH) * self.step_s(plan):
-                seconds = f"{seconds_text(self.step_s(other))} against {seconds_text(self.step_s(plan))}"
-                return other, (f"{other.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}",)
-        return plan, ()
+    def fits(self, plan: Plan) -> bool:
+        """Whether the rewritten program's stages stay under their caps."""
+        return all(peak <= cap for peak, cap in zip(self.peaks(plan), self.stage_caps(plan), strict=True))
 
     def _overlapped(self, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
         """The plan with its collectives behind compute, where that is pinned, or faster and fits."""

@@ -1,0 +1,93 @@
+"""Rescheduled: what was found, under the schedule that is fastest for it; or a plan made for such a schedule.
+
+The search prices all schedules as 1f1b, which holds least. Others wait less and hold more: a plan that fills the cap
+does not fit under them, while one of smaller microbatches, or that recomputes more, may, and be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopar.options import FLAT
+from autopar.planner.search import Configuration, Pins, Solution, search
+from autopar.report import seconds_text
+from autopar.schedules import WORTH, faster_schedules
+from cost_model.plan import Plan
+
+if TYPE_CHECKING:
+    from autopar.planning import Job
+
+_MOST_REWRITTEN = 2  # plans of one search that are rewritten to see whether they fit
+_SMALLER = 2  # sizes of microbatches below the one that was found
+
+
+class _NotWorthIt(Exception):
+    """No plan of a search is worth more time."""
+
+
+def scheduled(job: Job, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
+    """The fastest plan, and notes.
+
+    Where a faster schedule holds too much for the plan that was found, others are searched for under the first such
+    one, on the same mesh.
+    """
+    plan = job.plan(solution)
+    best, limit_s, searched = plan, (1 - WORTH) * job.step_s(plan), not _is_plain(job, solution)
+    for c in faster_schedules(solution, job.program(plan), job.cluster, job.options.parallelism):
+        same = job.plan(replace(solution, configuration=c))
+        if job.fits(same):
+            if job.step_s(same) < limit_s:
+                best = same
+                break
+        elif not searched:
+            searched = True
+            for other in _searched(job, c, limit_s):
+                if job.step_s(other) < limit_s:
+                    best, limit_s = other, job.step_s(other)
+    if best is plan:
+        return plan, ()
+    seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
+    gap = "" if best.stages == plan.stages else "; the gap is that of the plan with the latter"
+    return best, (f"{best.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}{gap}",)
+
+
+def _is_plain(job: Job, solution: Solution) -> bool:
+    """Whether a search of one mesh of equal stages gave it, on devices in their own order."""
+    placed = (solution.meshes, solution.placement, solution.configuration.tp_axes)
+    return placed == (None, None, None) and job.options.solver != FLAT
+
+
+def _searched(job: Job, c: Configuration, limit_s: float) -> Iterator[Plan]:
+    """Plans of the same mesh that fit under the schedule of a configuration, of smaller microbatches or of as large."""
+    pinned = job.options.parallelism.microbatch_size
+    smaller = [size for size in range(c.microbatch_size - 1, 0, -1) if c.microbatch_size % size == 0]
+    for size in [c.microbatch_size] if pinned else [*smaller[:_SMALLER], c.microbatch_size]:
+        found = _searched_on_mesh(job, c, size, limit_s)
+        if found is not None:
+            yield found
+            return
+
+
+def _searched_on_mesh(job: Job, c: Configuration, size: int, limit_s: float) -> Plan | None:
+    """The best plan that fits. Waiting is priced as that of 1f1b: what takes longer than the limit without any is not
+    rewritten."""
+    parts = c.virtual_stages if c.virtual_stages > 1 else None
+    pins = Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window)
+    rewritten: list[Plan] = []
+
+    def confirm(found: Solution) -> Sequence[int]:
+        microbatches = found.configuration.microbatches
+        waits_not_s = found.objective_s * microbatches / (microbatches + c.pp - 1)
+        if waits_not_s >= limit_s or len(rewritten) == _MOST_REWRITTEN:
+            raise _NotWorthIt
+        rewritten.append(job.plan(found))
+        return job.peaks(rewritten[-1])
+
+    space, count = job.pinned_space(), job.cluster.num_devices
+    try:
+        found = search(space, count, job.batch, cap_bytes=job.cap_bytes, pins=pins, confirm=confirm)
+    except _NotWorthIt:
+        return None
+    return job.plan(found) if isinstance(found, Solution) else None

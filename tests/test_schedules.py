@@ -1,0 +1,29 @@
+"""Schedules that are chosen after the search: where they hold too much for a plan, another is searched for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from models import example_gpt
+from parity import ADAMW, cpu_cluster
+
+from autopar.options import Options
+from autopar.planning import Job
+from cost_model.plan import Parallelism
+
+
+def test_a_faster_schedule_that_holds_too_much_gets_a_plan_of_its_own() -> None:
+    """Over slow links windows of 1f1b hide messages but hold more; under a cap that plain 1f1b fills they recompute."""
+    model, batch = example_gpt(n_layer=4)
+    pins = Parallelism(dp=1, tp=1, pp=2, microbatch_size=1, schedule="1f1b")
+    job = Job.of(model, cpu_cluster(2, 3e6), batch, Options.of(None, ADAMW, pins, None, None, None))
+    plain = job.under(replace(pins, window=1, recompute="none"), None)
+    found = plain.plan(plain.solve())
+    cap = max(plain.peaks(found))
+    wider = replace(found, window=2)
+    assert max(job.peaks(wider)) > cap and job.step_s(wider) < job.step_s(found)
+    under = job.under(pins, cap)
+    chosen = under.planned(under.decide(0.0))
+    assert chosen.plan.window > 1 and chosen.plan.recompute != "none"
+    assert chosen.estimate.peak_bytes <= cap and chosen.estimate.step_time_s < job.step_s(found)
+    assert any("was chosen after the search" in note for note in chosen.estimate.notes)
