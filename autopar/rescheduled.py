@@ -35,7 +35,7 @@ def scheduled(job: Job, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
     """
     plan = job.plan(solution)
     best, limit_s, searched = plan, (1 - WORTH) * job.step_s(plan), not _is_plain(job, solution)
-    for c in faster_schedules(solution, job.program(plan), job.cluster, job.options.parallelism):
+    for sketched_s, c in faster_schedules(solution, job.program(plan), job.cluster, job.options.parallelism):
         same = job.plan(replace(solution, configuration=c))
         if job.fits(same):
             if job.step_s(same) < limit_s:
@@ -43,7 +43,7 @@ def scheduled(job: Job, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
                 break
         elif not searched:
             searched = True
-            for other in _searched(job, c, limit_s):
+            for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
                 if job.step_s(other) < limit_s:
                     best, limit_s = other, job.step_s(other)
     if best is plan:
@@ -59,28 +59,28 @@ def _is_plain(job: Job, solution: Solution) -> bool:
     return placed == (None, None, None) and job.options.solver != FLAT
 
 
-def _searched(job: Job, c: Configuration, limit_s: float) -> Iterator[Plan]:
-    """Plans of the same mesh that fit under the schedule of a configuration, of smaller microbatches or of as large."""
+def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Plan]:
+    """Plans of the same mesh that fit under the schedule of a configuration, of smaller microbatches or of as large.
+
+    worth_s: the search's price above which a plan costs more than the schedule saves.
+    """
     pinned = job.options.parallelism.microbatch_size
     smaller = [size for size in range(c.microbatch_size - 1, 0, -1) if c.microbatch_size % size == 0]
     for size in [c.microbatch_size] if pinned else [*smaller[:_SMALLER], c.microbatch_size]:
-        found = _searched_on_mesh(job, c, size, limit_s)
+        found = _searched_on_mesh(job, c, size, worth_s)
         if found is not None:
             yield found
             return
 
 
-def _searched_on_mesh(job: Job, c: Configuration, size: int, limit_s: float) -> Plan | None:
-    """The best plan that fits. Waiting is priced as that of 1f1b: what takes longer than the limit without any is not
-    rewritten."""
+def _searched_on_mesh(job: Job, c: Configuration, size: int, worth_s: float) -> Plan | None:
+    """The best plan that fits, if one of the first does."""
     parts = c.virtual_stages if c.virtual_stages > 1 else None
     pins = Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window)
     rewritten: list[Plan] = []
 
     def confirm(found: Solution) -> Sequence[int]:
-        microbatches = found.configuration.microbatches
-        waits_not_s = found.objective_s * microbatches / (microbatches + c.pp - 1)
-        if waits_not_s >= limit_s or len(rewritten) == _MOST_REWRITTEN:
+        if found.objective_s >= worth_s or len(rewritten) == _MOST_REWRITTEN:
             raise _NotWorthIt
         rewritten.append(job.plan(found))
         return job.peaks(rewritten[-1])
