@@ -84,7 +84,7 @@ class DifferentMeshes:
         found = self._best(self._free_shapes(), self.job.step_s(self.job.plan(known)))
         if found is None or isinstance(found, Infeasible):
             return known
-        known_s, found_s = (self.job.step_s(scheduled(self.job, each)[0]) for each in (known, found))
+        known_s, found_s = (self.job.step_s(scheduled(self.job, each).plan) for each in (known, found))
         return _noted(found, f"{known_s / found_s:.2f} times as fast") if found_s < (1 - WORTH) * known_s else known
 
     def _best(self, shapes: Iterator[Shape], limit_s: float) -> Solution | Infeasible | None:

@@ -205,9 +205,9 @@ class Job:
             check_sequence(self.space)
 
     def _decision(self, solution: Solution, start: float) -> Decision:
-        plan, notes = scheduled(self, solution)
-        plan, more = self._overlapped(plan)
-        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes, *more))
+        found = scheduled(self, solution)
+        plan, more = self._overlapped(found.plan)
+        return Decision(plan, time.perf_counter() - start, found.gap, (*solution.notes, *found.notes, *more))
 
     def _write_lp(self, solution: Solution) -> None:
         path = self.options.write_lp

@@ -25,6 +25,7 @@ from regions import job_of, seconds
 
 from autopar.planner.search import Pins, Solution
 from autopar.planning import Job
+from autopar.rescheduled import scheduled
 from autopar.uneven import cut_at
 from cost_model.cluster import Cluster
 from cost_model.collectives import Link
@@ -105,7 +106,7 @@ def even_s(job: Job, solution: Solution) -> float:
 def compared(job: Job) -> dict[str, Any]:
     start, wall = time.process_time(), time.perf_counter()
     solution = job.solve()
-    plan, _ = job.scheduled(solution)
+    plan = scheduled(job, solution).plan
     cpu_s, wall_s = time.process_time() - start, time.perf_counter() - wall
     hand = list(by_hand(job))
     best_s, best = min(hand, key=lambda each: each[0])
@@ -153,7 +154,7 @@ def main() -> int:
             )
             if options.again:
                 again = job_of(options.layers, 16 * devices, cluster)
-                assert again.scheduled(again.solve())[0].to_json() == found["text"], "another plan for equal input"
+                assert scheduled(again, again.solve()).plan.to_json() == found["text"], "another plan for equal input"
     print(f"slower than another: {slower}")
     return slower
 

@@ -84,8 +84,8 @@ class TimeBreakdown:
 
 @dataclass(frozen=True)
 class Estimate:
-    """gap: relative distance of the plan's price from a proven lower bound; 0 where proven optimal, infinite where
-    nothing was searched."""
+    """gap: of the plan's price above a bound on the prices of all plans, both with the waiting of 1f1b whatever the
+    schedule; 0 where proven optimal, infinite where nothing was searched."""
 
     step_time_s: float
     peak_bytes: int
