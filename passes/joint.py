@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cost_model.errors import VerificationError
 from cost_model.tensor import TensorMeta
 from passes.graph import ModelGraph, is_getitem, torch_dtype
+from passes.layouts import LAYOUTS
 from passes.unmutate import unmutate
 from passes.vocabulary import DIFFERENTIABLE, forward_end
 
@@ -87,7 +88,8 @@ def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
             return tuple(runner.run(*inputs))
 
     with FakeTensorMode(), _keep_source():
-        graph = make_fx(run)(*[_fake(model, i, False) for i in range(len(model.inputs))]).graph
+        example = [_fake(model, i, False) for i in range(len(model.inputs))]
+        graph = make_fx(run, decomposition_table=LAYOUTS)(*example).graph
     unmutate(graph)
     nodes = list(graph.nodes)
     names = [i.node for i in model.inputs]
@@ -117,7 +119,7 @@ def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[in
         if not last:
             example.append(_gradient_like(model))
         with mode:
-            module = make_fx(joint)(*example)
+            module = make_fx(joint, decomposition_table=LAYOUTS)(*example)
     described = _describe(module, model, wanted, last)
     for name, gradient in described.gradients.items():
         if gradient is None:

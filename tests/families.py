@@ -222,6 +222,24 @@ HUGGING_FACE: dict[str, Family] = {
         },
         words,
     ),
+    "qwen3_next": hugging_face(
+        "Qwen3NextForCausalLM",
+        {
+            **GROUPED,
+            **PLAIN_IDS,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        words,
+    ),
     "recurrent_gemma": hugging_face(
         "RecurrentGemmaForCausalLM",
         {
