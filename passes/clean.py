@@ -20,6 +20,7 @@ from passes import restate_attention, restate_forms  # noqa: F401  (with restate
 from passes.calls import schema_arguments
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
 from passes.restate import HALF, REWRITES
+from passes.restate_masks import refuse_unknown_shape
 from passes.rewriter import GraphBuilder
 from passes.unfold import unfolded
 
@@ -79,6 +80,7 @@ class Cleaner:
             return self._plain(node)
         if node.target in _DROPPED:
             return None
+        refuse_unknown_shape(node)
         rewrite = REWRITES.get(node.target)
         if rewrite is not None:
             result = rewrite(self, node, {k: self.operand(v) for k, v in schema_arguments(node).items()})

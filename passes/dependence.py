@@ -9,8 +9,8 @@ from passes.graph import ModelGraph
 
 
 def active_nodes(model: ModelGraph) -> frozenset[str]:
-    """Calls that depend on a parameter; the rest (masks, position ids, shifted labels) are ambient."""
-    active = {i.node for i in model.inputs if i.kind in ("parameter", "activation")}
+    """Calls that depend on a parameter, or on what a step changes; others (masks, shifted labels) are ambient."""
+    active = {i.node for i in model.inputs if i.kind in ("parameter", "activation") or i.changes}
     calls: set[str] = set()
     for node in model.nodes():
         if any(operand.name in active for operand in node.all_input_nodes):

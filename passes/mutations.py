@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from cost_model.errors import UnsupportedError
-from passes.graph import is_getitem
+from passes.dependence import receiving_nodes
+from passes.graph import ModelGraph, is_getitem
 
 aten = torch.ops.aten
 _RUNNING = {3: "running_mean", 4: "running_var"}
@@ -21,9 +22,9 @@ _RUNNING = {3: "running_mean", 4: "running_var"}
 
 @dataclass(frozen=True)
 class Changed:
-    """statistics: names of the running statistics; counters: name -> what a step adds."""
+    """statistics: running statistic -> how many batch norms change it; counters: name -> what a step adds."""
 
-    statistics: frozenset[str]
+    statistics: Mapping[str, int] = field(hash=False)
     counters: Mapping[str, int | float] = field(hash=False)
 
 
@@ -37,36 +38,60 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
         raise _refused(next(iter(signature.parameters_to_mutate.values())))
     by_name = {n.name: n for n in exported.graph_module.graph.nodes}
     holders = {target: by_name[name] for name, target in signature.inputs_to_buffers.items()}
-    statistics: set[str] = set()
+    statistics: dict[str, int] = {}
     counters: dict[str, int | float] = {}
     for output, target in signature.buffers_to_mutate.items():
         made, held, name = by_name[output], holders[target], target.removeprefix("model.")
-        if _is_statistic(made, held):
-            statistics.add(name)
+        if (norms := _norms(made, held)) is not None:
+            statistics[name] = norms
         elif (step := _increment(made, held)) is not None:
             counters[name] = step
         else:
             raise _refused(target)
-    return Changed(frozenset(statistics), counters)
+    return Changed(statistics, counters)
 
 
-def _is_statistic(made: fx.Node, held: fx.Node) -> bool:
-    """Whether a value is the new running statistic of a batch norm that reads the old one, and nobody else does."""
-    if not is_getitem(made) or made.args[1] not in _RUNNING:
-        return False
-    source, place = made.args
-    assert isinstance(source, fx.Node) and isinstance(place, int)
-    if source.target is not aten._native_batch_norm_legit_functional.default:
-        return False
-    return source.args[place] is held and set(held.users) == {source} and len(made.users) == 1
+def check_statistics(model: ModelGraph, statistics: Mapping[str, int]) -> None:
+    """UnsupportedError where a batch norm sends no gradient back, in whose place its new running statistics travel."""
+    receiving = receiving_nodes(model)
+    by_name = {node.name: node for node in model.graph.nodes}
+    for item in model.inputs:
+        users = by_name[item.node].users if item.changes else {}
+        if item.changes and sum(user.name in receiving for user in users) != statistics[item.target]:
+            raise UnsupportedError(
+                f"forward changes {item.target!r} in a batch norm from which no gradient flows (its output is detached "
+                "or unused), and its statistics would stand still: call it in eval(), or let the gradient through"
+            )
+
+
+def _norms(made: fx.Node, held: fx.Node) -> int | None:
+    """How many batch norms, each reading what the one before makes, give a buffer this value; None for other values."""
+    count = 0
+    while made is not held:
+        if len(made.users) != 1 or not is_getitem(made) or made.args[1] not in _RUNNING:
+            return None
+        source, place = made.args
+        assert isinstance(source, fx.Node) and isinstance(place, int)
+        if source.target is not aten._native_batch_norm_legit_functional.default:
+            return None
+        before = source.args[place]
+        if not isinstance(before, fx.Node) or set(before.users) != {source}:
+            return None
+        count, made = count + 1, before
+    return count
 
 
 def _increment(made: fx.Node, held: fx.Node) -> int | float | None:
-    """The number that is added to a buffer nobody else reads; None where that is not so."""
-    if made.target is not aten.add.Tensor or made.args[0] is not held or set(held.users) != {made}:
-        return None
-    step = made.args[1]
-    return step if isinstance(step, int | float) and len(made.users) == 1 else None
+    """The number that is added to a buffer nobody else reads, in one call or several; None where that is not so."""
+    total: int | float = 0
+    while made is not held:
+        before, *step = made.args
+        if made.target is not aten.add.Tensor or not isinstance(before, fx.Node) or set(before.users) != {made}:
+            return None
+        if len(made.users) != 1 or not isinstance(step[0], int | float):
+            return None
+        total, made = total + step[0], before
+    return total
 
 
 def _refused(name: str) -> UnsupportedError:

@@ -7,7 +7,7 @@ microbatches simply add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -311,16 +311,37 @@ def _filled_with_number(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
 
 @rewrites(aten._native_batch_norm_legit_functional.default)
 def _functional_batch_norm(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """(output, statistics, new running statistics): the output only; the last become gradients of our op."""
-    return [_batch_norm(run, node, a), None, None, None, None]
+    """(output, statistics, new running statistics): the last become gradients of our op.
+
+    A later batch norm over the same statistics reads those of the first one: both give a term of the new values.
+    """
+    later = 1.0
+    for momentum in _later_momenta(node):
+        later *= 1 - momentum
+    is_first = a["running_mean"] is None or node.args[3].op == "placeholder"  # type: ignore[union-attr]
+    keep = (1 - a["momentum"]) * later if is_first else 0.0
+    out = _normed(run, node, {**a, "momentum": a["momentum"] * later}, keep)
+    return [out, None, None, a["running_mean"], a["running_var"]]
+
+
+def _later_momenta(node: fx.Node) -> Iterator[float]:
+    """Of the batch norms that change the running mean that one makes, one after the other."""
+    made = next((user for user in node.users if user.args[1] == 3), None)
+    while made is not None and (later := next((u for u in made.users if u.target is node.target), None)) is not None:
+        yield float(later.args[6])  # type: ignore[arg-type]
+        made = next((user for user in later.users if user.args[1] == 3), None)
 
 
 @rewrites(aten.batch_norm.default)
 def _batch_norm(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return _normed(run, node, a, 0.0)
+
+
+def _normed(run: Cleaner, node: fx.Node, a: dict[str, Any], keep: float) -> Any:
     meta = run.tensor(a["input"])
     tensors = tuple(a[name] for name in ("input", "weight", "bias", "running_mean", "running_var"))
     if a["training"]:
-        args = (*tensors, a["momentum"], a["eps"], 1)
+        args = (*tensors, a["momentum"], keep, a["eps"], 1)
         return run.call(torch.ops.autopar.batch_norm.default, args, meta, like=node)
     return run.call(aten.batch_norm.default, (*tensors, False, a["momentum"], a["eps"], False), meta, like=node)
 

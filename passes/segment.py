@@ -104,17 +104,25 @@ def _atoms(model: ModelGraph, nodes: list[fx.Node], params: set[str]) -> list[li
     cuttable = _cuttable(model)
     position = {n: i for i, n in enumerate(nodes)}
     last_use = {n: max((position[u] for u in n.users if u in position), default=position[n]) for n in nodes}
-    long = _long_lived(model, nodes, last_use, params)
+    long, whole = _long_lived(model, nodes, last_use, params), _changed_together(model, position)
     atoms: list[list[fx.Node]] = [[]]
     live: set[fx.Node] = set()
     for i, node in enumerate(nodes):
         atoms[-1].append(node)
         live.add(node)
         live = {n for n in live if last_use[n] > i}
-        if node in live and live - long <= {node} and node.name in cuttable and i + 1 < len(nodes):
+        may_cut = node.name in cuttable and i + 1 < len(nodes) and i not in whole
+        if may_cut and node in live and live - long <= {node}:
             if all(model.tensor(n.name).dtype == model.tensor(node.name).dtype for n in live):
                 atoms.append([])
     return atoms
+
+
+def _changed_together(model: ModelGraph, position: dict[fx.Node, int]) -> frozenset[int]:
+    """Places behind which no cut may lie: calls that change one running statistic add up where it is held."""
+    changed = {item.node for item in model.inputs if item.changes}
+    users = [[position[u] for u in n.users] for n in model.graph.nodes if n.name in changed]
+    return frozenset(place for own in users for place in range(min(own), max(own)))
 
 
 def _long_lived(

@@ -33,7 +33,7 @@ from passes.experts import traceable_experts
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
-from passes.mutations import changed_buffers
+from passes.mutations import changed_buffers, check_statistics
 from passes.questions import Questions
 from passes.repeats import Repeats, UnlikeError
 from passes.segment import Segment, segment
@@ -96,8 +96,11 @@ class _WithLoss(nn.Module):
         self.questions = Questions()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.questions.over():
-            return self._loss(*args, **kwargs)
+        try:
+            with self.questions.over():
+                return self._loss(*args, **kwargs)
+        except _DEPENDS_ON_VALUES as error:  # before torch prints the graph that it has so far
+            raise _trace_error(error, self.model) from error
 
     def _loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self.watch.over(self.model), nullcontext() if self.repeats is None else self.repeats.between():
@@ -401,11 +404,10 @@ def _to_model_graph(
     spec: BatchSpec,
     size: int,
     aliases: Mapping[str, str],
-    statistics: frozenset[str],
+    statistics: Mapping[str, int],
 ) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Name inputs, merge tied parameters, drop what is not a tensor, and clean."""
-    graph = exported.graph_module.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in exported.graph_module.graph.nodes if n.op == "placeholder"]
     leaf_paths = iter(spec.paths)
     described: dict[str, GraphInput] = {}
     first_of: dict[str, fx.Node] = {}
@@ -422,7 +424,9 @@ def _to_model_graph(
         described[node.name] = replace(entry, changes=str(item.target).removeprefix("model.") in statistics)
     kinds = torch.export.graph_signature.OutputKind
     loss = [s.kind for s in exported.graph_signature.output_specs].index(kinds.USER_OUTPUT)
-    return clean(exported.graph_module, described, size, loss), constants
+    graph = clean(exported.graph_module, described, size, loss)
+    check_statistics(graph, {aliases.get(name, name): norms for name, norms in statistics.items()})
+    return graph, constants
 
 
 def _describe(node: fx.Node, item: Any, paths: Any, size: int, aliases: Mapping[str, str]) -> GraphInput:

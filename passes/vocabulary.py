@@ -119,7 +119,7 @@ def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
 
 @define(
     "batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float momentum, "
-    "float eps, int replicas) -> Tensor"
+    "float keep, float eps, int replicas) -> Tensor"
 )
 def _batch_norm(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
@@ -326,6 +326,7 @@ class _AttentionRows(Function):
 class _BatchNorm(Function):
     """Normalised by statistics of the samples of all replicas; the "gradient" of a running statistic is its new value.
 
+    That is keep x old + momentum x own; where several calls change one statistic, they give the terms of a sum.
     Replicas exchange means and variances forward (one all_gather) and two sums backward (one all_reduce).
     """
 
@@ -338,6 +339,7 @@ class _BatchNorm(Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         momentum: float,
+        keep: float,
         eps: float,
         replicas: int,
     ) -> Any:
@@ -353,9 +355,9 @@ class _BatchNorm(Function):
             variance = variances.mean(0) + (means - mean).square().mean(0)
             scale = (variance + eps).rsqrt()
             out = torch.ops.aten.native_batch_norm.default(x, weight, bias, mean, variance, False, 0.0, eps)[0]
-        new_mean = None if running_mean is None else torch.lerp(running_mean, mean, momentum)
+        new_mean = None if running_mean is None else keep * running_mean + momentum * mean
         unbiased = variance * (count / max(count - 1, 1))
-        new_var = None if running_var is None else torch.lerp(running_var, unbiased, momentum)
+        new_var = None if running_var is None else keep * running_var + momentum * unbiased
         ctx.save_for_backward(x, weight, mean, scale, new_mean, new_var)
         ctx.options = (bias is not None, eps, replicas, count)
         return out
@@ -379,7 +381,7 @@ class _BatchNorm(Function):
             factor = scale if weight is None else scale * weight
             shift = (of_scale * scale * scale).view(along)
             dx = (grads[0] - of_mean.view(along) - centred * shift) * factor.view(along)
-        return dx, None if weight is None else dw, db if has_bias else None, new_mean, new_var, None, None, None
+        return dx, None if weight is None else dw, db if has_bias else None, new_mean, new_var, None, None, None, None
 
 
 class _Experts(Function):
@@ -494,11 +496,12 @@ def batch_norm(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     momentum: float,
+    keep: float,
     eps: float,
     replicas: int,
 ) -> Tensor:
     """Batch norm in training of x [n, c, ...]; running statistics are not written, see ``_BatchNorm``."""
-    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, replicas)  # type: ignore[no-any-return,no-untyped-call]
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, keep, eps, replicas)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def experts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -38,6 +38,7 @@ def own_backwards(functions: Functions) -> Iterator[None]:
     """While a model is traced: autograd Functions as calls that have their gradients, UnsupportedError from hooks.
 
     Only the forward of either would be traced, and its derivative would take the place of the user's backward.
+    Packed sequences are refused too, whose rows are as many as the lengths of a batch add up to.
     """
 
     plain = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
@@ -51,10 +52,22 @@ def own_backwards(functions: Functions) -> Iterator[None]:
             "state what it does in forward or in the optimizer"
         )
 
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(apply)):
-        with mock.patch.object(torch.Tensor, _REGISTER[0], refuse_hook):
-            with mock.patch.object(torch.Tensor, _REGISTER[1], refuse_hook):
-                yield
+    def refuse_packing(*_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(
+            "forward packs sequences by their lengths, which differ from batch to batch, and programs are of fixed "
+            "shapes: run the layer over the padded batch, and take each sample's last step from its output "
+            "(out.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, out.shape[2])))"
+        )
+
+    refused = [(torch.Tensor, name, refuse_hook) for name in _REGISTER]
+    with ExitStack() as patched:
+        for owner, name, instead in (
+            (torch.autograd.Function, "apply", classmethod(apply)),
+            (nn.utils.rnn.PackedSequence, "__new__", refuse_packing),
+            *refused,
+        ):
+            patched.enter_context(mock.patch.object(owner, name, instead))
+        yield
 
 
 class ValueWatch:

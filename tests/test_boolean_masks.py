@@ -1,0 +1,85 @@
+"""Boolean masks: what is laid over their places runs as on one device, what they pick is refused with what to write."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from unseen_models import BATCH, classes, normal
+
+from cost_model.errors import UnsupportedError
+from passes.trace import trace
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+GRIDS = {"dp2": {"dp": 2, "tp": 1, "pp": 1}, "tp2": {"dp": 1, "tp": 2, "pp": 1}}
+
+
+class Masked(nn.Module):
+    """A learned token where the mask is true, nothing where it is not (``assign``); or a loss of what it picks."""
+
+    def __init__(self, pick: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.token = nn.Parameter(normal(16) * 0.1)
+        self.pick = pick
+
+    def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        h = self.front(x)
+        if self.pick is not None:
+            return self.pick(h, mask).square().mean()
+        h = h.clone()
+        h[mask] = self.token
+        h[mask.logical_not().logical_and(x[..., 0] > 0)] = 0
+        return F.cross_entropy(self.head(h.relu().mean(1)), labels)
+
+
+def batch() -> dict[str, Tensor]:
+    return {"x": normal(BATCH, 10, 16), "mask": classes(2, BATCH, 10).bool(), "labels": classes(8, BATCH)}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_is_laid_over_a_mask_runs_as_on_one_device(grid: str) -> None:
+    check_parity(Masked(), batch(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda h, mask: h[mask],
+        lambda h, mask: h[:, torch.arange(10) % 2 == 0] - h[:, :5],
+        lambda h, mask: h.masked_select(mask.unsqueeze(-1)),
+        lambda h, mask: h[:, mask.any(0).nonzero().squeeze(1)],
+        lambda h, mask: h[:, torch.unique(mask.long())],
+    ],
+    ids=["rows", "always the same columns", "masked_select", "nonzero", "unique"],
+)
+def test_as_many_elements_as_are_true_are_refused_with_what_to_write(pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedError, match=r"(?s)aten\.\w+.*File .*where\(mask, x, 0\.0\)\.sum\(\) / mask\.sum"):
+        trace(Masked(pick), batch())
+
+
+def test_packed_sequences_are_refused_with_what_to_write() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.LSTM(16, 8, batch_first=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+            return F.cross_entropy(self.head(self.layer(packed)[1][0][-1]), labels)
+
+    given = {"x": normal(BATCH, 6, 16), "lengths": torch.arange(6, 6 - BATCH, -1).clamp(min=1), "labels": labels()}
+    with pytest.raises(UnsupportedError, match=r"packs sequences.*padded batch.*out\.gather"):
+        trace(Packed(), given)
+
+
+def labels() -> Tensor:
+    return classes(8, BATCH)

@@ -1,0 +1,92 @@
+"""Batch norms that run more than once in a step, on inputs, or where no gradient flows: statistics of one device."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+from torch.nn import functional as F
+from unseen_models import BATCH, classes, normal
+
+from cost_model.errors import UnsupportedError
+from passes.trace import trace
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+GRIDS = {"dp2": {"dp": 2, "tp": 1, "pp": 1}, "tp2": {"dp": 1, "tp": 2, "pp": 1}, "pp2": {"dp": 1, "tp": 1, "pp": 2}}
+
+
+class Twins(nn.Module):
+    """One encoder sees two views of every sample and then another two: four calls of each norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(*(self.block() for _ in range(2)))
+        self.project = nn.Linear(16, 8)
+        self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    @staticmethod
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16, momentum=0.3), nn.ReLU())
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        a, b, c, d = (self.project(self.blocks(x)) for x in (left, right, left.flip(1), 2 * right))
+        return F.mse_loss(self.head(a), b) + F.mse_loss(self.head(c + a), d)
+
+
+class NormedInput(nn.Module):
+    """The first layer depends on no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(16, affine=False)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.body(self.norm(x)), labels)
+
+
+class Detached(NormedInput):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.body(self.norm(x).detach()), labels)
+
+
+class Unused(NormedInput):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        self.norm(x)
+        return F.cross_entropy(self.body(x), labels)
+
+
+def views() -> dict[str, Tensor]:
+    return {"left": normal(BATCH, 16), "right": normal(BATCH, 16).roll(1, 0)}
+
+
+def labelled() -> dict[str, Tensor]:
+    return {"x": 3 + normal(BATCH, 16), "labels": classes(8, BATCH)}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_calls_of_one_norm_change_its_statistics_in_turn(grid: str) -> None:
+    check_parity(Twins(), views(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+def test_calls_of_one_norm_on_processes() -> None:
+    check_parity(Twins(), views(), 2, 1e-5, SGD, dp=2, tp=1, pp=1)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_statistics_of_inputs_are_kept(grid: str) -> None:
+    check_parity(NormedInput(), labelled(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.parametrize("model", [Detached, Unused])
+def test_statistics_that_no_gradient_would_bring_back_are_refused(model: type[nn.Module]) -> None:
+    with pytest.raises(UnsupportedError, match=r"'norm.running_mean' in a batch norm from which no gradient flows"):
+        trace(model(), labelled())
