@@ -336,7 +336,7 @@ QUICK = ("one device", "tp", "dp", "adamw")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CAPPED])
-def test_the_needed_cap_suffices_and_nine_tenths_of_it_do_not(name: str) -> None:
+def test_the_needed_cap_suffices_and_a_hundredth_less_does_not(name: str) -> None:
     devices, keywords = CAPPED[name]
     model, batch = (Regression(), BATCH) if name in SMALL else example_gpt(n_layer=1)
     attempt = functools.partial(estimate, model, batch, cpu_cluster(devices), **keywords)
@@ -346,7 +346,7 @@ def test_the_needed_cap_suffices_and_nine_tenths_of_it_do_not(name: str) -> None
     found = attempt(memory_cap=needed)
     assert 0.8 * needed < found.peak_bytes <= needed
     with pytest.raises(InfeasiblePlanError):
-        attempt(memory_cap=int(0.9 * needed))
+        attempt(memory_cap=int(0.99 * needed))
 
 
 def test_the_smallest_cap_in_the_message_suffices_as_it_is_written() -> None:
@@ -372,8 +372,8 @@ def test_a_smallest_cap_is_found_where_smaller_ones_do_and_do_not() -> None:
 
     for likely in (3000, 900, 1000, 1):
         cap, _ = smallest_cap(attempt, 10, likely)
-        assert 1000 <= cap <= 1000 / 0.95
-        assert cap in tried and any(cap * 0.95 < lower < 1000 for lower in tried)
+        assert 1000 <= cap <= 1000 / 0.995
+        assert cap in tried and any(cap * 0.995 <= lower < 1000 for lower in tried)
         tried.clear()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from autopar.planner.search import Infeasible, Solution
 
-TOLERANCE = 0.04
+TOLERANCE = 0.005
 
 
 def smallest_cap(
@@ -20,11 +20,12 @@ def smallest_cap(
     low, high = too_small_bytes, max(likely_bytes, too_small_bytes + 1)
     while isinstance(best := attempt(high), Infeasible):
         low, high = high, high + max(1, high // 8)
+    step = TOLERANCE  # the first guess is often the smallest: steps down from it begin small
     while high - low > max(1.0, TOLERANCE * high):
-        middle = (low + high) // 2
-        found = attempt(middle)
+        lower = max((low + high) // 2, high - max(1, int(step * high)))
+        found = attempt(lower)
         if isinstance(found, Infeasible):
-            low = middle
+            low = lower
         else:
-            high, best = middle, found
+            high, best, step = lower, found, 2 * step
     return high, best
