@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from autopar.alike import Outliner
 from autopar.gradient_norm import FOUND, NORM, clip_costs, norm_workspace_bytes, unscale_costs
-from autopar.optimizer_price import OptimizerPrice, price_optimizer
+from autopar.optimizer_price import OptimizerPrice, Seen, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
 from cost_model.axes import Axes
@@ -183,6 +183,7 @@ class Linker:
         self.optimizer, self.device_kind = optimizer, device_kind
         self._templates: Templates = {}
         self._prices: dict[tuple[tuple[str, TensorMeta], ...], OptimizerPrice] = {}
+        self._updates: Seen = {}
         self._outliner = Outliner(traced, analysis)
         self._models: dict[int, ModelGraph] = {}
         self._codes: dict[tuple[Hashable, ...], StageCode] = {}
@@ -306,7 +307,9 @@ class Linker:
         if self.optimizer is None or not trainable:
             return OptimizerPrice((), 0, 0)
         if trainable not in self._prices:
-            self._prices[trainable] = price_optimizer(self.optimizer, dict(trainable), device=self.device_kind)
+            self._prices[trainable] = price_optimizer(
+                self.optimizer, dict(trainable), device=self.device_kind, seen=self._updates
+            )
         return self._prices[trainable]
 
     def _with_casts(self, stage: LinkedStage, price: OptimizerPrice) -> OptimizerPrice:

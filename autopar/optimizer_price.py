@@ -29,14 +29,19 @@ class OptimizerPrice:
     workspace_bytes: int
 
 
+Seen: TypeAlias = dict[tuple[frozenset[tuple[int, str]], tuple[Key, ...]], Observation]
+"""Steps that were run, by what was there to be updated and what was."""
+
+
 def price_optimizer(
-    spec: OptimizerSpec, parameters: Mapping[str, TensorMeta], *, device: str = "cpu"
+    spec: OptimizerSpec, parameters: Mapping[str, TensorMeta], *, device: str = "cpu", seen: Seen | None = None
 ) -> OptimizerPrice:
     """Price of updating the local shards ``parameters``; those the spec does not name are not updated.
 
     device: "cpu" or "cuda", which choose different implementations where the options leave it open.
     An optimizer that updates its parameters one after the other is run on every pair of neighbours that occurs,
     once each; one that works on lists of them on the first and the last of each kind; any other on all of them.
+    seen: the same optimizer's steps on the same device, which parameters of other names need not repeat.
     Errors: ConfigError, UnsupportedError.
     """
     names = [name for group in spec.groups for name in group.names if name in parameters]
@@ -45,9 +50,13 @@ def price_optimizer(
     spec = chosen(spec, device, {name: parameters[name].dtype for name in names})
     group_of = {name: index for index, group in enumerate(spec.groups) for name in group.names}
     keys = [(group_of[name], parameters[name]) for name in names]
+    known, dtypes = {} if seen is None else seen, frozenset((group, meta.dtype) for group, meta in keys)
 
     def run(positions: Sequence[int]) -> Observation:
-        return observe(spec, parameters, [names[p] for p in positions], device)
+        key = (dtypes, tuple(keys[p] for p in positions))
+        if key not in known:
+            known[key] = observe(spec, parameters, [names[p] for p in positions], device)
+        return known[key]
 
     price = _sampled(keys, run, by_lists=any(g.options.get("foreach") or g.options.get("fused") for g in spec.groups))
     if price is None:

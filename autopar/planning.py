@@ -126,6 +126,7 @@ class Job:
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
         self._programs: dict[Plan, Program] = {}
+        self._walked: dict[tuple[object, ...], tuple[Program, list[StagePeak]]] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
             self.traced,
@@ -252,7 +253,11 @@ class Job:
         program = self.program(plan)
         notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
         notes = (*notes, *kernel_notes(program)) if self.options.compiles else notes
-        estimate = estimate_program(program, self.cluster, plan, notes, decision.search_s, decision.gap)
+        kinds = {device.kind for device in self.cluster.devices}
+        memories = [peak.memory for peak in self._program_peaks(program)] if len(kinds) == 1 else ()
+        estimate = estimate_program(
+            program, self.cluster, plan, notes, decision.search_s, decision.gap, memories=memories
+        )
         return Planned(plan, estimate, self, self.optimizer)
 
     def under(self, parallelism: Parallelism, memory_cap_bytes: int | None) -> Job:
@@ -510,9 +515,14 @@ class Job:
         return self._program_peaks(self.program(plan) if exact is None else self._linker.price(plan, exact))
 
     def _program_peaks(self, program: Program) -> list[StagePeak]:
-        rounding = allocator_rounding(self.cluster.devices[0].kind)
-        p = program
-        return [stage_peak(s, p.pp, p.microbatches, p.schedule, rounding, p.window) for s in p.stages]
+        """Walked once whatever the devices it is placed on."""
+        kind, p = self.cluster.devices[0].kind, program
+        key = (id(p.stages), p.microbatches, p.schedule, p.window, kind)
+        if key not in self._walked:
+            rounding = allocator_rounding(kind)
+            peaks = [stage_peak(s, p.pp, p.microbatches, p.schedule, rounding, p.window) for s in p.stages]
+            self._walked[key] = (p, peaks)  # whose stages live as long as their peaks are known by them
+        return self._walked[key][1]
 
     def plan(self, solution: Solution | Infeasible) -> Plan:
         """The search's answer as a plan file holds it."""

@@ -88,13 +88,14 @@ def simulate(
     driving_s: float = 0.0,
     streams: bool = False,
     blocking: bool = False,
+    memories: Sequence[MemoryBreakdown] = (),
 ) -> SimulationResult:
     """Time and memory of one step of this very program.
 
     driving_s: what starting a step and collecting its loss costs, counted as ``other``. streams: as runtimes do that
     give each rank one stream for sends and one for receives (not autopar's): both run through their messages in
     program order, ahead of the compute that needs them, and a message moves once it is at the head of both. blocking:
-    as runtimes do that post a receive only where they need the message.
+    as runtimes do that post a receive only where they need the message. memories: of each stage, where they are known.
     Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
     """
     assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
@@ -103,7 +104,10 @@ def simulate(
     last = max(ranks, key=lambda rank: rank.now)
     return SimulationResult(
         step_time_s=last.now + driving_s,
-        stages=tuple(_stage_estimate(program, cluster, rank) for rank in ranks),
+        stages=tuple(
+            _stage_estimate(program, rank, memories[rank.stage] if memories else _memory(program, cluster, rank.stage))
+            for rank in ranks
+        ),
         breakdown=last.breakdown(driving_s),
         timeline=tuple(event for rank in ranks for event in rank.events),
     )
@@ -145,9 +149,10 @@ def estimate_program(
     gap: float,
     *,
     driving_s: float = 0.0,
+    memories: Sequence[MemoryBreakdown] = (),
 ) -> Estimate:
-    """Simulate a program and put the figures beside the plan it was made from."""
-    result = simulate(program, cluster, driving_s=driving_s)
+    """Simulate a program and put the figures beside the plan it was made from; ``memories``: as for ``simulate``."""
+    result = simulate(program, cluster, driving_s=driving_s, memories=memories)
     return Estimate(
         step_time_s=result.step_time_s,
         peak_bytes=result.peak_bytes,
@@ -470,14 +475,14 @@ def _meet_behind(ranks: Sequence[_Rank], collective: Collective, group: str, ind
         rank.reduced_behind(collective, behind_s, start_s, end_s)
 
 
-def _stage_estimate(program: Program, cluster: PricedCluster, rank: _Rank) -> StageEstimate:
+def _stage_estimate(program: Program, rank: _Rank, memory: MemoryBreakdown) -> StageEstimate:
     return StageEstimate(
         stage=rank.stage,
         forward_s=sum(chunk.forward.total_s for chunk in rank.price.chunks),
         backward_s=sum(block.total_s for chunk in rank.price.chunks for block in chunk.backwards),
         reduce_s=rank.reduction_s,
         optimizer_s=rank.optimizer_s,
-        memory=_memory(program, cluster, rank.stage),
+        memory=memory,
         op_kinds_s=_kinds(program, rank),
     )
 

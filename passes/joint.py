@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cost_model.errors import VerificationError
@@ -87,7 +88,7 @@ def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
         with torch.no_grad():
             return tuple(runner.run(*inputs))
 
-    with FakeTensorMode(), _keep_source():
+    with FakeTensorMode(), _tracing():
         example = [_fake(model, i, False) for i in range(len(model.inputs))]
         graph = make_fx(run, decomposition_table=LAYOUTS)(*example).graph
     unmutate(graph)
@@ -114,7 +115,7 @@ def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[in
         grads = torch.autograd.grad(output, leaves, seed, allow_unused=True) if leaves and output.requires_grad else ()
         return (output, mark, *(grads or [None] * len(leaves)))
 
-    with FakeTensorMode() as mode, _keep_source():
+    with FakeTensorMode() as mode, _tracing():
         example = [_fake(model, i, i in wanted, strides) for i in range(len(model.inputs))]
         if not last:
             example.append(_gradient_like(model))
@@ -128,8 +129,9 @@ def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[in
 
 
 @contextmanager
-def _keep_source() -> Iterator[None]:
-    with fx_traceback.preserve_node_meta():
+def _tracing() -> Iterator[None]:
+    """Keeps sources; what is traced is read as a graph and never printed as code."""
+    with fx_traceback.preserve_node_meta(), _use_lazy_graph_module(True):
         yield
 
 

@@ -25,8 +25,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.fx.node import _side_effectful_functions
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from passes.flat import flat, whole
+from passes.hidden import Hidden
 from passes.vocabulary import define
 
 FEWEST = 3
@@ -45,6 +46,10 @@ _OF_AUTOGRAD = (Tensor.is_leaf.__get__, Tensor.grad_fn.__get__)  # type: ignore[
 
 class UnlikeError(BaseException):
     """A module does not do what the first of its kind did; no ``except Exception`` of the model's may catch it."""
+
+
+class HiddenError(UnlikeError):
+    """Parameters that the tracer does not know are read otherwise than by a module that repeats another."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,20 @@ class Template:
 
 
 class Repeats:
-    """Of one export. shifts: of each repetition, by how much its names lie behind those of the first module."""
+    """Of one export. shifts: of each repetition, by how much its names lie behind those of the first module.
 
-    def __init__(self, model: nn.Module) -> None:
+    hidden: parameters of such modules, of which the tracer does not know, or none. reads: of each repetition, the
+    hidden parameters among the tensors it reads, by name, None for what the graph knows.
+    """
+
+    def __init__(self, model: nn.Module, *, hides: bool) -> None:
         self.modules = repeated_modules(model)
+        self.hidden = Hidden(model, self.modules if hides else (), _own)
         self.templates: list[Template] = []
         self.shifts: list[Counter[str]] = []
+        self.reads: list[list[str | None]] = []
         self._of_kind: dict[Any, Template | None] = {}
+        self._owns: dict[int, Any] = {}
         self._ghosts: set[int] = set()
         self._inside = False
 
@@ -110,20 +122,29 @@ class Repeats:
         for patch in patches:
             patch.start()
         try:
-            yield
+            with self.hidden.away():
+                yield
         finally:
             _current = before
             for patch in patches:
                 patch.stop()
 
-    def between(self) -> TorchFunctionMode:
+    @contextmanager
+    def between(self) -> Iterator[None]:
         """Around the model's forward: UnlikeError where what a module made leaves it otherwise than as its result."""
-        return _Outside(self)
+        with self.hidden.back(), _Outside(self):
+            yield
 
     def check(self, values: Any) -> None:
-        """UnlikeError where a value stands for what the first module of a kind made."""
-        if self._ghosts and any(id(v) in self._ghosts for v in _flat(values)[0]):
+        """UnlikeError where a value stands for what the first module of a kind made, or is a hidden parameter."""
+        ghosts, names = set[int]() if self._inside else self._ghosts, self.hidden.names
+        if not (ghosts or names):
+            return
+        leaves = flat(values)[0]
+        if any(id(leaf) in ghosts for leaf in leaves):
             raise UnlikeError
+        if any(id(leaf) in names for leaf in leaves):
+            raise HiddenError
 
     @property
     def is_outside(self) -> bool:
@@ -138,11 +159,22 @@ class Repeats:
                 return original(module, *args, **kwargs)
             self._inside = True
             try:
-                return self._run(_kind(cls, module, args, kwargs), functools.partial(original, module, *args, **kwargs))
+                kind = self._kind(cls, module, args, kwargs)
+                if self._of_kind.get(kind) is None and self.hidden.is_of(module):
+                    raise HiddenError  # it would be traced itself
+                return self._run(kind, functools.partial(original, module, *args, **kwargs))
             finally:
                 self._inside = False
 
         return forward
+
+    def _kind(self, cls: type[nn.Module], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Equal for modules that may do the same: of one class, with the same tensors, called alike."""
+        leaves, spec = flat((args, kwargs))
+        given = tuple(_meta(leaf) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+        if id(module.__dict__) not in self._owns:
+            self._owns[id(module.__dict__)] = _own(module)
+        return (cls, self._owns[id(module.__dict__)], given, spec)
 
     def _run(self, kind: Any, forward: Callable[[], Any]) -> Any:
         if kind not in self._of_kind:
@@ -156,8 +188,12 @@ class Repeats:
         given = run.finish(result)
         _use_up(template.names)
         self.shifts.append(Counter({k: n - template.names_before[k] for k, n in start.items()}))
-        number = len(self.shifts) - 1
-        return self._returned(template, result, [given[n] for n in template.outside], number)
+        values = [given[n] for n in template.outside]
+        self.reads.append([self.hidden.names.get(id(value)) for value in values])
+        seen = [value for value, name in zip(values, self.reads[-1], strict=True) if name is None]
+        if not seen:
+            raise HiddenError  # nothing would tie its results to the graph
+        return self._returned(template, result, seen, len(self.shifts) - 1)
 
     def _first(self, kind: Any, forward: Callable[[], Any]) -> Any:
         run, start, before = _Recorded(), _names_used(), len(_graph().nodes)
@@ -181,10 +217,10 @@ class Repeats:
         for place, tensor in enumerate(template.made):
             out = torch.ops.autopar.repeated(values, number, run, place)
             made[tensor] = out.requires_grad_(template.needs[tensor])
-        leaves = _flat(result)[0]
+        leaves = flat(result)[0]
         pairs = zip(leaves, template.results, strict=True)
         leaves = [made.get(known.number, own) if isinstance(known, _Ref) else own for own, known in pairs]
-        return pytree.tree_unflatten(leaves, template.spec)
+        return whole(iter(leaves), template.spec)
 
 
 _current: Repeats | None = None
@@ -192,7 +228,8 @@ _current: Repeats | None = None
 
 @define("repeated(Tensor[] values, int template, int run, int place) -> Tensor")
 def repeated(values: Sequence[Tensor], template: int, run: int, place: int) -> Tensor:
-    """What a module of the template's kind returns; values: what it reads, and of the first run what it made."""
+    """What a module of the template's kind returns; values: what it reads of the graph, and of the first run what it
+    made."""
     assert _current is not None
     known = _current.templates[template]
     ghost = known.ghosts[known.made[place]]
@@ -219,19 +256,17 @@ def _may_repeat(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and not isinstance(module, torch.jit.ScriptModule | fx.GraphModule)
 
 
-def _kind(cls: type[nn.Module], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Equal for modules that may do the same: of one class, with the same tensors, called alike."""
-    own = [(name, _meta(t)) for name, t in (*module.named_parameters(), *module.named_buffers())]
-    leaves, spec = _flat((args, kwargs))
-    given = tuple(_meta(leaf) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
-    modes = tuple(part.training for part in module.modules())
-    return (cls, tuple(own), modes, given, spec)
+def _own(module: nn.Module) -> Any:
+    """The tensors and modes of a module and its parts."""
+    tensors = [(name, _meta(t)) for name, t in (*module.named_parameters(), *module.named_buffers())]
+    return tuple(tensors), tuple(part.training for part in module.modules())
 
 
 def _meta(tensor: Tensor) -> Any:
-    """What a module may know of a tensor beside its values."""
+    """What a module may know of a tensor beside its values; what is on the meta device is traced as on a CPU."""
     with torch._C.DisableTorchFunction():
-        rest = (tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad)
+        device = tensor.device if tensor.device.type != "meta" else torch.device("cpu")
+        rest = (tensor.dtype, device, tensor.layout, tensor.requires_grad)
         return (tuple(tensor.shape), tensor.stride(), *rest)
 
 
@@ -244,10 +279,9 @@ class _Outside(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.repeats.is_outside and self.repeats.shifts:
-            self.repeats.check((args, kwargs))
-            if func in _OF_AUTOGRAD:
-                raise UnlikeError
+        self.repeats.check((args, kwargs))
+        if self.repeats.is_outside and self.repeats.shifts and func in _OF_AUTOGRAD:
+            raise UnlikeError
         return func(*args, **kwargs)
 
 
@@ -263,18 +297,18 @@ class _Recorded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves, spec = _flat((args, kwargs))
+        leaves, spec = flat((args, kwargs))
         self.can_repeat &= _is_held(func)
         known = tuple(self._known(leaf, outside=True) for leaf in leaves)
         result = func(*args, **kwargs)
-        results, result_spec = _flat(result)
+        results, result_spec = flat(result)
         made = tuple(self._known(leaf, outside=False) for leaf in results)
         self.template.calls.append(_Call(func, known, spec, made, result_spec))
         return result
 
     def finish(self, result: Any) -> Template | None:
         """None where the module is not one that can be repeated."""
-        leaves, self.template.spec = _flat(result)
+        leaves, self.template.spec = flat(result)
         self.template.results = tuple(self._known(leaf, outside=True) for leaf in leaves)
         made = self.template.made
         self.template.needs = {number: self.tensors[number].requires_grad for number in made}
@@ -307,16 +341,16 @@ class _Recognised(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         calls = self.template.calls
         call = calls[self.place] if self.place < len(calls) else None
-        leaves, spec = _flat((args, kwargs or {}))
+        leaves, spec = flat((args, kwargs or {}))
         if call is None or call.function != func or call.argument_spec != spec:
             raise UnlikeError
         self._check(leaves, call.arguments)
         self.place += 1
-        return pytree.tree_unflatten([self._answer(leaf) for leaf in call.results], call.result_spec)
+        return whole(map(self._answer, call.results), call.result_spec)
 
     def finish(self, result: Any) -> dict[int, Tensor]:
         """The tensors from outside, by number."""
-        leaves, spec = _flat(result)
+        leaves, spec = flat(result)
         if self.place != len(self.template.calls) or spec != self.template.spec:
             raise UnlikeError
         tensors = [(a, b) for a, b in zip(leaves, self.template.results, strict=True) if isinstance(a, Tensor)]
@@ -344,11 +378,6 @@ class _Recognised(TorchFunctionMode):
             return own == before.number
         given = self.given.setdefault(before.number, tensor)
         return given is tensor and _meta(tensor) == self.template.outside[before.number]
-
-
-def _flat(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves and structure; a torch.Size is one leaf, which pytree would put together as a tuple."""
-    return pytree.tree_flatten(tree, is_leaf=lambda value: type(value) is torch.Size)
 
 
 def _is_held(func: Any) -> bool:

@@ -35,7 +35,7 @@ from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
 from passes.mutations import changed_buffers, check_statistics
 from passes.questions import Questions
-from passes.repeats import Repeats, UnlikeError
+from passes.repeats import HiddenError, Repeats, UnlikeError
 from passes.segment import Segment, segment
 from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks, own_backwards
@@ -103,11 +103,12 @@ class _WithLoss(nn.Module):
             raise _trace_error(error, self.model) from error
 
     def _loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with self.watch.over(self.model), nullcontext() if self.repeats is None else self.repeats.between():
-            outputs = self.model(*args, **kwargs)
-        if self._loss_fn is None:
-            return find_loss(outputs)
-        return _scalar(self._loss_fn(outputs, kwargs if self._spec.is_kwargs else args), "loss_fn")
+        with nullcontext() if self.repeats is None else self.repeats.between():
+            with self.watch.over(self.model):
+                outputs = self.model(*args, **kwargs)
+            if self._loss_fn is None:
+                return find_loss(outputs)
+            return _scalar(self._loss_fn(outputs, kwargs if self._spec.is_kwargs else args), "loss_fn")
 
 
 def find_loss(outputs: Any) -> torch.Tensor:
@@ -301,8 +302,9 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with own_backwards(module.functions), _as_on_cpu(module, mode):
-            exported = (_folded(module, args, kwargs) if folded else None) or _exported(module, args, kwargs)
+        with own_backwards(module.functions):
+            exported = _folded(module, args, kwargs, mode) if folded else None
+            exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:
         raise
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
@@ -318,25 +320,29 @@ def _export(
     return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}
 
 
-def _exported(module: _WithLoss, args: Any, kwargs: Any) -> torch.export.ExportedProgram:
-    with _use_lazy_graph_module(True):  # whose code, which nobody runs, is not printed after each step
+def _exported(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> torch.export.ExportedProgram:
+    with _as_on_cpu(module, mode), _use_lazy_graph_module(True):  # whose code, which nobody runs, is not printed
         return torch.export.export(module, args, kwargs, strict=False)
 
 
-def _folded(module: _WithLoss, args: Any, kwargs: Any) -> torch.export.ExportedProgram | None:
+def _folded(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> torch.export.ExportedProgram | None:
     """The same, layers that are alike traced once; None where they are not."""
-    repeats = module.repeats = Repeats(module.model)
-    try:
-        if not repeats.modules:
+    for hides in (True, False):
+        repeats = module.repeats = Repeats(module, hides=hides)
+        try:
+            if not repeats.modules:
+                return None
+            with repeats.over():
+                exported = _exported(module, args, kwargs, mode)
+            unroll(exported, repeats)
+            return exported
+        except HiddenError:
+            continue
+        except UnlikeError:
             return None
-        with repeats.over():
-            exported = _exported(module, args, kwargs)
-        unroll(exported.graph_module, repeats)
-        return exported
-    except UnlikeError:
-        return None
-    finally:
-        module.repeats = None
+        finally:
+            module.repeats = None
+    return None
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -348,7 +354,11 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
         for n in graph.nodes
     )
     detach(exported.graph_module)
-    return exported.run_decompositions({}) if mutates else exported
+    if not mutates:
+        return exported
+    exported.graph_module.recompile()  # layers were unrolled
+    plain: torch.export.ExportedProgram = exported.run_decompositions({})
+    return plain
 
 
 def _check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:

@@ -4,23 +4,55 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from passes.repeats import FIRST, Repeats, UnlikeError, is_plain, repeated
+from passes.hidden import Hidden
+from passes.repeats import FIRST, HiddenError, Repeats, UnlikeError, is_plain, repeated
 
 _NUMBERED = re.compile(r"(.*?)(?:_(\d+))?$")
+_NOT_OF_NAMES = re.compile(r"[^a-z0-9]")
 
 
-def unroll(module: fx.GraphModule, repeats: Repeats) -> None:
+def unroll(exported: torch.export.ExportedProgram, repeats: Repeats) -> None:
     """In place; every node is called as in a full trace. Errors: UnlikeError where that cannot be had."""
-    calls = [_arguments(n) for n in module.graph.nodes if n.target is repeated]
+    graph = exported.graph_module.graph
+    calls = [_arguments(n) for n in graph.nodes if n.target is repeated]
     if {call.run for call in calls} - {FIRST} != set(range(len(repeats.shifts))):
         raise UnlikeError  # one is in a part of the graph of its own
     if calls:
-        module.graph = _Unrolling(module.graph, repeats).run()
+        inputs = _shown(exported, repeats.hidden)
+        _Unrolling(graph, repeats, inputs).run()
+
+
+def _shown(exported: torch.export.ExportedProgram, hidden: Hidden) -> dict[str, fx.Node]:
+    """Hidden parameters as inputs, in their places among the others, called as they would be: name -> placeholder."""
+    graph, specs = exported.graph_module.graph, exported.graph_signature.input_specs
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    known = {spec.target: spec for spec in specs if spec.kind == InputKind.PARAMETER}
+    others = [spec for spec in specs if spec.kind != InputKind.PARAMETER]
+    made: dict[str, fx.Node] = {}
+    ordered = []
+    place = next(iter(nodes.values()))
+    for target in hidden.order:
+        if target in known:
+            place = nodes[known[target].arg.name].next
+            ordered.append(known[target])
+            continue
+        name = "p_" + _NOT_OF_NAMES.sub("_", target.lower())
+        with graph.inserting_before(place):
+            node = made[target] = graph.create_node("placeholder", name, (), name=name)
+        if node.name != name:
+            raise HiddenError  # names would be told apart otherwise
+        node.meta = dict(nodes[known[hidden.twins[target]].arg.name].meta)
+        ordered.append(InputSpec(InputKind.PARAMETER, TensorArgument(name), target))
+        exported.state_dict[target] = hidden.tensors[target]
+    specs[:] = [*ordered, *others]
+    return made
 
 
 class _Arguments(NamedTuple):
@@ -37,25 +69,22 @@ def _arguments(node: fx.Node) -> _Arguments:
 
 
 class _Unrolling:
-    """bodies: of each template, its calls in order; firsts: the call of ``repeated`` of its full trace."""
+    """inputs: the hidden parameters. bodies: of each template, its calls in order; firsts: the call of ``repeated`` of
+    its full trace."""
 
-    def __init__(self, graph: fx.Graph, repeats: Repeats) -> None:
-        self.old, self.repeats = graph, repeats
-        self.new = fx.Graph()
-        self.mapped: dict[fx.Node, Any] = {}
+    def __init__(self, graph: fx.Graph, repeats: Repeats, inputs: Mapping[str, fx.Node]) -> None:
+        self.graph, self.repeats, self.inputs = graph, repeats, inputs
         self.bodies: dict[int, list[fx.Node]] = {}
         self.firsts: dict[int, fx.Node] = {}
         self.laid: dict[int, dict[fx.Node, fx.Node]] = {}
 
-    def run(self) -> fx.Graph:
-        for node in self.old.nodes:
-            if node.target is not repeated:
-                self.mapped[node] = self.new.node_copy(node, self.mapped.__getitem__)
-            elif _arguments(node).run == FIRST:
-                self.mapped[node] = self.mapped[self._learn(node)]
-            else:
-                self.mapped[node] = self._repeat(node)
-        return self.new
+    def run(self) -> None:
+        calls = [node for node in self.graph.nodes if node.target is repeated]
+        results = [self._learn(c) if _arguments(c).run == FIRST else self._repeat(c) for c in calls]
+        for call, result in zip(calls, results, strict=True):
+            call.replace_all_uses_with(result)
+        for call in reversed(calls):
+            self.graph.erase_node(call)
 
     def _learn(self, node: fx.Node) -> fx.Node:
         """Of the first run, what the node stands for."""
@@ -76,23 +105,32 @@ class _Unrolling:
                 raise UnlikeError
             found.add(node)
             stack += node.all_input_nodes
-        return [node for node in self.old.nodes if node in found]
+        return [node for node in self.graph.nodes if node in found]
 
     def _repeat(self, node: fx.Node) -> fx.Node:
-        values, number, run, place = _arguments(node)
-        known = _arguments(self.firsts[number]).values
+        _, number, run, place = _arguments(node)
+        known, outside = _arguments(self.firsts[number]).values, len(self.repeats.templates[number].outside)
         if run not in self.laid:
-            self.laid[run] = self._lay(number, dict(zip(known, values, strict=False)), node)
-        return self.laid[run][known[len(values) + place]]
+            self.laid[run] = self._lay(number, dict(zip(known, self._read(node), strict=False)), node)
+        return self.laid[run][known[outside + place]]
+
+    def _read(self, node: fx.Node) -> Sequence[fx.Node]:
+        """What the repetition reads, hidden parameters too."""
+        seen, _, run, _ = _arguments(node)
+        rest = iter(seen)
+        return [next(rest) if name is None else self.inputs[name] for name in self.repeats.reads[run]]
 
     def _lay(self, number: int, outside: Mapping[fx.Node, fx.Node], call: fx.Node) -> dict[fx.Node, fx.Node]:
-        laid = {inner: self.mapped[actual] for inner, actual in outside.items()}
+        laid = dict(outside)
         shift = self.repeats.shifts[_arguments(call).run]
-        for node in self.bodies[number]:
-            args, kwargs = fx.map_arg(node.args, laid.__getitem__), fx.map_arg(node.kwargs, laid.__getitem__)
-            made = self.new.create_node("call_function", node.target, args, kwargs, name=_shifted(node.name, shift))
-            made.meta = {**node.meta, "nn_module_stack": _moved(node, self.firsts[number], call)}
-            laid[node] = made
+        with self.graph.inserting_before(call):
+            for node in self.bodies[number]:
+                args, kwargs = fx.map_arg(node.args, laid.__getitem__), fx.map_arg(node.kwargs, laid.__getitem__)
+                made = self.graph.create_node(
+                    "call_function", node.target, args, kwargs, name=_shifted(node.name, shift)
+                )
+                made.meta = {**node.meta, "nn_module_stack": _moved(node, self.firsts[number], call)}
+                laid[node] = made
         return laid
 
 

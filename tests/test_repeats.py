@@ -38,8 +38,8 @@ def repetitions(model: nn.Module, batch: Any) -> int:
     """Calls that repeat another module's in the accepted traces; the program is that of a full trace in any case."""
     made: list[Repeats] = []
 
-    def unrolled(module: torch.fx.GraphModule, repeats: Repeats) -> None:
-        unroll(module, repeats)
+    def unrolled(exported: torch.export.ExportedProgram, repeats: Repeats) -> None:
+        unroll(exported, repeats)
         made.append(repeats)
 
     with mock.patch.object(passes.trace, "unroll", unrolled):
@@ -225,3 +225,58 @@ class Gathers(Stack):
 def test_results_of_any_structure() -> None:
     model = Gathers([Layer(several, number=i) for i in range(LAYERS)])
     assert repetitions(model, BATCH) == 2 * (LAYERS - 2)  # the first one's input needs no gradient
+
+
+class Penalised(Stack):
+    """Reads the parameters of its layers beside them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.stack([p.square().sum() for p in self.parameters()]).sum()
+
+
+class Backwards(Stack):
+    """Calls its layers from the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in reversed(self.layers):
+            x = layer(x)
+        return x.square().mean()
+
+
+def neighbours(layer: Any, x: Tensor) -> Tensor:
+    """Reads a weight of the layer that comes after it."""
+    after: Any = layer.after[0]
+    return mlp(layer, x) + F.linear(x, after.up.weight)
+
+
+def ring() -> Stack:
+    model = stack(neighbours)
+    for layer, after in zip(model.layers, (*model.layers[1:], model.layers[0]), strict=True):
+        layer.after = (after,)  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "repeated"),
+    [
+        (Penalised([Layer(mlp) for _ in range(LAYERS)]), LAYERS - 1),
+        (Backwards([Layer(mlp) for _ in range(LAYERS)]), LAYERS - 1),
+        (ring(), LAYERS - 1),
+    ],
+    ids=["read by the model", "called from the last", "read by another layer"],
+)
+def test_parameters_of_repeated_layers_that_are_read_elsewhere(model: nn.Module, repeated: int) -> None:
+    assert repetitions(model, BATCH) == 2 * repeated
+    assert len(list(model.parameters())) == 2 + 6 * LAYERS
+
+
+def test_a_loss_that_reads_parameters_of_layers() -> None:
+    model = stack(mlp)
+
+    def loss(output: Tensor, inputs: Any) -> Tensor:
+        return output + model.layers[2].up.weight.sum()  # type: ignore[union-attr, operator]
+
+    with mock.patch.object(passes.trace, "_folded", lambda *_: None):
+        full = trace(model, BATCH, loss)
+    assert nodes(trace(model, BATCH, loss)) == nodes(full)
