@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import resource
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ import pytest
 import torch
 from exchange_targets import LINKS, PART
 
+from autopar.runtime.near import Peer
 from autopar.runtime.pool import WorkerPool
 
 RANKS = 3
@@ -56,3 +61,23 @@ def test_ranks_that_cannot_be_read_are_sent_messages(pool: WorkerPool) -> None:
     """Where one side may not read, neither does the other."""
     assert pool.call("reached", [{"blind": 1}] * RANKS) == [[2], [], [0]]
     assert pool.call("reached", [{"blind": None}] * RANKS) == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_processes_with_many_open_files_hear_of_offers() -> None:
+    """select.select knows file numbers below 1,024 only."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard <= 2048:
+        pytest.skip("this process may not open as many files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    here, there = socket.socketpair()
+    try:
+        with socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD, 1500)) as places:
+            own, other = Peer(0, 1, os.getpid(), places, places), Peer(1, 0, os.getpid(), there, there)
+            assert places.fileno() >= 1500 and not own.has_offered(0)
+            part = torch.zeros(1)
+            other.offer(0, part)
+            assert own.has_offered(0) and own.place(0) == part.data_ptr()
+    finally:
+        here.close()
+        there.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -82,7 +82,9 @@ class Peer:
 
     def has_offered(self, number: int) -> bool:
         """Whether it has told by now where an offer lies."""
-        while number not in self.told and select.select([self.places], [], [], 0)[0]:
+        said = select.poll()  # select.select takes no file numbers from 1,024 on
+        said.register(self.places, select.POLLIN)
+        while number not in self.told and said.poll(0):
             self._hear()
         return number in self.told
 
