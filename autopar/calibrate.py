@@ -29,17 +29,19 @@ from autopar.calibrate_probes import all_probes
 from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import Cluster, cluster_names
-from cost_model.device import Device, device_names
+from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 8
+CALIBRATION_VERSION = 9
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
 MOVING_BYTES = MESSAGE_BYTES[:-1]
 _OP_PASSES, _MESSAGE_PASSES = 3, 3
 _OP_BUDGET_S = 0.012
+_PRODUCT_BUDGET_S = 0.1
+_CLEARLY = 0.8  # of the time that torch's own way takes
 _MESSAGE_BUDGET_S = 0.008
 _OS_SHARE = 0.05  # of memory, left to the system and its file cache
 _RANK_WAIT_S = 900.0
@@ -73,7 +75,7 @@ def cache_path(num_devices: int) -> Path:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "environment": rank_environment(),
-        "probes": [probe.label for probe in all_probes()],
+        "probes": [probe.label for probe in all_probes(BLAS)],
     }
     return kept_path(f"local-{num_devices}", "toml", key)
 
@@ -189,32 +191,42 @@ def _awaited(path: Path) -> Cluster:
 def measure(num_ranks: int, note: str = "") -> str:
     """Measure this machine with so many ranks at once and return the text of its cluster file."""
     description = f"{cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
-    steps = len(all_probes()) * _OP_PASSES + len(_messages(num_ranks)) * _MESSAGE_PASSES
+    steps = len(all_probes(BLAS)) * _OP_PASSES + len(_messages(num_ranks)) * _MESSAGE_PASSES
     with (
         _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,
         WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator") as pool,
     ):
         pool.call("__init__", None)
         resident = max(pool.call("resident_bytes", None))
-        times, dtypes = _measured_ops(pool, max(1.0, num_ranks / usable_cores()), step)
+        library = _fastest_products(pool)
+        times, dtypes = _measured_ops(pool, library, max(1.0, num_ranks / usable_cores()), step)
         messages = _measured_messages(pool, num_ranks, step)
     memory_bytes = usable_memory_bytes() // num_ranks
     reserve_bytes = min(resident + round(_OS_SHARE * memory_bytes), memory_bytes - 1)
-    return render_cluster(Machine(description, num_ranks, memory_bytes, reserve_bytes), times, dtypes, messages)
+    machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library)
+    return render_cluster(machine, times, dtypes, messages)
 
 
-def _measured_ops(pool: WorkerPool, crowding: float, step: Step) -> tuple[list[OpTime], dict[str, float]]:
+def _fastest_products(pool: WorkerPool) -> str:
+    """What multiplies matrices of float32 here: torch's own way unless another is clearly faster on all ranks."""
+    replies = pool.call("product_s", _PRODUCT_BUDGET_S)
+    seconds = {library: max(reply[library] for reply in replies) for library in replies[0]}
+    best = min(seconds, key=lambda library: seconds[library])
+    return best if seconds[best] < _CLEARLY * seconds[BLAS] else BLAS
+
+
+def _measured_ops(pool: WorkerPool, library: str, crowding: float, step: Step) -> tuple[list[OpTime], dict[str, float]]:
     """Every probe in every pass: the mean over ranks, the median pass: a step meets what is usual, not the best.
 
     crowding: ranks per core; CPU time does not see that ranks take turns on a core.
     """
     seconds: dict[int, list[float]] = {}
     costs: dict[int, OpCost] = {}
-    probes = all_probes()
+    probes = all_probes(library)
     for _ in range(_OP_PASSES):
         for index, probe in enumerate(probes):
             step(probe.label)
-            replies = pool.call("measure_op", {"index": index, "budget_s": _OP_BUDGET_S})
+            replies = pool.call("measure_op", {"index": index, "library": library, "budget_s": _OP_BUDGET_S})
             seconds.setdefault(index, []).append(statistics.fmean(reply["seconds"] for reply in replies))
             costs[index] = _cost(replies[0])
     found = {index: crowding * statistics.median(values) for index, values in seconds.items()}

@@ -46,12 +46,14 @@ class MessageTime:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured where. memory_bytes: of one rank; reserve_bytes: taken by its interpreter and libraries."""
+    """What was measured where. memory_bytes: of one rank; reserve_bytes: taken by its interpreter and libraries;
+    products: what multiplies matrices of float32."""
 
     description: str
     num_ranks: int
     memory_bytes: int
     reserve_bytes: int
+    products: str
 
 
 def fit_gemm(times: Sequence[OpTime]) -> tuple[float, GemmRow]:
@@ -155,7 +157,8 @@ def _device_head(
     plain = mean_row(list(elementwise.values()))
     peaks = "\n".join(f"{name} = {peak * dtypes['float32'] / seconds:.6g}" for name, seconds in dtypes.items())
     return (
-        f'[device]\nname = "{machine.description}"\nkind = "cpu"\nsource = "measured"\n\n'
+        f'[device]\nname = "{machine.description}"\nkind = "cpu"\nproducts = "{machine.products}"\n'
+        f'source = "measured"\n\n'
         f"[device.memory]\ncapacity = {machine.memory_bytes}\nreserve = {machine.reserve_bytes}\n"
         f'bandwidth = {plain.points[-1][1]:.6g}\nsource = "measured"\n\n'
         f'[device.peak]\n{peaks}\nsource = "measured"\n\n'

@@ -14,8 +14,10 @@ from typing import Any, TypeAlias
 import torch
 
 from autopar.calibrate_worker import COLD_BYTES, Probe
-from autopar.runtime import draws
-from passes import random_vocabulary
+from autopar.runtime import draws, kernels
+from cost_model.device import ONEDNN
+from passes import random_vocabulary, vocabulary
+from passes.multiply import LEAST_FLOPS
 
 Tensor: TypeAlias = torch.Tensor
 Made: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -35,9 +37,15 @@ _PAGE_NUMEL = 1024
 
 
 @functools.cache
-def all_probes() -> tuple[Probe, ...]:
-    """All probes, in a fixed order."""
-    return (*_products(), *_batched_products(), *_convolutions(), *_attentions(), *_dtypes(), *_streams())
+def all_probes(library: str) -> tuple[Probe, ...]:
+    """All probes, in a fixed order, alike in number and names for all of ``PRODUCT_LIBRARIES``."""
+    products = (*_products(library), *_batched_products())
+    return (*products, *_convolutions(), *_attentions(), *_dtypes(library), *_streams())
+
+
+def reference_product(library: str) -> Probe:
+    """A product that tells libraries apart."""
+    return _product(library, "forward", 1024, 1024, WIDTH)
 
 
 class _Bank:
@@ -64,15 +72,15 @@ def _random(*shape: int) -> Tensor:
     return _bank().cut(math.prod(shape)).view(shape)
 
 
-def _products() -> Iterator[Probe]:
+def _products(library: str) -> Iterator[Probe]:
     """Linear layers forward (with and without bias), and the products of their backward."""
-    yield _product("forward", _TINY, _TINY, _TINY)
+    yield _product(library, "forward", _TINY, _TINY, _TINY)
     for tokens, width, wide in _LINEARS:
         for rows, columns in dict.fromkeys(((wide, width), (width, wide))):
-            yield _product("forward", tokens, rows, columns)
-            yield _product("input gradient", tokens, rows, columns)
-            yield _product("weight gradient", rows, columns, tokens)
-        yield _product("biased", tokens, wide, width)
+            yield _product(library, "forward", tokens, rows, columns)
+            yield _product(library, "input gradient", tokens, rows, columns)
+            yield _product(library, "weight gradient", rows, columns, tokens)
+        yield _product(library, "biased", tokens, wide, width)
 
 
 _LINEARS = (
@@ -90,12 +98,17 @@ _LINEARS = (
 )
 
 
-def _product(role: str, m: int, n: int, k: int) -> Probe:
+def _product(library: str, role: str, m: int, n: int, k: int) -> Probe:
+    is_quick = library == ONEDNN and 2 * m * n * k >= LEAST_FLOPS
+
     def make() -> Made:
         left = _random(k, m).t() if role == "weight gradient" else _random(m, k)
         right = _random(n, k).t() if role in ("forward", "biased") else _random(k, n)
-        if role == "biased":
-            return aten.addmm.default, (_random(n), left, right), {}
+        bias = _random(n) if role == "biased" else None
+        if is_quick:
+            return _Kernel(vocabulary.product, kernels.product), (left, right, bias), {}
+        if bias is not None:
+            return aten.addmm.default, (bias, left, right), {}
         return aten.mm.default, (left, right), {}
 
     return Probe("matmul", f"product {m} x {n} x {k}, {role}", make)
@@ -105,7 +118,9 @@ def _batched_products() -> Iterator[Probe]:
     """What explicit attention is made of."""
     for batch, t, d in ((32, 128, 64), (64, 128, 32), (32, 64, 64), (16, 256, 64)):
         for transposed in (False, True):
-            yield Probe("matmul", f"{batch} products of {t} x {d}", functools.partial(_bmm, batch, t, d, transposed))
+            yield Probe(
+                "batched_matmul", f"{batch} products of {t} x {d}", functools.partial(_bmm, batch, t, d, transposed)
+            )
 
 
 def _bmm(batch: int, t: int, d: int, transposed: bool) -> Made:
@@ -189,13 +204,19 @@ def _attention_backward(batch: int, t: int, d: int, causal: bool) -> Made:
     return backward, (gradient, *args[:3], out, logsumexp, 0.0, causal), {}
 
 
-def _dtypes() -> Iterator[Probe]:
+def _dtypes(library: str) -> Iterator[Probe]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
-        yield Probe(f"dtype:{name}", f"product in {name}", functools.partial(_cube, dtype))
+        yield Probe(f"dtype:{name}", f"product in {name}", functools.partial(_cube, library, dtype))
 
 
-def _cube(dtype: torch.dtype) -> Made:
+def _cube(library: str, dtype: torch.dtype) -> Made:
+    if library == ONEDNN and dtype == torch.float32:
+        return (
+            _Kernel(vocabulary.product, kernels.product),
+            (*(_random(_REFERENCE, _REFERENCE) for _ in range(2)), None),
+            {},
+        )
     return aten.mm.default, tuple(_random(_REFERENCE, _REFERENCE).to(dtype) for _ in range(2)), {}
 
 
@@ -308,20 +329,22 @@ def _concatenation(nbytes: int) -> Made:
     return aten.cat.default, ([_random(*shape) for _ in range(3)], -1), {}
 
 
-class _Keep:
-    """The mask of a dropout, as programs draw it: called as an op is."""
+class _Kernel:
+    """An op of ours as programs run it, called as an op of torch is."""
 
-    _schema = random_vocabulary.keep._schema  # type: ignore[attr-defined]
+    def __init__(self, op: Any, run: Callable[..., Tensor]) -> None:
+        self._schema, self._name, self._run = op._schema, str(op), run
 
-    def __call__(self, key: Tensor, coordinates: list[Tensor], p: float) -> Tensor:
-        return draws.keep(key, coordinates, p)
+    def __call__(self, *args: Any) -> Tensor:
+        return self._run(*args)
 
     def __str__(self) -> str:
-        return str(random_vocabulary.keep)
+        return self._name
 
 
 def _mask(nbytes: int) -> Made:
-    return _Keep(), (torch.tensor(nbytes), [torch.arange(extent) for extent in _matrix(nbytes, 9 / 4)], 0.1), {}
+    keep = _Kernel(random_vocabulary.keep, draws.keep)
+    return keep, (torch.tensor(nbytes), [torch.arange(extent) for extent in _matrix(nbytes, 9 / 4)], 0.1), {}
 
 
 def _nll_loss(nbytes: int) -> Made:

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
+from autopar.runtime import kernels
 from autopar.runtime.exchange import End, Exchange, exchange_of
 from autopar.runtime.transfers import Transfers, connect_stages
 from cost_model.cluster import BEHIND
-from cost_model.device import STREAM_KINDS
+from cost_model.device import BLAS, PRODUCT_LIBRARIES, STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.prices import BEHIND_KINDS
 from cost_model.program import OpCost
@@ -97,10 +98,7 @@ class Calibrator:
     """The ranks' side of a calibration; each method is called on all of them at once."""
 
     def __init__(self, *, rank: int, world_size: int, payload: Any) -> None:
-        from autopar.calibrate_probes import all_probes
-
         torch.manual_seed(rank)
-        self._probes = all_probes()
         self._costs: dict[int, OpCost] = {}
         self._groups = {size: _own_group(rank, world_size, size) for size in message_ranks(world_size)}
         self._exchanges = {size: exchange_of(group, torch.device("cpu")) for size, group in self._groups.items()}
@@ -112,13 +110,16 @@ class Calibrator:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def measure_op(self, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """CPU seconds of one call of probe ``index``, all ranks at once, sampled for ``budget_s``; and its cost.
+        """CPU seconds of one call of probe ``index`` of a library, all ranks at once, sampled for ``budget_s``; and its
+        cost.
 
         Operands are in memory, as parameters and saved activations are. Ops that are bound by moving them take the
         geometric mean of that and of operands in cache, since in a program the last ops' results still are.
         """
+        from autopar.calibrate_probes import all_probes
+
         index, budget_s = payload["index"], payload["budget_s"]
-        probe = self._probes[index]
+        probe = all_probes(payload["library"])[index]
         cost = self._costs[index] = self._costs.get(index) or probe.cost()
         calls = [probe.call() for _ in range(_copies(cost.nbytes))]
         dist.barrier()
@@ -126,6 +127,14 @@ class Calibrator:
         if probe.row in STREAM_KINDS and len(calls) > 1:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
+
+    def product_s(self, budget_s: float) -> dict[str, float]:
+        """CPU seconds of one product by each library that this build of torch has, all ranks at once."""
+        from autopar.calibrate_probes import reference_product
+
+        libraries = PRODUCT_LIBRARIES if kernels.HAS_ONEDNN else (BLAS,)
+        dist.barrier()
+        return {library: cpu_seconds([reference_product(library).call()], budget_s) for library in libraries}
 
     def measure_message(self, payload: Mapping[str, Any]) -> float:
         """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once; of one

@@ -194,8 +194,9 @@ class Engine:
         ranks = self._running() if self._loaded else self._load()
         worth = worth_compiling(self._cluster) if self._options.compiles else None
         inference = build_inference(
-            name, self._model, batch, spec, self._options, self._linked, training=self.training, loss=loss, worth=worth
-        )
+            name, self._model, batch, spec, self._options, self._linked, training=self.training, loss=loss, worth=worth,
+            products=self._cluster.products,
+        )  # fmt: skip
         values = ChainMap(dict(inference.linked.traced.constants), self._values())  # type: ignore[arg-type]
         self.call("attach", {rank: inference.payload(rank, values, self._linked) for rank in ranks.hosted})
         self._inferences[name] = inference

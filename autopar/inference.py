@@ -22,6 +22,7 @@ from autopar.options import Options
 from autopar.payload import local_tensors, program_payload
 from autopar.planning import analysed
 from autopar.runtime.comm import join_shards
+from cost_model.device import BLAS
 from cost_model.errors import BatchError, UnsupportedError
 from cost_model.mesh import Mesh
 from cost_model.placement import Partial, Placement, Shard
@@ -127,9 +128,10 @@ def build_inference(
     training: bool,
     loss: bool,
     worth: Worth | None = None,
+    products: str = BLAS,
 ) -> Inference:
     """Trace, follow and link. training: the mode; loss: of the model or ``loss_fn``, else all that the model returns;
-    worth: as ``Linker`` takes it.
+    worth, products: as ``Linker`` takes them.
 
     Errors: those of tracing, UnsupportedError, BatchError.
     """
@@ -140,7 +142,7 @@ def build_inference(
     analysis, _ = analysed(traced, model)
     plan = _plan(traced, analysis, held, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
-    linked = Linker(traced, analysis, None, "cpu", given=buckets, worth=worth).link(plan)
+    linked = Linker(traced, analysis, None, "cpu", given=buckets, worth=worth, products=products).link(plan)
     linked.verify()
     return Inference(name, linked, _collected(analysis, outputs), outputs)
 

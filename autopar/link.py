@@ -14,6 +14,7 @@ from autopar.optimizer_price import OptimizerPrice, Seen, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
 from cost_model.axes import Axes
+from cost_model.device import BLAS
 from cost_model.errors import UnsupportedError
 from cost_model.mesh import Mesh
 from cost_model.placement import Placements, placements_text, split_axes
@@ -164,7 +165,7 @@ class Linker:
     device_kind: "cpu" or "cuda", where the optimizer runs. max_grad_norm: what every step clips gradients to.
     local_batches: whether a rank is given the rows of its replica only, whatever it reads.
     given: the buckets of each stage, where parameters are held by another program. worth: whether ops are compiled
-    into a kernel, by what that costs; None: none are.
+    into a kernel, by what that costs; None: none are. products: of ``PRODUCT_LIBRARIES``, what the devices multiply by.
     """
 
     def __init__(
@@ -177,8 +178,10 @@ class Linker:
         local_batches: bool = False,
         given: Sequence[tuple[Bucket, ...]] | None = None,
         worth: Worth | None = None,
+        products: str = BLAS,
     ) -> None:
-        self.traced, self.analysis, self.given, self.worth = traced, analysis, given, worth
+        self.traced, self.analysis, self.given = traced, analysis, given
+        self.worth, self.products = worth, products
         self.max_grad_norm, self.local_batches = max_grad_norm, local_batches
         self.optimizer, self.device_kind = optimizer, device_kind
         self._templates: Templates = {}
@@ -299,6 +302,7 @@ class Linker:
             overlaps=plan.overlap,
             given=None if self.given is None else self.given[index % plan.pp],
             worth=self.worth,
+            products=self.products,
             segments=[part.label for part in segments],
         )
 

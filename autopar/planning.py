@@ -136,6 +136,7 @@ class Job:
             options.max_grad_norm,
             options.local_batches,
             worth=worth_compiling(self.cluster) if options.compiles else None,
+            products=self.cluster.products,
         )
 
     @staticmethod

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cost_model.collectives import FLAT, Link, Tier, collective_s
-from cost_model.device import Device, device_of
+from cost_model.device import BLAS, Device, device_of
 from cost_model.errors import ConfigError, UnknownNameError, UnsupportedError
 from cost_model.hardware_file import Table, parse_table, read_path, read_shipped, shipped_names
 from cost_model.network import Network, Rows
@@ -183,6 +183,12 @@ class Cluster:
     def rendezvous(self) -> bool:
         """gloo sends once the receiver has said that it waits; measured levels count that already."""
         return self.network is not None and self.backend == "gloo"
+
+    @property
+    def products(self) -> str:
+        """Of ``PRODUCT_LIBRARIES``, what all devices multiply matrices of float32 by."""
+        found = {device.products for device in self.devices}
+        return found.pop() if len(found) == 1 else BLAS
 
     @property
     def memory_cap_bytes(self) -> int:

@@ -17,8 +17,8 @@ from cost_model.hardware_file import Table, read_shipped, shipped_names
 from cost_model.program import OpCost
 from cost_model.tensor import COMPLEX, DTYPE_BYTES, FLOATING
 
-GEMM_KINDS = ("matmul", "convolution", "attention", "attention_backward")
-_PRICED_LIKE = {"convolution": "matmul"}  # kinds that a device's file may leave out
+GEMM_KINDS = ("matmul", "batched_matmul", "convolution", "attention", "attention_backward")
+_PRICED_LIKE = {"batched_matmul": "matmul", "convolution": "matmul"}  # kinds that a device's file may leave out
 STREAM_KINDS = (
     "elementwise",
     "transcendental",
@@ -38,6 +38,7 @@ STREAM_KINDS = (
 )
 KINDS = GEMM_KINDS + STREAM_KINDS
 DEVICE_KINDS = ("cuda", "cpu")
+BLAS, ONEDNN = PRODUCT_LIBRARIES = ("blas", "onednn")
 # Products of size batch x T x S x D inside attention: q k' and p v forward; p, dv, dp, dq, dk backward.
 _ATTENTION_PRODUCTS = {"attention": 2, "attention_backward": 5}
 
@@ -179,8 +180,9 @@ class Device:
     device cannot compute in. op_overhead_s: the least time between the starts of two small ops; kernel_overhead_s: of
     two kernels that a compiler made.
     rows: one per kind of ``KINDS``. ops: rows of single ops that were measured, by name in the op table; they come
-    before that of their kind. reported_as: names under which torch.cuda reports it. sources: by table. path: of the
-    file.
+    before that of their kind. products: of ``PRODUCT_LIBRARIES``, what multiplies matrices of float32 on a CPU: what
+    torch itself calls, or oneDNN, which uses AVX-512 also where that does not. reported_as: names under which
+    torch.cuda reports it. sources: by table. path: of the file.
     """
 
     name: str
@@ -193,6 +195,7 @@ class Device:
     kernel_overhead_s: float
     rows: Mapping[str, Row] = field(hash=False)
     ops: Mapping[str, StreamRow] = field(default_factory=dict, hash=False)
+    products: str = BLAS
     reported_as: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
     path: str = field(default="its file", compare=False)
@@ -282,10 +285,15 @@ def attention_cost(
 
 def device_from_table(table: Table) -> Device:
     """A device from its TOML table. Errors: ClusterFileError for unknown, missing and impossible figures."""
-    table.only(("schema", "name", "kind", "reported_as", "source", "memory", "peak", "overhead", "cost", "op"))
+    table.only(
+        ("schema", "name", "kind", "products", "reported_as", "source", "memory", "peak", "overhead", "cost", "op")
+    )
     kind = table.text("kind")
     if kind not in DEVICE_KINDS:
         table.fail("kind", f"must be one of {', '.join(DEVICE_KINDS)}, not {kind!r}")
+    products = table.text("products") if "products" in table.raw else BLAS
+    if products not in PRODUCT_LIBRARIES:
+        table.fail("products", f"must be one of {', '.join(PRODUCT_LIBRARIES)}, not {products!r}")
     sources = {"device": table.text("source")}
     memory = _sourced(table, "memory", ("capacity", "reserve", "bandwidth"), sources)
     overhead = _sourced(table, "overhead", ("op", "kernel"), sources)
@@ -304,6 +312,7 @@ def device_from_table(table: Table) -> Device:
         kernel_overhead_s=overhead.seconds("kernel") if overhead.has("kernel") else op_overhead_s,
         rows=_rows(table.table("cost"), bandwidth, op_overhead_s, sources),
         ops=_ops(table.table("op"), bandwidth, op_overhead_s, sources) if table.has("op") else {},
+        products=products,
         reported_as=table.texts("reported_as") if table.has("reported_as") else (),
         sources=sources,
         path=table.path,

@@ -33,6 +33,7 @@ RUNTIME_CALLS = {
     "autopar.attention_rows.default": "kernels.attention_rows",
     "autopar.attention_rows_backward.default": "kernels.attention_rows_backward",
     "autopar.count_labels.default": "kernels.count_labels",
+    "autopar.product.default": "kernels.product",
     "autopar.put.default": "kernels.put",
     "autopar.put_product.default": "kernels.put_product",
     "autopar.random_keys.default": "kernels.random_keys",

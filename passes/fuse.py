@@ -36,10 +36,15 @@ def parameter_of(node: fx.Node) -> str:
     return str(node.args[-1])
 
 
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two matrices of an ``accumulate_product`` or ``put_product``."""
+    left, right = [each for each in node.args if isinstance(each, fx.Node)][-2:]
+    return left, right
+
+
 def product(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The gradient of an ``accumulate_product`` as a value of its own, made before the node."""
-    left, right, _ = node.args
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    """What an ``accumulate_product`` or ``put_product`` writes, as a value of its own, made before the node."""
+    left, right = operands(node)
     with graph.inserting_before(node):
         made = graph.call_function(aten.mm.default, (left, right))
     rows, columns = left.meta["val"].shape[0], right.meta["val"].shape[1]

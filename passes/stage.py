@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cost_model.axes import DP, Axes
+from cost_model.device import BLAS, ONEDNN
 from cost_model.placement import Placements
 from cost_model.precision import Kept, Precision
 from cost_model.program import Block, Bucket, Value
@@ -25,6 +26,7 @@ from passes.fuse import fuse
 from passes.graph import GraphInput, ModelGraph
 from passes.group import Kernel, Kernels, Worth, group
 from passes.lower import Function, Storages, lower
+from passes.multiply import multiply
 from passes.overlap import overlap
 from passes.pack import pack
 from passes.reduce_early import Groups, mark_groups
@@ -122,6 +124,7 @@ def build_stage(
     overlaps: bool = False,
     given: tuple[Bucket, ...] | None = None,
     worth: Worth | None = None,
+    products: str = BLAS,
     segments: Sequence[str] = (),
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
@@ -133,7 +136,7 @@ def build_stage(
     in the cache and is slower than one that is made apart and added, so it is not fused.
     overlaps: whether collectives move behind compute.
     given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
-    None: none are. segments: labels of the chain's segments, for profilers.
+    None: none are. products: of ``PRODUCT_LIBRARIES``. segments: labels of the chain's segments, for profilers.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
@@ -159,6 +162,9 @@ def build_stage(
         cast_gradients(graph, {i.target: kept[i.target].grads for i in alone})
     gradients = finished(graphs)
     graphs = shard_state(graphs, buckets, parameters)
+    if products == ONEDNN:
+        for graph in (graphs.forward, *graphs.backwards):
+            multiply(graph)
     if worth is not None:
         _group(graphs, suffix, worth)
     groups: Groups = ()

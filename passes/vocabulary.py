@@ -97,6 +97,12 @@ def accumulate_product(left: Tensor, right: Tensor, parameter: str) -> None:
     """Adds the product of two matrices, a finished gradient, to the parameter's buffer."""
 
 
+@define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
+def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of two matrices, and a bias for each column, by the library that the device is faster with."""
+    return left.new_empty([left.shape[0], right.shape[1]])
+
+
 @define("put(Tensor(a!) bucket, Tensor grad, int offset) -> ()")
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
     """Writes a finished gradient to its place in a bucket."""

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from cost_model.program import OpCost
+from passes import vocabulary
 
 aten = torch.ops.aten
 _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
 _HALF = ("bfloat16", "float16")
 _ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
+_DEEPEST_SINGLE = 1024  # of blocks of float32
 _BLOCK = 16  # channels that oneDNN lays side by side
 _PLAIN_CHANNELS = 4  # images of at most so many channels are read as they are
 _SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/native/Convolution.cpp, use_mkldnn
@@ -27,7 +29,9 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
     """Of one call."""
     if cost is None or cost.gemm is None:
         return 0
-    if cost.kind == "matmul" and cost.dtype in _HALF:
+    if node.target is vocabulary.product:
+        return _single(node, cost)
+    if cost.kind in ("matmul", "batched_matmul") and cost.dtype in _HALF:
         return _packing(node, cost)
     if node.target is aten.convolution.default:
         return _convolution(_Convolution.of(node.args[0], node.args[1], node.args[3], node.args[8]), _value(node))
@@ -54,6 +58,14 @@ def _packing(node: fx.Node, cost: OpCost) -> int:
     filled = -(-n // _COLUMNS) * _COLUMNS
     packed += 2 * min(k, _DEEPEST) * _COLUMNS + 4 * rows * min(filled, wide)
     return packed + _BOOKKEEPING
+
+
+def _single(node: fx.Node, cost: OpCost) -> int:
+    """What oneDNN takes for a product of float32: columns of the second operand, and the first laid out plainly."""
+    assert cost.gemm is not None
+    first, depth = _value(node.args[0]), _filled(cost.gemm[-1])
+    copied = 0 if first.is_contiguous() else _nbytes(first)
+    return copied + 4 * min(depth, _DEEPEST_SINGLE) * _COLUMNS + _BOOKKEEPING
 
 
 class _Convolution:

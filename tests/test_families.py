@@ -117,7 +117,7 @@ def _matmul_flops(exe: autopar.Executable) -> float:
     (stage,) = exe.planned.linked.program.stages
     costs = [i.cost for block in stage.chunks[0].blocks for i in block.instructions if i.cost is not None]
     microbatches = exe.planned.linked.program.microbatches
-    return microbatches * sum(c.flops for c in costs if c.kind in ("matmul", "attention", "attention_backward"))
+    return microbatches * sum(c.flops for c in costs if c.kind.startswith(("matmul", "batched_matmul", "attention")))
 
 
 @pytest.mark.usefixtures("thread_ranks")

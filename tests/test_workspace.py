@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
+from autopar.runtime import kernels
 from cost_model.ops import price_of
+from passes import vocabulary
 from passes.calls import call_of
 from passes.graph import meta_of
 from passes.workspace import workspace_bytes
@@ -122,3 +124,17 @@ def test_a_product_of_half_types_takes_at_most_what_is_said(
     product(*operands)
     peak, left = peak_bytes(lambda: product(*operands))
     assert peak - left <= said(product, *operands) <= 2 * (peak - left) + 2**20
+
+
+@pytest.mark.skipif(not kernels.HAS_ONEDNN, reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("turned", list(itertools.product((False, True), repeat=2)), ids=str)
+@pytest.mark.parametrize("shape", [*HALF_SHAPES, (128, 128, 128), (333, 1000, 2048), (8, 1024, 1024)], ids=str)
+def test_a_product_by_onednn_takes_at_most_what_is_said(shape: tuple[int, int, int], turned: tuple[bool, bool]) -> None:
+    """What lies transposed on the left is copied, and blocks of what is on the right are packed."""
+    m, n, k = shape
+    left = torch.randn(k, m).t() if turned[0] else torch.randn(m, k)
+    right = torch.randn(n, k).t() if turned[1] else torch.randn(k, n)
+    bias = torch.randn(n)
+    kernels.product(left, right, bias)
+    peak, kept = peak_bytes(lambda: kernels.product(left, right, bias))
+    assert peak - kept <= said(vocabulary.product, left, right, bias) <= peak - kept + 2**18 + SLACK

@@ -11,7 +11,7 @@ from cost_model.ops import OpCall, entry_of, price_of
 
 FASTER = 2.0
 """So many times the bandwidth of the outer axis makes an inner axis one of another level of the network."""
-_HEAVY = ("matmul", "attention", "convolution")
+_HEAVY = ("matmul", "batched_matmul", "attention", "convolution")
 
 
 def pairs(tp: int) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ __all__ = [
     "experts_backward",
     "keep",
     "normal",
+    "product",
     "put",
     "random_integers",
     "random_keys",
@@ -26,6 +27,7 @@ __all__ = [
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
@@ -130,6 +132,12 @@ def _share(logsumexp: Tensor, total: Tensor, out: Tensor) -> Tensor:
 def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """How many labels are not ignored, float32 scalar (exact below 2^24 labels, then rounded as float32 is)."""
     return (labels != ignore_index).sum().to(torch.float32)
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """By oneDNN, as torch.compile has it multiply; an operand on the left that lies transposed is copied first."""
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.t(), bias, "none", [], "")
+    return made
 
 
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:

@@ -13,8 +13,8 @@ from cost_model.tensor import TensorMeta
 
 def gemm_cost(call: OpCall, batch: int, m: int, n: int, k: int) -> OpCost:
     """2 b m n k flops; every operand moved once."""
-    flops = 2.0 * batch * m * n * k
-    return OpCost("matmul", flops, float(bytes_moved(call)), call.outputs[0].dtype, (batch, m, n, k))
+    flops, kind = 2.0 * batch * m * n * k, "matmul" if batch == 1 else "batched_matmul"
+    return OpCost(kind, flops, float(bytes_moved(call)), call.outputs[0].dtype, (batch, m, n, k))
 
 
 def _gradients(call: OpCall, batch: int, m: int, n: int, k: int) -> tuple[OpCost, OpCost]:
@@ -153,6 +153,14 @@ def _product_price(call: OpCall) -> OpCost:
 
 for _name in ("autopar.accumulate_product.default", "autopar.put_product.default"):
     register_priced(_name, _product_price)
+
+
+def _quick_product_price(call: OpCall) -> OpCost:
+    (m, k), (_, n) = call.inputs[0].shape, call.inputs[1].shape
+    return gemm_cost(call, 1, m, n, k)
+
+
+register_priced("autopar.product.default", _quick_product_price)
 
 
 def _vector_factors(call: OpCall) -> FactorMap:

@@ -51,8 +51,9 @@ class Op:
 OPS: dict[str, Op] = {}
 
 KINDS = frozenset(
-    """matmul convolution attention attention_backward elementwise transcendental softmax softmax_backward
-    norm norm_backward reduction gather scatter copy random loss loss_backward optimizer other""".split()
+    """matmul batched_matmul convolution attention attention_backward elementwise transcendental softmax
+    softmax_backward norm norm_backward reduction gather scatter copy random loss loss_backward optimizer
+    other""".split()
 )
 
 
