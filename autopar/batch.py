@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from cost_model.errors import BatchError
+from passes.batch_spec import BatchSpec, batch_spec, is_batched
 from passes.random_vocabulary import RANDOM_STATE, SAMPLES
-from passes.trace import BatchSpec, batch_spec, is_batched
 
 _STREAMS = 2
 """Numbers of steps: even for training, odd for evaluation, which so leaves what training draws as it is."""

@@ -27,7 +27,8 @@ from cost_model.errors import AutoparError, BatchError, ClosedError, ConfigError
 from cost_model.estimate import Estimate
 from cost_model.placement import parse_placements
 from cost_model.plan import Plan
-from passes.trace import BatchSpec, alias_map, batch_spec
+from passes.batch_spec import BatchSpec, batch_spec
+from passes.trace import alias_map
 
 
 class Engine:

@@ -28,13 +28,14 @@ from cost_model.mesh import Mesh
 from cost_model.placement import Partial, Placement, Shard
 from cost_model.plan import Plan, StagePlan
 from passes.batch import BatchAnalysis
+from passes.batch_spec import BatchSpec
 from passes.follow import choices
 from passes.graph import ModelGraph
 from passes.group import Worth
 from passes.precision import cast
 from passes.segment import Segment, carried_values, segment
 from passes.specialise import specialise
-from passes.trace import BatchSpec, Traced, trace
+from passes.trace import Traced, trace
 from passes.vocabulary import collect
 
 _KEPT = (bool, int, float, str, type(None))

@@ -21,9 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cost_model.errors import VerificationError
 from cost_model.tensor import TensorMeta
 from passes.graph import ModelGraph, is_getitem, torch_dtype
+from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.layouts import LAYOUTS
 from passes.unmutate import unmutate
-from passes.vocabulary import DIFFERENTIABLE, forward_end
+from passes.vocabulary import forward_end
 
 
 @dataclass(frozen=True)

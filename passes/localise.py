@@ -14,7 +14,7 @@ from cost_model.factors import Strategy
 from cost_model.placement import Shard
 from cost_model.strategies import MeshStrategy, splits
 from cost_model.tensor import TensorMeta
-from passes import vocabulary
+from passes import sharded_vocabulary
 from passes.graph import Meta
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ def _embedding(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) 
     if strategy.inputs[0].outer != 1:
         raise RuleError("aten.embedding", "a table can only be split in consecutive rows")
     padding_idx = args[2] if len(args) > 2 else -1
-    return vocabulary.vocabulary_embedding, (args[0], args[1], padding_idx, axis, size), {}
+    return sharded_vocabulary.vocabulary_embedding, (args[0], args[1], padding_idx, axis, size), {}
 
 
 def _cross_entropy(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
@@ -86,7 +86,7 @@ def _cross_entropy(strategy: Strategy, args: tuple[Any, ...], axis: str, size: i
         return None
     if len(args) > 3 and args[3] != 0.0:
         raise RuleError("autopar.cross_entropy_sum", "label smoothing needs whole rows of logits")
-    return vocabulary.vocabulary_cross_entropy, (args[0], args[1], args[2], axis, size), {}
+    return sharded_vocabulary.vocabulary_cross_entropy, (args[0], args[1], args[2], axis, size), {}
 
 
 def _grouped_convolution(target: Any, position: int) -> Callable[[Strategy, tuple[Any, ...], str, int], Call | None]:
@@ -94,7 +94,11 @@ def _grouped_convolution(target: Any, position: int) -> Callable[[Strategy, tupl
 
     def localised(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
         if strategy.inside:
-            return vocabulary.convolution_of_rows, (*_convolution(target, args), _shard_dim(strategy), axis, size), {}
+            return (
+                sharded_vocabulary.convolution_of_rows,
+                (*_convolution(target, args), _shard_dim(strategy), axis, size),
+                {},
+            )
         groups, place = args[position] if len(args) > position else 1, strategy.inputs[1]
         if groups == 1 or not (isinstance(place, Shard) and place.dim == 0 and place.outer < groups):
             return None
@@ -127,14 +131,14 @@ def _attention(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) 
     is_causal, place = args[4], strategy.inputs[0]
     if not (is_causal and isinstance(place, Shard) and place.dim == 2):
         return None
-    return vocabulary.attention_rows, (*args[:3], args[5], axis, size), {}
+    return sharded_vocabulary.attention_rows, (*args[:3], args[5], axis, size), {}
 
 
 def _experts(strategy: Strategy, args: tuple[Any, ...], axis: str, size: int) -> Call | None:
     place = strategy.inputs[3]
     if not (isinstance(place, Shard) and place.dim == 0):
         return None
-    return vocabulary.shard_of_experts, (*args, axis, size), {}
+    return sharded_vocabulary.shard_of_experts, (*args, axis, size), {}
 
 
 _SIZES: dict[Any, Callable[[tuple[Any, ...], Meta], tuple[Any, ...]]] = {

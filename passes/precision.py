@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.precision import Precision
 from cost_model.tensor import TensorMeta
-from passes import vocabulary  # noqa: F401  (registers torch.ops.autopar)
+from passes import layer_vocabulary  # noqa: F401  (registers torch.ops.autopar)
 from passes.calls import schema_arguments, tensor_args
 from passes.dependence import active_nodes
 from passes.graph import GraphInput, ModelGraph, is_getitem, meta_of, torch_dtype

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from passes.vocabulary import DIFFERENTIABLE, define
+from passes.layer_vocabulary import DIFFERENTIABLE
+from passes.vocabulary import define
 
 RANDOM_STATE = "autopar.random_state"
 """Batch input [2], int64: the seed, and the number of the step."""

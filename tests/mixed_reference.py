@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from autopar.runtime import kernels
 from cost_model.precision import DTYPES, Precision
 from passes.graph import ModelGraph
+from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.precision import cast
 from passes.trace import trace
-from passes.vocabulary import DIFFERENTIABLE
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Any:

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.layouts import LAYOUTS
-from passes.vocabulary import DIFFERENTIABLE
 
 aten = torch.ops.aten
 Tensor = torch.Tensor

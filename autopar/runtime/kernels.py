@@ -154,7 +154,7 @@ def put_product(bucket: Tensor, left: Tensor, right: Tensor, offset: int) -> Non
 def experts(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, activation: str, total: int
 ) -> Tensor:
-    """Gated experts (see ``passes.vocabulary.experts``): one pair of products for each expert that has tokens."""
+    """Gated experts (see ``passes.layer_vocabulary.experts``): one pair of products for each expert that has tokens."""
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for expert in range(gate_up.shape[0]):
         tokens, places = torch.where(index == expert)
