@@ -24,6 +24,8 @@ Made: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 aten = torch.ops.aten
 
 STREAM_BYTES = (16 * 2**10, 128 * 2**10, 2**20, 4 * 2**20, 12 * 2**20, 32 * 2**20)
+_UPDATE_BYTES = (128 * 2**20,)
+"""Updates move a rank's parameters, gradients and state in one call, more than any other op does."""
 TINY_BYTES = 2**10
 """At this size an op takes no longer than its overhead."""
 WIDTH = 512
@@ -223,7 +225,7 @@ def _cube(library: str, dtype: torch.dtype) -> Made:
 def _streams() -> Iterator[Probe]:
     """Each op at each size; the smallest tells its overhead."""
     for row, made in _STREAMS:
-        for nbytes in (TINY_BYTES, *STREAM_BYTES):
+        for nbytes in (TINY_BYTES, *STREAM_BYTES, *(_UPDATE_BYTES if row == "optimizer" else ())):
             label = f"{made.__name__.strip('_').replace('_', ' ')}, {nbytes / 2**10:,.0f} KiB"
             yield Probe(row, label, functools.partial(made, nbytes))
 

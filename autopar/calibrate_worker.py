@@ -58,7 +58,7 @@ class Probe:
     label: str
     make: Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
-    def call(self) -> Call:
+    def call(self) -> functools.partial[Any]:
         op, args, kwargs = self.make()
         return functools.partial(op, *args, **kwargs)
 
@@ -114,17 +114,19 @@ class Calibrator:
         cost.
 
         Operands are in memory, as parameters and saved activations are. Ops that are bound by moving them take the
-        geometric mean of that and of operands in cache, since in a program the last ops' results still are.
+        geometric mean of that and of operands in cache, since in a program the last ops' results still are; but not
+        updates, which find parameters and state as the step before left them.
         """
         from autopar.calibrate_probes import all_probes
 
         index, budget_s = payload["index"], payload["budget_s"]
         probe = all_probes(payload["library"])[index]
         cost = self._costs[index] = self._costs.get(index) or probe.cost()
-        calls = [probe.call() for _ in range(_copies(cost.nbytes))]
+        calls = [probe.call()]
+        calls += [probe.call() for _ in range(_copies(_held_bytes(calls[0])) - 1)]
         dist.barrier()
         seconds = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s)
-        if probe.row in STREAM_KINDS and len(calls) > 1:
+        if probe.row in STREAM_KINDS and probe.row != "optimizer" and len(calls) > 1:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 
@@ -187,6 +189,12 @@ def cpu_seconds(calls: list[Call], budget_s: float) -> float:
             kept.append(call())
         samples.append((time.thread_time() - start) / repeat)
     return statistics.median(samples)
+
+
+def _held_bytes(call: functools.partial[Any]) -> int:
+    """Of the operands of a call, each once; fewer than it moves where it writes into them."""
+    tensors = (leaf for leaf in pytree.tree_leaves((call.args, call.keywords)) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _copies(nbytes: float) -> int:

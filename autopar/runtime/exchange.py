@@ -142,10 +142,17 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 
 
 def exchange_of(group: dist.ProcessGroup | None, device: torch.device) -> Exchange:
-    """The fastest way that a group has; its ranks ask for it together, with tensors of one kind of device."""
-    if device.type != "cpu" or group is None:
+    """The fastest way that a group has; its ranks ask for it together, with tensors of one kind of device.
+
+    None is the group of all ranks, whose sum of the loss ends every step: through gloo it took 0.4 to 6 ms after some
+    milliseconds of computing, since its threads have to be given a core first, and 0.04 ms between ranks that read
+    each other's memory.
+    """
+    if device.type != "cpu":
         return Native(group)
-    return connect(group, timeout_of(group)) or Messages(group)
+    members = dist.group.WORLD if group is None else group
+    assert members is not None, "this rank has joined the others"
+    return connect(members, timeout_of(members)) or Messages(members)
 
 
 def _waiting(work: dist.Work | None) -> End:
