@@ -20,6 +20,7 @@ _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 a
 _HALF = ("bfloat16", "float16")
 _ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
 _DEEPEST_SINGLE = 1024  # of blocks of float32
+_QUERIES, _KEYS = ((768, 256), (192, 64), (0, 32)), 512  # of blocks of attention: (least queries, rows), columns
 _BLOCK = 16  # channels that oneDNN lays side by side
 _PLAIN_CHANNELS = 4  # images of at most so many channels are read as they are
 _SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/native/Convolution.cpp, use_mkldnn
@@ -29,10 +30,13 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
     """Of one call."""
     if cost is None or cost.gemm is None:
         return 0
+    if cost.kind in ("attention", "attention_backward"):
+        return _attention(cost, is_backward=cost.kind == "attention_backward")
     if node.target is vocabulary.product:
         return _single(node, cost)
     if cost.kind in ("matmul", "batched_matmul") and cost.dtype in _HALF:
-        return _packing(node, cost)
+        first = [operand for operand in node.args if isinstance(operand, fx.Node)][-2]
+        return _packing(*cost.gemm[1:], turned=not _value(first).is_contiguous())
     if node.target is aten.convolution.default:
         return _convolution(_Convolution.of(node.args[0], node.args[1], node.args[3], node.args[8]), _value(node))
     if node.target is aten.convolution_backward.default:
@@ -41,18 +45,29 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
     return 0
 
 
-def _packing(node: fx.Node, cost: OpCost) -> int:
+def _attention(cost: OpCost, *, is_backward: bool) -> int:
+    """What torch's flash attention for CPUs works in (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): scores of a
+    block of queries and keys, or scores and their gradients; of half types also rounded, and what its products pack."""
+    assert cost.gemm is not None
+    _, queries, keys, depth = cost.gemm
+    block = next(rows for least, rows in _QUERIES if queries >= least)
+    rows, columns = min(queries, block), min(keys, _KEYS)
+    scores, rest = (2 * rows * columns, rows) if is_backward else (rows * columns, rows * (2 + depth))
+    total = (8 if cost.dtype == "float64" else 4) * (scores + rest)
+    if cost.dtype in _HALF:
+        total += 2 * scores + (_packing(columns, depth, rows, turned=True) if is_backward else 0)
+    return total
+
+
+def _packing(m: int, n: int, k: int, *, turned: bool) -> int:
     """What a product of half types packs on a CPU: blocks of both operands and of the result, the latter in float32.
 
     oneDNN 3 as torch 2.13 calls it, found from its allocations with AVX-512: the second operand in columns of 64, at
-    most 1536 deep; the first only where it lies transposed, in blocks of 256 x 512, and if it is deeper than that, a
-    row of blocks of the result waits for the rest of the sum. A GPU's libraries keep a workspace of their own.
+    most 1536 deep; the first only where it lies transposed (turned), in blocks of 256 x 512, and if it is deeper than
+    that, a row of blocks of the result waits for the rest of the sum. A GPU's libraries keep a workspace of their own.
     """
-    assert cost.gemm is not None
-    _, m, n, k = cost.gemm
-    first = [operand for operand in node.args if isinstance(operand, fx.Node)][-2]
     rows, wide, packed = min(m, _ROWS), _COLUMNS, 0
-    if not _value(first).is_contiguous():
+    if turned:
         packed = 2 * rows * (min(k, _DEPTH) + _PADDING)
         wide = _WIDEST if k > _DEPTH else wide
     filled = -(-n // _COLUMNS) * _COLUMNS

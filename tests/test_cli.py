@@ -193,7 +193,7 @@ def test_a_model_in_a_package_with_a_loss(folder: Path, capsys: pytest.CaptureFi
 def test_compare_on_real_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ("compare", "tagger.py:factory", "--cluster", "bench.toml", "--dp", "2", "--steps", "2")
     tree = tree_of(capsys, *line)
-    assert len(tree["steps_s"]) == 2 and -0.02 <= tree["peak_memory_error"] <= 0.10
+    assert len(tree["steps_s"]) == 2 and 0.0 <= tree["peak_memory_error"] <= 0.10
     assert main([*line, "--save", "ran.json"]) == 0
     assert "estimated" in capsys.readouterr().out and Plan.load("ran.json").dp == 2
 

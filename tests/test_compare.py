@@ -25,7 +25,7 @@ from cost_model.errors import ConfigError
 from cost_model.plan import Parallelism
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_LOW, MEMORY_HIGH = -0.02, 0.10
+MEMORY_LOW, MEMORY_HIGH = 0.0, 0.10
 """How far a peak may be estimated under and over what is measured on CPU."""
 
 

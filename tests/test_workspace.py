@@ -138,3 +138,36 @@ def test_a_product_by_onednn_takes_at_most_what_is_said(shape: tuple[int, int, i
     kernels.product(left, right, bias)
     peak, kept = peak_bytes(lambda: kernels.product(left, right, bias))
     assert peak - kept <= said(vocabulary.product, left, right, bias) <= peak - kept + 2**18 + SLACK
+
+
+ATTENTIONS = [
+    (8, 128, 128, 64),
+    (4, 16, 16, 8),
+    (4, 97, 97, 40),
+    (4, 256, 256, 32),
+    (2, 200, 700, 64),
+    (2, 1024, 1024, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ATTENTIONS, ids=str)
+def test_attention_takes_what_is_said(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not HAS_HALF_KERNELS:
+        pytest.skip("oneDNN's kernels of half types are others without AVX-512 or with AMX")
+    heads, queries, keys, depth = shape
+    q, k, v = (torch.randn(1, extent, heads, depth, dtype=dtype).transpose(1, 2) for extent in (queries, keys, keys))
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> Any:
+        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(dy, q, k, v, out, logsumexp, 0.0, False)
+
+    made = forward(q, k, v)
+    slack = 2**16 if dtype == torch.bfloat16 else 0
+    for call, operands in ((forward, (q, k, v)), (backward, (torch.randn_like(made[0]), q, k, v, *made))):
+        call(*operands)
+        peak, left = peak_bytes(lambda call=call, operands=operands: call(*operands))
+        assert peak - left <= said(call, *operands) <= peak - left + slack
