@@ -41,8 +41,8 @@ from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
 from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchError, UnsupportedError
-from cost_model.estimate import Estimate
-from cost_model.memory import StagePeak, allocator_rounding, stage_peak
+from cost_model.estimate import Estimate, MemoryBreakdown
+from cost_model.memory import StagePeak, StagePeaks, allocator_rounding
 from cost_model.mesh import Mesh, of_stages
 from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.precision import Precision
@@ -126,7 +126,8 @@ class Job:
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
         self._programs: dict[Plan, Program] = {}
-        self._walked: dict[tuple[object, ...], tuple[Program, list[StagePeak]]] = {}
+        self._walked: dict[tuple[int, str], StagePeaks] = {}
+        self._peaks_of: dict[tuple[object, ...], list[StagePeak]] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
             self.traced,
@@ -245,7 +246,8 @@ class Job:
 
     def step_s(self, plan: Plan) -> float:
         """Seconds of a step of a plan's program."""
-        return simulate(self.program(plan), self.cluster).step_time_s
+        program = self.program(plan)
+        return simulate(program, self.cluster, memories=self._memories(program)).step_time_s
 
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""
@@ -254,8 +256,7 @@ class Job:
         program = self.program(plan)
         notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
         notes = (*notes, *kernel_notes(program)) if self.options.compiles else notes
-        kinds = {device.kind for device in self.cluster.devices}
-        memories = [peak.memory for peak in self._program_peaks(program)] if len(kinds) == 1 else ()
+        memories = self._memories(program)
         estimate = estimate_program(
             program, self.cluster, plan, notes, decision.search_s, decision.gap, memories=memories
         )
@@ -471,7 +472,9 @@ class Job:
     def _simulated_s(self, caps: Sequence[int], program: Program) -> float:
         """Seconds of a step on this cluster; infinite where a stage does not fit."""
         needed, cap = self._tightest(program, caps)
-        return math.inf if needed > cap else simulate(program, self.cluster).step_time_s
+        if needed > cap:
+            return math.inf
+        return simulate(program, self.cluster, memories=self._memories(program)).step_time_s
 
     def _tightest(self, program: Program, caps: Sequence[int]) -> tuple[int, int]:
         """Peak and cap of the stage that has least room."""
@@ -516,14 +519,20 @@ class Job:
         return self._program_peaks(self.program(plan) if exact is None else self._linker.price(plan, exact))
 
     def _program_peaks(self, program: Program) -> list[StagePeak]:
-        """Walked once whatever the devices it is placed on."""
+        """Walked once whatever the devices it is placed on, its blocks once whatever its schedule."""
         kind, p = self.cluster.devices[0].kind, program
-        key = (id(p.stages), p.microbatches, p.schedule, p.window, kind)
-        if key not in self._walked:
-            rounding = allocator_rounding(kind)
-            peaks = [stage_peak(s, p.pp, p.microbatches, p.schedule, rounding, p.window) for s in p.stages]
-            self._walked[key] = (p, peaks)  # whose stages live as long as their peaks are known by them
-        return self._walked[key][1]
+        blocks = (id(p.stages), kind)
+        if blocks not in self._walked:  # it holds the stages, which live as long as it is known by them
+            self._walked[blocks] = StagePeaks(p.stages, allocator_rounding(kind))
+        key = (*blocks, p.microbatches, p.schedule, p.window)
+        if key not in self._peaks_of:
+            self._peaks_of[key] = self._walked[blocks].under(p.pp, p.microbatches, p.schedule, p.window)
+        return self._peaks_of[key]
+
+    def _memories(self, program: Program) -> tuple[MemoryBreakdown, ...]:
+        """Of each stage; none where devices are of several kinds, whose allocators differ."""
+        kinds = {device.kind for device in self.cluster.devices}
+        return tuple(peak.memory for peak in self._program_peaks(program)) if len(kinds) == 1 else ()
 
     def plan(self, solution: Solution | Infeasible) -> Plan:
         """The search's answer as a plan file holds it."""

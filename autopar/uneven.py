@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from autopar.planner.search import Solution
 from autopar.planner.virtual import shortest_ends
 from cost_model.plan import Plan
-from cost_model.prices import price_replicas
+from cost_model.prices import BlockPrice, StagePrice, price_replicas
+from cost_model.simulate import step_time_s
 
 if TYPE_CHECKING:
     from autopar.planning import Job
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 MAX_TIGHTENINGS, TIE = 6, 1e-6
 MOST_MOVES, MOST_DEVICES = 16, 128
 """So many cuts of a plan that was chosen are tried, on clusters of up to so many devices, where that is quick."""
+SLACK = 0.03
+"""A cut is rewritten and timed unless a sketch of it is slower than the plan by more than this, as sketches may err."""
 
 
 def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
@@ -55,6 +58,7 @@ def moved(job: Job, solution: Solution, timed_s: Callable[[Solution], float]) ->
     if c.virtual_stages > 1 or job.cluster.num_devices > MOST_DEVICES:
         return solution
     best, best_s, at = solution, timed_s(solution), 0
+    sketch: CutSketch | None = None
     moves = [(stage, by) for stage in range(c.pp - 1) for by in (1, -1)]
     while tried < min(MOST_MOVES, at + len(moves)):
         stage, by = moves[tried % len(moves)]
@@ -64,9 +68,65 @@ def moved(job: Job, solution: Solution, timed_s: Callable[[Solution], float]) ->
         if not 0 < ends[stage] - (ends[stage - 1] if stage else 0) or ends[stage] >= ends[stage + 1]:
             continue
         other = cut_at(best, tuple(ends))
+        if sketch is None:
+            sketch = CutSketch(job, best)
+        if sketch.seconds(other) > sketch.seconds(best) * (1 + SLACK):
+            continue
         if (other_s := timed_s(other)) < best_s * (1 - TIE):
-            best, best_s, at = other, other_s, tried
+            best, best_s, at, sketch = other, other_s, tried, None
     return best
+
+
+class CutSketch:
+    """What a step takes with the segments of a plan in other stages, as far as the prices of its own stages tell."""
+
+    def __init__(self, job: Job, solution: Solution) -> None:
+        self._program = job.program(job.plan(solution))
+        self._replicas = price_replicas(self._program, job.cluster)
+        self._own_s = [sum(stage.segments_s) for stage in solution.stages]
+        self._once_bytes = [max(1, sum(c.nbytes for c in stage.step.collectives)) for stage in self._program.stages]
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def seconds(self, solution: Solution) -> float:
+        """Of a step. What a stage does once a step, per byte as now, is of as many more bytes as it has more segments,
+        by what these have on the stage with the least: an embedding stays where it is."""
+        cuts = tuple(stage.last for stage in solution.stages)
+        if cuts not in self._known:
+            shares = [sum(s.segments_s) / own for s, own in zip(solution.stages, self._own_s, strict=True)]
+            least = min(self._once_bytes)
+            once = [1.0 + (share - 1.0) * least / own for share, own in zip(shares, self._once_bytes, strict=True)]
+            cut = [list(map(_cut, prices, shares, once)) for prices in self._replicas]
+            self._known[cuts] = max(step_time_s(self._program, prices) for prices in cut)
+        return self._known[cuts]
+
+
+def _cut(price: StagePrice, share: float, once: float) -> StagePrice:
+    """A stage with so many times the segments, and so many times what is done once a step."""
+    chunks = tuple(
+        replace(
+            chunk,
+            forward=_longer(chunk.forward, share),
+            backward=_longer(chunk.backward, share),
+            weight=None if chunk.weight is None else _longer(chunk.weight, share),
+        )
+        for chunk in price.chunks
+    )
+    return replace(
+        price,
+        chunks=chunks,
+        step_collectives_s=tuple(once * seconds for seconds in price.step_collectives_s),
+        step_gathers_s=tuple(once * seconds for seconds in price.step_gathers_s),
+        optimizer_s=once * price.optimizer_s,
+    )
+
+
+def _longer(block: BlockPrice, share: float) -> BlockPrice:
+    return replace(
+        block,
+        compute_s=share * block.compute_s,
+        communication_s=share * block.communication_s,
+        completed_s={group: share * seconds for group, seconds in block.completed_s.items()},
+    )
 
 
 def _slowness(job: Job, plan: Plan, solution: Solution) -> list[float]:

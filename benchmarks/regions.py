@@ -27,6 +27,7 @@ from autopar.options import Options
 from autopar.planning import Job
 from cost_model.cluster import Cluster
 from cost_model.collectives import Link
+from cost_model.collector import collector_paused
 from cost_model.device import Device
 from cost_model.network import Network
 from cost_model.plan import Parallelism, Plan
@@ -51,7 +52,8 @@ def published(pp: int, dp: int) -> tuple[int, ...]:
 def compared(job: Job) -> dict[str, Any]:
     """Seconds of a step under each placement, and of the search."""
     start, wall = time.process_time(), time.perf_counter()
-    decision = job.decide(wall)
+    with collector_paused():  # as wherever plans are made
+        decision = job.decide(wall)
     cpu_s, wall_s = time.process_time() - start, time.perf_counter() - wall
     fixed = job.under(FIXED, None).on(job.cluster)
     draw = np.random.default_rng(0)
@@ -126,7 +128,8 @@ def main() -> int:
     if options.large:
         job = job_of(24, 16384, large())
         cpu, wall = time.process_time(), time.perf_counter()
-        decision = job.decide(wall)
+        with collector_paused():
+            decision = job.decide(wall)
         print(f"{decision.plan}\n{time.process_time() - cpu:.1f} s of CPU, {time.perf_counter() - wall:.1f} s")
         return 0
     for row in rows(options):

@@ -96,11 +96,41 @@ def stage_peak(
 
     A send's buffer is alive until the window-th send after it in its direction is posted, or until the schedule ends.
     """
-    walk = _StageWalk([_ChunkBlocks.of(chunk, stage, round_bytes) for chunk in stage.chunks], window)
-    for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks), window):
-        walk.run(step)
-    walk.finish(stage, round_bytes)
-    return walk.peak(static_memory(stage, round_bytes))
+    return StagePeaks((stage,), round_bytes).under(pp, microbatches, schedule, window)[0]
+
+
+class StagePeaks:
+    """Peaks of the stages of one program under any schedule; the blocks of stages that are alike are walked once."""
+
+    def __init__(self, stages: Sequence[StageProgram], round_bytes: Rounding) -> None:
+        self.stages, self._round_bytes = tuple(stages), round_bytes
+        known: dict[tuple[int, ...], tuple[list[_ChunkBlocks], MemoryBreakdown]] = {}
+        for stage in self.stages:
+            if _identity(stage) not in known:
+                known[_identity(stage)] = self._walked(stage)
+        self._parts = [known[_identity(stage)] for stage in self.stages]
+
+    def under(self, pp: int, microbatches: int, schedule: str, window: int = 1) -> list[StagePeak]:
+        """As ``stage_peak`` of each stage."""
+        found = []
+        for stage, (blocks, static) in zip(self.stages, self._parts, strict=True):
+            walk = _StageWalk(blocks, window)
+            for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks), window):
+                walk.run(step)
+            walk.finish(stage, self._round_bytes)
+            found.append(walk.peak(static))
+        return found
+
+    def _walked(self, stage: StageProgram) -> tuple[list[_ChunkBlocks], MemoryBreakdown]:
+        blocks = [_ChunkBlocks.of(chunk, stage, self._round_bytes) for chunk in stage.chunks]
+        return blocks, static_memory(stage, self._round_bytes)
+
+
+def _identity(stage: StageProgram) -> tuple[int, ...]:
+    """Equal for stages that are one program but for their number and their segments: all else is the same objects."""
+    own = (stage.persistent, stage.parameters, stage.buckets, stage.step)
+    parts = [(c.forward, c.backward, c.weight, c.saved, c.sent, c.received, c.constants) for c in stage.chunks]
+    return tuple(map(id, (*own, *(each for part in parts for each in part))))
 
 
 def static_memory(stage: StageProgram, round_bytes: Rounding) -> MemoryBreakdown:

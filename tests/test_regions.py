@@ -24,7 +24,7 @@ def test_layouts_of_the_five_networks(number: int, gain: float) -> None:
     found = regions.compared(regions.job_of(24, 1024, Cluster.load(f"dtfm-case{number}")))
     assert found["automatic_s"] * gain <= found["published_s"]
     assert found["automatic_s"] <= min(found["megatron_s"], *found["random_s"])
-    assert found["search_cpu_s"] < 15  # 10 on a quiet machine, where it is 4 to 9
+    assert found["search_cpu_s"] < 12  # 10 on a quiet machine, where it is 5 to 7
 
 
 @pytest.mark.slow

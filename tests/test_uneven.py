@@ -15,9 +15,10 @@ from autopar.options import Options
 from autopar.planner.search import Solution
 from autopar.planner.virtual import shortest_ends
 from autopar.planning import Job
-from autopar.uneven import cut_at, fitted
+from autopar.uneven import CutSketch, cut_at, fitted
 from cost_model.cluster import Cluster
 from cost_model.device import Device
+from cost_model.memory import StagePeaks, allocator_rounding, stage_peak
 from cost_model.network import Network
 from cost_model.simulate import simulate
 
@@ -138,3 +139,33 @@ def test_a_pinned_placement_has_stages_by_speed_too() -> None:
     found = solved(job_of(cluster, pp=4, dp=1, microbatch_size=512, placement=(0, 1, 2, 3)))
     assert max(sizes(found)[:2]) < min(sizes(found)[2:])
     assert math.isfinite(simulate(job_of(cluster).program(job_of(cluster).plan(found)), cluster).step_time_s)
+
+
+@functools.cache
+def even() -> tuple[Job, Solution]:
+    job = job_of(regions((SLOW, 4)), dp=1, tp=1, pp=4, microbatch_size=8)
+    return job, solved(job)
+
+
+def test_a_sketch_of_another_cut_is_near_its_program() -> None:
+    """As segments are priced alone and in a program they differ a little; the plan's own cut is exact."""
+    job, found = even()
+    sketch = CutSketch(job, found)
+    assert sketch.seconds(found) == pytest.approx(step_s(job, found), rel=1e-9)
+    ends = [stage.last for stage in found.stages]
+    for moved in ([ends[0] + 3, *ends[1:]], [*ends[:2], ends[2] - 4, ends[3]]):
+        other = cut_at(found, tuple(moved))
+        assert step_s(job, other) > 1.02 * step_s(job, found)
+        assert sketch.seconds(other) == pytest.approx(step_s(job, other), rel=0.02)
+
+
+def test_peaks_of_alike_stages_are_those_of_each_alone() -> None:
+    job, found = even()
+    program = job.program(job.plan(found))
+    rounding = allocator_rounding("cuda")
+    together = StagePeaks(program.stages, rounding)
+    for schedule, window in (("1f1b", 1), ("1f1b", 3), ("gpipe", 1)):
+        shape = (program.pp, program.microbatches, schedule)
+        alone = [stage_peak(stage, *shape, rounding, window) for stage in program.stages]
+        assert together.under(*shape, window) == alone
+        assert len({peak.memory.total_bytes for peak in alone}) > 1
