@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -33,16 +32,17 @@ from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 9
+CALIBRATION_VERSION = 10
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
 MOVING_BYTES = MESSAGE_BYTES[:-1]
-_OP_PASSES, _MESSAGE_PASSES = 3, 3
-_OP_BUDGET_S = 0.012
+_OP_PASSES, _MESSAGE_PASSES = 4, 5
+_OP_BUDGET_S = 0.008
 _PRODUCT_BUDGET_S = 0.1
 _CLEARLY = 0.8  # of the time that torch's own way takes
 _MESSAGE_BUDGET_S = 0.008
+_MOST_REPEATS = 20
 _OS_SHARE = 0.05  # of memory, left to the system and its file cache
 _RANK_WAIT_S = 900.0
 _POLL_S = 0.2
@@ -254,10 +254,11 @@ def _measured_messages(pool: WorkerPool, num_ranks: int, step: Step) -> list[Mes
     """Every message in every pass: the slowest rank, the median pass."""
     found: dict[tuple[str, int, int], list[float]] = {}
     for _ in range(_MESSAGE_PASSES):
-        last_s = math.inf
+        last_s = 0.0
         for kind, ranks, nbytes in _messages(num_ranks):
             step(f"{kind} of {ranks}, {nbytes / 2**10:,.0f} KiB")
-            repeats = max(1, min(20, round(_MESSAGE_BUDGET_S / last_s)))
+            before_s = 0.0 if nbytes == min(MESSAGE_BYTES) else last_s  # of the size before, not of another kind
+            repeats = max(1, min(_MOST_REPEATS, round(_MESSAGE_BUDGET_S / max(before_s, 1e-6))))
             payload = {"kind": kind, "ranks": ranks, "nbytes": nbytes, "repeats": repeats}
             last_s = max(pool.call("measure_message", payload))
             found.setdefault((kind, ranks, nbytes), []).append(last_s)

@@ -137,7 +137,7 @@ def _convolutions() -> Iterator[Probe]:
         batch, ins, outs, size, kernel = shape
         label = f"convolution {kernel} x {kernel} of {batch} x {ins} x {size} x {size} to {outs}"
         yield Probe("convolution", label, functools.partial(_convolution, *shape))
-        yield Probe("convolution", f"{label}, backward", functools.partial(_convolution_backward, *shape))
+        yield Probe("convolution_backward", f"{label}, backward", functools.partial(_convolution_backward, *shape))
 
 
 _CONVOLUTIONS = (
@@ -148,6 +148,8 @@ _CONVOLUTIONS = (
     (8, 64, 128, 32, 1),
     (8, 128, 128, 16, 3),
     (8, 256, 256, 8, 3),
+    (2, 96, 96, 28, 3),
+    (4, 48, 96, 28, 1),
 )
 
 

@@ -44,7 +44,7 @@ _HOT_SHARE = 0.4  # of the time given to a probe
 _WARM_UP_S = 0.01
 _BATCH_S = 1e-4  # calls are timed in batches of at least so long: reading the clock takes most of a microsecond
 _MIN_SAMPLES = 3
-_MESSAGE_ROUNDS = 3
+_MESSAGE_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ def _copies(nbytes: float) -> int:
 
 
 def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
-    """Wall seconds of one call: the median of a few rounds, each started together.
+    """Wall seconds of one call: the median of those of a few rounds, each started together. A call during which the
+    scheduler lets another thread run takes some milliseconds longer, which the mean of a round would tell as usual.
 
     Ranks compute between calls, as they do in programs: one comes a little later than another, and finds messages in
     memory rather than in cache. Calls back to back took half as long as those of tensor-parallel steps.
@@ -211,33 +212,27 @@ def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
     operand = torch.rand(_BETWEEN, _BETWEEN)
     for _ in range(_MESSAGE_ROUNDS):
         dist.barrier(group)
-        seconds = 0.0
         for _ in range(repeats):
             operand @ operand
-            start = time.perf_counter()
-            call()
-            seconds += time.perf_counter() - start
-        samples.append(seconds / repeats)
+            samples.append(_once_s(call))
     return statistics.median(samples)
 
 
 def _behind_seconds(begin: Callable[[], End], repeats: int, exchange: Exchange, group: dist.ProcessGroup) -> float:
     """Wall seconds that one collective keeps a rank from computing where products stand between its beginning and its
-    end, for longer than it takes by itself: the median of a few rounds, each started together."""
+    end, for longer than it takes by itself: the median of those of a few rounds, each started together."""
     samples, operand = [], torch.rand(_BETWEEN, _BETWEEN)
     whole_s, product_s = _once_s(lambda: begin()()), _once_s(lambda: operand @ operand)
     for _ in range(_MESSAGE_ROUNDS):
         dist.barrier(group)
-        seconds = 0.0
         for _ in range(repeats):
             start = time.perf_counter()
             end = begin()
-            seconds += time.perf_counter() - start
+            begun_s = time.perf_counter() - start
             for _ in range(1 + math.ceil(whole_s / product_s)):
                 operand @ operand
-            seconds += _once_s(end)
+            samples.append(begun_s + _once_s(end))
         exchange.settle()
-        samples.append(seconds / repeats)
     return statistics.median(samples)
 
 

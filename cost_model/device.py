@@ -17,8 +17,9 @@ from cost_model.hardware_file import Table, read_shipped, shipped_names
 from cost_model.program import OpCost
 from cost_model.tensor import COMPLEX, DTYPE_BYTES, FLOATING
 
-GEMM_KINDS = ("matmul", "batched_matmul", "convolution", "attention", "attention_backward")
-_PRICED_LIKE = {"batched_matmul": "matmul", "convolution": "matmul"}  # kinds that a device's file may leave out
+GEMM_KINDS = ("matmul", "batched_matmul", "convolution", "convolution_backward", "attention", "attention_backward")
+_PRICED_LIKE = {"batched_matmul": "matmul", "convolution_backward": "convolution", "convolution": "matmul"}
+"""Kinds that a device's file may leave out."""
 STREAM_KINDS = (
     "elementwise",
     "transcendental",
@@ -349,7 +350,9 @@ def _rows(table: Table, bandwidth: float, op_overhead_s: float, sources: dict[st
     table.only(KINDS)
     rows: dict[str, Row] = {}
     for kind in GEMM_KINDS:
-        like = kind if kind in table.raw else _PRICED_LIKE.get(kind, kind)
+        like = kind
+        while like not in table.raw and like in _PRICED_LIKE:
+            like = _PRICED_LIKE[like]
         rows[kind] = _gemm_row(table, like, op_overhead_s, sources)
     for kind in STREAM_KINDS:
         rows[kind] = _stream_row(table, kind, bandwidth, op_overhead_s, sources)

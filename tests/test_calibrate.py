@@ -102,7 +102,7 @@ def test_the_row_of_a_kind_is_the_geometric_mean_of_its_ops() -> None:
 def invented_text(num_ranks: int = 2) -> str:
     """The file of a machine whose products run at 90 Gflop/s and whose other ops stream at 10 GB/s."""
     gemm = GemmRow(1.0, 10.0, 10.0, 10.0, 0.0, 1e-6, 2e-6, 512.0)
-    products = ("matmul", "batched_matmul", "convolution")
+    products = ("matmul", "batched_matmul", "convolution", "convolution_backward")
     times = [OpTime(kind, product(*s), gemm.seconds(product(*s), 9e10, 1e15)) for kind in products for s in SHAPES]
     for kind, backward in (("attention", False), ("attention_backward", True)):
         for t, d in ((64, 64), (128, 32), (256, 64), (1024, 64), (128, 128), (8, 8)):

@@ -107,6 +107,9 @@ def _edges(local: OpCall, place: Shard, ranks: int) -> tuple[tuple[str, int], ..
     return ("all_gather", nbytes), ("reduce_scatter", nbytes)
 
 
+_BACKWARD = "convolution_backward"
+
+
 def _setting(call: OpCall, name: str, dim: int) -> int:
     value = call.args[name]
     assert isinstance(value, list | tuple)
@@ -120,8 +123,8 @@ def _gemm(weight: TensorMeta, groups: int, transposed: bool, positions: int) -> 
     return groups, positions, outs, ins * math.prod(kernel)
 
 
-def _cost(call: OpCall, gemm: tuple[int, int, int, int], nbytes: int) -> OpCost:
-    return OpCost("convolution", 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm)
+def _cost(call: OpCall, gemm: tuple[int, int, int, int], nbytes: int, kind: str = "convolution") -> OpCost:
+    return OpCost(kind, 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm)
 
 
 def _positions(call: OpCall) -> int:
@@ -143,7 +146,8 @@ def _planned_backward(call: OpCall) -> tuple[OpCost, ...]:
     nbytes = sum(t.nbytes for t in (*call.inputs[:2], *call.outputs))
     out = call.outputs[0]
     bias = (sweep("reduction", out, call.inputs[2], flops=out.numel),) if len(call.inputs) == 3 else ()
-    return (_cost(call, (groups, m, k, n), nbytes), _cost(call, (groups, k, n, m), nbytes), *bias)
+    products = [_cost(call, gemm, nbytes, _BACKWARD) for gemm in ((groups, m, k, n), (groups, k, n, m))]
+    return (*products, *bias)
 
 
 def _traced_backward(call: OpCall) -> OpCost:
@@ -157,7 +161,7 @@ def _traced_backward(call: OpCall) -> OpCost:
     products = float(sum(bool(w) for w in wanted[:2]))
     nbytes = products * sum(m.nbytes for m in (gradient, source, weight))
     return OpCost(
-        "convolution",
+        _BACKWARD,
         2.0 * math.prod(gemm) * max(products, 1.0),
         max(nbytes, float(gradient.nbytes)),
         source.dtype,

@@ -51,8 +51,8 @@ class Op:
 OPS: dict[str, Op] = {}
 
 KINDS = frozenset(
-    """matmul batched_matmul convolution attention attention_backward elementwise transcendental softmax
-    softmax_backward norm norm_backward reduction gather scatter copy random loss loss_backward optimizer
+    """matmul batched_matmul convolution convolution_backward attention attention_backward elementwise transcendental
+    softmax softmax_backward norm norm_backward reduction gather scatter copy random loss loss_backward optimizer
     other""".split()
 )
 
