@@ -22,6 +22,7 @@ from torch import nn
 from autopar.planner.mesh_strategies import mesh_space
 from autopar.planner.space import Sizes, Structure
 from autopar.planner.strategies import op_space
+from cost_model.collector import collector_paused
 from cost_model.ops import entry_of
 from cost_model.ops.table import backward_only
 from passes.calls import call_of
@@ -78,7 +79,8 @@ def time_enumeration(layers: int, mesh: list[int]) -> dict[str, float]:
         ("equal blocks once", tuple(structure.representatives.values())),
         ("every layer", structure.segments),
     ):
-        done = enumerate_all(model, structure.ambient, parts, sizes)
+        with collector_paused():  # as planning does
+            done = enumerate_all(model, structure.ambient, parts, sizes)
         found[name] = done.axes_s + done.mesh_s
         print(
             f"Llama of {layers} layers, {name}: {found[name]:.3f} s on a mesh of {mesh} ranks, {done.axes_s:.3f} of "

@@ -22,28 +22,39 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Questions:
-    """answers: in the order in which they are asked, None while nobody has run the model; lines: where they are."""
+    """answers: in the order in which one run of the model asks, None while there was none; lines: where they are asked.
+
+    refused: places of questions that another batch may answer otherwise, and the model goes on either way.
+    """
 
     def __init__(self) -> None:
         self.answers: list[bool] | None = None
         self.lines: list[str] = []
+        self.refused: set[int] = set()
+        self._taken: dict[tuple[str, bool], None] = {}
         self._recording = False
         self._note: Callable[[Tensor, bool], bool] = lambda tensor, answer: answer
 
     @contextmanager
     def over(self) -> Iterator[None]:
         """Around one run of forward, in a trace or to be recorded."""
-        known, truth, item = iter(zip(self.lines, self.answers or (), strict=True)), Tensor.__bool__, Tensor.item
+        following, truth, item = 0, Tensor.__bool__, Tensor.item
 
         def asked(plain: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+            nonlocal following
             if self.answers is None:
                 return plain(tensor)
             if self._recording:
                 self.answers.append(self._note(tensor, bool(plain(tensor))))
                 self.lines.append(_line())
                 return self.answers[-1]
-            line, answer = next(known, ("", False))
-            return answer if line == _line() else plain(tensor)
+            line = _line()
+            place = next((p for p in range(following, len(self.lines)) if self.lines[p] == line), None)
+            if place is None or place in self.refused:  # a model may ask what it does not ask while it is traced
+                return plain(tensor)
+            following = place + 1
+            self._taken[line, self.answers[place]] = None
+            return self.answers[place]
 
         def asked_item(tensor: Tensor) -> Any:
             return asked(item, tensor) if tensor.dtype == torch.bool else item(tensor)
@@ -53,7 +64,7 @@ class Questions:
                 yield
 
     def record(self, module: nn.Module, args: Sequence[object], kwargs: dict[str, object]) -> bool:
-        """Run the model, whose buffers stay as they are; whether it asks, and all answers may be taken."""
+        """Run the model, whose buffers stay as they are; whether it asks."""
         tensors = [*module.parameters(), *module.buffers(), *args, *kwargs.values()]
         if self.answers is not None or any(isinstance(t, Tensor) and _is_empty(t) for t in tensors):
             return False
@@ -64,8 +75,7 @@ class Questions:
                 self._run(module, args, kwargs, marks, place)
             except Exception:  # noqa: BLE001  (of whatever type the user's check raises)
                 continue
-            self.answers = None
-            return False
+            self.refused.add(place)
         return bool(self.answers)
 
     def _run(
@@ -97,10 +107,9 @@ class Questions:
 
     def notes(self) -> tuple[str, ...]:
         """The lines whose answers are taken for granted."""
-        found = dict.fromkeys(zip(self.lines, self.answers or (), strict=True))
         return tuple(
             f"forward checks whether a tensor is true ({line}): steps take it to be {answer}, as it is now"
-            for line, answer in found
+            for line, answer in self._taken
         )
 
 

@@ -285,19 +285,23 @@ def _folded(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> 
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Functionalise graphs that mutate; most do not, and the second trace it costs takes longer than the first."""
+    """Functionalise graphs that mutate, and state what ``torch.vmap`` makes of calls in batched ones.
+
+    Most graphs need neither, and the second trace it costs takes longer than the first.
+    """
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    mutates = any(
-        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable and "detach_" not in str(n.target)
-        for graph in graphs
-        for n in graph.nodes
-    )
+    retraced = any(_mutates(n) or _is_of_vmap(n) for graph in graphs for n in graph.nodes)
     detach(exported.graph_module)
-    if not mutates:
-        return exported
-    exported.graph_module.recompile()  # layers were unrolled
-    plain: torch.export.ExportedProgram = exported.run_decompositions({})
-    return plain
+    return exported.run_decompositions({}) if retraced else exported
+
+
+def _mutates(node: fx.Node) -> bool:
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    return is_op and node.target._schema.is_mutable and "detach_" not in str(node.target)  # type: ignore[union-attr]
+
+
+def _is_of_vmap(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
 
 
 def _check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:

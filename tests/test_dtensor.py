@@ -39,6 +39,12 @@ WHY_NOT: dict[str, Callable[[str, Offer], bool]] = {
     "every product would have two more strategies, for chains of products with nothing between": lambda name, offer: (
         name in _of("mm.default", "bmm.default", "addmm.default", "baddbmm.default") and "P" in offer[0]
     ),
+    "it gives the matrix's factors too, which are no sum where what it is solved for is one": lambda name, offer: (
+        name in _of("_linalg_solve_ex.default") and "P" in offer[1]
+    ),
+    "matrices of a batch cannot be whole where what they are solved for is split along it": lambda name, offer: (
+        name in _of("linalg_solve_triangular.default") and offer in [(("R", f"S({d})"), (f"S({d})",)) for d in (0, 1)]
+    ),
     "a constant made in the shape of a value is no reason to reduce it: its operand is ambient": _is_fresh,
     "it splits the dim that is scanned, where that is counted from the last": lambda name, offer: (
         name in _of("cumsum.default", "cumprod.default", "logcumsumexp.default")

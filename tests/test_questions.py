@@ -73,6 +73,17 @@ def test_a_branch_that_batches_change_is_refused() -> None:
         trace(Branching(), batch())
 
 
+def test_what_is_asked_only_outside_of_traces_is_no_question() -> None:
+    class Warning(Asking):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting() and 3 in labels[:, None]:
+                print("a label is 3")
+            return super().forward(x, labels)
+
+    notes = [note for note in trace(Warning(), batch()).notes if "forward checks" in note]
+    assert len(notes) == 3 and not any("3 in labels" in note for note in notes)
+
+
 def test_a_number_read_from_a_tensor_is_refused() -> None:
     class Reading(nn.Module):
         def __init__(self) -> None:

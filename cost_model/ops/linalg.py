@@ -37,6 +37,17 @@ def _alike(call: OpCall) -> FactorMap | None:
     return _of_matrices(call) if all(meta.shape[: len(lead)] == lead for meta in call.inputs) else None
 
 
+def _triangular(call: OpCall) -> FactorMap | None:
+    """linalg_solve_triangular: linear in what it is solved for, whose columns stay apart (rows where X stands left)."""
+    lead = len(call.inputs[0].shape) - 2
+    if call.inputs[1].shape[:-2] != call.inputs[0].shape[:-2]:
+        return None
+    batch = " ".join(f"a{i}" for i in range(lead))
+    solved = f"{batch} m k" if call.args.get("left", True) else f"{batch} k m"
+    notation = f"{batch} m n, {solved} -> {solved}"
+    return parse_map(notation, call.inputs, call.outputs, whole="m n", linear=((1,),))
+
+
 def _cubic(call: OpCall) -> OpCost:
     """One multiplication and addition for each element of a matrix and each of its rows."""
     rows = call.inputs[0].shape[-1]
@@ -80,7 +91,8 @@ _register(
     _linalg_det.default _linalg_slogdet.default linalg_matrix_exp.default""",
     _of_matrices,
 )
-_register("_linalg_solve_ex.default linalg_solve_triangular.default", _alike)
+_register("_linalg_solve_ex.default", _alike)
+_register("linalg_solve_triangular.default", _triangular)
 register(
     Op("aten._cdist_forward.default", _distance_factors, _distance_price, _distance_backward, saving("in0", "in1"))
 )
