@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cost_model.device import GEMM_KINDS, STREAM_KINDS, GemmRow, StreamRow
+from cost_model.device import GEMM_KINDS, STREAM_KINDS
+from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.hardware_file import SCHEMA
 from cost_model.program import OpCost
 

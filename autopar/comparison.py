@@ -18,7 +18,8 @@ from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError
 from cost_model.prices import VIEW, price_stages
 from cost_model.program import Instruction, Program
-from cost_model.simulate import Event, SimulationResult, simulate
+from cost_model.rank_clock import Event
+from cost_model.simulate import SimulationResult, simulate
 
 PHASES = ("forward", "backward", "transfer", "reduce", "optimizer", "other")
 _BLOCK_PHASES = {"forward": "forward", "backward": "backward", "weight": "backward"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from autopar.batch import check_batch, joined_batches, random_leaves, rows_of_replica
 from autopar.inference import Inference, build_inference
 from autopar.kernel_calls import check_compiler, worth_compiling
-from autopar.link import Linked
+from autopar.linked import Linked
 from autopar.options import Options, check_target
 from autopar.payload import rank_batch, rank_payload
 from autopar.planning import Planned, plan_model

@@ -14,7 +14,7 @@ from cost_model.program import Collective, OpCost
 from cost_model.tensor import TensorMeta
 
 if TYPE_CHECKING:
-    from autopar.link import Linked, LinkedStage
+    from autopar.linked import Linked, LinkedStage
 
 FOUND = Collective("all_reduce", "world", 4)
 """Of whether a gradient is not finite, one float32, in every step that scales the loss."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from autopar.link import Linked, Linker
+from autopar.link import Linker
+from autopar.linked import Linked
 from autopar.options import Options
 from autopar.payload import local_tensors, program_payload
 from autopar.planning import analysed

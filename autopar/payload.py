@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
 from autopar.gradient_norm import norm_spans
-from autopar.link import Linked
+from autopar.linked import Linked
 from autopar.ranks import under_launcher
 from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec

@@ -17,7 +17,8 @@ from torch import nn
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
 from autopar.grouped import group_sizes
 from autopar.kernel_calls import kernel_notes, worth_compiling
-from autopar.link import Linked, Linker, device_map
+from autopar.link import Linker
+from autopar.linked import Linked, device_map
 from autopar.meshes import DifferentMeshes, may_differ
 from autopar.narrower import narrower
 from autopar.optimizer_price import OptimizerPrice, price_optimizer

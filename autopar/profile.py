@@ -12,7 +12,7 @@ from rich.console import Group
 from autopar.calibrate import cache_path, local_cluster
 from autopar.report import bytes_text, make_table, render, seconds_text
 from cost_model.cluster import Cluster
-from cost_model.device import GemmRow, Row
+from cost_model.device_rows import GemmRow, Row
 from cost_model.errors import ConfigError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from autopar.runtime.measure import Event, stream_of, title_of
 from cost_model.cluster import Cluster
 from cost_model.program import Program
-from cost_model.simulate import STREAMS, chrome_trace, simulate
+from cost_model.rank_clock import STREAMS
+from cost_model.simulate import chrome_trace, simulate
 
 _MEASURED = 1000  # added to a rank for its process in the trace, where the estimate's processes are stages
 

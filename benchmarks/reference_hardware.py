@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from cost_model.cluster import Cluster, Level
 from cost_model.collectives import Link
-from cost_model.device import GEMM_KINDS, Device, GemmRow, Row, StreamRow
+from cost_model.device import GEMM_KINDS, Device
+from cost_model.device_rows import GemmRow, Row, StreamRow
 from cost_model.network import Network
 from cost_model.prices import BlockPrice, ChunkPrice, StagePrice, axis_groups
 from cost_model.program import Block, Collective, OpCost, Program, StageProgram, StepWork

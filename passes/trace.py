@@ -36,8 +36,9 @@ from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
 from passes.mutations import changed_buffers, check_statistics
 from passes.questions import Questions
-from passes.repeats import HiddenError, Repeats, UnlikeError
+from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
+from passes.templates import UnlikeError
 from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks, own_backwards
 

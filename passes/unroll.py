@@ -12,7 +12,8 @@ from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from passes.hidden import Hidden
-from passes.repeats import FIRST, HiddenError, Repeats, UnlikeError, is_plain, repeated
+from passes.repeats import FIRST, HiddenError, Repeats, is_plain, repeated
+from passes.templates import UnlikeError
 
 _NUMBERED = re.compile(r"(.*?)(?:_(\d+))?$")
 _NOT_OF_NAMES = re.compile(r"[^a-z0-9]")

@@ -22,16 +22,8 @@ from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_worker import MESSAGE_KINDS, cpu_seconds, message_ranks
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
-from cost_model.device import (
-    BLAS,
-    GEMM_KINDS,
-    ONEDNN,
-    PRODUCT_LIBRARIES,
-    STREAM_KINDS,
-    GemmRow,
-    StreamRow,
-    attention_cost,
-)
+from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, attention_cost
+from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.errors import ConfigError, WorkerError
 from cost_model.program import OpCost
 

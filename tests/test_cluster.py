@@ -12,16 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_model.cluster import Cluster, cluster_names
-from cost_model.device import (
-    KINDS,
-    Device,
-    GemmRow,
-    StreamRow,
-    attention_cost,
-    device_from_table,
-    device_names,
-    interpolate,
-)
+from cost_model.device import KINDS, Device, attention_cost, device_from_table, device_names
+from cost_model.device_rows import GemmRow, StreamRow, interpolate
 from cost_model.errors import ClusterFileError, ConfigError, UnknownNameError, UnsupportedError
 from cost_model.hardware_file import key_lines, parse_table
 from cost_model.program import OpCost

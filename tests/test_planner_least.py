@@ -20,7 +20,8 @@ from autopar.planner.segment import Price, Segment
 from autopar.planner.space import ModelSpace
 from autopar.planning import Job
 from cost_model.cluster import Cluster
-from cost_model.device import Device, StreamRow
+from cost_model.device import Device
+from cost_model.device_rows import StreamRow
 from cost_model.plan import Parallelism
 
 TIME = Price(*TIME_ONLY)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cost_model.cluster import Cluster
-from cost_model.device import Tiling
+from cost_model.device_rows import Tiling
 from cost_model.memory import allocator_rounding, stage_peak
 from cost_model.simulate import simulate
 

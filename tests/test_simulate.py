@@ -26,6 +26,7 @@ from cost_model.program import (
     StepWork,
     Value,
 )
+from cost_model.rank_clock import Event
 from cost_model.schedule import (
     Backward,
     Forward,
@@ -37,7 +38,7 @@ from cost_model.schedule import (
     SendForward,
     stage_schedule,
 )
-from cost_model.simulate import Event, SimulationResult, chrome_trace, estimate_program, simulate, step_time_s
+from cost_model.simulate import SimulationResult, chrome_trace, estimate_program, simulate, step_time_s
 from cost_model.tensor import TensorMeta
 
 CUT = TensorMeta((8,), "float32")

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._pytree import tree_leaves
 
 from autopar.runtime.comm import Comm
-from cost_model.simulate import event_title
+from cost_model.rank_clock import event_title
 
 if TYPE_CHECKING:
     from autopar.runtime.executor import RankExecutor

@@ -1,0 +1,251 @@
+"""The clock of one rank in a simulated step: what it computes, sends and waits for, instruction by instruction."""
+
+from __future__ import annotations
+
+import enum
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cost_model.egress import Egress
+from cost_model.estimate import TimeBreakdown
+from cost_model.prices import BlockPrice, StagePrice
+from cost_model.program import Collective
+from cost_model.schedule import (
+    POSTS,
+    Backward,
+    Forward,
+    SendBackward,
+    SendForward,
+    Step,
+    Weight,
+)
+
+POSTED: dict[type[Step], type[Step]] = {post: receive for receive, post in POSTS.items()}
+COMPUTE: dict[type[Step], str] = {Forward: "forward", Backward: "backward", Weight: "weight"}
+BEHIND = "behind"
+STREAMS = ("compute", "receive", "send_forward", "send_backward", BEHIND)
+
+
+class Event(NamedTuple):
+    """Something a stage did: seconds from the start of the step; microbatch -1 for work done once per step."""
+
+    stage: int
+    stream: str
+    name: str
+    microbatch: int
+    start_s: float
+    end_s: float
+    chunk: int = 0
+
+    @property
+    def title(self) -> str:
+        """As traces show it."""
+        return event_title(self.name, self.microbatch, self.chunk)
+
+
+def event_title(name: str, microbatch: int, chunk: int) -> str:
+    """ "forward 3" of a stage's first chunk, "forward 3, chunk 1" of another."""
+    if microbatch < 0:
+        return name
+    return f"{name} {microbatch}, chunk {chunk}" if chunk else f"{name} {microbatch}"
+
+
+class Receives(enum.Enum):
+    """When a receive begins: before the block that runs before it, where it stands, or in the order of a stream."""
+
+    EARLY = enum.auto()
+    BLOCKING = enum.auto()
+    STREAMS = enum.auto()
+
+
+class Link:
+    """Messages one way between neighbours: when each was posted and called for, and when each arrived.
+
+    prices: by the sender's chunk, the seconds of a transfer and the part of them that keeps no stream busy.
+    notice_s: from a receiver's call to the moment when the sender knows of it.
+    """
+
+    def __init__(self, sender: Rank, stream: str, prices: Sequence[tuple[float, float]], notice_s: float) -> None:
+        self.sender, self.stream, self.prices, self.notice_s = sender, stream, prices, notice_s
+        self.posted: list[float] = []
+        self.sends: list[Step] = []
+        self.called: list[float] = []
+        self.done: list[float] = []
+        self.taken = 0
+
+    def post(self, at_s: float, step: Step) -> None:
+        self.posted.append(at_s)
+        self.sends.append(step)
+        self.move()
+
+    def move(self) -> None:
+        """Messages that both ends know of."""
+        while len(self.done) < min(len(self.posted), len(self.called)):
+            message, sender = len(self.done), self.sender
+            step = self.sends[message]
+            known = max(self.posted[message], self.called[message] + self.notice_s, self.free_s())
+            delay_s = self.delay_s(message)
+            start, left = sender.egress.send(known, self.transfer_s(message) - delay_s)
+            end = left + delay_s
+            self.done.append(end)
+            sender.events.append(Event(sender.stage, self.stream, "send", step.microbatch, start, end, step.chunk))
+
+    def free_s(self) -> float:
+        """When the last message has left."""
+        return self.done[-1] - self.delay_s(len(self.done) - 1) if self.done else 0.0
+
+    def transfer_s(self, message: int) -> float:
+        return self.prices[self.sends[message].chunk][0]
+
+    def delay_s(self, message: int) -> float:
+        return self.prices[self.sends[message].chunk][1]
+
+
+class Rank:
+    """The representative rank of one stage: its clock, where its time went, and its place in its list of steps."""
+
+    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], receives: Receives, window: int) -> None:
+        self.stage, self.price, self.steps, self.receives, self.window = stage, price, steps, receives, window
+        self.received_s = self.received_exposed_s = 0.0
+        self.egress = Egress(price.shares_egress)
+        self.position = 0
+        self.now = self.compute_s = self.communication_s = self.bubble_s = 0.0
+        self.reduction_s = self.optimizer_s = 0.0
+        self.completed_s: dict[str, float] = {}
+        self.free_s: dict[str, float] = {}
+        self.reduced_kinds_s: defaultdict[str, float] = defaultdict(float)
+        self.events: list[Event] = []
+        self.links: dict[type[Step], Link] = {}
+
+    def advance(self) -> bool:
+        """Run steps until one must wait for a neighbour; whether any was run."""
+        before = self.position
+        while self.position < len(self.steps) and self._run(self.steps[self.position]):
+            self.position += 1
+        return self.position > before
+
+    def finished(self) -> bool:
+        return self.position == len(self.steps)
+
+    def drain(self) -> None:
+        """Wait for the last send each way."""
+        for kind in (SendForward, SendBackward):
+            link = self.links.get(kind)
+            if link is not None and link.done:
+                self._wait(link.done[-1], link.transfer_s(len(link.done) - 1))
+
+    def reduce(self, collective: Collective, seconds: float, start_s: float) -> None:
+        """Take part in a collective of the step that starts when its last member is there."""
+        self.bubble_s += start_s - self.now
+        self.now = start_s + seconds
+        self.reduction_s += seconds
+        self.reduced_kinds_s[collective.kind] += seconds
+        name = f"{collective.kind} {collective.axis}"
+        self.events.append(Event(self.stage, "compute", name, -1, start_s, self.now))
+
+    def reduced_behind(self, collective: Collective, behind_s: float, start_s: float, end_s: float) -> None:
+        """Wait for a collective of the step that has begun behind the last backward."""
+        self.free_s[collective.axis] = end_s
+        name = f"{collective.kind} {collective.axis}"
+        self.events.append(Event(self.stage, BEHIND, name, -1, start_s, end_s))
+        until_s = max(self.now, end_s) + behind_s
+        if until_s > self.now:
+            self.events.append(Event(self.stage, "compute", name, -1, self.now, until_s))
+        self.reduction_s += until_s - self.now
+        self.reduced_kinds_s[collective.kind] += until_s - self.now
+        self.now = until_s
+
+    def ready_s(self, collective: Collective, group: str) -> float:
+        """When a collective can begin whose gradients are those of a group."""
+        return max(self.completed_s[group], self.free_s.get(collective.axis, 0.0))
+
+    def optimize(self) -> None:
+        end = self.now + self.price.optimizer_s
+        self.optimizer_s = self.price.optimizer_s
+        self.events.append(Event(self.stage, "compute", "optimizer", -1, self.now, end))
+        self.now = end
+
+    def breakdown(self, driving_s: float) -> TimeBreakdown:
+        return TimeBreakdown(
+            compute_s=self.compute_s,
+            communication_s=self.communication_s,
+            bubble_s=self.bubble_s,
+            reduction_s=self.reduction_s,
+            optimizer_s=self.optimizer_s,
+            other_s=driving_s,
+        )
+
+    def _run(self, step: Step) -> bool:
+        kind = type(step)
+        if kind in COMPUTE:
+            self._compute(step)
+            return True
+        if kind is SendForward or kind is SendBackward:
+            return self._send(self.links[kind], step)
+        if kind in POSTED:
+            if self.receives is Receives.EARLY:
+                self._expect(self.links[POSTED[kind]])
+            return True
+        return self._receive(self.links[kind], step)
+
+    def _compute(self, step: Step) -> None:
+        name = COMPUTE[type(step)]
+        price: BlockPrice = getattr(self.price.chunks[step.chunk], name)
+        end = self.now + price.compute_s + price.communication_s
+        self.completed_s |= {group: self.now + seconds for group, seconds in price.completed_s.items()}
+        self.compute_s += price.compute_s
+        self.communication_s += price.communication_s
+        self.events.append(Event(self.stage, "compute", name, step.microbatch, self.now, end, step.chunk))
+        self.now = end
+
+    def _send(self, link: Link, step: Step) -> bool:
+        """Wait until fewer than a window of sends are under way on this link, then post."""
+        if self.receives is Receives.STREAMS:
+            return self._post(link, step)
+        before = len(link.posted) - self.window
+        if before >= len(link.done):
+            return False
+        if before >= 0:
+            self._wait(link.done[before], link.transfer_s(before))
+        link.post(self.now, step)
+        return True
+
+    def _expect(self, link: Link) -> None:
+        link.called.append(self.now)
+        link.move()
+
+    def _post(self, link: Link, step: Step) -> bool:
+        """Queue on the send stream, which runs through the sends of both directions."""
+        own = [other for kind, other in self.links.items() if kind in (SendForward, SendBackward)]
+        if any(len(other.posted) > len(other.done) for other in own):
+            return False
+        link.post(max([self.now, *(other.free_s() for other in own)]), step)
+        return True
+
+    def _receive(self, link: Link, step: Step) -> bool:
+        message = link.taken
+        if message == len(link.posted):
+            return False
+        if self.receives is not Receives.EARLY:
+            link.called.append(self.received_s if self.receives is Receives.STREAMS else self.now)
+            link.move()
+        end = link.done[message]
+        link.taken += 1
+        self.received_s = end - link.delay_s(message)
+        called = link.called[message]
+        self.events.append(Event(self.stage, "receive", "receive", step.microbatch, called, end, step.chunk))
+        self.received_exposed_s += self._wait(end, link.transfer_s(message))
+        return True
+
+    def _wait(self, until_s: float, transfer_s: float) -> float:
+        """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage.
+
+        Returns the former.
+        """
+        waited = max(0.0, until_s - self.now)
+        exposed = min(waited, transfer_s)
+        self.communication_s += exposed
+        self.bubble_s += waited - exposed
+        self.now = max(self.now, until_s)
+        return exposed
