@@ -21,7 +21,17 @@ def spans(events: list[dict[str, Any]], process: int) -> dict[tuple[int, str], f
     return {(e["tid"], e["name"]): e["ts"] + e["dur"] for e in events if e["ph"] == "X" and e["pid"] == process}
 
 
-@pytest.mark.parametrize("pins", [{"dp": 2}, {"pp": 2, "microbatch_size": 4}], ids=str)
+PINS: tuple[dict[str, Any], ...] = (
+    {"dp": 2},
+    {"dp": 2, "zero": 3},
+    {"tp": 2},
+    {"pp": 2, "microbatch_size": 4},
+    {"pp": 2, "microbatch_size": 4, "schedule": "zero_bubble"},
+    {"pp": 2, "microbatch_size": 4, "virtual_stages": 2},
+)
+
+
+@pytest.mark.parametrize("pins", PINS, ids=str)
 def test_a_traced_step_lies_beside_the_estimated_one(tmp_path: Path, pins: dict[str, int]) -> None:
     parallelism = autopar.Parallelism(**pins)
     with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD, parallelism=parallelism, max_grad_norm=1.0) as exe:
