@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import SGD
-from regression import BATCH, TWO, Regression
+from models import example_gpt
+from parity import SGD, cpu_cluster
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 
 import autopar
@@ -34,9 +34,12 @@ PINS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("pins", PINS, ids=str)
 def test_a_traced_step_lies_beside_the_estimated_one(tmp_path: Path, pins: dict[str, int]) -> None:
     parallelism = autopar.Parallelism(**pins)
-    with autopar.compile(Regression(), TWO, BATCH, optimizer=SGD, parallelism=parallelism, max_grad_norm=1.0) as exe:
-        losses = [exe.eval_step(BATCH), exe.trace(tmp_path / "step.json", BATCH)]
-        assert losses[0] == losses[1] and exe.steps == 1 and exe.eval_step(BATCH) < losses[0]
+    model, batch = example_gpt(n_layer=4)
+    with autopar.compile(
+        model, cpu_cluster(2), batch, optimizer=SGD, parallelism=parallelism, max_grad_norm=1.0
+    ) as exe:
+        losses = [exe.eval_step(batch), exe.trace(tmp_path / "step.json", batch)]
+        assert losses[0] == losses[1] and exe.steps == 1 and exe.eval_step(batch) < losses[0]
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
     labels = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     stages = range(exe.plan.pp)

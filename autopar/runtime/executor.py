@@ -5,44 +5,31 @@ Receives plain data only (source text, tensors, numbers), so it runs the same in
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
 import functools
 import importlib
 import itertools
 import linecache
-import math
-import time
 from collections import ChainMap, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from autopar.runtime import kernels
 from autopar.runtime.accumulation import Add, Store
-from autopar.runtime.comm import Begun
-from autopar.runtime.held import Held
-from autopar.runtime.measure import ONCE, Event, measure, title_of, traced_step
-from autopar.runtime.norm import sum_of_squares
-from autopar.runtime.ranges import is_profiled
+from autopar.runtime.gradients import WORLD_REDUCTION, Gradients
+from autopar.runtime.measure import ONCE, measure, traced_step
+from autopar.runtime.timed import Part
 from autopar.runtime.transfers import Transfer, Transfers, connect_stages
-from cost_model.axes import ACROSS, INSIDE
-from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
-Part = tuple[int, int]
-"""(microbatch, chunk)."""
 Awaited = tuple[Transfer, int]
 """A tensor under way, and the rank at the other end."""
-WORLD_REDUCTION = "all_reduce world"
-_TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
-_CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +47,7 @@ class _Chunk:
     links: Mapping[str, tuple[str, Sequence[tuple[int, int, int]]]]
 
 
-class RankExecutor(Held):
+class RankExecutor(Gradients):
     """One rank. ``payload`` is built by ``autopar.payload``; methods take and return plain trees."""
 
     def __init__(self, rank: int, world_size: int, payload: Tree) -> None:
@@ -70,8 +57,7 @@ class RankExecutor(Held):
         self.chunks = [self._chunk(described) for described in payload["chunks"]]
         self.transfers = self._connected()
         self.constants = self._set_up()
-        self.events: list[Event] | None = None
-        self.accumulated, self.reduced, self.grad_norm = 0, False, math.nan
+        self.accumulated, self.reduced = 0, False
         self.is_stale = False
         self.attached: dict[str, RankExecutor] = {}
         self._reset()
@@ -125,7 +111,7 @@ class RankExecutor(Held):
         self.expected: defaultdict[str, deque[tuple[list[Awaited], Tensor]]] = defaultdict(deque)
         self.sending: defaultdict[str, deque[tuple[list[Awaited], Tensor, Part]]] = defaultdict(deque)
         self.peer = 1 - self.rank if self.world_size == 2 else None
-        self.begun: dict[tuple[str, str, int], Begun] = {}
+        self.begun = {}
         self.reducing = False
         self.loss: Tensor | None = None
 
@@ -301,128 +287,9 @@ class RankExecutor(Held):
     def _complete(self, group: str) -> None:
         self.module.complete(self, group)
 
-    def begin_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
-        """Begin to ``reduce_gradients``, of that dtype."""
-        part = self._said(self.flat[buffer][start:stop], axis)
-        assert part.dtype == getattr(torch, dtype)
-        self.begun[axis, buffer, start] = self.comm.begin_all_reduce_(part, axis, "sum")
-
-    def reduce_gradients(self, axis: str, buffer: str, start: int, stop: int, dtype: str) -> None:
-        """Sum elements [start, stop) of a flat gradient buffer over an axis, in a dtype, or wait until that is done."""
-        begun = self.begun.pop((axis, buffer, start), None)
-        if begun is not None:
-            self._timed("reduce", ONCE, lambda: self.comm.wait(begun), f"all_reduce {axis}")
-            return
-        self._all_reduce(self.flat[buffer][start:stop], axis, getattr(torch, dtype))
-
-    def _said(self, part: Tensor, axis: str) -> Tensor:
-        """What this rank gives to a sum: nothing where another of its stage gives their gradient."""
-        return part.zero_() if axis in self.spec["silent"] else part
-
-    def _all_reduce(self, part: Tensor, axis: str, dtype: torch.dtype) -> None:
-        def run() -> None:
-            sent = self._said(part, axis).to(dtype)
-            summed = self.comm.all_reduce_(sent, axis, "sum")
-            if summed is not part:
-                part.copy_(summed)
-
-        self._timed("reduce", ONCE, run, f"all_reduce {axis}")
-
-    def scatter_span(self, buffer: str, start: int, stop: int, inner: int) -> None:
-        """Elements [start, stop) of a flat gradient buffer: this rank's part becomes its sum over its group."""
-        row = self.flat[buffer][start:stop]
-        self._timed("reduce", ONCE, lambda: self.comm.reduce_scatter_(row, INSIDE), f"reduce_scatter {INSIDE}")
-
-    def reduce_span(self, buffer: str, start: int, stop: int, inner: int) -> None:
-        """Sum this rank's part over the other groups."""
-        part = self.flat[buffer][start:stop].view(inner, -1)[self.comm.index(INSIDE)]
-        self._all_reduce(part, ACROSS, part.dtype)
-
-    def gather_span(self, buffer: str, start: int, stop: int, inner: int) -> None:
-        """All parts, each from the rank of the group that has summed it."""
-        row = self.flat[buffer][start:stop]
-        self._timed("reduce", ONCE, lambda: self.comm.all_gather_(row, INSIDE), f"all_gather {INSIDE}")
-
-    def unscale_gradients(self) -> None:
-        """Gradients of the loss itself, and whether any rank has one that is not finite."""
-        assert self.scaler is not None
-        scaler, split = self.scaler, self.buckets
-        parts = [split[name].part(row) if name in split else row for name, row in self.flat.items()]
-        self._timed("optimizer", ONCE, lambda: scaler.unscale(parts))
-        if "world" in self.groups:
-            self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(scaler.found, "world", "sum"), WORLD_REDUCTION)
-
-    def adjust_scale(self) -> bool:
-        """Set the scale of the next step's loss; whether this update is skipped."""
-        assert self.scaler is not None
-        return self.scaler.adjust()
-
-    def clip_gradients(self, max_norm: float) -> None:
-        """Scale all gradients so that their norm over all ranks is at most this, as torch.nn.utils does."""
-        squares = self._timed("optimizer", ONCE, self._sum_of_squares)
-        if "world" in self.groups:
-            self._timed("reduce", ONCE, lambda: self.comm.all_reduce_(squares, "world", "sum"), WORLD_REDUCTION)
-        norm = squares.sqrt()
-        scale = torch.clamp(max_norm / (norm + _CLIP_EPSILON), max=1.0)
-        self._timed("optimizer", ONCE, lambda: [buffer.mul_(scale) for buffer in self.flat.values()])
-        self.grad_norm = float(norm)
-
-    def _sum_of_squares(self) -> Tensor:
-        """Of this rank's gradients, each divided by how many ranks hold it."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for buffer, start, stop, copies in self.spec["norm_spans"]:
-            total += sum_of_squares(self.flat[buffer][start:stop]) / copies
-        return total
-
     def forget(self, microbatch: int, chunk: int = 0) -> None:
         """Drop what a forward kept for a backward that does not come."""
         del self.saved[microbatch, chunk]
-
-    def scatter_gradients(self, axis: str, bucket: str) -> None:
-        """This rank's part of a bucket's gradients becomes their sum over an axis."""
-        row, held = self.flat[bucket], self.buckets[bucket]
-
-        def run() -> None:
-            sent = row.to(held.reduce_dtype)
-            mine = self.comm.reduce_scatter_(sent, axis)
-            if sent is not row:
-                held.part(row).copy_(mine)
-
-        self._timed("reduce", ONCE, run, f"reduce_scatter {axis}")
-
-    def reduce_part(self, axis: str, bucket: str) -> None:
-        """Sum this rank's part of a bucket's gradients over another axis than that which it is split over."""
-        held = self.buckets[bucket]
-        self._all_reduce(held.part(self.flat[bucket]), axis, held.reduce_dtype)
-
-    def gather_parameters(self, axis: str, bucket: str) -> None:
-        """All of a bucket's parameters, from the ranks that updated them."""
-        row = self.buckets[bucket].weights
-        self._timed("reduce", ONCE, lambda: self.comm.all_gather_(row, axis), f"all_gather {axis}")
-
-    def update_parameters(self) -> None:
-        """One optimizer step on this rank's shards, or their master copies; parameters are rounded from these."""
-        if self.optimizer is not None:
-            self._timed("optimizer", ONCE, self._update)
-
-    def _update(self) -> None:
-        assert self.optimizer is not None
-        self.comm.settle()
-        for name, tensor in self.updated.items():
-            tensor.grad = self.gradients[name].to(tensor.dtype)
-        self.optimizer.step()
-        for tensor in self.updated.values():
-            tensor.grad = None
-        self.round()
-
-    def update_buffer(self, name: str) -> None:
-        """Give a buffer the value that backward found for it."""
-        self.buffers[name].copy_(self.updates[name])
-        self.updates[name].zero_()
-
-    def count(self, name: str, step: float) -> None:
-        """Add to a counter."""
-        self.buffers[name] += step
 
     def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
@@ -462,48 +329,12 @@ class RankExecutor(Held):
             works, _, part = self.sending[link].popleft()
             self._timed(link, part, functools.partial(self._wait_for, works))
 
-    def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
-        """Run, in a profiler's range, and while measuring note when."""
-        microbatch, chunk = part
-        if self.events is None:
-            if not is_profiled():
-                return run()
-            with record_function(title_of(name, microbatch, label, chunk)):
-                return run()
-        self._synchronise()
-        start = time.perf_counter()
-        result = run()
-        self._synchronise()
-        self.events.append(Event(name, microbatch, label, start, time.perf_counter(), chunk))
-        return result
-
-    @contextlib.contextmanager
-    def _named_timeouts(self) -> Iterator[None]:
-        """CollectiveTimeoutError for what gloo says when another rank did not come."""
-        try:
-            yield
-        except RuntimeError as error:
-            if any(words in str(error).lower() for words in _TIMED_OUT):
-                raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"], self.peer) from error
-            raise
-
     def _wait_for(self, works: Sequence[Awaited]) -> None:
         """As long as the user wants to wait: what a message waits by itself is what its group was made with."""
         timeout_s = self.spec["timeout_s"]
         for work, peer in works:
             with self._waiting_for(peer):
                 work.wait(None if timeout_s is None else datetime.timedelta(seconds=timeout_s))
-
-    @contextlib.contextmanager
-    def _waiting_for(self, peer: int | None) -> Iterator[None]:
-        """Remember whom this rank waits for; an error leaves it known."""
-        before, self.peer = self.peer, peer
-        yield
-        self.peer = before
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def fill(self, request: Tree) -> None:
         super().fill(request)
