@@ -7,71 +7,36 @@ few thousand rows, operands from 16 KiB (in cache) to 32 MiB (in memory).
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
 
 import torch
 
-from autopar.calibrate_worker import COLD_BYTES, Probe
-from autopar.runtime import draws, kernels
+from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
+from autopar.calibrate_streams import stream_probes
+from autopar.calibrate_worker import Probe
+from autopar.runtime import kernels
 from cost_model.device import ONEDNN
-from passes import random_vocabulary, vocabulary
+from passes import vocabulary
 from passes.multiply import LEAST_FLOPS
 
-Tensor: TypeAlias = torch.Tensor
-Made: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
 aten = torch.ops.aten
 
-STREAM_BYTES = (16 * 2**10, 128 * 2**10, 2**20, 4 * 2**20, 12 * 2**20, 32 * 2**20)
-_UPDATE_BYTES = (128 * 2**20,)
-"""Updates move a rank's parameters, gradients and state in one call, more than any other op does."""
-TINY_BYTES = 2**10
-"""At this size an op takes no longer than its overhead."""
-WIDTH = 512
-_VOCABULARY = 4096
-_HEADS = 4
 _REFERENCE = 256
 """Extent of the cube whose product tells dtypes apart."""
 _TINY = 8
 """Extent of products that take no longer than their overhead."""
-_PAGE_NUMEL = 1024
 
 
 @functools.cache
 def all_probes(library: str) -> tuple[Probe, ...]:
     """All probes, in a fixed order, alike in number and names for all of ``PRODUCT_LIBRARIES``."""
     products = (*_products(library), *_batched_products())
-    return (*products, *_convolutions(), *_attentions(), *_dtypes(library), *_streams())
+    return (*products, *_convolutions(), *_attentions(), *_dtypes(library), *stream_probes())
 
 
 def reference_product(library: str) -> Probe:
     """A product that tells libraries apart."""
     return _product(library, "forward", 1024, 1024, WIDTH)
-
-
-class _Bank:
-    """Random numbers in [-0.5, 0.5) that operands are cut from in turn: drawing them anew would take longest."""
-
-    def __init__(self, numel: int) -> None:
-        self._numbers = torch.rand(numel) - 0.5
-        self._next = 0
-
-    def cut(self, numel: int) -> Tensor:
-        """The next so many numbers, on a page of their own."""
-        if self._next + numel > self._numbers.numel():
-            self._next = 0
-        start, self._next = self._next, self._next + _PAGE_NUMEL * -(-numel // _PAGE_NUMEL)
-        return self._numbers[start : start + numel]
-
-
-@functools.cache
-def _bank() -> _Bank:
-    return _Bank(2 * COLD_BYTES // 4)
-
-
-def _random(*shape: int) -> Tensor:
-    return _bank().cut(math.prod(shape)).view(shape)
 
 
 def _products(library: str) -> Iterator[Probe]:
@@ -104,11 +69,11 @@ def _product(library: str, role: str, m: int, n: int, k: int) -> Probe:
     is_quick = library == ONEDNN and 2 * m * n * k >= LEAST_FLOPS
 
     def make() -> Made:
-        left = _random(k, m).t() if role == "weight gradient" else _random(m, k)
-        right = _random(n, k).t() if role in ("forward", "biased") else _random(k, n)
-        bias = _random(n) if role == "biased" else None
+        left = drawn(k, m).t() if role == "weight gradient" else drawn(m, k)
+        right = drawn(n, k).t() if role in ("forward", "biased") else drawn(k, n)
+        bias = drawn(n) if role == "biased" else None
         if is_quick:
-            return _Kernel(vocabulary.product, kernels.product), (left, right, bias), {}
+            return Kernel(vocabulary.product, kernels.product), (left, right, bias), {}
         if bias is not None:
             return aten.addmm.default, (bias, left, right), {}
         return aten.mm.default, (left, right), {}
@@ -127,8 +92,8 @@ def _batched_products() -> Iterator[Probe]:
 
 def _bmm(batch: int, t: int, d: int, transposed: bool) -> Made:
     if transposed:
-        return aten.bmm.default, (_random(batch, t, d), _random(batch, t, d).transpose(1, 2)), {}
-    return aten.bmm.default, (_random(batch, t, t), _random(batch, t, d)), {}
+        return aten.bmm.default, (drawn(batch, t, d), drawn(batch, t, d).transpose(1, 2)), {}
+    return aten.bmm.default, (drawn(batch, t, t), drawn(batch, t, d)), {}
 
 
 def _convolutions() -> Iterator[Probe]:
@@ -154,12 +119,16 @@ _CONVOLUTIONS = (
 
 
 def _convolution(batch: int, ins: int, outs: int, size: int, kernel: int) -> Made:
-    operands = (_random(batch, ins, size, size), _random(outs, ins, kernel, kernel), _random(outs))
+    operands = (drawn(batch, ins, size, size), drawn(outs, ins, kernel, kernel), drawn(outs))
     return aten.convolution.default, (*operands, *_window(kernel)), {}
 
 
 def _convolution_backward(batch: int, ins: int, outs: int, size: int, kernel: int) -> Made:
-    operands = (_random(batch, outs, size, size), _random(batch, ins, size, size), _random(outs, ins, kernel, kernel))
+    operands = (
+        drawn(batch, outs, size, size),
+        drawn(batch, ins, size, size),
+        drawn(outs, ins, kernel, kernel),
+    )
     return aten.convolution_backward.default, (*operands, [outs], *_window(kernel), [True, True, True]), {}
 
 
@@ -171,7 +140,7 @@ def _window(kernel: int) -> tuple[object, ...]:
 def _attentions() -> Iterator[Probe]:
     for batch, t, d, causal in _ATTENTIONS:
         shape = (batch, t, d, causal)
-        label = f"attention of {batch * _HEADS} x {t} x {d}{', causal' if causal else ''}"
+        label = f"attention of {batch * HEADS} x {t} x {d}{', causal' if causal else ''}"
         yield Probe("attention", label, functools.partial(_attention, *shape))
         yield Probe("attention_backward", f"{label}, backward", functools.partial(_attention_backward, *shape))
 
@@ -192,8 +161,8 @@ _ATTENTIONS = (
 
 def _heads(batch: int, t: int, d: int) -> list[Tensor]:
     """Queries, keys and values as a fused projection leaves them: strided views of one tensor."""
-    fused = _random(batch, t, 3 * _HEADS * d)
-    return [part.view(batch, t, _HEADS, d).transpose(1, 2) for part in fused.chunk(3, -1)]
+    fused = drawn(batch, t, 3 * HEADS * d)
+    return [part.view(batch, t, HEADS, d).transpose(1, 2) for part in fused.chunk(3, -1)]
 
 
 def _attention(batch: int, t: int, d: int, causal: bool) -> Made:
@@ -203,7 +172,7 @@ def _attention(batch: int, t: int, d: int, causal: bool) -> Made:
 def _attention_backward(batch: int, t: int, d: int, causal: bool) -> Made:
     forward, args, _ = _attention(batch, t, d, causal)
     out, logsumexp = forward(*args)
-    gradient = _random(batch, t, _HEADS, d).transpose(1, 2)
+    gradient = drawn(batch, t, HEADS, d).transpose(1, 2)
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     return backward, (gradient, *args[:3], out, logsumexp, 0.0, causal), {}
 
@@ -217,189 +186,8 @@ def _dtypes(library: str) -> Iterator[Probe]:
 def _cube(library: str, dtype: torch.dtype) -> Made:
     if library == ONEDNN and dtype == torch.float32:
         return (
-            _Kernel(vocabulary.product, kernels.product),
-            (*(_random(_REFERENCE, _REFERENCE) for _ in range(2)), None),
+            Kernel(vocabulary.product, kernels.product),
+            (*(drawn(_REFERENCE, _REFERENCE) for _ in range(2)), None),
             {},
         )
-    return aten.mm.default, tuple(_random(_REFERENCE, _REFERENCE).to(dtype) for _ in range(2)), {}
-
-
-def _streams() -> Iterator[Probe]:
-    """Each op at each size; the smallest tells its overhead."""
-    for row, made in _STREAMS:
-        for nbytes in (TINY_BYTES, *STREAM_BYTES, *(_UPDATE_BYTES if row == "optimizer" else ())):
-            label = f"{made.__name__.strip('_').replace('_', ' ')}, {nbytes / 2**10:,.0f} KiB"
-            yield Probe(row, label, functools.partial(made, nbytes))
-
-
-def _matrix(nbytes: int, tensors: float) -> tuple[int, int]:
-    """Rows and columns of tensors of float32 of which so many make up ``nbytes``; narrow where they are tiny."""
-    width = min(WIDTH, max(1, round(nbytes / tensors / 4)))
-    return max(1, round(nbytes / tensors / 4 / width)), width
-
-
-def _add(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 3)
-    return aten.add.Tensor, (_random(*shape), _random(*shape)), {}
-
-
-def _scale(nbytes: int) -> Made:
-    return aten.mul.Tensor, (_random(*_matrix(nbytes, 2)), 0.5), {}
-
-
-def _gelu(nbytes: int) -> Made:
-    return aten.gelu.default, (_random(*_matrix(nbytes, 2)),), {}
-
-
-def _gelu_backward(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 3)
-    return aten.gelu_backward.default, (_random(*shape), _random(*shape)), {}
-
-
-def _silu(nbytes: int) -> Made:
-    return aten.silu.default, (_random(*_matrix(nbytes, 2)),), {}
-
-
-def _silu_backward(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 3)
-    return aten.silu_backward.default, (_random(*shape), _random(*shape)), {}
-
-
-def _tanh(nbytes: int) -> Made:
-    return aten.tanh.default, (_random(*_matrix(nbytes, 2)),), {}
-
-
-def _exp(nbytes: int) -> Made:
-    return aten.exp.default, (_random(*_matrix(nbytes, 2)),), {}
-
-
-def _softmax(nbytes: int) -> Made:
-    return aten._softmax.default, (_random(*_matrix(nbytes, 2)), -1, False), {}
-
-
-def _log_softmax(nbytes: int) -> Made:
-    return aten._log_softmax.default, (_random(*_matrix(nbytes, 2)), 1, False), {}
-
-
-def _softmax_backward(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 3)
-    return aten._softmax_backward_data.default, (_random(*shape), _random(*shape), -1, torch.float32), {}
-
-
-def _log_softmax_backward(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 3)
-    return aten._log_softmax_backward_data.default, (_random(*shape), _random(*shape), 1, torch.float32), {}
-
-
-def _layer_norm(nbytes: int) -> Made:
-    rows, width = _matrix(nbytes, 2)
-    return aten.native_layer_norm.default, (_random(rows, width), [width], _random(width), _random(width), 1e-5), {}
-
-
-def _layer_norm_backward(nbytes: int) -> Made:
-    rows, width = _matrix(nbytes, 3)
-    source, weight, bias = _random(rows, width), _random(width), _random(width)
-    _, mean, deviation = aten.native_layer_norm.default(source, [width], weight, bias, 1e-5)
-    args = (_random(rows, width), source, [width], mean, deviation, weight, bias, [True, True, True])
-    return aten.native_layer_norm_backward.default, args, {}
-
-
-def _sum_of_rows(nbytes: int) -> Made:
-    return aten.sum.dim_IntList, (_random(*_matrix(nbytes, 1)), [0], True), {}
-
-
-def _embedding(nbytes: int) -> Made:
-    rows, width = _matrix(nbytes, 2)
-    table = _random(min(rows, _VOCABULARY), width)
-    return aten.embedding.default, (table, torch.randint(len(table), (rows,))), {}
-
-
-def _embedding_backward(nbytes: int) -> Made:
-    rows, width = _matrix(nbytes, 2)
-    vocabulary = min(rows, _VOCABULARY)
-    ids = torch.randint(vocabulary, (rows,))
-    return aten.embedding_dense_backward.default, (_random(rows, width), ids, vocabulary, -1, False), {}
-
-
-def _transposed_copy(nbytes: int) -> Made:
-    rows, width = _matrix(nbytes, 2)
-    heads = min(_HEADS, width)
-    source = _random(rows, heads, width // heads).transpose(0, 1)
-    return aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
-
-
-def _concatenation(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 6)
-    return aten.cat.default, ([_random(*shape) for _ in range(3)], -1), {}
-
-
-class _Kernel:
-    """An op of ours as programs run it, called as an op of torch is."""
-
-    def __init__(self, op: Any, run: Callable[..., Tensor]) -> None:
-        self._schema, self._name, self._run = op._schema, str(op), run
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self._run(*args)
-
-    def __str__(self) -> str:
-        return self._name
-
-
-def _mask(nbytes: int) -> Made:
-    keep = _Kernel(random_vocabulary.keep, draws.keep)
-    return keep, (torch.tensor(nbytes), [torch.arange(extent) for extent in _matrix(nbytes, 9 / 4)], 0.1), {}
-
-
-def _nll_loss(nbytes: int) -> Made:
-    rows = max(2, nbytes // 12)
-    width = max(2, min(WIDTH, 2**22 // rows))
-    return aten.nll_loss_forward.default, (_random(rows, width), torch.randint(width, (rows,)), None, 1, -100), {}
-
-
-def _nll_loss_backward(nbytes: int) -> Made:
-    rows, width = _matrix(nbytes, 1)
-    labels = torch.randint(width, (rows,))
-    args = (torch.ones(()), _random(rows, width), labels, None, 1, -100, torch.tensor(float(rows)))
-    return aten.nll_loss_backward.default, args, {}
-
-
-def _adamw(nbytes: int) -> Made:
-    shape = _matrix(nbytes, 7)
-    weights, gradients, first, second = ([_random(*shape).abs()] for _ in range(4))
-    rates = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.01, "eps": 1e-8}
-    no_maxima: list[Tensor] = []
-    args = (weights, gradients, first, second, no_maxima, [torch.ones(())])
-    return aten._fused_adamw_.default, args, {**rates, "amsgrad": False, "maximize": False}
-
-
-def _roll(nbytes: int) -> Made:
-    return aten.roll.default, (_random(*_matrix(nbytes, 2)), [1], [1]), {}
-
-
-_STREAMS: tuple[tuple[str, Callable[[int], Made]], ...] = (
-    ("elementwise", _add),
-    ("elementwise", _scale),
-    ("transcendental", _gelu),
-    ("transcendental", _gelu_backward),
-    ("transcendental", _silu),
-    ("transcendental", _silu_backward),
-    ("transcendental", _tanh),
-    ("transcendental", _exp),
-    ("softmax", _softmax),
-    ("softmax", _log_softmax),
-    ("softmax_backward", _softmax_backward),
-    ("softmax_backward", _log_softmax_backward),
-    ("norm", _layer_norm),
-    ("norm_backward", _layer_norm_backward),
-    ("reduction", _sum_of_rows),
-    ("gather", _embedding),
-    ("scatter", _embedding_backward),
-    ("copy", _transposed_copy),
-    ("copy", _concatenation),
-    ("random", _mask),
-    ("loss", _nll_loss),
-    ("loss_backward", _nll_loss_backward),
-    ("optimizer", _adamw),
-    ("other", _roll),
-)
+    return aten.mm.default, tuple(drawn(_REFERENCE, _REFERENCE).to(dtype) for _ in range(2)), {}

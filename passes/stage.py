@@ -131,48 +131,46 @@ def build_stage(
 
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
     recompute: segment -> its level. shared: parameters that other stages hold too. suffix: as in ``StageCode``.
-    splits_backward: whether gradients of parameters have a function of their own.
-    accumulates: whether gradients of several microbatches add up. A product then finds its buffer in memory rather than
-    in the cache and is slower than one that is made apart and added, so it is not fused.
-    overlaps: whether collectives move behind compute.
-    given: the buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs;
-    None: none are. products: of ``PRODUCT_LIBRARIES``. segments: labels of the chain's segments, for profilers.
+    splits_backward: whether gradients of parameters have a function of their own. accumulates: whether gradients of
+    several microbatches add up: a product then finds its buffer in memory rather than in the cache and is slower than
+    one that is made apart and added, so it is not fused. overlaps: whether collectives move behind compute. given: the
+    buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs; None: none
+    are. products: of ``PRODUCT_LIBRARIES``. segments: labels of the chain's segments, for profilers.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
-    joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
     inputs = sharded.graph.inputs
-    invariant = frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter" or i.changes}
     metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
-    graphs = split(joint, invariant, parameters, recompute)
+    joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
+    graphs = split(joint, _invariant(inputs), parameters, recompute)
     kept = {i.target: precision.kept(metas[i.node].dtype) for i in inputs if i.kind == "parameter"}
     stored = {i.target for i in inputs if not accumulates or scatters(i.node, choices, dp)}
     fuse(graphs.backward, {name: k.grads for name, k in kept.items() if name in stored and k.grads == k.reduce})
     if splits_backward:
         activations = (i.node for i in inputs if i.kind == "activation")
         graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
+    degrees, places = (dp, mesh), sharded.placements
     buckets = given
     if buckets is None:
-        buckets = make_buckets(
-            graphs, inputs, sharded.placements, metas, choices, (dp, mesh), shared, suffix, precision
-        )
+        buckets = make_buckets(graphs, inputs, places, metas, choices, degrees, shared, suffix, precision)
     scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:
         cast_gradients(graph, {i.target: kept[i.target].grads for i in alone})
     gradients = finished(graphs)
     graphs = shard_state(graphs, buckets, parameters)
-    if products == ONEDNN:
-        for graph in (graphs.forward, *graphs.backwards):
-            multiply(graph)
-    if worth is not None:
-        _group(graphs, suffix, worth)
+    _choose_kernels(graphs, suffix, products, worth)
     groups: Groups = ()
     if overlaps:
         graphs = overlap(graphs, STATE_AXIS)
-        early = _reduced_early(alone, kept, buckets, sharded.placements, (dp, mesh), shared)
+        early = _reduced_early(alone, kept, buckets, places, degrees, shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
     return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments).build()
+
+
+def _invariant(inputs: Sequence[GraphInput]) -> frozenset[str]:
+    """What no step changes."""
+    return frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)
 
 
 def _reduced_early(
@@ -195,11 +193,14 @@ def _reduced_early(
     }
 
 
-def _group(graphs: SplitGraphs, suffix: str, worth: Worth) -> None:
-    """Neighbouring ops of each function that runs per microbatch become kernels."""
+def _choose_kernels(graphs: SplitGraphs, suffix: str, products: str, worth: Worth | None) -> None:
+    """Who multiplies, and neighbouring ops that become kernels, in each function that runs per microbatch."""
     kernels, returned = Kernels(suffix), frozenset((graphs.output, *graphs.saved, *graphs.kept))
     for graph in (graphs.forward, *graphs.backwards):
-        group(graph, returned, kernels, worth)
+        if products == ONEDNN:
+            multiply(graph)
+        if worth is not None:
+            group(graph, returned, kernels, worth)
 
 
 class _Builder:
