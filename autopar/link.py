@@ -19,9 +19,10 @@ from cost_model.errors import UnsupportedError
 from cost_model.mesh import Mesh
 from cost_model.placement import placements_text, split_axes
 from cost_model.plan import Plan, StagePlan
-from cost_model.program import Bucket, Chunk, Collective, ParameterShard, Program, StageProgram, StepWork, Value
+from cost_model.program import Chunk, Collective, Program, StageProgram, StepWork, Value
 from cost_model.schedule import splits_backward
 from cost_model.schedule_check import check_schedule
+from cost_model.shards import Bucket, ParameterShard
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
 from passes.cut import cut_stage, prologue

@@ -8,8 +8,9 @@ from functools import cached_property
 
 from cost_model.placement import Placements
 from cost_model.plan import Plan
-from cost_model.program import Bucket, ParameterShard, Program
+from cost_model.program import Program
 from cost_model.schedule import Step, stage_schedule
+from cost_model.shards import Bucket, ParameterShard
 from cost_model.tensor import TensorMeta
 from passes.codegen import render_module
 from passes.graph import GraphInput

@@ -18,11 +18,12 @@ from autopar.runtime.comm import shard_of
 from autopar.runtime.optim import OptimizerSpec
 from autopar.runtime.recipe import blank
 from cost_model.axes import ACROSS, DP, INSIDE, TP, Axes, axes_name, members
+from cost_model.axis_groups import TIED, axis_groups
 from cost_model.errors import ConfigError
 from cost_model.placement import REPLICATE, Placements, Shard, split_axes
 from cost_model.plan import Plan
-from cost_model.prices import TIED, axis_groups
-from cost_model.program import Bucket, Program
+from cost_model.program import Program
+from cost_model.shards import Bucket
 from passes.graph import GraphInput, ModelGraph, is_getitem, torch_dtype
 
 WRAP = " to the other end"

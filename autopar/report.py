@@ -20,7 +20,8 @@ from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
 from cost_model.network import Network
 from cost_model.placement import Placement, Placements, Replicate, Shard, Varying, parse_placements, split_axes
 from cost_model.plan import RECOMPUTES, Plan, folded, split_number
-from cost_model.program import Collective, ParameterShard, Program, StageProgram
+from cost_model.program import Collective, Program, StageProgram
+from cost_model.shards import ParameterShard
 from cost_model.strategies import parse_strategy
 from passes.shard import input_key
 from passes.zero import zero_key

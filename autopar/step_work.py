@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from cost_model.ops import OpCall, price_of
-from cost_model.program import Bucket, OpCost, ParameterShard
+from cost_model.program import OpCost
+from cost_model.shards import Bucket, ParameterShard
 from cost_model.tensor import TensorMeta
 from passes.schedule_code import PartStep, Reduction, SpanStep, casts_around
 

@@ -27,9 +27,9 @@ from reference_models import Shape
 from reference_programs import recomputed
 from reference_tables import Candidate, Prediction, Row, Table
 
+from cost_model.axis_groups import axis_groups
 from cost_model.cluster import Cluster
 from cost_model.network import FloatArray
-from cost_model.prices import axis_groups
 from cost_model.program import OpCost, Program
 
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from cost_model.axis_groups import axis_groups
 from cost_model.cluster import Cluster, Level
 from cost_model.collectives import Link
 from cost_model.device import GEMM_KINDS, Device
 from cost_model.device_rows import GemmRow, Row, StreamRow
 from cost_model.network import Network
-from cost_model.prices import BlockPrice, ChunkPrice, StagePrice, axis_groups
+from cost_model.prices import BlockPrice, ChunkPrice, StagePrice
 from cost_model.program import Block, Collective, OpCost, Program, StageProgram, StepWork
 from cost_model.simulate import step_time_s
 

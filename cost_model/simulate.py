@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_model.axes import is_inside_replica
+from cost_model.axis_groups import TIED, collective_stages
 from cost_model.collector import collector_paused
 from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
 from cost_model.plan import Plan
-from cost_model.prices import TIED, PricedCluster, StagePrice, collective_stages, price_replicas
+from cost_model.prices import PricedCluster, StagePrice, price_replicas
 from cost_model.program import Collective, Program
 from cost_model.rank_clock import BEHIND, STREAMS, Event, Link, Rank, Receives
 from cost_model.schedule import (

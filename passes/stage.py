@@ -9,7 +9,8 @@ from cost_model.axes import DP, Axes
 from cost_model.device import BLAS, ONEDNN
 from cost_model.placement import Placements
 from cost_model.precision import Kept, Precision
-from cost_model.program import Block, Bucket, Value
+from cost_model.program import Block, Value
+from cost_model.shards import Bucket
 from cost_model.tensor import TensorMeta
 from passes.cast_gradients import cast_gradients
 from passes.codegen import (

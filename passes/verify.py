@@ -14,7 +14,8 @@ from cost_model.background import check_waited
 from cost_model.errors import VerificationError
 from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, Placements, Shard, placements_text
-from cost_model.program import Block, Bucket, Collective, Program, StageProgram, StepWork
+from cost_model.program import Block, Collective, Program, StageProgram, StepWork
+from cost_model.shards import Bucket
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes import overlap_vocabulary, vocabulary
 from passes.graph import torch_dtype

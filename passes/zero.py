@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cost_model.axes import Axes
 from cost_model.placement import Placements, varying_axes
 from cost_model.precision import Precision
-from cost_model.program import Bucket
+from cost_model.shards import Bucket
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
 from passes.fuse import ACCUMULATIONS, parameter_of, product

@@ -12,17 +12,7 @@ from hypothesis import strategies as st
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.liveness import block_peak
 from cost_model.memory import allocator_rounding, stage_memory, stage_peak
-from cost_model.program import (
-    Block,
-    Bucket,
-    Chunk,
-    Collective,
-    Instruction,
-    ParameterShard,
-    StageProgram,
-    StepWork,
-    Value,
-)
+from cost_model.program import Block, Chunk, Collective, Instruction, StageProgram, StepWork, Value
 from cost_model.schedule import (
     Backward,
     Forward,
@@ -33,6 +23,7 @@ from cost_model.schedule import (
     Weight,
     stage_schedule,
 )
+from cost_model.shards import Bucket, ParameterShard
 from cost_model.tensor import TensorMeta
 
 KIB = 1024

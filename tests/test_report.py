@@ -30,7 +30,7 @@ from autopar.report import (
 )
 from cost_model.placement import Shard, parse_placement
 from cost_model.plan import Parallelism, Plan, folded, split_number
-from cost_model.program import ParameterShard
+from cost_model.shards import ParameterShard
 
 CLUSTER = autopar.Cluster.load("dgx2-v100-32gb", num_devices=4)
 

@@ -1,181 +1,39 @@
-"""The simulator against schedules worked by hand, against longest paths, and against its own laws."""
+"""The simulator against schedules worked by hand."""
 
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulated import (
+    Cluster,
+    Device,
+    collective,
+    interleaved,
+    issue,
+    op,
+    pipeline,
+    program,
+    run,
+    spans,
+    stage_program,
+    zero_bubble,
+)
 
+from cost_model.axis_groups import axis_groups
 from cost_model.egress import Egress
 from cost_model.errors import UnknownNameError, VerificationError
 from cost_model.plan import Plan, StagePlan
-from cost_model.prices import axis_groups, price_replicas, price_stages
-from cost_model.program import (
-    Block,
-    Chunk,
-    Collective,
-    Instruction,
-    OpCost,
-    ParameterShard,
-    Program,
-    StageProgram,
-    StepWork,
-    Value,
-)
+from cost_model.prices import price_replicas, price_stages
+from cost_model.program import Program
 from cost_model.rank_clock import Event
 from cost_model.schedule import (
-    Backward,
-    Forward,
-    PostBackward,
-    PostForward,
-    RecvBackward,
-    RecvForward,
-    SendBackward,
-    SendForward,
     stage_schedule,
 )
-from cost_model.simulate import SimulationResult, chrome_trace, estimate_program, simulate, step_time_s
-from cost_model.tensor import TensorMeta
-
-CUT = TensorMeta((8,), "float32")
-
-
-@dataclass(frozen=True)
-class Device:
-    """Seconds of an op are its flops times ``slowness``."""
-
-    kind: str = "cuda"
-    op_overhead_s: float = 0.25
-    slowness: float = 1.0
-
-    def op_time_s(self, cost: OpCost) -> float:
-        return cost.flops * self.slowness
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
-
-    delay_s: of an empty message. behind: the part of a collective that remains behind compute.
-    """
-
-    devices: tuple[Device, ...]
-    transfer_s: float = 0.0
-    delay_s: float = 0.0
-    transfers_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
-    uneven: bool = False
-    rendezvous: bool = False
-    shared: frozenset[int] = frozenset()
-    behind: float = 0.0
-
-    def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
-        return float(nbytes * sum(devices))
-
-    def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
-        return self.behind * self.collective_time_s(kind, nbytes, devices)
-
-    def senders(self, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-        """Devices that are ``shared`` send all their messages at one rate."""
-        sources = [source for source, _ in pairs]
-        return tuple(sources.count(source) if source in self.shared else 1 for source in sources)
-
-    def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None) -> float:
-        assert nbytes in (0, CUT.nbytes)
-        if not nbytes:
-            return self.delay_s
-        return self.transfers_s.get((source, target), self.transfer_s)
-
-
-def op(seconds: float, kind: str = "matmul") -> Instruction:
-    return Instruction("aten.mm", (), (), OpCost(kind, seconds, 0.0, "float32"), None, 0, (), 0)
-
-
-def collective(axis: str, nbytes: int = 1) -> Collective:
-    return Collective("all_reduce", axis, nbytes)
-
-
-def issue(what: Collective | None) -> Instruction:
-    """A collective, or a view where there is none."""
-    return Instruction("aten.view", (), (), None, what, 0, (), 0)
-
-
-def stage_program(
-    stage: int,
-    pp: int,
-    forward: Sequence[Instruction],
-    backward: Sequence[Instruction],
-    step: Sequence[Collective] = (),
-    optimizer_s: float = 0.0,
-    tied: str | None = None,
-) -> StageProgram:
-    """A stage of given instructions; what crosses its cuts is one small activation."""
-    cut = Value("cut", CUT, "cut", CUT.nbytes)
-    emit = Instruction("aten.add", (), (cut,), OpCost("elementwise", 0.0, 0.0, "float32"), None, 0, (), 0)
-    shard = ParameterShard("w", TensorMeta((4,), "float32"), "R", True, None, tied)
-    chunk = Chunk(
-        segments=(stage,),
-        forward=Block("forward", (), (*forward, emit), ("cut",)),
-        backward=Block("backward", (), (*backward, emit), ("cut",) if stage else ()),
-        saved=(),
-        sent=CUT if stage < pp - 1 else None,
-        received=CUT if stage else None,
-    )
-    return StageProgram(
-        stage=stage,
-        chunks=(chunk,),
-        parameters=(shard,),
-        persistent=(),
-        step=StepWork(tuple(step), (OpCost("optimizer", optimizer_s, 0.0, "float32"),), 0, 0),
-    )
-
-
-def program(stages: Sequence[StageProgram], microbatches: int, schedule: str, dp: int = 1, tp: int = 1) -> Program:
-    cells = [(s, d, t) for s in range(len(stages)) for d in range(dp) for t in range(tp)]
-    devices = {cell: index for index, cell in enumerate(cells)}
-    return Program(dp, tp, len(stages), microbatches, schedule, tuple(stages), devices)
-
-
-def pipeline(schedule: str, microbatches: int, times: Sequence[tuple[float, float]]) -> Program:
-    """Stages of one forward and one backward op each."""
-    stages = [stage_program(i, len(times), [op(f)], [op(b)]) for i, (f, b) in enumerate(times)]
-    return program(stages, microbatches, schedule)
-
-
-def run(what: Program, transfer_s: float = 0.0, device: Device = Device(), blocking: bool = False) -> SimulationResult:
-    return simulate(what, Cluster((device,) * what.num_devices, transfer_s), blocking=blocking)
-
-
-def interleaved(pp: int, virtual_stages: int, microbatches: int, forward_s: float, backward_s: float) -> Program:
-    """Equal stages, each cut into equal chunks."""
-    length = pp * virtual_stages
-    chain = [
-        stage_program(k, length, [op(forward_s / virtual_stages)], [op(backward_s / virtual_stages)])
-        for k in range(length)
-    ]
-    stages = [
-        dataclasses.replace(chain[stage], chunks=tuple(own.chunks[0] for own in chain[stage::pp]))
-        for stage in range(pp)
-    ]
-    devices = {(stage, 0, 0): stage for stage in range(pp)}
-    return Program(1, 1, pp, microbatches, "interleaved", tuple(stages), devices, virtual_stages)
-
-
-def zero_bubble(pp: int, microbatches: int, forward_s: float, backward_s: float, weight_s: float) -> Program:
-    """Equal stages; the first runs its backward in one."""
-    stages = []
-    for stage in range(pp):
-        made = stage_program(stage, pp, [op(forward_s)], [op(backward_s)] if stage else [op(backward_s + weight_s)])
-        weight = Block("weight", (), (op(weight_s),), ()) if stage else None
-        stages.append(dataclasses.replace(made, chunks=(dataclasses.replace(made.chunks[0], weight=weight),)))
-    return program(stages, microbatches, "zero_bubble")
-
-
-def spans(result: SimulationResult, stage: int, name: str) -> list[tuple[float, float]]:
-    return [(e.start_s, e.end_s) for e in result.timeline if e.stage == stage and e.name == name]
+from cost_model.simulate import chrome_trace, estimate_program, simulate, step_time_s
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -522,107 +380,6 @@ def test_estimate_program_carries_plan_and_figures() -> None:
     assert (estimate.step_time_s, estimate.notes, estimate.search_s, estimate.gap) == (9.0, ("said",), 0.5, 0.01)
     assert estimate.plan is plan and len(estimate.stages) == 2
     assert estimate.peak_bytes == max(stage.peak_bytes for stage in estimate.stages) > 0
-
-
-SECONDS = st.integers(0, 8).map(float)
-TIMES = st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=5)
-SCHEDULES = st.sampled_from(("gpipe", "1f1b"))
-
-
-def longest_path_s(
-    schedule: str, microbatches: int, times: Sequence[tuple[float, float]], transfer_s: float, blocking: bool
-) -> float:
-    """The step time as a fixed point: relax the end of every step until none moves."""
-    pp = len(times)
-    lists = [stage_schedule(schedule, stage, pp, microbatches) for stage in range(pp)]
-    ends: dict[tuple[int, object], float] = {}
-    called: dict[tuple[int, object], float] = {}
-    peers = {RecvForward: (SendForward, -1), RecvBackward: (SendBackward, 1)}
-    receives = {SendForward: (RecvForward, 1), SendBackward: (RecvBackward, -1)}
-    posts = {PostForward: RecvForward, PostBackward: RecvBackward}
-
-    def arrival(stage: int, step: RecvForward | RecvBackward) -> float:
-        sender, offset = peers[type(step)]
-        posted = ends.get((stage + offset, sender(step.microbatch)), 0.0)
-        return max(posted, called.get((stage, step), 0.0)) + transfer_s
-
-    def end_of(stage: int, step: Forward | Backward, before: float) -> float:
-        kind = type(step)
-        if kind in posts:
-            if not blocking:
-                called[stage, posts[kind](step.microbatch)] = before
-            return before
-        if kind in peers:
-            if blocking:
-                called[stage, step] = before
-            return max(before, arrival(stage, step))
-        if kind in receives:
-            receiver, offset = receives[kind]
-            earlier = step.microbatch > 0
-            return max(before, arrival(stage + offset, receiver(step.microbatch - 1)) if earlier else 0.0)
-        return before + times[stage][kind is Backward]
-
-    for _ in range(2 * pp * microbatches + 2 * pp + 4):
-        for stage, steps in enumerate(lists):
-            before = 0.0
-            for step in steps:
-                before = ends[stage, step] = end_of(stage, step, before)
-    return max(ends.values())
-
-
-@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, st.booleans())
-def test_step_time_is_the_longest_path(
-    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float, blocking: bool
-) -> None:
-    result = run(pipeline(schedule, microbatches, times), transfer_s, blocking=blocking)
-    assert result.step_time_s == longest_path_s(schedule, microbatches, times, transfer_s, blocking)
-
-
-@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS)
-def test_receives_posted_early_cost_nothing(
-    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float
-) -> None:
-    what = pipeline(schedule, microbatches, times)
-    assert run(what, transfer_s).step_time_s <= run(what, transfer_s, blocking=True).step_time_s
-
-
-@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, SECONDS)
-def test_parts_sum_and_no_stage_beats_its_own_work(
-    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float, optimizer_s: float
-) -> None:
-    """A stage's busy seconds, by kind, are what its step is made of besides waiting."""
-    pp = len(times)
-    stages = [
-        stage_program(i, pp, [op(f), issue(collective("tp"))], [op(b)], [collective("dp")], optimizer_s)
-        for i, (f, b) in enumerate(times)
-    ]
-    result = run(program(stages, microbatches, schedule, dp=2, tp=2), transfer_s)
-    assert result.breakdown.total_s == pytest.approx(result.step_time_s, rel=1e-12)
-    assert all(part >= 0 for part in dataclasses.astuple(result.breakdown))
-    for stage in result.stages:
-        assert sum(stage.op_kinds_s.values()) <= result.step_time_s
-    assert result.breakdown.communication_s + result.breakdown.bubble_s <= result.step_time_s
-
-
-@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS, st.data())
-def test_a_slower_op_never_makes_a_faster_step(
-    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float, data: st.DataObject
-) -> None:
-    slower = list(times)
-    stage = data.draw(st.integers(0, len(times) - 1))
-    slower[stage] = (times[stage][0] + data.draw(SECONDS), times[stage][1] + data.draw(SECONDS))
-    before = run(pipeline(schedule, microbatches, times), transfer_s).step_time_s
-    assert run(pipeline(schedule, microbatches, slower), transfer_s).step_time_s >= before
-
-
-@given(SCHEDULES, st.integers(1, 5), TIMES, SECONDS)
-def test_a_rank_does_one_thing_at_a_time(
-    schedule: str, microbatches: int, times: list[tuple[float, float]], transfer_s: float
-) -> None:
-    result = run(pipeline(schedule, microbatches, times), transfer_s, blocking=True)
-    for stage in range(len(times)):
-        own = [e for e in result.timeline if e.stage == stage and e.stream in ("compute", "receive")]
-        assert all(before.end_s <= after.start_s for before, after in zip(own, own[1:], strict=False))
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])

@@ -23,7 +23,8 @@ from autopar.planning import Planned, plan_model
 from autopar.runtime.probe import is_elementwise
 from cost_model.errors import ConfigError, InfeasiblePlanError, ParallelismError, UnsupportedError, VerificationError
 from cost_model.plan import Parallelism
-from cost_model.program import Bucket, Collective
+from cost_model.program import Collective
+from cost_model.shards import Bucket
 from passes.verify import verify_step
 
 MEMORY_LOW, MEMORY_HIGH = 0.0, 0.03
