@@ -100,7 +100,8 @@ class Calibrator:
     def __init__(self, *, rank: int, world_size: int, payload: Any) -> None:
         torch.manual_seed(rank)
         self._costs: dict[int, OpCost] = {}
-        self._groups = {size: _own_group(rank, world_size, size) for size in message_ranks(world_size)}
+        sizes = {*message_ranks(world_size), *(() if world_size == 1 else (2,))}  # transfers go between pairs
+        self._groups = {size: _own_group(rank, world_size, size) for size in sorted(sizes)}
         self._exchanges = {size: exchange_of(group, torch.device("cpu")) for size, group in self._groups.items()}
         others = [other for other in range(world_size) if other != rank]
         self._transfers = connect_stages({_LINK: dist.group.WORLD}, others, torch.device("cpu"))
@@ -155,8 +156,8 @@ class Calibrator:
 
 
 def _own_group(rank: int, world_size: int, size: int) -> Any:
-    """The group of ``size`` consecutive ranks that this one is in; every rank makes all groups."""
-    blocks = [range(start, start + size) for start in range(0, world_size, size)]
+    """The group of ``size`` consecutive ranks, the last of fewer, that this one is in; every rank makes all groups."""
+    blocks = [range(start, min(start + size, world_size)) for start in range(0, world_size, size)]
     groups = {block: dist.new_group(list(block)) for block in blocks}
     return next(group for block, group in groups.items() if rank in block)
 
@@ -273,8 +274,10 @@ def _begun(kind: str, nbytes: int, ranks: int, exchange: Exchange) -> Callable[[
 
 
 def _ping_pong(tensor: torch.Tensor, members: list[int], transfers: Transfers) -> None:
-    """There and back between the first two members, as between stages; the others look on."""
-    here, there = members[0], members[1]
+    """There and back between the first two members, as between stages; the others look on, and so does one alone."""
+    if len(members) == 1:
+        return
+    here, there = members[:2]
     if dist.get_rank() == here:
         transfers.send(_LINK, tensor, there).wait(None)
         transfers.receive(_LINK, tensor, there).wait(None)

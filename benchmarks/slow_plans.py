@@ -3,7 +3,9 @@
     python benchmarks/slow_plans.py [--nodes 3] [--rates 10 50 200] [--delays 0 5 20] [--compare] [--wire bf16]
 
 A pipeline of one stage a node, under GPipe and 1F1B, in 1, 2 and 4 microbatches, and under 1F1B in windows. --compare:
-the automatic plan against data parallelism and ZeRO 3 on the slowest network instead. Needs root.
+the automatic plan against data parallelism and ZeRO 3 instead. Products are priced as this machine is measured
+(``Cluster.local``), with as many ranks at once as it has cores; under --compare, where all compute at once, with all.
+Needs root.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import socket
 import statistics
 import sys
@@ -21,9 +24,12 @@ from typing import Any
 
 from slow_network import SlowNetwork, why_not
 
+import autopar
+from autopar.calibrate import cache_path, usable_cores
+
 RANK_FILE = Path(__file__).resolve().parent / "slow_rank.py"
 _PAYLOAD = 0.97  # of frames: headers of Ethernet, IP and TCP in packets of 8,000 bytes, and acknowledgements
-# What a transfer and a collective cost two processes that are waiting for it; `Cluster.local` measures it with devices.
+# What a transfer and a collective cost two processes that are waiting for it.
 _CLUSTER = """\
 schema = 1
 name = "slow"
@@ -102,6 +108,16 @@ def cluster_text(nodes: int, bits_per_s: float, delay_s: float, device: str) -> 
     )
 
 
+def measured_device(ranks: int) -> str:
+    """This machine's device with so many ranks at once, as tables of a node."""
+    autopar.Cluster.local(ranks)
+    device = re.search(
+        r"^\[device\].*?(?=^\[\[)", cache_path(ranks).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert device is not None
+    return re.sub(r"^\[device", "[nodes.device", device.group(), flags=re.MULTILINE)
+
+
 def plans() -> Iterator[dict[str, Any]]:
     for schedule, count in itertools.product(("gpipe", "1f1b"), (1, 2, 4)):
         yield {"schedule": schedule, "microbatches": count, "window": None if schedule == "gpipe" else 1}
@@ -110,13 +126,15 @@ def plans() -> Iterator[dict[str, Any]]:
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    cores = max(1, round(usable_cores()))
+    device = measured_device(options.nodes if options.compare else min(options.nodes, cores))
     with SlowNetwork(options.nodes) as network, tempfile.TemporaryDirectory() as folder:
         network.shape(1e9, 0.0)
         ranks = SlowRanks(network)
         for mbit, ms in itertools.product(options.rates, options.delays):
             network.shape(mbit * 1e6, ms * 1e-3)
             path = Path(folder) / f"{mbit}-{ms}.toml"
-            path.write_text(cluster_text(options.nodes, mbit * 1e6, ms * 1e-3, 'device = "cpu"'))
+            path.write_text(cluster_text(options.nodes, mbit * 1e6, ms * 1e-3, device))
             told = {"cluster": str(path), "width": 512, "layers": options.nodes * 2, "steps": options.steps}
             for name, pins, batch in _cases(options):
                 ranks.tell({**told, "batch": batch, "pins": pins, "precision": {"wire": options.wire}})

@@ -341,3 +341,12 @@ def test_a_block_costs_what_its_ops_were_measured_at(folder: Path) -> None:
         costs = [OpCost(**cost) for cost in pool.call("costs", None)[0]]
         measured_s = max(pool.call("seconds", {"runs": 40}))
     assert sum(map(device.op_time_s, costs)) == pytest.approx(measured_s, rel=0.15)
+
+
+def test_messages_of_an_odd_number_of_ranks_are_measured() -> None:
+    """Transfers go between pairs, of which the last rank is in none."""
+    with WorkerPool(3, target="autopar.calibrate_worker:Calibrator") as pool:
+        pool.call("__init__", None)
+        for kind, ranks in (("transfer", 2), ("all_reduce", 3)):
+            payload = {"kind": kind, "ranks": ranks, "nbytes": 4096, "repeats": 2}
+            assert 0 < max(pool.call("measure_message", payload)) < 5
