@@ -28,6 +28,7 @@ from typing import IO, Any
 PREFIX = "autopar-slow"
 DEVICE = "eth0"
 _MTU = 8000
+_HEADER = 14  # of Ethernet
 _QUEUE = "64mb"  # of tbf: nothing is dropped, so that rates are what they say
 _TUNSETIFF, _IFF_TUN_NO_PI = 0x400454CA, 0x1001  # linux/if_tun.h
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -180,8 +181,8 @@ def namespaces_of(pid: int) -> list[str]:
 
 
 def _tbf(bits_per_s: float) -> list[str]:
-    """A bucket of two packets: what a full one lets through at once is not slow."""
-    return ["tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(2 * _MTU), "limit", _QUEUE]
+    """A bucket of one frame: what a full one lets through at once, after every pause, is not slow."""
+    return ["tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(_MTU + _HEADER), "limit", _QUEUE]
 
 
 def _run(*command: str) -> None:
