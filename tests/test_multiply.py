@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import autopar
 from autopar import Parallelism
-from autopar.runtime import kernels
+from autopar.runtime import compiled, kernels
 from cost_model.device import ONEDNN
 from passes import vocabulary
 from passes.multiply import LEAST_FLOPS, multiply
@@ -138,6 +138,18 @@ def test_programs_train_what_one_device_trains(plan: str) -> None:
         assert "kernels.product(" in exe.code(0)
         assert [exe.step(batch) for _ in range(3)] == pytest.approx(expected, rel=1e-5)
         assert largest_error(exe.full_state_dict(), trained.state_dict()) < 1e-5
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_kernels_and_products_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run as printed, not compiled."""
+    monkeypatch.setattr(compiled, "compiled", lambda function: function)
+    model, batch = wide_gpt()
+    (expected, *_), _ = reference(model, batch, SGD)
+    cluster, plan = quick_cluster(2), PLANS["replicas"]
+    with autopar.compile(model, cluster, batch, optimizer=SGD, parallelism=plan, backend="inductor") as exe:
+        assert all(text in exe.code(0) for text in ("kernels.product(", "Compiled into one kernel."))
+        assert exe.step(batch) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.usefixtures("thread_ranks")
