@@ -1,4 +1,5 @@
-"""Time of rule lookup and strategy enumeration for Llama, and how many ops of the transformers families have a rule.
+"""Time of rule lookup and strategy enumeration for Llama, how many ops of the transformers families have a rule, and
+how much of their matrix products tensor parallelism splits.
 
     python benchmarks/rules.py [--layers 32] [--mesh 2 4 8]
 
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+import autopar
 from autopar.planner.mesh_strategies import mesh_space
 from autopar.planner.space import Sizes, Structure
 from autopar.planner.strategies import op_space
@@ -115,19 +118,54 @@ def count_rules(families: Iterable[str]) -> dict[str, bool]:
     return known
 
 
+def split_share(family: str) -> float:
+    """Of the matrix-multiply flops of one device, the share that is really split over two, where messages cost nothing.
+
+    What a plan of tp=2 replicates, both ranks do.
+    """
+    from families import FAMILIES
+
+    model, batch = FAMILIES[family]()
+    flops = {}
+    for tp in (1, 2):
+        pins = autopar.Parallelism(dp=1, tp=tp, pp=1)
+        with autopar.compile(model, free_cluster(tp), batch, parallelism=pins) as exe:
+            flops[tp] = _matmul_flops(exe)
+    return 2 * (1 - flops[2] / flops[1])
+
+
+def free_cluster(num_devices: int) -> autopar.Cluster:
+    """What is split is not a matter of how small a test's messages are."""
+    shape = (num_devices, num_devices)
+    return autopar.Cluster.from_matrix(
+        device="cpu", latency_s=np.full(shape, 1e-12), bandwidth_bytes_per_s=np.full(shape, 1e15)
+    )
+
+
+def _matmul_flops(exe: autopar.Executable) -> float:
+    """Of one rank: forward and backward of its microbatches."""
+    program = exe.planned.linked.program
+    (stage,) = program.stages
+    costs = [i.cost for block in stage.chunks[0].blocks for i in block.instructions if i.cost is not None]
+    kinds = ("matmul", "attention", "attention_backward")
+    return program.microbatches * sum(cost.flops for cost in costs if cost.kind in kinds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--mesh", type=int, nargs="+", default=[2, 4, 8])
     given = parser.parse_args()
     time_enumeration(given.layers, given.mesh)
-    from families import HUGGING_FACE
+    from families import HUGGING_FACE, TRANSFORMERS
 
     known = count_rules(HUGGING_FACE)
     missing = [name for name, has_map in known.items() if not has_map]
     print(
         f"{len(HUGGING_FACE)} families: {len(known) - len(missing)} of {len(known)} ops have a rule {' '.join(missing)}"
     )
+    for family in TRANSFORMERS:
+        print(f"{family:<16} {split_share(family):7.1%} of the matrix-multiply flops are split by tp=2")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import fx
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
-from passes import restate_attention, restate_forms  # noqa: F401  (with restate_random and our ops, adds to REWRITES)
+from passes import restate_attention, restate_forms, restate_strided  # noqa: F401  (with others add to REWRITES)
 from passes.calls import schema_arguments
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
 from passes.restate import HALF, REWRITES

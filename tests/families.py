@@ -287,6 +287,11 @@ HUGGING_FACE: dict[str, Family] = {
         },
         words,
     ),
+    "longformer": hugging_face(
+        "LongformerForMaskedLM",
+        {**BERT, "attention_window": 4, "pad_token_id": 0, "max_position_embeddings": 40},
+        words,
+    ),
     "vit": hugging_face("ViTForImageClassification", PATCHES, images),
     "deit": hugging_face("DeiTForImageClassification", PATCHES, images),
     "swin": hugging_face(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from families import FAMILIES, HUGGING_FACE, TRANSFORMERS
 from parity import check_parity, cpu_cluster, largest_error, reference
-from rules import count_rules, time_enumeration
+from rules import count_rules, split_share, time_enumeration
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 
 import autopar
@@ -95,29 +94,7 @@ def test_strategies_of_a_deep_model_are_found_in_half_a_second() -> None:
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_tensor_parallelism_splits_matrix_products(family: str) -> None:
     """Over 95 % of the matrix-multiply flops of one device are really split over two, where messages cost nothing."""
-    model, batch = FAMILIES[family]()
-    flops = {}
-    for tp in (1, 2):
-        pins = autopar.Parallelism(dp=1, tp=tp, pp=1)
-        with autopar.compile(model, free_cluster(tp), batch, parallelism=pins) as exe:
-            flops[tp] = _matmul_flops(exe)
-    assert 2 * (1 - flops[2] / flops[1]) > 0.95
-
-
-def free_cluster(num_devices: int) -> autopar.Cluster:
-    """What is split is not a matter of how small a test's messages are."""
-    shape = (num_devices, num_devices)
-    return autopar.Cluster.from_matrix(
-        device="cpu", latency_s=np.full(shape, 1e-12), bandwidth_bytes_per_s=np.full(shape, 1e15)
-    )
-
-
-def _matmul_flops(exe: autopar.Executable) -> float:
-    """Of one rank: forward and backward of its microbatches."""
-    (stage,) = exe.planned.linked.program.stages
-    costs = [i.cost for block in stage.chunks[0].blocks for i in block.instructions if i.cost is not None]
-    microbatches = exe.planned.linked.program.microbatches
-    return microbatches * sum(c.flops for c in costs if c.kind.startswith(("matmul", "batched_matmul", "attention")))
+    assert split_share(family) > 0.95
 
 
 @pytest.mark.usefixtures("thread_ranks")
