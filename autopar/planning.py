@@ -353,11 +353,15 @@ class Job:
                 )
             self._stages(p.pp)
             return DifferentMeshes(self).pinned()
-        assert not isinstance(p.dp, tuple) and not isinstance(p.tp, tuple)
-        pins = Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, p.schedule, p.virtual_stages, p.window)
-        found = self._searched_alike(pins)
+        found = self._searched_alike(self.pins(p.schedule))
         tries = self.separable and not flat and p.tp_axes is None and may_differ(p, self.cluster)
         return DifferentMeshes(self).faster(found) if tries else found
+
+    def pins(self, schedule: str | None) -> Pins:
+        """Those that the options have, with a schedule."""
+        p = self.options.parallelism
+        assert not isinstance(p.dp, tuple) and not isinstance(p.tp, tuple)
+        return Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, schedule, p.virtual_stages, p.window)
 
     def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
         """With one mesh for all stages."""

@@ -1,7 +1,8 @@
 """Rescheduled: what was found, under the schedule that is fastest for it; or a plan made for such a schedule.
 
-The search prices all schedules as 1f1b, which holds least. Others wait less and hold more: a plan that fills the cap
-does not fit under them, while one of smaller microbatches, or that recomputes more, may, and be faster.
+The search is under 1f1b, which holds least, unless another schedule is pinned. Others wait less and hold more: a plan
+that fills the cap does not fit under them, while one of more stages, of smaller microbatches, or that recomputes more,
+may, and be faster.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopar.options import FLAT
-from autopar.planner.search import Configuration, Pins, Solution, search
+from autopar.planner.search import Configuration, Pins, Progress, Solution, Space, is_interrupted, search
+from autopar.planner.space import Unsaving
 from autopar.report import seconds_text
 from autopar.schedules import WORTH, faster_schedules
+from cost_model.errors import ParallelismError
 from cost_model.plan import Plan
 
 if TYPE_CHECKING:
     from autopar.planning import Job
 
 _MOST_REWRITTEN = 2  # plans of one search that are rewritten to see whether they fit
+_MOST_SOLVED = 100  # units of one search: where none of the fastest fits, hardly any other is worth its time
+_WAITS_LEAST = "zero_bubble"
 _SMALLER = 2  # sizes of microbatches below the one that was found
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A plan as it is to run. gap: of its price above the bound on all plans, both with the waiting of 1f1b."""
+    """A plan as it is to run. gap: of its price above the bound on all plans that the search was for."""
 
     plan: Plan
     gap: float
@@ -40,36 +45,47 @@ class _NotWorthIt(Exception):
 def scheduled(job: Job, solution: Solution) -> Scheduled:
     """The fastest plan.
 
-    Where a faster schedule holds too much for the plan that was found, others are searched for under the first such
-    one, on the same mesh.
+    Others of as many shards are searched for under the schedule that waits least, with any number of stages. Where none
+    is faster, and a faster schedule holds too much for the plan that was found, others are searched for under the first
+    such one, on the same mesh.
     """
     plan = job.plan(solution)
-    best, gap, limit_s, searched = plan, solution.gap, (1 - WORTH) * job.step_s(plan), not _is_plain(job, solution)
+    best, gap, limit_s = plan, solution.gap, (1 - WORTH) * job.step_s(plan)
+
+    def is_faster(other: Solution) -> bool:
+        nonlocal best, gap, limit_s
+        made = job.plan(other)
+        if job.step_s(made) >= limit_s:
+            return False
+        best, limit_s = made, (1 - WORTH) * job.step_s(made)
+        gap = max(0.0, other.objective_s / solution.bound_s - 1)
+        return True
+
+    plain = _is_plain(job, solution)
+    elsewhere = _elsewhere(job, solution.configuration.tp, limit_s) if plain else None
+    searched = not plain or (elsewhere is not None and is_faster(elsewhere))
     for sketched_s, c in faster_schedules(solution, job.program(plan), job.cluster, job.options.parallelism):
-        same = job.plan(replace(solution, configuration=c))
-        if job.fits(same):
-            if job.step_s(same) < limit_s:
-                best, gap = same, solution.gap
+        same = replace(solution, configuration=c)
+        if sketched_s >= limit_s:
+            break
+        if job.fits(job.plan(same)):
+            if is_faster(same):
                 break
         elif not searched:
             searched = True
             for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
-                planned = job.plan(other)
-                if job.step_s(planned) < limit_s:
-                    best, limit_s = planned, job.step_s(planned)
-                    gap = max(0.0, other.objective_s / solution.bound_s - 1)
+                is_faster(other)
     if best is plan:
         return Scheduled(plan, gap, ())
     seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
     note = f"{best.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}"
-    priced = f"{note}, whose price is {solution.gap:.2%} above the bound" if gap != solution.gap else note
-    return Scheduled(best, gap, (priced,))
+    return Scheduled(best, gap, (f"{note}; the gap is to plans under {plan.schedule}",))
 
 
 def _is_plain(job: Job, solution: Solution) -> bool:
-    """Whether a search of one mesh of equal stages gave it, on devices in their own order."""
+    """Whether a search of one mesh of equal stages, that nobody stopped, gave it, on devices in their own order."""
     placed = (solution.meshes, solution.placement, solution.configuration.tp_axes)
-    return placed == (None, None, None) and job.options.solver != FLAT
+    return placed == (None, None, None) and job.options.solver != FLAT and not is_interrupted(solution.notes)
 
 
 def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Solution]:
@@ -89,17 +105,41 @@ def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Solution]:
 def _searched_on_mesh(job: Job, c: Configuration, size: int, worth_s: float) -> Solution | None:
     """The best plan that fits, if one of the first does."""
     parts = c.virtual_stages if c.virtual_stages > 1 else None
-    pins = Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window)
+    return _first(job, job.pinned_space(), Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window), worth_s)
+
+
+def _first(job: Job, space: Space, pins: Pins, worth_s: float) -> Solution | None:
+    """What a search finds, if it is one of the first plans to be rewritten and of a lower price."""
     rewritten = itertools.count()
 
+    def report(progress: Progress) -> None:
+        if progress.bound_s >= worth_s or progress.solved == _MOST_SOLVED:
+            raise _NotWorthIt
+
     def confirm(found: Solution) -> Sequence[int]:
-        if found.objective_s >= worth_s or next(rewritten) == _MOST_REWRITTEN:
+        if found.configuration.pp == 1 or found.objective_s >= worth_s or next(rewritten) == _MOST_REWRITTEN:
             raise _NotWorthIt
         return job.peaks(job.plan(found))
 
-    space, count = job.pinned_space(), job.cluster.num_devices
+    count, cap = job.cluster.num_devices, job.cap_bytes
     try:
-        found = search(space, count, job.batch, cap_bytes=job.cap_bytes, pins=pins, confirm=confirm)
-    except _NotWorthIt:
+        found = search(space, count, job.batch, cap_bytes=cap, pins=pins, confirm=confirm, progress=report)
+    except (
+        _NotWorthIt,
+        ParallelismError,
+        KeyboardInterrupt,
+    ):  # no mesh is possible or left; the plan found first stays
         return None
-    return found if isinstance(found, Solution) else None
+    return found if isinstance(found, Solution) and not is_interrupted(found.notes) else None
+
+
+def _elsewhere(job: Job, tp: int, worth_s: float) -> Solution | None:
+    """The plan of any number of stages that takes least under the schedule that waits least, if it takes less and saves
+    nothing.
+
+    Where little is waited for other stages, more of them hold less each, and need not trade time for memory.
+    """
+    pins = job.options.parallelism
+    if pins.meshes_differ or (pins.schedule, pins.virtual_stages, pins.window) != (None, None, None):
+        return None
+    return _first(job, Unsaving(job.pinned_space()), replace(job.pins(_WAITS_LEAST), tp=tp), worth_s)

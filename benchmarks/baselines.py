@@ -27,6 +27,7 @@ from autopar.planner.configuration import ConfigurationSolver
 from autopar.planner.least import least_costs
 from autopar.planner.search import Configuration, Pins, Solution, configurations, search
 from autopar.planner.segment import Price, Segment
+from autopar.planner.space import PinnedSpace
 from autopar.planning import Job, Planned
 from cost_model.plan import RECOMPUTES, Parallelism
 
@@ -59,23 +60,50 @@ class TooSlow(Exception):
 
 
 class Grids:
-    """All grids of a job; segments are made ready once."""
+    """All grids of a job; segments are made ready once. known: how many there are, once they were gone through."""
 
     def __init__(self, job: Job, schedule: str | None) -> None:
         self.job, self.schedule = job, schedule
         self.segments: dict[object, Segment] = {}
+        self.hints_s: tuple[float, ...] = ()
+        self.known = 0
 
-    def __iter__(self) -> Iterator[Grid]:
-        """One replica has nothing to split over replicas."""
+    def quicker(self, step_s: float) -> Iterator[Grid]:
+        """Those whose stages may take less on average. One replica has nothing to split over replicas."""
         for c in configurations(self.job.cluster.num_devices, self.job.batch, Pins()):
-            for zero, recompute in itertools.product(ZEROS if c.dp > 1 else (0,), RECOMPUTES):
-                pins = Parallelism(c.dp, c.tp, c.pp, zero, recompute, self.schedule, c.microbatch_size)
-                space = self.job.under(pins, self.job.options.memory_cap_bytes).pinned_space()
-                chain = space.chain(c.dp, c.tp, c.microbatch_size)
-                if chain is not None and c.pp <= len(chain):
-                    price = Price(c.microbatches / c.pp, 1 / c.pp)
-                    bound_s = float(least_costs(chain.sequence, self._ready(chain), (price,))[0])
-                    yield Grid(pins, c, chain, bound_s)
+            ways = list(itertools.product(ZEROS if c.dp > 1 else (0,), RECOMPUTES))
+            least_s = self._least_s(c, step_s)
+            self.known += 0 if least_s is None else len(ways)
+            if least_s is not None and least_s < step_s:
+                found = (self._grid(c, zero, recompute) for zero, recompute in ways)
+                yield from (grid for grid in found if grid.bound_s < step_s)
+
+    def _least_s(self, c: Configuration, step_s: float) -> float | None:
+        """What no grid of a configuration takes less than, by its ops alone where they take longer than a step; None
+        where the model cannot be cut or split so."""
+        space, each = self._under(Parallelism()), c.microbatches / c.pp
+        floor = space.floor(c.dp, c.tp, c.microbatch_size, step_s / each)
+        if floor is None or c.pp > floor.segments:
+            return None
+        return each * floor.time_s if each * floor.time_s >= step_s else self._bound_s(c, space)
+
+    def _grid(self, c: Configuration, zero: int, recompute: str) -> Grid:
+        pins = Parallelism(c.dp, c.tp, c.pp, zero, recompute, self.schedule, c.microbatch_size)
+        space = self._under(pins)
+        return Grid(pins, c, self._chain(c, space), self._bound_s(c, space))
+
+    def _under(self, pins: Parallelism) -> PinnedSpace:
+        return self.job.under(pins, self.job.options.memory_cap_bytes).pinned_space()
+
+    def _chain(self, c: Configuration, space: PinnedSpace) -> Chain:
+        chain = space.chain(c.dp, c.tp, c.microbatch_size)
+        assert chain is not None, c
+        return chain
+
+    def _bound_s(self, c: Configuration, space: PinnedSpace) -> float:
+        chain = self._chain(c, space)
+        price = Price(c.microbatches / c.pp, 1 / c.pp)
+        return float(least_costs(chain.sequence, self._ready(chain), (price,))[0])
 
     def _ready(self, chain: Chain) -> list[Segment]:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
@@ -92,7 +120,13 @@ class Grids:
         for labels in itertools.product(*shared.values()):
             chain = grid.chain.fixed(dict(zip(shared, labels, strict=True)))
             solver = ConfigurationSolver(chain, self._ready(chain), grid.configuration, self.job.cap_bytes)
-            if solver.solve(within_s).bound_s < within_s:
+            solver.hints_s = self.hints_s
+            if self.hints_s and solver.glance_s() >= within_s:
+                continue
+            offered = solver.solve(within_s).bound_s < within_s
+            learned_s = solver.learned_s()
+            self.hints_s = self.hints_s if learned_s is None else (learned_s,)
+            if offered:
                 return True
         return False
 
@@ -137,11 +171,10 @@ def holds(case: Case, schedule: str | None) -> bool:
     best_s = best.estimate.step_time_s
     print(f"{case.name} on {case.devices}, cap {job.cap_bytes / 2**30:.2f} GiB: {_text(best, best_s)}", flush=True)
     grids = Grids(job, schedule)
-    every = list(grids)
-    quick = sorted((grid for grid in every if grid.bound_s < best_s), key=lambda grid: grid.bound_s)
+    quick = sorted(grids.quicker(best_s), key=lambda grid: grid.bound_s)
     left = [grid for grid in quick if grids.may_take(grid, best_s)]
     print(
-        f"{case.name}: {len(every)} grids, {len(every) - len(quick)} ruled out by what stages take on average, "
+        f"{case.name}: {grids.known} grids, {grids.known - len(quick)} ruled out by what stages take on average, "
         f"{len(quick) - len(left)} by what they take and hold, {len(left)} searched and simulated; "
         f"processor {time.process_time() - own:.0f} s",
         flush=True,

@@ -84,8 +84,8 @@ class TimeBreakdown:
 
 @dataclass(frozen=True)
 class Estimate:
-    """gap: of the plan's price above a bound on the prices of all plans, both with the waiting of 1f1b whatever the
-    schedule; 0 where proven optimal, infinite where nothing was searched."""
+    """gap: of the plan's price above a bound on the prices of all plans under the pinned schedule, or under 1f1b; 0
+    where no such plan has a lower one, infinite where nothing was searched."""
 
     step_time_s: float
     peak_bytes: int

@@ -25,7 +25,7 @@ from autopar.planner.search import Infeasible, Pins, Solution, search
 from cost_model.errors import ProblemSizeError, UnsupportedError
 
 FEW, MANY = (settings(max_examples=count, deadline=None) for count in (30, 400))
-SCHEDULE = st.sampled_from([None, "gpipe"])
+SCHEDULE = st.sampled_from([None, "gpipe", "zero_bubble"])
 SEED = st.integers(0, 10**6)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.planner import ilp
+from autopar.planner.bounds import Objective
 from autopar.planner.columns import Column
 from autopar.planner.ilp import StageIlp, objective_s
 from cost_model.errors import SolverError
@@ -42,20 +43,29 @@ def meets(columns: tuple[Column, ...]) -> bool:
     return all((a.last, a.exit) == (b.first, b.entry) for a, b in itertools.pairwise(columns))
 
 
-def brute_force(offers: list[list[Column]], microbatches: int) -> float:
+def ilp_of(offers: list[list[Column]], microbatches: int) -> StageIlp:
+    return StageIlp(offers, Objective(len(offers), microbatches))
+
+
+def brute_force(offers: list[list[Column]], objective: Objective) -> float:
     """Least objective over all choices that tile the chain with agreeing labels; infinite if none does."""
     tilings = (choice for choice in itertools.product(*offers) if meets(choice))
-    return min((objective_s(choice, microbatches) for choice in tilings), default=np.inf)
+    return min((objective_s(choice, objective) for choice in tilings), default=np.inf)
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), stages=st.integers(1, 3), microbatches=st.sampled_from([1, 2, 16]))
-def test_the_choice_equals_brute_force(seed: int, stages: int, microbatches: int) -> None:
-    offers = random_offers(seed, stages)
-    best = brute_force(offers, microbatches)
+@given(
+    seed=st.integers(0, 10**6),
+    stages=st.integers(1, 3),
+    microbatches=st.sampled_from([1, 2, 16]),
+    waiting=st.sampled_from([1.0, 0.25]),
+)
+def test_the_choice_equals_brute_force(seed: int, stages: int, microbatches: int, waiting: float) -> None:
+    offers, objective = random_offers(seed, stages), Objective(stages, microbatches, waiting)
+    best = brute_force(offers, objective)
     if not np.isfinite(best):
         return
-    choice = StageIlp(offers, microbatches).solve()
+    choice = StageIlp(offers, objective).solve()
     assert meets(choice.columns)
     assert all(column in columns for column, columns in zip(choice.columns, offers, strict=True))
     assert choice.objective_s == pytest.approx(best, rel=1e-6)
@@ -64,14 +74,15 @@ def test_the_choice_equals_brute_force(seed: int, stages: int, microbatches: int
 
 def test_the_objective_is_the_formula() -> None:
     columns = [Column(0, 1, 0, 0, 2.0, 1.0, 0, 0, 0.0, ()), Column(1, 2, 0, 0, 3.0, 5.0, 0, 0, 0.5, ())]
-    assert objective_s(columns, 8) == 2.0 + 3.5 + 7 * 3.0 + 5.0
+    assert objective_s(columns, Objective(2, 8)) == 2.0 + 3.5 + 7 * 3.0 + 5.0
+    assert objective_s(columns, Objective(2, 8, 0.25)) == 0.25 * 5.0 + 0.5 + 7.75 * 3.0 + 5.0
 
 
 def test_cbc_answers_when_highs_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     offers = random_offers(3, 2)
-    expected = StageIlp(offers, 4).solve()
+    expected = ilp_of(offers, 4).solve()
     monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
-    choice = StageIlp(offers, 4).solve()
+    choice = ilp_of(offers, 4).solve()
     assert choice.columns == expected.columns
     assert choice.solver == "CBC"
     assert choice.notes == ("ILP solver HiGHS did not work (not installed); CBC was used",)
@@ -84,7 +95,7 @@ def test_without_solvers_the_error_names_both(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
     monkeypatch.setattr(pulp.PULP_CBC_CMD, "actualSolve", broken)
     with pytest.raises(SolverError, match="highspy") as caught:
-        StageIlp(random_offers(3, 2), 4).solve()
+        ilp_of(random_offers(3, 2), 4).solve()
     assert caught.value.tried == (("HiGHS", "not installed"), ("CBC", "broken"))
 
 
@@ -98,20 +109,20 @@ def test_a_timeout_is_not_called_optimal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     offers = random_offers(11, 3)
     monkeypatch.setattr(pulp.HiGHS, "actualSolve", stopped)
-    choice = StageIlp(offers, 4).solve()
+    choice = ilp_of(offers, 4).solve()
     assert not choice.optimal
-    assert choice.bound_s <= brute_force(offers, 4) * (1 + 1e-9)
+    assert choice.bound_s <= brute_force(offers, Objective(len(offers), 4)) * (1 + 1e-9)
     assert "time limit" in choice.notes[0]
 
 
 def test_an_impossible_tiling_is_a_solver_error() -> None:
     offers = [[Column(0, 1, 0, 0, 1.0, 0, 0, 0, 0, ())], [Column(2, 3, 0, 0, 1.0, 0, 0, 0, 0, ())]]
     with pytest.raises(SolverError):
-        StageIlp(offers, 1).solve()
+        ilp_of(offers, 1).solve()
 
 
 def test_rows_keep_their_names(tmp_path: Path) -> None:
-    program = StageIlp(random_offers(5, 2), 4)
+    program = ilp_of(random_offers(5, 2), 4)
     program.write_lp(tmp_path / "stages.lp")
     text = (tmp_path / "stages.lp").read_text()
     for row in ("one_column_0", "one_column_1", "slowest_stage_1", "largest_step_0", "meet_0_"):
@@ -121,6 +132,6 @@ def test_rows_keep_their_names(tmp_path: Path) -> None:
 def test_tiny_times_are_not_lost_in_tolerances() -> None:
     """HiGHS accepts rows within 1e-7, which is a tenth of these times."""
     offers = [[Column(0, 1, 0, 0, t, 0.0, 0, 0, 0, ()) for t in (1.01e-6, 1.00e-6, 1.02e-6)]]
-    choice = StageIlp(offers, 1024).solve()
+    choice = ilp_of(offers, 1024).solve()
     assert choice.columns[0].time_s == 1.00e-6
-    assert ilp.relaxed_s(offers, 1024) == pytest.approx(choice.objective_s)
+    assert ilp.relaxed_s(offers, Objective(len(offers), 1024)) == pytest.approx(choice.objective_s)

@@ -50,7 +50,7 @@ class RandomSpace:
         return Chain(tuple(kinds), tuple(range(SEGMENTS)), lambda i, label: 0.0, lambda i, j: 0)
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        return ()
+        return [self.chain(dp, tp, microbatch_size)]
 
 
 def cut_s(mesh: Mesh, samples: int, position: int, label: str) -> float:

@@ -55,7 +55,7 @@ def random_kind(rng: np.random.Generator, entry: bool, exit: bool, tied: bool, s
     )
 
 
-class Unsaving:
+class AsItIs:
     """A space without ways to trade time for memory, of which nothing is known before a chain is made."""
 
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
@@ -66,11 +66,12 @@ class Unsaving:
         raise NotImplementedError
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        return ()
+        chain = self.chain(dp, tp, microbatch_size)
+        return () if chain is None else [chain]
 
 
 @dataclass
-class RandomSpace(Unsaving):
+class RandomSpace(AsItIs):
     """A chain of head, block and tail per mesh, each with its own random costs."""
 
     seed: int
@@ -137,7 +138,9 @@ def value(
     if not np.isfinite(totals).all():
         return math.inf, math.inf
     cuts = sum(chain.cut_s(first, chosen[first]["in"]) for first, _ in tiling if first)
-    time_s = float(totals[:, 0].sum() + cuts + (c.microbatches - 1) * totals[:, 0].max() + totals[:, 1].max())
+    waiting = 1 / 3 if c.schedule == "zero_bubble" else 1.0
+    stages_s = waiting * totals[:, 0].sum() + (c.microbatches - waiting) * totals[:, 0].max()
+    time_s = float(stages_s + cuts + totals[:, 1].max())
     need = [
         totals[s, 2] + chain.in_flight(c.schedule, s, c.pp, c.microbatches) * totals[s, 3] + chain.reserve_bytes(*r)
         for s, r in enumerate(tiling)
@@ -206,7 +209,7 @@ def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool)
     seed=st.integers(0, 10**6),
     tied=st.booleans(),
     tightness=st.floats(0, 1.2),
-    schedule=st.sampled_from([None, "gpipe"]),
+    schedule=st.sampled_from([None, "gpipe", "zero_bubble"]),
 )
 def test_under_a_cap_the_bound_and_the_gap_are_true(
     seed: int, tied: bool, tightness: float, schedule: str | None
@@ -224,6 +227,32 @@ def test_under_a_cap_the_bound_and_the_gap_are_true(
     assert_consistent(space, found, cap)
     assert found.bound_s <= min(fitting) * (1 + 1e-9)
     assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
+
+
+class BareSpace(RandomSpace):
+    """Nothing trades time for memory."""
+
+    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
+        return ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2))
+def test_where_nothing_saves_memory_what_is_too_large_is_left_out(seed: int, tightness: float) -> None:
+    space, pins = BareSpace(seed), Pins(schedule="zero_bubble")
+    plans = every_plan(space, pins)
+    least, most = min(need for _, need in plans), min(plans)[1]
+    cap = int(least - 2 + tightness * (most - least + 4))
+    try:
+        found = search(space, DEVICES, BATCH, cap_bytes=cap, pins=pins)
+    except ParallelismError:
+        assert cap < most, "the fastest plan of all fits"
+        return
+    assert isinstance(found, Solution)
+    assert_consistent(space, found, cap)
+    assert found.bound_s <= min(time_s for time_s, _ in plans) * (1 + 1e-9)
+    if cap >= most:
+        assert found.objective_s <= min(plans)[0] * (1 + found.gap) * (1 + 1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -295,7 +324,7 @@ def test_equal_input_gives_an_equal_answer() -> None:
 
 
 def test_ties_go_to_fewer_stages_then_less_tp_then_larger_microbatches() -> None:
-    class Flat(Unsaving):
+    class Flat(AsItIs):
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             times = (np.full(2, float(microbatch_size * dp)), np.zeros(2))
             kinds = tuple(FactorGraph({"x": LABELS}, (Factor(("x",), time_s),)) for time_s in times)
@@ -384,7 +413,7 @@ def test_an_interruption_returns_the_best_so_far() -> None:
 
 
 def test_an_interruption_before_any_plan_is_passed_on() -> None:
-    class Slow(Unsaving):
+    class Slow(AsItIs):
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             raise KeyboardInterrupt
 
@@ -428,7 +457,7 @@ def test_the_program_of_the_answer_can_be_written(tmp_path: Path) -> None:
 
 
 @dataclass
-class LargeSpace(Unsaving):
+class LargeSpace(AsItIs):
     """Equal blocks between a head and a tail, with chords, up to ``labels`` choices each."""
 
     segments: int = 14
@@ -466,7 +495,7 @@ def test_a_search_over_eight_devices_is_quick(cap: int | None, limit_s: float) -
     chains = {(c.dp, c.tp, c.microbatch_size) for c in configurations(8, 32, Pins())}
     known = {mesh: space.chain(*mesh) for mesh in chains}
 
-    class Known(Unsaving):
+    class Known(AsItIs):
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             return known[dp, tp, microbatch_size]
 

@@ -8,7 +8,8 @@ from models import example_gpt
 from parity import ADAMW, cpu_cluster
 
 from autopar.options import Options
-from autopar.planning import Job
+from autopar.planning import Job, Planned
+from autopar.schedules import WORTH
 from cost_model.plan import Parallelism
 
 
@@ -28,3 +29,16 @@ def test_a_faster_schedule_that_holds_too_much_gets_a_plan_of_its_own() -> None:
     assert chosen.estimate.peak_bytes <= cap and chosen.estimate.step_time_s < job.step_s(found)
     assert chosen.estimate.gap > under.solve().gap, "it recomputes, which the plan that was found does not"
     assert any("was chosen after the search" in note for note in chosen.estimate.notes)
+
+
+def test_a_schedule_that_waits_less_is_searched_for_with_any_number_of_stages() -> None:
+    """Plain 1f1b on few stages is best of 1f1b where many stages wait long; where they wait less they may be better."""
+    model, batch = example_gpt(n_layer=4)
+    job = Job.of(model, cpu_cluster(4, 1e9), batch, Options.of(None, ADAMW, Parallelism(), None, None, None))
+    cap = round(0.7 * max(job.peaks(job.plan(job.solve()))))
+    under = job.under(Parallelism(), cap)
+    chosen = under.attempt()
+    pins = Parallelism(tp=under.solve().configuration.tp, schedule="zero_bubble", recompute="none")
+    other = job.under(pins, cap).attempt()
+    assert isinstance(chosen, Planned)
+    assert isinstance(other, int) or chosen.estimate.step_time_s * (1 - WORTH) <= other.estimate.step_time_s

@@ -44,20 +44,29 @@ class StageSpace:
 
 @dataclass(frozen=True)
 class Objective:
-    """sum of stages + (microbatches - 1) x slowest + largest step, over pp stages."""
+    """waiting x sum of stages + (microbatches - waiting) x slowest + largest step, over pp stages.
+
+    waiting: for the other stages, in parts of what 1f1b waits.
+    """
 
     pp: int
     microbatches: int
+    waiting: float = 1.0
+
+    @property
+    def slowest(self) -> float:
+        """How often the slowest stage counts beside its place in the sum."""
+        return self.microbatches - self.waiting
 
     @property
     def balanced(self) -> Weights:
         """Weights of a stage when all stages are as slow as each other; exact for pp = 1."""
-        return (1 + (self.microbatches - 1) / self.pp, 1 / self.pp)
+        return (self.waiting + self.slowest / self.pp, 1 / self.pp)
 
     @property
     def along(self) -> Weights:
         """Weights of a stage that is not the slowest."""
-        return (1.0, 1 / self.pp)
+        return (self.waiting, 1 / self.pp)
 
     @property
     def alone(self) -> Weights:
@@ -192,7 +201,7 @@ def _tightest(spaces: tuple[StageSpace, ...], objective: Objective, sweeps: list
     """Per level the best share counts, then the least level: the slowest stage is at some level."""
     rows = []
     for share, found in zip(objective.shares, sweeps, strict=True):
-        rows.append(found.total_s() + (1 - share) * (objective.microbatches - 1) * found.levels.lower_s)
+        rows.append(found.total_s() + (1 - share) * objective.slowest * found.levels.lower_s)
     values = np.stack(rows)
     level = int(values.max(axis=0).argmin())
     best = sweeps[int(values[:, level].argmax())]
@@ -205,7 +214,7 @@ def _through(objective: Objective, sweeps: list[Sweep], stage: int) -> FloatArra
     best = None
     for share, found in zip(objective.shares, sweeps, strict=True):
         slowest = np.maximum(found.levels.lower_s[:, None], found.arcs[stage].slow_s[None, :])
-        values = found.through_s(stage) + (1 - share) * (objective.microbatches - 1) * slowest
+        values = found.through_s(stage) + (1 - share) * objective.slowest * slowest
         best = values if best is None else np.maximum(best, values)
     assert best is not None
     least: FloatArray = best.min(axis=0)

@@ -54,6 +54,15 @@ class Configuration:
     tp_axes: tuple[int, ...] | None = None
     dp_inner: int = 1
 
+    @property
+    def objective(self) -> Objective:
+        """What a step takes. Of what 1f1b waits zero_bubble waits a third where forward, backward and the gradients of
+        parameters take equally long, else more (Qi et al., 2023, "Zero bubble pipeline parallelism", 2.3); interleaved
+        waits one virtual stage's part of it."""
+        return Objective(
+            self.pp, self.microbatches, 1 / 3 if self.schedule == "zero_bubble" else 1 / self.virtual_stages
+        )
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -116,7 +125,7 @@ class ConfigurationSolver:
 
     def __post_init__(self) -> None:
         c = self.configuration
-        self.objective = Objective(c.pp, c.microbatches)
+        self.objective = c.objective
         self.extra_bytes = self.extra_bytes or [0.0] * c.pp
         shape = (c.pp, c.microbatches, c.virtual_stages, c.window)
         self._possible: tuple[int, IntArray] | None = None
@@ -303,10 +312,8 @@ class ConfigurationSolver:
 
     def _least_bytes(self, space: StageSpace) -> FloatArray:
         """[edge of the space] the fewest bytes of state and saved values of any assignment."""
-        edges, layer = self.table.edges, self.table.prices.index(space.least_bytes_price())
-        e = space.edges
-        totals = self.table.totals[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
-        least: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
+        edges, layer, e = self.table.edges, self.table.prices.index(space.least_bytes_price()), space.edges
+        least: FloatArray = self.table.cost[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
         return least
 
     def _refined(self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], cutoff_s: float) -> _Found:
@@ -377,11 +384,12 @@ class ConfigurationSolver:
 
     def _arcs(self, pool: _Pool) -> Arcs:
         edges = self.table.edges
-        cost = pool.time_s + edges.cut_s[pool.edge] + pool.step_s / self.configuration.pp
+        along_s = self.objective.waiting * pool.time_s
+        cost = along_s + edges.cut_s[pool.edge] + pool.step_s / self.configuration.pp
         return Arcs(edges.source[pool.edge], edges.target[pool.edge], cost, pool.time_s)
 
     def _value(self, columns: tuple[Column, ...]) -> float:
-        return objective_s(columns, self.configuration.microbatches) if columns else np.inf
+        return objective_s(columns, self.objective) if columns else np.inf
 
     def _gap(self, best: tuple[Column, ...], proven: Bound) -> float:
         value = self._value(best)
@@ -399,7 +407,7 @@ class ConfigurationSolver:
         found = sweep(
             arcs, levels_of(arcs, floor_s, self._value(best) * (1 + 1e-9) / microbatches), starts, ends, nodes
         )
-        values = found.total_s() + (microbatches - 1) * found.levels.lower_s
+        values = found.total_s() + self.objective.slowest * found.levels.lower_s
         for level in np.argsort(values, kind="stable")[:TRIED_LEVELS]:
             if np.isfinite(values[level]):
                 path = found.path(int(level))
@@ -472,7 +480,7 @@ class ConfigurationSolver:
             list(dict.fromkeys((column, *others)))
             for column, others in zip(best, self._hopeful(pools, self._value(best)), strict=True)
         ]
-        ilp = StageIlp(offers, self.configuration.microbatches)
+        ilp = StageIlp(offers, self.objective)
         value = self._value(best)
         try:
             choice = ilp.solve()
@@ -496,7 +504,7 @@ class ConfigurationSolver:
         kept = []
         for stage, (pool, a) in enumerate(zip(pools, arcs, strict=True)):
             slowest = np.maximum(found.levels.lower_s[:, None], a.slow_s[None, :])
-            through = (found.through_s(stage) + (microbatches - 1) * slowest).min(axis=0)
+            through = (found.through_s(stage) + self.objective.slowest * slowest).min(axis=0)
             order = np.argsort(through, kind="stable")[: MAX_ILP_COLUMNS // len(pools)]
             kept.append([pool.column(self.table, int(i)) for i in order if through[i] < value * (1 - WORTH)])
         return kept

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pulp
 
+from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain
 from autopar.planner.columns import SAVED, STATE, STEP, TIME
 from autopar.planner.factor_graph import FactorGraph, FloatArray
@@ -38,15 +39,14 @@ class Problem:
     """
 
     chain: Chain
-    pp: int
-    microbatches: int
+    objective: Objective
     held: tuple[int, ...]
     cap_bytes: float
     extra_bytes: tuple[float, ...]
 
     def ranges(self, stage: int) -> list[tuple[int, int]]:
         """Segments that a stage may run, with one at least for each other stage."""
-        count, after = len(self.chain), self.pp - 1 - stage
+        count, after = len(self.chain), self.objective.pp - 1 - stage
         firsts = range(stage, count - after) if stage else (0,)
         lasts = range(stage + 1, count - after + 1) if after else (count,)
         return [(first, last) for first in firsts for last in lasts if first < last]
@@ -102,7 +102,7 @@ def count_variables(problem: Problem) -> int:
         tables = (t for t in _tables(graph) if len(t.variables) > 1)
         of_kind.append(sum(_labels(graph).values()) + sum(int(np.isfinite(t.costs[TIME]).sum()) for t in tables))
     total = 0
-    for stage in range(problem.pp):
+    for stage in range(problem.objective.pp):
         ranges = problem.ranges(stage)
         segments = {i for first, last in ranges for i in range(first, last)}
         total += len(ranges) + sum(of_kind[problem.chain.sequence[i]] for i in segments)
@@ -113,7 +113,7 @@ class FlatIlp:
     """The program of a problem; least: it looks for the smallest cap that some plan meets, not for the fastest plan."""
 
     def __init__(self, problem: Problem, *, least: bool = False) -> None:
-        self.given, self.chain, self.stages = problem, problem.chain, range(problem.pp)
+        self.given, self.chain, self.stages = problem, problem.chain, range(problem.objective.pp)
         self.unit_s, self.unit_bytes = self._units()
         self.problem = pulp.LpProblem(named("autopar_flat", self.unit_s), pulp.LpMinimize)
         self.graphs = [self.chain.kinds[kind] for kind in self.chain.sequence]
@@ -211,10 +211,11 @@ class FlatIlp:
     # --- Rows
 
     def _objective(self) -> pulp.LpAffineExpression:
-        """sum_s (time[s] + cuts[s]) + (microbatches - 1) slowest + step"""
-        along = [term for s in self.stages for term in self.costs[s][TIME]] + self.cut_terms
+        """sum_s (waiting time[s] + cuts[s]) + (microbatches - waiting) slowest + step"""
+        given = self.given.objective
+        along = [(x, given.waiting * c) for s in self.stages for x, c in self.costs[s][TIME]] + self.cut_terms
         terms = [(x, c / self.unit_s) for x, c in along]
-        return pulp.LpAffineExpression([*terms, (self.slowest, self.given.microbatches - 1), (self.step, 1)])
+        return pulp.LpAffineExpression([*terms, (self.slowest, given.slowest), (self.step, 1)])
 
     def _one_range(self, s: int) -> None:
         """one_range_s: sum_r range[s, r] = 1"""

@@ -29,7 +29,7 @@ def least_columns(problem: Problem) -> tuple[Column, ...]:
 
 def _choice(problem: Problem, answer: Answer, stages: tuple[FlatStage, ...], unit_s: float) -> Choice:
     columns = tuple(_column(problem.chain, stage) for stage in stages)
-    found_s = objective_s(columns, problem.microbatches)
+    found_s = objective_s(columns, problem.objective)
     if answer.optimal:
         return Choice(columns, found_s, found_s, True, answer.solver, answer.notes)
     bound_s = 0.0 if answer.bound is None else answer.bound * unit_s

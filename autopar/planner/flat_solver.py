@@ -25,8 +25,7 @@ class FlatSolver(ConfigurationSolver):
 
     @property
     def problem(self) -> Problem:
-        c = self.configuration
-        return Problem(self.chain, c.pp, c.microbatches, tuple(self.held), self.cap_bytes, tuple(self.extra_bytes))
+        return Problem(self.chain, self.objective, tuple(self.held), self.cap_bytes, tuple(self.extra_bytes))
 
     def solve(self, cutoff_s: float) -> Outcome:
         """The best choice of all, or the plan that needs least where none fits; ``cutoff_s`` saves nothing here."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pulp
 
+from autopar.planner.bounds import Objective
 from autopar.planner.columns import Column
 from autopar.planner.solvers import TIME_LIMIT_S, Answer, named, solved
 from cost_model.errors import SolverError
@@ -34,10 +35,10 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def objective_s(columns: Sequence[Column], microbatches: int) -> float:
-    """sum of stages and cuts + (microbatches - 1) x slowest stage + largest per-step cost."""
-    along = sum(c.time_s + c.cut_s for c in columns)
-    return along + (microbatches - 1) * max(c.time_s for c in columns) + max(c.step_s for c in columns)
+def objective_s(columns: Sequence[Column], objective: Objective) -> float:
+    """waiting x sum of stages + cuts + (microbatches - waiting) x slowest stage + largest per-step cost."""
+    along = sum(objective.waiting * c.time_s + c.cut_s for c in columns)
+    return along + objective.slowest * max(c.time_s for c in columns) + max(c.step_s for c in columns)
 
 
 class StageIlp:
@@ -47,10 +48,10 @@ class StageIlp:
     it to the last, and none is over its stage's memory cap.
     """
 
-    def __init__(self, offers: Offers, microbatches: int) -> None:
+    def __init__(self, offers: Offers, objective: Objective) -> None:
         assert offers and all(offers), "a stage without columns"
         self.offers = tuple(tuple(columns) for columns in offers)
-        self.microbatches = microbatches
+        self.objective = objective
         self.unit_s = _unit_s(self.offers)
         self.problem = pulp.LpProblem(named("autopar_stages", self.unit_s), pulp.LpMinimize)
         self.picks = [
@@ -82,13 +83,13 @@ class StageIlp:
         return self._choice(answer)
 
     def _objective(self) -> pulp.LpAffineExpression:
-        """sum_s sum_c (time[c] + cut[c]) x[s, c] + (microbatches - 1) slowest + step"""
+        """sum_s sum_c (waiting time[c] + cut[c]) x[s, c] + (microbatches - waiting) slowest + step"""
         terms = [
-            (pick, (c.time_s + c.cut_s) / self.unit_s)
+            (pick, (self.objective.waiting * c.time_s + c.cut_s) / self.unit_s)
             for picks, columns in zip(self.picks, self.offers, strict=True)
             for pick, c in zip(picks, columns, strict=True)
         ]
-        return pulp.LpAffineExpression([*terms, (self.slowest, self.microbatches - 1), (self.step, 1)])
+        return pulp.LpAffineExpression([*terms, (self.slowest, self.objective.slowest), (self.step, 1)])
 
     def _one_column(self, s: int) -> None:
         """sum_c x[s, c] = 1"""
@@ -119,8 +120,8 @@ class StageIlp:
             next(c for x, c in zip(picks, offered, strict=True) if round(x.value() or 0.0) == 1)
             for picks, offered in zip(self.picks, self.offers, strict=True)
         )
-        found_s = objective_s(columns, self.microbatches)
-        bound_s = found_s if answer.optimal else min(found_s, relaxed_s(self.offers, self.microbatches))
+        found_s = objective_s(columns, self.objective)
+        bound_s = found_s if answer.optimal else min(found_s, relaxed_s(self.offers, self.objective))
         notes = answer.notes
         if not answer.optimal:
             above = _percent(found_s, bound_s)
@@ -128,11 +129,11 @@ class StageIlp:
         return Choice(columns, found_s, bound_s, answer.optimal, answer.solver, notes)
 
 
-def relaxed_s(offers: Offers, microbatches: int) -> float:
+def relaxed_s(offers: Offers, objective: Objective) -> float:
     """A lower bound that needs no solver: each stage takes its best column, whatever its neighbours do."""
-    along = sum(min(c.time_s + c.cut_s for c in columns) for columns in offers)
+    along = sum(min(objective.waiting * c.time_s + c.cut_s for c in columns) for columns in offers)
     slowest = max(min(c.time_s for c in columns) for columns in offers)
-    return along + (microbatches - 1) * slowest + max(min(c.step_s for c in columns) for columns in offers)
+    return along + objective.slowest * slowest + max(min(c.step_s for c in columns) for columns in offers)
 
 
 def _unit_s(offers: Offers) -> float:

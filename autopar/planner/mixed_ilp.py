@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pulp
 
+from autopar.planner.bounds import Objective
 from autopar.planner.columns import Column, RangeTable
 from autopar.planner.ilp import StageIlp, objective_s
 from cost_model.mesh import Mesh
@@ -40,7 +41,7 @@ class MixedIlp(StageIlp):
     """Invariant, besides that of ``StageIlp``: labels at cuts are numbered alike on all meshes."""
 
     def __init__(self, offers: Sequence[Sequence[Offer]], microbatches: int, devices: Sequence[int]) -> None:
-        super().__init__([[offer.column for offer in own] for own in offers], microbatches)
+        super().__init__([[offer.column for offer in own] for own in offers], Objective(len(offers), microbatches))
         self.mixed = tuple(tuple(own) for own in offers)
         for kind, count in enumerate(devices):
             self._devices_once(kind, count)
@@ -153,7 +154,7 @@ def _found_s(steps: Sequence[Sequence[Way]], start: State, end: State, slowest_s
                   if w[1] == state and w[2] in rest[stage + 1])  # fmt: skip
         offer, _, state = step[min(onward)[1]]
         chosen.append(offer.column)
-    return objective_s(chosen, microbatches)
+    return objective_s(chosen, Objective(len(chosen), microbatches))
 
 
 def _used(before: tuple[int, ...], offer: Offer) -> tuple[int, ...]:

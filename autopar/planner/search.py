@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain, Floor, in_flight
 from autopar.planner.columns import Column, RangeTable
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
@@ -56,15 +55,16 @@ class Space(Protocol):
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
         """Chains with choices that trade time for memory as well, each with the reserve that its choices need; no plan
-        of theirs is faster than the fastest of ``chain``. None where there are no such choices."""
+        of theirs is faster than the fastest of ``chain``. Where there are none, units whose fastest plan is too large
+        are left out."""
 
 
 @dataclass(frozen=True)
 class Pins:
     """Choices already made; None leaves one to the search.
 
-    All schedules have the same objective here, in which waiting is that of 1f1b, and 1f1b never holds more, so it alone
-    is searched unless another is pinned; with pp = 1 a plan is called 1f1b by convention.
+    1f1b never holds more than another schedule, so it alone is searched unless another is pinned; with pp = 1 a plan is
+    called 1f1b by convention.
     """
 
     dp: int | None = None
@@ -213,14 +213,16 @@ class _Waiting:
 class _Unit:
     """order: breaks ties; bound_s: proven; outcome: once solved; confirmations: how often it was too large.
 
-    capped: makes the solvers under the cap while ``solver`` knows of none. loose, tight: extra bytes of its stages
-    under which the plan found was too large, and under which there was none. nearest: the plan that needed least.
+    capped: makes the solvers under the cap while ``solver`` knows of none; left_out: it made none. loose, tight: extra
+    bytes of its stages under which the plan found was too large, and under which there was none. nearest: the plan that
+    needed least.
     """
 
     order: tuple[int, ...]
     solver: ConfigurationSolver
     bound_s: float
     capped: Callable[[], list[ConfigurationSolver]] | None = None
+    left_out: bool = False
     outcome: Outcome | None = None
     solution: Solution | None = None
     confirmed: bool = False
@@ -326,7 +328,7 @@ class _Search:
             return
         chain = self.space.chain(c.dp, c.tp, c.microbatch_size)
         assert chain is not None, c
-        bound_s = quick_bound_s(chain, self._segments(chain), Objective(c.pp, c.microbatches))
+        bound_s = quick_bound_s(chain, self._segments(chain), c.objective)
         if math.isfinite(bound_s):
             self._push(replace(waiting, bound_s=max(waiting.bound_s, bound_s), chain=chain))
 
@@ -373,17 +375,18 @@ class _Search:
 
     def _capped(self, c: Configuration, chain: Chain, labels: Mapping[str, str]) -> list[ConfigurationSolver]:
         saving = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
-        solvers = []
-        for each in [other.fixed(labels) for other in saving] or [chain]:
-            solvers.append(self.solver(each, self._segments(each), c, self.cap_bytes))
-        return solvers
+        fixed = [other.fixed(labels) for other in saving]
+        return [self.solver(each, self._segments(each), c, self.cap_bytes) for each in fixed]
 
     def _under_cap(self, unit: _Unit) -> None:
         """From now on the unit is solved under the cap, with further units for further ways to save memory."""
         if unit.capped is None:
             return
-        unit.solver, *others = unit.capped()
-        unit.capped = None
+        solvers, unit.capped = unit.capped(), None
+        if not solvers:
+            unit.left_out = True
+            return
+        unit.solver, *others = solvers
         for number, solver in enumerate(others, start=1):
             other = _Unit((*unit.order, number), solver, unit.bound_s)
             self.units.append(other)
@@ -403,6 +406,9 @@ class _Search:
     def _solve(self, unit: _Unit) -> None:
         if unit.capped is not None and unit.solver.guess_bytes > self.cap_bytes:
             self._under_cap(unit)
+        if unit.left_out:
+            self._report(unit)
+            return
         unit.solver.hints_s = tuple(self.hints_s)
         if self._is_put_off(unit):
             return
@@ -419,7 +425,7 @@ class _Search:
         elif outcome.shortage is not None:
             short = outcome.shortage
             self._short(unit, short.needed_bytes, short.stage, _stages(unit.solver, short.columns))
-        if math.isfinite(unit.bound_s):
+        if math.isfinite(unit.bound_s) and not unit.left_out:
             self._push(unit)
         unit.solver.forget()
         self._report(unit)
@@ -482,6 +488,8 @@ class _Search:
         unit.nearest = min(unit.nearest or found, found, key=lambda each: each.needed_bytes)
         unit.confirmations += 1
         self._under_cap(unit)
+        if unit.left_out:
+            return False
         unit.loose = list(unit.solver.extra_bytes)
         needed = unit.solver.needed_bytes(columns)
         beyond = [p - n + extra for p, n, extra in zip(peaks, needed, unit.loose, strict=True)]
@@ -536,7 +544,7 @@ class _Search:
 
 def _floor_s(c: Configuration, floor: Floor) -> float:
     """Seconds of a step of stages that are as fast as each other."""
-    return Objective(c.pp, c.microbatches).balanced[0] * floor.time_s
+    return c.objective.balanced[0] * floor.time_s
 
 
 def is_interrupted(notes: Iterable[str]) -> bool:
