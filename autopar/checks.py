@@ -9,11 +9,13 @@ from torch import fx
 
 from autopar.planner.space import LocalModel, ModelSpace, renaming
 from autopar.report import bytes_text
+from cost_model.axes import ACROSS, INSIDE
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
 from cost_model.mesh import Mesh, meshes_of
 from cost_model.ops import entry_of, price_of
 from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.program import Program
 from cost_model.schedule import check_counts
 from passes.batch import BatchAnalysis
 from passes.calls import call_of
@@ -127,8 +129,8 @@ def check_sequence(space: ModelSpace) -> None:
 # --- What a plan should not leave unsaid
 
 
-def plan_notes(plan: Plan, cap_bytes: int, cluster: Cluster) -> tuple[str, ...]:
-    """A cap that the devices do not have, and devices that all do the same."""
+def plan_notes(plan: Plan, program: Program, cap_bytes: int, cluster: Cluster) -> tuple[str, ...]:
+    """A cap that the devices do not have, devices that all do the same, and groups of replicas that sum nothing."""
     notes = []
     smallest = min(device.memory_bytes for device in cluster.devices)
     if cap_bytes > smallest:
@@ -136,6 +138,11 @@ def plan_notes(plan: Plan, cap_bytes: int, cluster: Cluster) -> tuple[str, ...]:
     shards = any("S(" in label for stage in plan.stages for label in stage.choices.values())
     if any(mesh.tp > 1 for mesh in plan.meshes) and not shards:
         notes.append(f"nothing is split along tp: the {plan.tp} devices of each tp group do the same work")
+    summed = {collective.axis for stage in program.stages for collective in stage.step.collectives}
+    if plan.dp_inner > 1 and not summed & {ACROSS, INSIDE}:
+        notes.append(
+            f"dp_inner={plan.dp_inner} has no effect: no gradient is whole on each replica (zero splits them over all)"
+        )
     return tuple(notes)
 
 

@@ -255,7 +255,7 @@ class Job:
         plan = decision.plan
         missing = missing_rules(self.traced.global_graph, plan, self.cluster)
         program = self.program(plan)
-        notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, self.cap_bytes, self.cluster))
+        notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, program, self.cap_bytes, self.cluster))
         notes = (*notes, *kernel_notes(program)) if self.options.compiles else notes
         memories = self._memories(program)
         estimate = estimate_program(

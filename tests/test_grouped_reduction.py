@@ -126,3 +126,9 @@ def test_the_planner_groups_replicas_by_region() -> None:
 def test_groups_must_divide_the_replicas() -> None:
     with pytest.raises(ConfigError, match="a plan of dp=4 cannot have dp_inner=3"):
         planned(Chain(), regions(2, 2), dp_inner=3)
+
+
+def test_groups_that_sum_nothing_are_said_to() -> None:
+    pins = {"dp": 4, "dp_inner": 2}
+    notes = {zero: " ".join(planned(Chain(), regions(2, 2), **pins, zero=zero).notes) for zero in (0, 3)}
+    assert "dp_inner=2 has no effect" in notes[3] and "dp_inner" not in notes[0]
