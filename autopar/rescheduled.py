@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autopar.planning import Job
 
 _MOST_REWRITTEN = 2  # plans of one search that are rewritten to see whether they fit
-_MOST_SOLVED = 100  # units of one search: where none of the fastest fits, hardly any other is worth its time
+_MOST_SOLVED = 60  # units of one search: where none of the fastest fits, hardly any other is worth its time
 _WAITS_LEAST = "zero_bubble"
 _SMALLER = 2  # sizes of microbatches below the one that was found
 
