@@ -211,7 +211,7 @@ class Job:
     def _decision(self, solution: Solution, start: float) -> Decision:
         found = scheduled(self, solution)
         plan, more = self._overlapped(found.plan)
-        return Decision(plan, time.perf_counter() - start, found.gap, (*solution.notes, *found.notes, *more))
+        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *found.notes, *more))
 
     def _write_lp(self, solution: Solution) -> None:
         path = self.options.write_lp

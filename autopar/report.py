@@ -154,8 +154,8 @@ def gap_text(gap: float) -> str:
     if not math.isfinite(gap):
         return "how far its price is from the best is not known"
     if gap < 1e-6:
-        return "no plan that was searched for has a lower price"
-    return f"its price is at most {max(gap, 1e-4):.2%} above a proven lower bound"
+        return "no plan that was searched for has a lower price than the one found"
+    return f"the price of the plan found is at most {max(gap, 1e-4):.2%} above a proven lower bound"
 
 
 def _recompute_text(plan: Plan) -> str:

@@ -7,14 +7,14 @@ may, and be faster.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopar.options import FLAT
-from autopar.planner.search import Configuration, Pins, Progress, Solution, Space, is_interrupted, search
-from autopar.planner.space import Unsaving
+from autopar.planner.search import Configuration, Pins, Progress, Solution, is_interrupted, search
 from autopar.report import seconds_text
 from autopar.schedules import WORTH, faster_schedules
 from cost_model.errors import ParallelismError
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
     from autopar.planning import Job
 
 _MOST_REWRITTEN = 2  # plans of one search that are rewritten to see whether they fit
-_MOST_SOLVED = 60  # units of one search: where none of the fastest fits, hardly any other is worth its time
+_MOST_SOLVED = 250  # units of one search: where none of the fastest fits, hardly any other is worth its time
 _WAITS_LEAST = "zero_bubble"
 _SMALLER = 2  # sizes of microbatches below the one that was found
 
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A plan as it is to run. gap: of its price above the bound on all plans that the search was for."""
+    """A plan as it is to run, and what to tell of it."""
 
     plan: Plan
-    gap: float
     notes: tuple[str, ...]
 
 
@@ -45,24 +44,23 @@ class _NotWorthIt(Exception):
 def scheduled(job: Job, solution: Solution) -> Scheduled:
     """The fastest plan.
 
-    Others of as many shards are searched for under the schedule that waits least, with any number of stages. Where none
-    is faster, and a faster schedule holds too much for the plan that was found, others are searched for under the first
-    such one, on the same mesh.
+    Others are searched for under the schedule that waits least, on every mesh. Where none is faster, and a faster
+    schedule holds too much for the plan that was found, others are searched for under the first such one, on the same
+    mesh.
     """
     plan = job.plan(solution)
-    best, gap, limit_s = plan, solution.gap, (1 - WORTH) * job.step_s(plan)
+    best, limit_s = plan, (1 - WORTH) * job.step_s(plan)
 
     def is_faster(other: Solution) -> bool:
-        nonlocal best, gap, limit_s
+        nonlocal best, limit_s
         made = job.plan(other)
         if job.step_s(made) >= limit_s:
             return False
         best, limit_s = made, (1 - WORTH) * job.step_s(made)
-        gap = max(0.0, other.objective_s / solution.bound_s - 1)
         return True
 
     plain = _is_plain(job, solution)
-    elsewhere = _elsewhere(job, solution.configuration.tp, limit_s) if plain else None
+    elsewhere = _elsewhere(job, limit_s) if plain else None
     searched = not plain or (elsewhere is not None and is_faster(elsewhere))
     for sketched_s, c in faster_schedules(solution, job.program(plan), job.cluster, job.options.parallelism):
         same = replace(solution, configuration=c)
@@ -76,10 +74,10 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
             for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
                 is_faster(other)
     if best is plan:
-        return Scheduled(plan, gap, ())
+        return Scheduled(plan, ())
     seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
     note = f"{best.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}"
-    return Scheduled(best, gap, (f"{note}; the gap is to plans under {plan.schedule}",))
+    return Scheduled(best, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
 
 
 def _is_plain(job: Job, solution: Solution) -> bool:
@@ -105,15 +103,15 @@ def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Solution]:
 def _searched_on_mesh(job: Job, c: Configuration, size: int, worth_s: float) -> Solution | None:
     """The best plan that fits, if one of the first does."""
     parts = c.virtual_stages if c.virtual_stages > 1 else None
-    return _first(job, job.pinned_space(), Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window), worth_s)
+    return _first(job, Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window), worth_s)
 
 
-def _first(job: Job, space: Space, pins: Pins, worth_s: float) -> Solution | None:
+def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) -> Solution | None:
     """What a search finds, if it is one of the first plans to be rewritten and of a lower price."""
     rewritten = itertools.count()
 
     def report(progress: Progress) -> None:
-        if progress.bound_s >= worth_s or progress.solved == _MOST_SOLVED:
+        if progress.solved == _MOST_SOLVED:
             raise _NotWorthIt
 
     def confirm(found: Solution) -> Sequence[int]:
@@ -121,9 +119,10 @@ def _first(job: Job, space: Space, pins: Pins, worth_s: float) -> Solution | Non
             raise _NotWorthIt
         return job.peaks(job.plan(found))
 
-    count, cap = job.cluster.num_devices, job.cap_bytes
+    space, count, cap = job.pinned_space(), job.cluster.num_devices, job.cap_bytes
+    ask = functools.partial(search, cap_bytes=cap, pins=pins, confirm=confirm, progress=report, cutoff_s=worth_s)
     try:
-        found = search(space, count, job.batch, cap_bytes=cap, pins=pins, confirm=confirm, progress=report)
+        found = ask(space, count, job.batch, fastest_only=fastest_only)
     except (
         _NotWorthIt,
         ParallelismError,
@@ -133,13 +132,12 @@ def _first(job: Job, space: Space, pins: Pins, worth_s: float) -> Solution | Non
     return found if isinstance(found, Solution) and not is_interrupted(found.notes) else None
 
 
-def _elsewhere(job: Job, tp: int, worth_s: float) -> Solution | None:
-    """The plan of any number of stages that takes least under the schedule that waits least, if it takes less and saves
-    nothing.
+def _elsewhere(job: Job, worth_s: float) -> Solution | None:
+    """The plan of any mesh that takes least under the schedule that waits least, if it takes less and saves nothing.
 
     Where little is waited for other stages, more of them hold less each, and need not trade time for memory.
     """
     pins = job.options.parallelism
     if pins.meshes_differ or (pins.schedule, pins.virtual_stages, pins.window) != (None, None, None):
         return None
-    return _first(job, Unsaving(job.pinned_space()), replace(job.pins(_WAITS_LEAST), tp=tp), worth_s)
+    return _first(job, job.pins(_WAITS_LEAST), worth_s, fastest_only=True)

@@ -84,8 +84,9 @@ class TimeBreakdown:
 
 @dataclass(frozen=True)
 class Estimate:
-    """gap: of the plan's price above a bound on the prices of all plans under the pinned schedule, or under 1f1b; 0
-    where no such plan has a lower one, infinite where nothing was searched."""
+    """gap: of the search's best plan, by price, above a bound on the prices of all plans under the pinned schedule, or
+    under 1f1b; 0 where no such plan has a lower one, infinite where nothing was searched. The plan is that one, or one
+    that the simulator found faster (a note says so)."""
 
     step_time_s: float
     peak_bytes: int

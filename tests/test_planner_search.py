@@ -229,24 +229,18 @@ def test_under_a_cap_the_bound_and_the_gap_are_true(
     assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
 
 
-class BareSpace(RandomSpace):
-    """Nothing trades time for memory."""
-
-    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        return ()
-
-
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2))
-def test_where_nothing_saves_memory_what_is_too_large_is_left_out(seed: int, tightness: float) -> None:
-    space, pins = BareSpace(seed), Pins(schedule="zero_bubble")
+def test_where_only_the_fastest_is_wanted_what_is_too_large_is_left_out(seed: int, tightness: float) -> None:
+    space, pins = RandomSpace(seed), Pins(schedule="zero_bubble")
     plans = every_plan(space, pins)
-    least, most = min(need for _, need in plans), min(plans)[1]
+    least, best_s = min(need for _, need in plans), min(plans)[0]
+    most = max(need for time_s, need in plans if time_s <= best_s * (1 + 1e-9))
     cap = int(least - 2 + tightness * (most - least + 4))
     try:
-        found = search(space, DEVICES, BATCH, cap_bytes=cap, pins=pins)
+        found = search(space, DEVICES, BATCH, cap_bytes=cap, pins=pins, fastest_only=True)
     except ParallelismError:
-        assert cap < most, "the fastest plan of all fits"
+        assert cap < most, "each plan that is the fastest fits"
         return
     assert isinstance(found, Solution)
     assert_consistent(space, found, cap)
@@ -260,11 +254,33 @@ def test_where_nothing_saves_memory_what_is_too_large_is_left_out(seed: int, tig
 def test_a_glance_under_a_cap_is_a_bound(seed: int, tightness: float, hint_s: float, pp: int) -> None:
     space, pins = RandomSpace(seed), Pins(pp=pp, dp=1, tp=DEVICES // pp, microbatch_size=1)
     plans, (c,) = every_plan(space, pins), configurations(DEVICES, BATCH, pins)
-    least, most = min(need for _, need in plans), min(plans)[1]
+    least, best_s = min(need for _, need in plans), min(plans)[0]
+    most = max(need for time_s, need in plans if time_s <= best_s * (1 + 1e-9))
     cap = int(least + tightness * (most - least)) + 1
     chain = space.chain(c.dp, c.tp, c.microbatch_size)
     solver = ConfigurationSolver(chain, [Segment(kind) for kind in chain.kinds], c, cap, hints_s=(hint_s, hint_s / 7))
     assert solver.glance_s() <= min(time_s for time_s, need in plans if need <= cap) * (1 + 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), part=st.floats(0.5, 1.5))
+def test_plans_above_a_cutoff_are_not_found_and_others_are(seed: int, tightness: float, part: float) -> None:
+    space = RandomSpace(seed)
+    plans = every_plan(space, Pins())
+    least, most = min(need for _, need in plans), min(plans)[1]
+    cap = int(least + max(0.0, tightness * (most - least)))
+    best_s = min(time_s for time_s, need in plans if need <= cap)
+    cutoff_s = part * best_s
+    try:
+        found = search(space, DEVICES, BATCH, cap_bytes=cap, cutoff_s=cutoff_s)
+    except ParallelismError:
+        assert cutoff_s <= best_s * (1 + 1e-9)
+        return
+    if isinstance(found, Solution):
+        assert best_s * (1 - 1e-9) <= found.objective_s < cutoff_s
+        assert_consistent(space, found, cap)
+    else:
+        assert part < 1.1, "a search may miss its best plan by its gap"
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,7 +27,7 @@ def test_a_faster_schedule_that_holds_too_much_gets_a_plan_of_its_own() -> None:
     chosen = under.planned(under.decide(0.0))
     assert chosen.plan.window > 1 and chosen.plan.recompute != "none"
     assert chosen.estimate.peak_bytes <= cap and chosen.estimate.step_time_s < job.step_s(found)
-    assert chosen.estimate.gap > under.solve().gap, "it recomputes, which the plan that was found does not"
+    assert chosen.estimate.gap == under.solve().gap
     assert any("was chosen after the search" in note for note in chosen.estimate.notes)
 
 

@@ -55,8 +55,7 @@ class Space(Protocol):
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
         """Chains with choices that trade time for memory as well, each with the reserve that its choices need; no plan
-        of theirs is faster than the fastest of ``chain``. Where there are none, units whose fastest plan is too large
-        are left out."""
+        of theirs is faster than the fastest of ``chain``. None where there are no such choices."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +159,21 @@ def search(
     confirm: Confirm | None = None,
     progress: Callable[[Progress], None] | None = None,
     flat: bool = False,
+    fastest_only: bool = False,
+    cutoff_s: float = math.inf,
 ) -> Solution | Infeasible:
     """The fastest plan for a global batch on all devices, under a memory cap per device (None: no cap).
 
     confirm(solution) gives the exact peak bytes of each stage after rewriting; a stage over the cap is
     tightened by the difference and solved again. flat: each configuration is one integer program (``flat_solver``).
+    fastest_only: configurations whose fastest plan, memory aside, is too large are left out. cutoff_s: plans
+    of as high a price or a higher are not wanted.
     Ctrl-C returns the best plan so far with its gap, if there is one. Equal input gives an equal answer;
     ties go to fewer stages, then less tensor parallelism, then larger microbatches, then first labels.
     Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver,
     ProblemSizeError where ``flat`` is asked for and the program would be too large.
     """
-    run = _Search(space, num_devices, batch, cap_bytes, pins or Pins(), confirm, progress, flat)
+    run = _Search(space, num_devices, batch, cap_bytes, pins or Pins(), confirm, progress, flat, fastest_only, cutoff_s)
     try:
         return run.answer()
     except KeyboardInterrupt:
@@ -244,7 +247,10 @@ class _Search:
         confirm: Confirm | None,
         progress: Callable[[Progress], None] | None,
         flat: bool,
+        fastest_only: bool,
+        cutoff_s: float,
     ) -> None:
+        self.fastest_only, self.cutoff_s = fastest_only, cutoff_s
         self.flat, self.solver = flat, FlatSolver if flat else ConfigurationSolver
         self.space, self.num_devices, self.batch, self.pins = space, num_devices, batch, pins
         self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
@@ -258,7 +264,7 @@ class _Search:
 
     def answer(self) -> Solution | Infeasible:
         self._gather()
-        while self.queue:
+        while self.queue and self.queue[0][0] < self.cutoff_s:
             self.floor_s, _, unit = heapq.heappop(self.queue)
             if isinstance(unit, _Waiting):
                 self._open(unit)
@@ -374,8 +380,10 @@ class _Search:
         return (first | chosen, first), (note,)
 
     def _capped(self, c: Configuration, chain: Chain, labels: Mapping[str, str]) -> list[ConfigurationSolver]:
+        if self.fastest_only:
+            return []
         saving = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
-        fixed = [other.fixed(labels) for other in saving]
+        fixed = [other.fixed(labels) for other in saving] or [chain]
         return [self.solver(each, self._segments(each), c, self.cap_bytes) for each in fixed]
 
     def _under_cap(self, unit: _Unit) -> None:
@@ -412,7 +420,7 @@ class _Search:
         unit.solver.hints_s = tuple(self.hints_s)
         if self._is_put_off(unit):
             return
-        outcome = unit.solver.solve(self._best_s() * (1 + 1e-12))
+        outcome = unit.solver.solve(min(self._best_s(), self.cutoff_s) * (1 + 1e-12))
         unit.outcome = outcome
         self._learn(unit.solver)
         if outcome.shortage is not None and self._loosened(unit):

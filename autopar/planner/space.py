@@ -619,22 +619,6 @@ def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Unsaving:
-    """A space without choices that trade time for memory."""
-
-    space: PinnedSpace
-
-    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
-        return self.space.floor(dp, tp, microbatch_size, above_s)
-
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
-        return self.space.chain(dp, tp, microbatch_size)
-
-    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> list[Chain]:
-        return []
-
-
-@dataclass(frozen=True)
 class PinnedSpace:
     """A space under pins; see ``autopar.planner.search.Space``. axes: those that tp consists of, if pinned."""
 
