@@ -373,6 +373,19 @@ HUGGING_FACE: dict[str, Family] = {
         },
         speech,
     ),
+    "rwkv": hugging_face(
+        "RwkvForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "attention_hidden_size": 32,
+            "intermediate_size": 64,
+            "context_length": 16,
+            "use_cache": False,
+        },
+        words,
+    ),
     "clip": clip,
 }
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autopar.planner import segment as segment_module
+from autopar.planner import elimination as elimination_module
 from autopar.planner.factor_graph import Factor, FactorGraph
-from autopar.planner.segment import Price, Segment
-from cost_model.errors import UnsupportedError
+from autopar.planner.segment import Price, Segment, SegmentTable
 
 PRICES = (Price(1, 0), Price(3, 1), Price(0, 0, 1, 2), Price(2, 0.5, 0.25, 0.5))
 
@@ -102,12 +102,69 @@ def test_a_variable_without_factors_takes_its_first_label() -> None:
     assert Segment(graph).assignment(Price(1, 0), 0, 0) == {"x": "b", "idle": "c"}
 
 
-def test_too_many_choices_at_once_is_an_error_with_a_next_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment_module, "MAX_TABLE_ENTRIES", 26)
-    domains = dict.fromkeys(("x1", "x2", "x3"), ("a", "b", "c"))
-    segment_module._elimination.cache_clear()
-    with pytest.raises(UnsupportedError, match="next: pin tp"):
-        Segment(FactorGraph(domains, (Factor(tuple(domains), np.zeros((3, 3, 3))),)))
+@pytest.fixture
+def small_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Exact up to 12 entries, in parts of 9 beyond."""
+    monkeypatch.setattr(elimination_module, "MAX_TABLE_ENTRIES", 12)
+    monkeypatch.setattr(elimination_module, "PART_ENTRIES", 9)
+    elimination_module.elimination.cache_clear()
+    yield
+    elimination_module.elimination.cache_clear()
+
+
+def held_by(price: Price, table: SegmentTable) -> np.ndarray:
+    """[entry, exit] priced cost of the assignments found; infinite where there is none."""
+    finite = np.isfinite(table.totals[..., 0])
+    return np.where(finite, np.where(finite[..., None], table.totals, 0.0) @ price.vector(), np.inf)
+
+
+@pytest.mark.usefixtures("small_tables")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), ends=st.sampled_from(["none", "both", "same", "exit"]))
+def test_tables_too_large_are_bounded_and_an_assignment_is_priced(seed: int, ends: str) -> None:
+    graph = random_graph(np.random.default_rng(seed), ends)
+    segment = Segment(graph)
+    for price, table in zip(PRICES, segment.solve(PRICES), strict=True):
+        least, found = brute_force(graph, price), held_by(price, table)
+        finite = np.isfinite(found)
+        assert (np.isfinite(table.cost) == finite).all() and (table.cost[finite] <= least[finite] * (1 + 1e-12)).all()
+        assert (found >= least * (1 - 1e-12)).all()
+        for entry, exit in zip(*np.nonzero(finite), strict=True):
+            labels = segment.assignment(price, int(entry), int(exit))
+            np.testing.assert_allclose(table.totals[entry, exit], totals_of(graph, labels), rtol=1e-12)
+        if segment.exact:
+            np.testing.assert_allclose(table.cost, least, rtol=1e-12)
+
+
+def tied(count: int, labels: int, seed: int = 0) -> FactorGraph:
+    """Each variable tied to each: what agrees costs nothing, the rest differs; label 0 goes with any."""
+    rng = np.random.default_rng(seed)
+    domains = {f"v{i}": tuple(map(str, range(labels))) for i in range(count)}
+    factors = [Factor((v,), rng.integers(0, 60, labels).astype(float)) for v in domains]
+    for pair in itertools.combinations(domains, 2):
+        time_s = rng.integers(1, 10, (labels, labels)) * (1.0 - np.eye(labels))
+        time_s[rng.random((labels, labels)) < 0.1] = np.inf
+        time_s[0], time_s[:, 0] = 5.0, 5.0
+        factors.append(Factor(pair, time_s))
+    return FactorGraph(domains, tuple(factors), "v0", "v1")
+
+
+@pytest.mark.usefixtures("small_tables")
+def test_variables_that_are_all_tied_have_an_assignment_near_the_best() -> None:
+    graph = tied(8, 3)
+    segment = Segment(graph)
+    (table,) = segment.solve((Price(1, 0),))
+    least = brute_force(graph, Price(1, 0))
+    assert not segment.exact and np.isfinite(table.totals[0, 0]).all()
+    assert table.cost.min() <= least.min() <= table.totals[..., 0].min() <= 1.1 * least.min()
+
+
+def test_more_choices_than_any_table_holds_are_searched() -> None:
+    """Tables over 20 variables of 5 labels have 10^14 entries."""
+    segment = Segment(tied(20, 5))
+    (table,) = segment.solve((Price(1, 0),))
+    assert not segment.exact and np.isfinite(table.totals[0, 0]).all() and (table.cost <= table.totals[..., 0]).all()
+    assert len(segment.assignment(Price(1, 0), 0, 0)) == 20
 
 
 @pytest.mark.parametrize("bad", [np.zeros(3), np.array([np.nan, 0.0]), np.array([-np.inf, 0.0])])

@@ -219,7 +219,7 @@ class ConfigurationSolver:
     def _least_s(self, space: StageSpace) -> FloatArray:
         """[edge of the space] the least seconds per microbatch of any assignment."""
         edges, layer, e = self.table.edges, self.table.prices.index(Price(*TIME_ONLY)), space.edges
-        least: FloatArray = self.table.totals[edges.cls[e], layer, edges.entry[e], edges.exit[e], TIME]
+        least: FloatArray = self.table.cost[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
         return least
 
     def _within(self, spaces: Sequence[StageSpace], limit_s: float) -> tuple[StageSpace, ...]:
@@ -316,6 +316,13 @@ class ConfigurationSolver:
         least: FloatArray = self.table.cost[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
         return least
 
+    def _held_bytes(self, space: StageSpace) -> FloatArray:
+        """The same of the assignments that were found, which may need more where a segment is only bounded."""
+        edges, layer, e = self.table.edges, self.table.prices.index(space.least_bytes_price()), space.edges
+        totals = self.table.totals[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
+        held: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
+        return held
+
     def _refined(self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], cutoff_s: float) -> _Found:
         """Add memory prices where the bound or the best columns hurt, until they meet or no price helps."""
         found = self._look(spaces, best, 0.0, cutoff_s)
@@ -370,7 +377,8 @@ class ConfigurationSolver:
         """On each edge, the fitting plans that are best for some weighting of time and step."""
         edges, e = self.table.edges, space.edges
         totals = self.table.totals[edges.cls[e], :, edges.entry[e], edges.exit[e]]
-        over = totals[:, :, STATE] + space.held * totals[:, :, SAVED] > space.capacity_bytes[:, None]
+        need = totals[:, :, STATE] + space.held * totals[:, :, SAVED]
+        over = np.isinf(need) | (need > space.capacity_bytes[:, None])
         picked = []
         for weights in self._weightings():
             cost = weights[0] * totals[:, :, TIME] + weights[1] * totals[:, :, STEP]
@@ -519,7 +527,7 @@ class ConfigurationSolver:
         for stage in range(self.configuration.pp):
             edges = self._stage_edges(stage)
             space = StageSpace(stage, self.held[stage], edges, np.full(len(edges), np.inf))
-            need = self._least_bytes(space) + table.edges.reserve_bytes[edges] + self.extra_bytes[stage]
+            need = self._held_bytes(space) + table.edges.reserve_bytes[edges] + self.extra_bytes[stage]
             arcs.append(Arcs(table.edges.source[edges], table.edges.target[edges], need, need))
             spaces.append(space)
         needed, path = bottleneck(arcs, *self._ends())

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 COMPONENTS = ("time_s", "step_s", "state_bytes", "saved_bytes")
 
 
@@ -99,16 +100,21 @@ class FactorGraph:
 
     def holding(self, labels: Mapping[str, str]) -> FactorGraph:
         """The same graph where variables keep the labels given for them; self if none is given."""
-        held = {v: self.domains[v].index(label) for v, label in labels.items()}
-        if not held:
+        held = {v: [self.domains[v].index(label)] for v, label in labels.items()}
+        return self.narrowed({v: np.array(index) for v, index in held.items()})
+
+    def narrowed(self, kept: Mapping[str, IntArray]) -> FactorGraph:
+        """The same graph where variables keep the labels of these indices; self if none is given."""
+        if not kept:
             return self
-        domains = {v: (known[held[v]],) if v in held else known for v, known in self.domains.items()}
-        factors = tuple(_hold(factor, held) for factor in self.factors)
+        domains = {v: tuple(known[i] for i in kept[v]) if v in kept else known for v, known in self.domains.items()}
+        factors = tuple(_narrowed(factor, kept) for factor in self.factors)
         return FactorGraph(domains, factors, self.entry, self.exit, self.shared)
 
 
-def _hold(factor: Factor, held: Mapping[str, int]) -> Factor:
-    if not any(v in held for v in factor.variables):
-        return factor
-    index = tuple(slice(held[v], held[v] + 1) if v in held else slice(None) for v in factor.variables)
-    return Factor(factor.variables, *(None if array is None else array[index] for array in factor.components()))
+def _narrowed(factor: Factor, kept: Mapping[str, IntArray]) -> Factor:
+    arrays = factor.components()
+    for axis, v in enumerate(factor.variables):
+        if v in kept:
+            arrays = tuple(None if array is None else array.take(kept[v], axis=axis) for array in arrays)
+    return Factor(factor.variables, *arrays)

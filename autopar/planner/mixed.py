@@ -24,7 +24,7 @@ from autopar.planner.ilp import Choice
 from autopar.planner.least import quick_bound_s
 from autopar.planner.mixed_ilp import MixedIlp, Offer, worthwhile
 from autopar.planner.search import Infeasible, Solution, Space, stage_solution
-from autopar.planner.segment import Price, Segment
+from autopar.planner.segment import Price, Segment, unproved
 from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, VARYING
 
@@ -257,7 +257,8 @@ class MixedSolver:
         meshes = tuple(offer.mesh for offer in offers)
         placement = self._placement(offers)
         c = self._configuration(shape, meshes)
-        return Solution(c, stages, choice.objective_s, bound_s, gap, choice.notes, placement, ilp=ilp, meshes=meshes)
+        notes = (*choice.notes, *unproved(self.segments.values()))
+        return Solution(c, stages, choice.objective_s, bound_s, gap, notes, placement, ilp=ilp, meshes=meshes)
 
     def _configuration(self, shape: Shape, meshes: Sequence[Mesh]) -> Configuration:
         first = meshes[0]

@@ -23,7 +23,7 @@ from autopar.planner.configuration import Configuration, ConfigurationSolver, Ou
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.least import quick_bound_s
-from autopar.planner.segment import Segment
+from autopar.planner.segment import Segment, unproved
 from autopar.planner.solvers import Program
 from cost_model.errors import ParallelismError, UnknownNameError
 from cost_model.mesh import Mesh
@@ -476,7 +476,7 @@ class _Search:
         choice = outcome.choice
         stages = _stages(unit.solver, choice.columns)
         gap = _gap(choice.objective_s, unit.bound_s)
-        notes = (*choice.notes, *unit.notes)
+        notes = (*choice.notes, *unit.notes, *unproved(unit.solver.segments))
         c = unit.solver.configuration
         return Solution(c, stages, choice.objective_s, unit.bound_s, gap, notes, ilp=outcome.ilp)
 

@@ -4,11 +4,13 @@ Variable elimination: one variable after another is minimised out of the sum of 
 mention it, in an order found once per graph structure; numpy carries all prices together. Axes are
 kept in elimination order, so that tables line up by reshaping and the variable to go is always the
 first axis.
+
+A segment whose tables would be too large is bounded (``elimination``), and the labels that the bound's
+parts agree on best are an assignment: what it costs is known exactly, and how far from the best at most.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from autopar.planner.elimination import Elimination, Step, Sum, elimination, shape_over
 from autopar.planner.factor_graph import FactorGraph, FloatArray
-from cost_model.errors import UnsupportedError
 
 IntArray = npt.NDArray[np.int64]
-MAX_TABLE_ENTRIES = 20_000_000
+_EQUAL = 1 - 1e-9
+"""A cost times this is below one that is equal but for rounding."""
 
 
 @dataclass(frozen=True, order=True)
@@ -43,32 +46,14 @@ class Price:
 class SegmentTable:
     """Results for one price.
 
-    cost: [entry, exit], infinite where nothing is allowed; totals: [entry, exit, 4] in the order of
-    ``factor_graph.COMPONENTS``; labels: [variable, entry, exit] label indices of a best assignment.
+    cost: [entry, exit] no assignment costs less; infinite where none is allowed, or none was found. totals: [entry,
+    exit, 4] of the assignment found, in the order of ``factor_graph.COMPONENTS``, which cost as much where the search
+    is exact; labels: [variable, entry, exit] its label indices.
     """
 
     cost: FloatArray
     totals: FloatArray
     labels: npt.NDArray[np.int16]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A sum of tables over ``scope``, whose first variable goes; inputs: (table, its shape over the whole scope)."""
-
-    scope: tuple[int, ...]
-    inputs: tuple[tuple[int, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Elimination:
-    """scopes: each factor's variables in elimination order; strides: [factor, variable] steps into the flat costs."""
-
-    scopes: tuple[tuple[int, ...], ...]
-    offsets: tuple[int, ...]
-    strides: FloatArray
-    steps: tuple[_Step, ...]
-    final: _Step
 
 
 class Segment:
@@ -79,12 +64,14 @@ class Segment:
         self.variables = tuple(graph.domains)
         index = {v: i for i, v in enumerate(self.variables)}
         sizes = tuple(len(graph.domains[v]) for v in self.variables)
-        scopes = tuple(tuple(index[v] for v in factor.variables) for factor in graph.factors)
         kept = tuple(dict.fromkeys(index[v] for v in (graph.entry, graph.exit) if v is not None))
-        self._sizes = sizes
-        self._plan = _elimination(sizes, scopes, kept)
+        scopes = tuple(tuple(index[v] for v in f.variables if sizes[index[v]] > 1) for f in graph.factors)
+        self._sizes, self._kept = sizes, kept
+        self._plan = elimination(sizes, scopes, kept)
         self._flat, self._forbidden = _flatten(graph, scopes, self._plan)
         self._ends = tuple(None if v is None else index[v] for v in (graph.entry, graph.exit))
+        pairs = (len(graph.entry_labels), len(graph.exit_labels))
+        self._found = np.zeros((len(sizes), 1, *pairs), dtype=np.int64), np.full((1, *pairs, 4), np.inf)
         self._done: dict[Price, SegmentTable] = {}
 
     def solve(self, prices: Sequence[Price]) -> tuple[SegmentTable, ...]:
@@ -101,19 +88,74 @@ class Segment:
         picked = table.labels[:, entry, exit]
         return {v: self.graph.domains[v][int(i)] for v, i in zip(self.variables, picked, strict=True)}
 
+    @property
+    def exact(self) -> bool:
+        """Whether assignments are proved to be best; else ``SegmentTable.cost`` bounds them."""
+        return self._plan.exact
+
     def _solve(self, prices: Sequence[Price]) -> Iterable[SegmentTable]:
         weights = np.array([price.vector() for price in prices])
         costs = weights @ self._flat
         costs[:, self._forbidden] = np.inf
-        tables, sums = self._tables(costs), []
+        tables, sums = self._tables(costs), list[list[FloatArray]]()
         for step in self._plan.steps:
-            sums.append(self._summed(tables, step, len(prices)))
-            tables.append(sums[-1].min(axis=1))
+            sums.append(self._alike(step, [self._summed(tables, part, len(prices)) for part in step.sums]))
+            tables += [total.min(axis=1) for total in sums[-1]]
         cost = self._pairs(self._summed(tables, self._plan.final, len(prices)))
         labels = self._substitute(sums, cost.shape)
-        totals = self._totals(labels, cost)
+        totals = self._totals(labels, costs)
+        totals[~np.isfinite(cost)] = np.inf
+        if not self.exact:
+            labels, totals = self._allowed(*self._improved(prices, weights, cost, labels, totals))
+            cost = np.where(np.isfinite(totals[..., 0]), np.minimum(cost, _priced(weights, totals)), np.inf)
         small = labels.astype(np.int16)
         return [SegmentTable(cost[k], totals[k], small[:, k]) for k in range(len(prices))]
+
+    def _alike(self, step: Step, totals: list[FloatArray]) -> list[FloatArray]:
+        """The same sum in parts that all take equally much at least for the labels of what they share, which makes
+        their bound tighter (cost shifting; Ihler et al., UAI 2012)."""
+        if len(totals) == 1:
+            return totals
+        shared, prices = step.shared, len(totals[0])
+        others = [tuple(i + 1 for i, v in enumerate(part.scope) if v not in shared) for part in step.sums]
+        least = [total.min(axis=axes) for total, axes in zip(totals, others, strict=True)]
+        mean: FloatArray = np.sum(least, axis=0) / len(least)
+        moved = []
+        for part, total, own in zip(step.sums, totals, least, strict=True):
+            shift = np.full_like(mean, np.inf)
+            np.subtract(mean, own, out=shift, where=np.isfinite(mean))
+            moved.append(total + shift.reshape(prices, *shape_over(shared, part.scope, self._sizes)))
+        return moved
+
+    def _improved(
+        self, prices: Sequence[Price], weights: FloatArray, cost: FloatArray, labels: IntArray, totals: FloatArray
+    ) -> tuple[IntArray, FloatArray]:
+        """Better assignments among the labels that those of any pair have, and first labels: what is whole."""
+        if (_priced(weights, totals) * _EQUAL <= cost).all():
+            return labels, totals
+        rows = labels.reshape(len(self.variables), -1)
+        picked = [np.unique(np.append(row, 0)) for row in rows]
+        for index in self._kept:
+            picked[index] = np.arange(self._sizes[index])
+        if all(len(found) == size for found, size in zip(picked, self._sizes, strict=True)):
+            return labels, totals
+        keeping = dict(zip(self.variables, picked, strict=True))
+        tables = Segment(self.graph.narrowed(keeping)).solve(prices)
+        other = np.stack([table.totals for table in tables])
+        better = _priced(weights, other) < _priced(weights, totals)
+        chosen = np.stack([table.labels for table in tables], axis=1)
+        known = np.stack([found[row] for found, row in zip(picked, chosen, strict=True)])
+        return np.where(better, known, labels), np.where(better[..., None], other, totals)
+
+    def _allowed(self, labels: IntArray, totals: FloatArray) -> tuple[IntArray, FloatArray]:
+        """With what other prices found, now or before, for pairs that these found nothing for."""
+        every = np.concatenate([self._found[0], labels], axis=1)
+        costs = np.concatenate([self._found[1], totals])
+        first = np.isfinite(costs[..., 0]).argmax(axis=0)[None]
+        found = np.take_along_axis(every, first[None], axis=1), np.take_along_axis(costs, first[..., None], axis=0)
+        self._found = found
+        missing = np.isinf(totals[..., 0])
+        return np.where(missing, found[0], labels), np.where(missing[..., None], found[1], totals)
 
     def _tables(self, costs: FloatArray) -> list[FloatArray]:
         """Each factor's costs, [price, one axis per variable in elimination order]."""
@@ -123,7 +165,7 @@ class Segment:
             tables.append(costs[:, offset : offset + math.prod(shape)].reshape(len(costs), *shape))
         return tables
 
-    def _summed(self, tables: Sequence[FloatArray], step: _Step, prices: int) -> FloatArray:
+    def _summed(self, tables: Sequence[FloatArray], step: Sum, prices: int) -> FloatArray:
         """[price, one axis per variable of the step's scope]."""
         total: FloatArray | None = None
         for table, shape in step.inputs:
@@ -145,113 +187,62 @@ class Segment:
         shape = tuple(1 if v is None else self._sizes[v] for v in (entry, exit))
         return cost.reshape(len(cost), *shape)
 
-    def _substitute(self, sums: Sequence[FloatArray], shape: tuple[int, ...]) -> IntArray:
+    def _substitute(self, sums: Sequence[Sequence[FloatArray]], shape: tuple[int, ...]) -> IntArray:
         """Label indices [variable, price, entry, exit], found from the last eliminated variable back."""
         where = np.indices(shape).reshape(3, -1)
         labels = np.zeros((len(self.variables), where.shape[1]), dtype=np.int64)
         for end, index in zip(self._ends, where[1:], strict=True):
             if end is not None:
                 labels[end] = index
-        for step, total in zip(reversed(self._plan.steps), reversed(sums), strict=True):
-            rest = tuple(labels[v] for v in step.scope[1:])
-            labels[step.scope[0]] = total[(where[0], slice(None), *rest)].argmin(axis=1)
+        for step, totals in zip(reversed(self._plan.steps), reversed(sums), strict=True):
+            rows = [
+                total[(where[0], slice(None), *(labels[v] for v in part.scope[1:]))]
+                for part, total in zip(step.sums, totals, strict=True)
+            ]
+            labels[step.sums[0].scope[0]] = sum(rows[1:], rows[0]).argmin(axis=1)
         return labels.reshape(len(self.variables), *shape)
 
-    def _totals(self, labels: IntArray, cost: FloatArray) -> FloatArray:
-        """Exact [price, entry, exit, 4] sums of the chosen entries; infinite where the pair is impossible."""
+    def _totals(self, labels: IntArray, costs: FloatArray) -> FloatArray:
+        """Exact [price, entry, exit, 4] sums of the chosen entries; infinite where one is forbidden.
+
+        costs: [price, entry of a factor], infinite where forbidden.
+        """
         picked = labels.reshape(len(self.variables), -1)
         index = (self._plan.strides @ picked + np.array(self._plan.offsets, dtype=np.float64)[:, None]).astype(np.int64)
-        totals = np.stack([row[index].sum(axis=0) for row in self._flat], axis=-1).reshape(*cost.shape, 4)
-        totals[~np.isfinite(cost)] = np.inf
-        return totals
+        totals = np.stack([row[index].sum(axis=0) for row in self._flat], axis=-1)
+        totals[np.isinf(costs[0])[index].any(axis=0)] = np.inf
+        return totals.reshape(*labels.shape[1:], 4)
 
 
-def _flatten(
-    graph: FactorGraph, scopes: tuple[tuple[int, ...], ...], plan: _Elimination
-) -> tuple[FloatArray, IntArray]:
+def unproved(segments: Iterable[Segment]) -> tuple[str, ...]:
+    """A note where some segment is only bounded."""
+    if all(segment.exact for segment in segments):
+        return ()
+    return (
+        "a segment ties more choices together than are searched exactly: its best is bounded, and the gap counts "
+        "what may be missing",
+    )
+
+
+def _priced(weights: FloatArray, totals: FloatArray) -> FloatArray:
+    """[price, entry, exit] of [price, component] and [price, entry, exit, component]."""
+    finite = np.isfinite(totals[..., 0])
+    cost = np.einsum("pc,peoc->peo", weights, np.where(finite[..., None], totals, 0.0))
+    return np.where(finite, cost, np.inf)
+
+
+def _flatten(graph: FactorGraph, scopes: tuple[tuple[int, ...], ...], plan: Elimination) -> tuple[FloatArray, IntArray]:
     """All factor entries in one [4, entry] array, and where time is infinite (held there as zero)."""
-    sizes = [math.prod(len(graph.domains[v]) for v in factor.variables) for factor in graph.factors]
+    counts = [len(labels) for labels in graph.domains.values()]
+    sizes = [math.prod(counts[v] for v in scope) for scope in scopes]
     flat = np.zeros((4, sum(sizes)))
     for factor, scope, ordered, offset, size in zip(
         graph.factors, scopes, plan.scopes, plan.offsets, sizes, strict=True
     ):
-        axes = [scope.index(v) for v in ordered]
+        axes, shape = [scope.index(v) for v in ordered], [counts[v] for v in scope]
         for row, array in zip(flat, factor.components(), strict=True):
             if array is not None:
-                row[offset : offset + size] = array.transpose(axes).ravel()
+                row[offset : offset + size] = array.reshape(shape).transpose(axes).ravel()
     forbidden = np.flatnonzero(np.isinf(flat[0]))
     flat[0, forbidden] = 0.0
     return flat, forbidden
-
-
-@functools.lru_cache(maxsize=1024)
-def _elimination(sizes: tuple[int, ...], scopes: tuple[tuple[int, ...], ...], kept: tuple[int, ...]) -> _Elimination:
-    order = _order(sizes, scopes, kept)
-    rank = {v: i for i, v in enumerate((*order, *kept))}
-    ordered = tuple(tuple(sorted(scope, key=rank.__getitem__)) for scope in scopes)
-    lengths = [math.prod(sizes[v] for v in scope) for scope in scopes]
-    offsets = tuple(sum(lengths[:i]) for i in range(len(lengths)))
-    strides = np.zeros((len(scopes), len(sizes)))
-    for row, scope in zip(strides, ordered, strict=True):
-        for axis, v in enumerate(scope):
-            row[v] = math.prod(sizes[u] for u in scope[axis + 1 :])
-    steps, final = _steps(sizes, ordered, order, kept, rank)
-    return _Elimination(ordered, offsets, strides, steps, final)
-
-
-def _steps(
-    sizes: tuple[int, ...],
-    scopes: tuple[tuple[int, ...], ...],
-    order: tuple[int, ...],
-    kept: tuple[int, ...],
-    rank: dict[int, int],
-) -> tuple[tuple[_Step, ...], _Step]:
-    """The tables that meet at each variable, and those left for the kept ones."""
-    alive = dict(enumerate(scopes))
-    steps = []
-    for v in order:
-        meeting = [table for table, scope in alive.items() if v in scope]
-        union = tuple(sorted({v}.union(*(alive[t] for t in meeting)), key=rank.__getitem__))
-        if math.prod(sizes[u] for u in union) > MAX_TABLE_ENTRIES:
-            raise UnsupportedError(
-                f"a segment ties {len(union)} choices together, too many to search exactly; "
-                "next: pin tp or split the module so that fewer values are live at once"
-            )
-        steps.append(_Step(union, tuple((t, _shape(alive[t], union, sizes)) for t in meeting)))
-        for table in meeting:
-            del alive[table]
-        alive[len(scopes) + len(steps) - 1] = union[1:]
-    return tuple(steps), _Step(kept, tuple((t, _shape(scope, kept, sizes)) for t, scope in alive.items()))
-
-
-def _shape(scope: tuple[int, ...], union: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sizes[v] if v in scope else 1 for v in union)
-
-
-def _order(sizes: tuple[int, ...], scopes: tuple[tuple[int, ...], ...], kept: tuple[int, ...]) -> tuple[int, ...]:
-    """Greedy elimination order: smallest new table first, then least fill-in, then first named."""
-    near: dict[int, set[int]] = {v: set() for v in range(len(sizes))}
-    for scope in scopes:
-        for v in scope:
-            near[v].update(u for u in scope if u != v)
-    scores = {v: _score(v, near, sizes) for v in near if v not in kept}
-    order = []
-    while scores:
-        v = min(scores, key=scores.__getitem__)
-        order.append(v)
-        del scores[v]
-        touched = set(near[v])
-        for u in near.pop(v):
-            near[u] |= touched
-            near[u] -= {u, v}
-        for u in touched.union(*(near[t] for t in touched)):
-            if u in scores:
-                scores[u] = _score(u, near, sizes)
-    return tuple(order)
-
-
-def _score(v: int, near: dict[int, set[int]], sizes: tuple[int, ...]) -> tuple[int, int, int]:
-    around = near[v]
-    entries = math.prod(sizes[u] for u in around) * sizes[v]
-    missing = sum(len(around - near[u]) - 1 for u in around)
-    return (entries, missing, v)
