@@ -219,6 +219,7 @@ def test_explain_lays_the_kinds_side_by_side(folder: Path, capsys: pytest.Captur
     assert max(tree["savings"], key=tree["savings"].get) in ("computing", "nvswitch")
 
 
+@pytest.mark.slow
 def test_explain_says_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     estimate = ("estimate", "tagger.py:factory", *SHIPPED)
     least = ("--microbatch-size", "1", "--recompute", "full", "--zero", "3")

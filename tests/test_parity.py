@@ -33,7 +33,10 @@ def test_example_gpt_in_double_precision(pins: dict[str, int]) -> None:
     assert (plan.dp, plan.tp, plan.pp) == (pins["dp"], pins["tp"], pins["pp"])
 
 
-@pytest.mark.parametrize("pins", GRIDS, ids=_name)
+SLOW_BUT_THE_LARGEST = [*(pytest.param(pins, marks=pytest.mark.slow) for pins in GRIDS[:-1]), GRIDS[-1]]
+
+
+@pytest.mark.parametrize("pins", SLOW_BUT_THE_LARGEST, ids=_name)
 def test_hf_gpt2_in_single_precision(pins: dict[str, int]) -> None:
     model, batch = hf_gpt2("sdpa" if pins["pp"] == 1 else "eager")
     check_parity(model, batch, _devices(pins), 1e-5, **pins)

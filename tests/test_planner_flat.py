@@ -76,6 +76,11 @@ def test_many_graphs_under_a_cap() -> None:
     MANY(given(seed=SEED, tied=st.booleans(), tightness=st.floats(0, 1.2))(agree_under_a_cap))()
 
 
+def test_a_program_whose_presolved_answer_has_fractions() -> None:
+    """HiGHS 1.15 calls it solved with fractions in binary variables."""
+    agree_under_a_cap(751, tied=True, tightness=0.5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.0))
 def test_ways_to_save_memory_are_variables_of_the_flat_program_too(seed: int, tightness: float) -> None:

@@ -99,6 +99,27 @@ def test_without_solvers_the_error_names_both(monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.tried == (("HiGHS", "not installed"), ("CBC", "broken"))
 
 
+@pytest.mark.parametrize("presolved_only", [True, False])
+def test_an_answer_with_fractions_is_not_taken(presolved_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = pulp.HiGHS.actualSolve
+
+    def fractional(self: pulp.HiGHS, problem: pulp.LpProblem) -> int:
+        status = solve(self, problem)
+        if not (presolved_only and self.optionsDict.get("presolve") == "off"):
+            next(x for x in problem.variables() if x.cat == pulp.LpInteger).varValue = 0.4
+        return int(status)
+
+    offers = random_offers(3, 2)
+    expected = ilp_of(offers, 4).solve()
+    monkeypatch.setattr(pulp.HiGHS, "actualSolve", fractional)
+    choice = ilp_of(offers, 4).solve()
+    assert choice.columns == expected.columns
+    assert choice.solver == ("HiGHS" if presolved_only else "CBC")
+    assert [("fractions" in note, "CBC was used" in note) for note in choice.notes] == [(True, True)] * (
+        not presolved_only
+    )
+
+
 def test_a_timeout_is_not_called_optimal(monkeypatch: pytest.MonkeyPatch) -> None:
     solve = pulp.HiGHS.actualSolve
 
