@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
-from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, message_ranks
+from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Probe, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import Cluster, cluster_names
 from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 10
+CALIBRATION_VERSION = 11
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
 MOVING_BYTES = MESSAGE_BYTES[:-1]
-_OP_PASSES, _MESSAGE_PASSES = 4, 5
+_PASSES = 4
 _OP_BUDGET_S = 0.008
 _PRODUCT_BUDGET_S = 0.1
 _CLEARLY = 0.8  # of the time that torch's own way takes
 _MESSAGE_BUDGET_S = 0.008
-_MOST_REPEATS = 20
+_MOST_REPEATS = 6  # of a pass: what differs is the passes
 _OS_SHARE = 0.05  # of memory, left to the system and its file cache
 _RANK_WAIT_S = 900.0
 _POLL_S = 0.2
@@ -191,7 +191,7 @@ def _awaited(path: Path) -> Cluster:
 def measure(num_ranks: int, note: str = "") -> str:
     """Measure this machine with so many ranks at once and return the text of its cluster file."""
     description = f"{cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
-    steps = len(all_probes(BLAS)) * _OP_PASSES + len(_messages(num_ranks)) * _MESSAGE_PASSES
+    steps = (len(all_probes(BLAS)) + len(_messages(num_ranks))) * _PASSES
     with (
         _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,
         WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator") as pool,
@@ -199,11 +199,11 @@ def measure(num_ranks: int, note: str = "") -> str:
         pool.call("__init__", None)
         resident = max(pool.call("resident_bytes", None))
         library = _fastest_products(pool)
-        times, dtypes = _measured_ops(pool, library, max(1.0, num_ranks / usable_cores()), step)
-        messages = _measured_messages(pool, num_ranks, step)
+        times, messages = _measured(pool, num_ranks, library, step)
     memory_bytes = usable_memory_bytes() // num_ranks
     reserve_bytes = min(resident + round(_OS_SHARE * memory_bytes), memory_bytes - 1)
     machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library)
+    dtypes = {time.row.removeprefix("dtype:"): time.seconds for time in times if time.row.startswith("dtype:")}
     return render_cluster(machine, times, dtypes, messages)
 
 
@@ -215,24 +215,35 @@ def _fastest_products(pool: WorkerPool) -> str:
     return best if seconds[best] < _CLEARLY * seconds[BLAS] else BLAS
 
 
-def _measured_ops(pool: WorkerPool, library: str, crowding: float, step: Step) -> tuple[list[OpTime], dict[str, float]]:
-    """Every probe in every pass: the mean over ranks, the median pass: a step meets what is usual, not the best.
+def _measured(pool: WorkerPool, num_ranks: int, library: str, step: Step) -> tuple[list[OpTime], list[MessageTime]]:
+    """Ops and messages in turn, so that the passes of both span the whole time: a processor that is faster for half a
+    minute, as shared ones are, then counts less."""
+    probes = all_probes(library)
+    ops: list[list[tuple[OpCost, list[float]]]] = [[] for _ in probes]
+    messages: dict[tuple[str, int, int], list[float]] = {}
+    for _ in range(_PASSES):
+        for index, probe in enumerate(probes):
+            step(probe.label)
+            ops[index].append(_op_seconds(pool, index, library))
+        for key, seconds in _message_seconds(pool, num_ranks, step):
+            messages.setdefault(key, []).append(seconds)
+    crowding = max(1.0, num_ranks / usable_cores())
+    times = [_op_time(probe, passes, crowding) for probe, passes in zip(probes, ops, strict=True)]
+    return times, [MessageTime(*key, statistics.median(seconds)) for key, seconds in messages.items()]
+
+
+def _op_seconds(pool: WorkerPool, index: int, library: str) -> tuple[OpCost, list[float]]:
+    """Of one pass, by rank."""
+    replies = pool.call("measure_op", {"index": index, "library": library, "budget_s": _OP_BUDGET_S})
+    return _cost(replies[0]), [reply["seconds"] for reply in replies]
+
+
+def _op_time(probe: Probe, passes: Sequence[tuple[OpCost, list[float]]], crowding: float) -> OpTime:
+    """The median over passes and ranks: a step meets what is usual, not the best.
 
     crowding: ranks per core; CPU time does not see that ranks take turns on a core.
     """
-    seconds: dict[int, list[float]] = {}
-    costs: dict[int, OpCost] = {}
-    probes = all_probes(library)
-    for _ in range(_OP_PASSES):
-        for index, probe in enumerate(probes):
-            step(probe.label)
-            replies = pool.call("measure_op", {"index": index, "library": library, "budget_s": _OP_BUDGET_S})
-            seconds.setdefault(index, []).append(statistics.fmean(reply["seconds"] for reply in replies))
-            costs[index] = _cost(replies[0])
-    found = {index: crowding * statistics.median(values) for index, values in seconds.items()}
-    times = [OpTime(probe.row, costs[index], found[index]) for index, probe in enumerate(probes)]
-    dtypes = {time.row.removeprefix("dtype:"): time.seconds for time in times if time.row.startswith("dtype:")}
-    return times, dtypes
+    return OpTime(probe.row, passes[0][0], crowding * statistics.median(s for _, seconds in passes for s in seconds))
 
 
 def _cost(reply: Mapping[str, Any]) -> OpCost:
@@ -250,19 +261,16 @@ def _messages(num_ranks: int) -> list[tuple[str, int, int]]:
     return [*plain, *((kind, ranks, nbytes) for kind, ranks in moving for nbytes in MOVING_BYTES)]
 
 
-def _measured_messages(pool: WorkerPool, num_ranks: int, step: Step) -> list[MessageTime]:
-    """Every message in every pass: the slowest rank, the median pass."""
-    found: dict[tuple[str, int, int], list[float]] = {}
-    for _ in range(_MESSAGE_PASSES):
-        last_s = 0.0
-        for kind, ranks, nbytes in _messages(num_ranks):
-            step(f"{kind} of {ranks}, {nbytes / 2**10:,.0f} KiB")
-            before_s = 0.0 if nbytes == min(MESSAGE_BYTES) else last_s  # of the size before, not of another kind
-            repeats = max(1, min(_MOST_REPEATS, round(_MESSAGE_BUDGET_S / max(before_s, 1e-6))))
-            payload = {"kind": kind, "ranks": ranks, "nbytes": nbytes, "repeats": repeats}
-            last_s = max(pool.call("measure_message", payload))
-            found.setdefault((kind, ranks, nbytes), []).append(last_s)
-    return [MessageTime(*key, statistics.median(seconds)) for key, seconds in found.items()]
+def _message_seconds(pool: WorkerPool, num_ranks: int, step: Step) -> Iterator[tuple[tuple[str, int, int], float]]:
+    """Every message once: the slowest rank."""
+    last_s = 0.0
+    for kind, ranks, nbytes in _messages(num_ranks):
+        step(f"{kind} of {ranks}, {nbytes / 2**10:,.0f} KiB")
+        before_s = 0.0 if nbytes == min(MESSAGE_BYTES) else last_s  # of the size before, not of another kind
+        repeats = max(1, min(_MOST_REPEATS, round(_MESSAGE_BUDGET_S / max(before_s, 1e-6))))
+        payload = {"kind": kind, "ranks": ranks, "nbytes": nbytes, "repeats": repeats}
+        last_s = max(pool.call("measure_message", payload))
+        yield (kind, ranks, nbytes), last_s
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def _product(library: str, role: str, m: int, n: int, k: int) -> Probe:
     is_quick = library == ONEDNN and 2 * m * n * k >= LEAST_FLOPS
 
     def make() -> Made:
-        left = drawn(k, m).t() if role == "weight gradient" else drawn(m, k)
+        left = drawn(k, m).t() if role == "weight gradient" and not is_quick else drawn(m, k)
         right = drawn(n, k).t() if role in ("forward", "biased") else drawn(k, n)
         bias = drawn(n) if role == "biased" else None
         if is_quick:
@@ -170,11 +170,19 @@ def _attention(batch: int, t: int, d: int, causal: bool) -> Made:
 
 
 def _attention_backward(batch: int, t: int, d: int, causal: bool) -> Made:
-    forward, args, _ = _attention(batch, t, d, causal)
-    out, logsumexp = forward(*args)
+    out, logsumexp = _attended(batch, t, d, causal)
     gradient = drawn(batch, t, HEADS, d).transpose(1, 2)
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    return backward, (gradient, *args[:3], out, logsumexp, 0.0, causal), {}
+    args = (gradient, *_heads(batch, t, d), out.clone(), logsumexp.clone(), 0.0, causal)
+    return backward, args, {}
+
+
+@functools.cache
+def _attended(batch: int, t: int, d: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """What attention of such operands leaves; made once, since other operands of this size take as long with it."""
+    forward, args, _ = _attention(batch, t, d, causal)
+    out, logsumexp = forward(*args)
+    return out, logsumexp
 
 
 def _dtypes(library: str) -> Iterator[Probe]:

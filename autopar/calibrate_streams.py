@@ -9,8 +9,8 @@ import torch
 
 from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
 from autopar.calibrate_worker import Probe
-from autopar.runtime import draws
-from passes import random_vocabulary
+from autopar.runtime import draws, kernels
+from passes import random_vocabulary, vocabulary
 
 aten = torch.ops.aten
 
@@ -174,6 +174,11 @@ def _roll(nbytes: int) -> Made:
     return aten.roll.default, (drawn(*_matrix(nbytes, 2)), [1], [1]), {}
 
 
+def _matrix_by_rows(nbytes: int) -> Made:
+    rows, width = _matrix(nbytes, 2)
+    return Kernel(vocabulary.by_rows, kernels.by_rows), (drawn(width, rows).t(),), {}
+
+
 _STREAMS: tuple[tuple[str, Callable[[int], Made]], ...] = (
     ("elementwise", _add),
     ("elementwise", _scale),
@@ -199,4 +204,5 @@ _STREAMS: tuple[tuple[str, Callable[[int], Made]], ...] = (
     ("loss_backward", _nll_loss_backward),
     ("optimizer", _adamw),
     ("other", _roll),
+    ("other", _matrix_by_rows),
 )

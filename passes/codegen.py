@@ -32,6 +32,7 @@ RUNTIME_CALLS = {
     "autopar.attention_backward.default": "kernels.attention_backward",
     "autopar.attention_rows.default": "kernels.attention_rows",
     "autopar.attention_rows_backward.default": "kernels.attention_rows_backward",
+    "autopar.by_rows.default": "kernels.by_rows",
     "autopar.count_labels.default": "kernels.count_labels",
     "autopar.product.default": "kernels.product",
     "autopar.put.default": "kernels.put",

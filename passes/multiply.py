@@ -1,6 +1,8 @@
 """Multiply: products of float32 matrices become calls of oneDNN, for devices that are faster with it.
 
-Of what torch's CPU builds call for products, MKL uses no AVX-512 on processors that are not Intel's; oneDNN does.
+Of what torch's CPU builds call for products, MKL uses no AVX-512 on processors that are not Intel's; oneDNN does. It
+wants the rows of its first operand one behind the other, so one that lies transposed is copied first, by a call of its
+own: that takes a tenth as long as the product, or a third where the result is narrow.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes import vocabulary
 from passes.fuse import operands, product
@@ -32,7 +35,8 @@ def multiply(graph: fx.Graph) -> None:
     for node in graph.nodes:
         found = _operands(node)
         if found is not None and _gains(*found[:2]):
-            node.target, node.args = vocabulary.product, found
+            left, right, bias = found
+            node.target, node.args = vocabulary.product, (_by_rows(graph, node, left), right, bias)
 
 
 def _separate(graph: fx.Graph, node: fx.Node) -> None:
@@ -41,6 +45,19 @@ def _separate(graph: fx.Graph, node: fx.Node) -> None:
     *bucket, place = (each for each in node.args if each is not left and each is not right)
     node.args = (*bucket, made, place)
     node.target = _APART[node.target]
+
+
+def _by_rows(graph: fx.Graph, node: fx.Node, matrix: fx.Node) -> fx.Node:
+    """A matrix, or its copy before ``node`` where that lies otherwise."""
+    value = matrix.meta["val"]
+    if value.is_contiguous():
+        return matrix
+    with graph.inserting_before(node):
+        copied = graph.call_function(vocabulary.by_rows, (matrix,))
+    with FakeTensorMode():
+        laid = torch.empty(value.shape, dtype=value.dtype)
+    copied.meta = {**node.meta, "val": laid, "storage": ("rows", copied.name)}
+    return copied
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:

@@ -100,6 +100,12 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty([left.shape[0], right.shape[1]])
 
 
+@define("by_rows(Tensor matrix) -> Tensor")
+def by_rows(matrix: Tensor) -> Tensor:
+    """A copy of a matrix that lies transposed, row after row."""
+    return matrix.new_empty(matrix.shape)
+
+
 @define("put(Tensor(a!) bucket, Tensor grad, int offset) -> ()")
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:
     """Writes a finished gradient to its place in a bucket."""

@@ -33,7 +33,7 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
     if cost.kind in ("attention", "attention_backward"):
         return _attention(cost, is_backward=cost.kind == "attention_backward")
     if node.target is vocabulary.product:
-        return _single(node, cost)
+        return _single(cost)
     if cost.kind in ("matmul", "batched_matmul") and cost.dtype in _HALF:
         first = [operand for operand in node.args if isinstance(operand, fx.Node)][-2]
         return _packing(*cost.gemm[1:], turned=not _value(first).is_contiguous())
@@ -75,12 +75,10 @@ def _packing(m: int, n: int, k: int, *, turned: bool) -> int:
     return packed + _BOOKKEEPING
 
 
-def _single(node: fx.Node, cost: OpCost) -> int:
-    """What oneDNN takes for a product of float32: columns of the second operand, and the first laid out plainly."""
+def _single(cost: OpCost) -> int:
+    """What oneDNN takes for a product of float32: columns of the second operand."""
     assert cost.gemm is not None
-    first, depth = _value(node.args[0]), _filled(cost.gemm[-1])
-    copied = 0 if first.is_contiguous() else _nbytes(first)
-    return copied + 4 * min(depth, _DEEPEST_SINGLE) * _COLUMNS + _BOOKKEEPING
+    return 4 * min(_filled(cost.gemm[-1]), _DEEPEST_SINGLE) * _COLUMNS + _BOOKKEEPING
 
 
 class _Convolution:

@@ -278,9 +278,8 @@ def test_cuda_devices_are_known_by_their_names(monkeypatch: pytest.MonkeyPatch) 
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_OP_PASSES", 1)
+    monkeypatch.setattr(calibrate, "_PASSES", 1)
     monkeypatch.setattr(calibrate, "_OP_BUDGET_S", 0.0)
-    monkeypatch.setattr(calibrate, "_MESSAGE_PASSES", 1)
     monkeypatch.setattr(calibrate, "MESSAGE_BYTES", (2**10, 2**16, 2**20))
 
 

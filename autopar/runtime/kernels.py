@@ -12,6 +12,7 @@ __all__ = [
     "attention_backward",
     "attention_rows",
     "attention_rows_backward",
+    "by_rows",
     "count_labels",
     "drop",
     "experts",
@@ -135,9 +136,14 @@ def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """By oneDNN, as torch.compile has it multiply; an operand on the left that lies transposed is copied first."""
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(left.contiguous(), right.t(), bias, "none", [], "")
+    """By oneDNN, as torch.compile has it multiply; the rows of ``left`` lie one behind the other."""
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return made
+
+
+def by_rows(matrix: Tensor) -> Tensor:
+    """A copy of a matrix that lies transposed, row after row."""
+    return matrix.contiguous()
 
 
 def put(bucket: Tensor, grad: Tensor, offset: int) -> None:

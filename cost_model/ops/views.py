@@ -336,7 +336,7 @@ _register_copies("stack.default", _stack_factors, _copy, no_backward)
 _register_copies("pad.default constant_pad_nd.default", _pad_factors, _copy, _copied_gradient)
 
 register_priced("aten.as_strided.default aten.lift_fresh.default aten.detach_.default", unpriced)
-register_priced("aten.lift_fresh_copy.default", _copy)
+register_priced("aten.lift_fresh_copy.default autopar.by_rows.default", _copy)
 
 
 def _written_factors(call: OpCall) -> FactorMap:
