@@ -14,9 +14,10 @@ from autopar.executable import Executable
 from autopar.planning import Planned
 from autopar.report import bytes_text, make_table, render, seconds_text
 from autopar.runtime.measure import COMPILED, OPTIMIZER, OTHER, OUTSIDE, STEP
+from cost_model.block_price import VIEW
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError
-from cost_model.prices import VIEW, price_stages
+from cost_model.prices import price_stages
 from cost_model.program import Instruction, Program
 from cost_model.rank_clock import Event
 from cost_model.simulate import SimulationResult, simulate

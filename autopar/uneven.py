@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from autopar.planner.search import Solution
 from autopar.planner.virtual import shortest_ends
+from cost_model.block_price import BlockPrice
 from cost_model.plan import Plan
-from cost_model.prices import BlockPrice, StagePrice, price_replicas
+from cost_model.prices import StagePrice, price_replicas
 from cost_model.simulate import step_time_s
 
 if TYPE_CHECKING:

@@ -9,13 +9,12 @@ from typing import Protocol
 
 from cost_model.axes import is_inside_replica
 from cost_model.axis_groups import axis_groups, collective_stages
-from cost_model.background import Streams
+from cost_model.block_price import BlockPrice, block_price
 from cost_model.crossing import Message
 from cost_model.errors import VerificationError
-from cost_model.program import Block, Collective, Instruction, OpCost, Program
+from cost_model.program import Block, Collective, OpCost, Program
 from cost_model.tensor import DTYPE_BYTES
 
-VIEW = "view"
 BEHIND_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 """Collectives that can move behind compute."""
 
@@ -55,23 +54,6 @@ class PricedCluster(Protocol):
     def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float: ...
 
     def senders(self, pairs: Sequence[tuple[int, int]], /) -> Sequence[int]: ...
-
-
-@dataclass(frozen=True)
-class BlockPrice:
-    """Seconds of one run of a block: its ops, waiting for its collectives, and both by kind.
-
-    completed_s: from the beginning of the block until each group of gradients is complete.
-    """
-
-    compute_s: float
-    communication_s: float
-    kinds_s: Mapping[str, float] = field(hash=False)
-    completed_s: Mapping[str, float] = field(default_factory=dict, hash=False)
-
-    @property
-    def total_s(self) -> float:
-        return self.compute_s + self.communication_s
 
 
 @dataclass(frozen=True)
@@ -178,6 +160,8 @@ class _Pricer:
         self.op_prices: dict[tuple[int, ...], dict[OpCost, float]] = {}
         self.collective_prices: dict[tuple[object, ...], float] = {}
         self.asked: dict[tuple[object, ...], float] = {}
+        self.blocks: dict[tuple[object, ...], BlockPrice] = {}
+        self.moved: dict[int, tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {}
         self.users = {step: self._users(step) for step in (1, -1)}
 
     def stage(self, stage: int, dps: Sequence[int]) -> StagePrice:
@@ -232,34 +216,25 @@ class _Pricer:
         return tuple({id(device): device for device in devices}.values())
 
     def _block(self, stage: int, dps: Sequence[int], block: Block) -> BlockPrice:
-        op_s, devices = self._op_price(stage, dps), self._devices(stage, dps)
-        view_s = max((device.op_overhead_s for device in devices if device.kind == "cpu"), default=0.0)
-        kinds: defaultdict[str, float] = defaultdict(float)
-        compute = communication = 0.0
-        streams, moving, completed = Streams(), dict[str, str](), dict[str, float]()
-        for instruction in block.instructions:
-            collective = instruction.collective
-            if collective is not None and instruction.begins:
-                whole_s = self._blocking_s(stage, dps, block.name, collective)
-                streams.begin(instruction, whole_s, self._behind_s(stage, dps, collective))
-                moving[instruction.outputs[0].name] = collective.kind
-            elif collective is not None:
-                seconds = self._blocking_s(stage, dps, block.name, collective)
-                streams.spend(seconds)
-                communication += seconds
-                kinds[collective.kind] += seconds
-            elif instruction.awaits is not None:
-                seconds = streams.wait(instruction.awaits)
-                communication += seconds
-                kinds[moving[instruction.awaits]] += seconds
-            if instruction.cost is not None or instruction.collective is None:
-                seconds = view_s if instruction.cost is None else op_s(instruction.cost)
-                streams.spend(seconds)
-                compute += seconds
-                kinds[_kind(instruction)] += seconds
-            if instruction.completes is not None:
-                completed[instruction.completes] = streams.now_s
-        return BlockPrice(compute, communication, dict(kinds), completed)
+        """Blocks that stages share are gone through once where their devices are alike and their collectives take as
+        long."""
+        devices, op_s = self._devices(stage, dps), self._op_price(stage, dps)
+        every, begun = self._collectives(block)
+        whole_s = {c: self._blocking_s(stage, dps, block.name, c) for c in every}
+        behind_s = {c: self._behind_s(stage, dps, c) for c in begun}
+        key = (id(block), *map(id, devices), *whole_s.values(), *behind_s.values())
+        if key not in self.blocks:
+            view_s = max((device.op_overhead_s for device in devices if device.kind == "cpu"), default=0.0)
+            self.blocks[key] = block_price(block, view_s, op_s, whole_s, behind_s)
+        return self.blocks[key]
+
+    def _collectives(self, block: Block) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
+        """The distinct ones of a block, and those that begin there to be awaited later."""
+        if id(block) not in self.moved:
+            found = [(i.collective, i.begins) for i in block.instructions if i.collective is not None]
+            begun = dict.fromkeys(collective for collective, begins in found if begins)
+            self.moved[id(block)] = tuple(dict.fromkeys(collective for collective, _ in found)), tuple(begun)
+        return self.moved[id(block)]
 
     def _op_price(self, stage: int, dps: Sequence[int]) -> Callable[[OpCost], float]:
         """Price of an op on a stage's devices, asked for once for all stages on the same devices."""
@@ -384,7 +359,3 @@ class _Pricer:
             before[pair[0]].append(pair)
         both = ((there, back) for there in self._all_pairs(stage, 1) if there[0] in ranks for back in before[there[0]])
         return any(max(self.cluster.senders(pairs)) > 1 for pairs in both)
-
-
-def _kind(instruction: Instruction) -> str:
-    return VIEW if instruction.cost is None else instruction.cost.kind

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from cost_model.block_price import BlockPrice
 from cost_model.egress import Egress
 from cost_model.estimate import TimeBreakdown
-from cost_model.prices import BlockPrice, StagePrice
+from cost_model.prices import StagePrice
 from cost_model.program import Collective
 from cost_model.schedule import (
     POSTS,
@@ -22,6 +24,7 @@ from cost_model.schedule import (
 )
 
 POSTED: dict[type[Step], type[Step]] = {post: receive for receive, post in POSTS.items()}
+SENDS = (SendForward, SendBackward)
 COMPUTE: dict[type[Step], str] = {Forward: "forward", Backward: "backward", Weight: "weight"}
 BEHIND = "behind"
 STREAMS = ("compute", "receive", "send_forward", "send_backward", BEHIND)
@@ -81,12 +84,11 @@ class Link:
 
     def move(self) -> None:
         """Messages that both ends know of."""
-        while len(self.done) < min(len(self.posted), len(self.called)):
-            message, sender = len(self.done), self.sender
-            step = self.sends[message]
+        for message in range(len(self.done), min(len(self.posted), len(self.called))):
+            sender, step = self.sender, self.sends[message]
             known = max(self.posted[message], self.called[message] + self.notice_s, self.free_s())
-            delay_s = self.delay_s(message)
-            start, left = sender.egress.send(known, self.transfer_s(message) - delay_s)
+            transfer_s, delay_s = self.prices[step.chunk]
+            start, left = sender.egress.send(known, transfer_s - delay_s)
             end = left + delay_s
             self.done.append(end)
             sender.events.append(Event(sender.stage, self.stream, "send", step.microbatch, start, end, step.chunk))
@@ -120,17 +122,19 @@ class Rank:
 
     def advance(self) -> bool:
         """Run steps until one must wait for a neighbour; whether any was run."""
-        before = self.position
-        while self.position < len(self.steps) and self._run(self.steps[self.position]):
-            self.position += 1
-        return self.position > before
+        before, steps, run = self.position, self.steps, self._runs
+        position, count = before, len(self.steps)
+        while position < count and run[type(steps[position])](steps[position]):
+            position += 1
+        self.position = position
+        return position > before
 
     def finished(self) -> bool:
         return self.position == len(self.steps)
 
     def drain(self) -> None:
         """Wait for the last send each way."""
-        for kind in (SendForward, SendBackward):
+        for kind in SENDS:
             link = self.links.get(kind)
             if link is not None and link.done:
                 self._wait(link.done[-1], link.transfer_s(len(link.done) - 1))
@@ -176,28 +180,31 @@ class Rank:
             other_s=driving_s,
         )
 
-    def _run(self, step: Step) -> bool:
-        kind = type(step)
-        if kind in COMPUTE:
-            self._compute(step)
-            return True
-        if kind is SendForward or kind is SendBackward:
-            return self._send(self.links[kind], step)
-        if kind in POSTED:
-            if self.receives is Receives.EARLY:
-                self._expect(self.links[POSTED[kind]])
-            return True
-        return self._receive(self.links[kind], step)
+    @functools.cached_property
+    def _runs(self) -> dict[type[Step], Callable[[Step], bool]]:
+        """What each kind of step does, and whether it could; asked for once the rank has its links."""
+        runs: dict[type[Step], Callable[[Step], bool]] = {kind: self._computing(name) for kind, name in COMPUTE.items()}
+        for kind, link in self.links.items():
+            runs[kind] = functools.partial(self._send if kind in SENDS else self._receive, link)
+        for post, receive in POSTED.items():
+            if receive in self.links:
+                runs[post] = functools.partial(self._expect, self.links[receive])
+        return runs
 
-    def _compute(self, step: Step) -> None:
-        name = COMPUTE[type(step)]
-        price: BlockPrice = getattr(self.price.chunks[step.chunk], name)
-        end = self.now + price.compute_s + price.communication_s
-        self.completed_s |= {group: self.now + seconds for group, seconds in price.completed_s.items()}
-        self.compute_s += price.compute_s
-        self.communication_s += price.communication_s
-        self.events.append(Event(self.stage, "compute", name, step.microbatch, self.now, end, step.chunk))
-        self.now = end
+    def _computing(self, name: str) -> Callable[[Step], bool]:
+        """Runs a block of a chunk, by name."""
+        prices: list[BlockPrice] = [getattr(chunk, name) for chunk in self.price.chunks]
+
+        def compute(step: Step) -> bool:
+            price, now = prices[step.chunk], self.now
+            self.now = now + price.compute_s + price.communication_s
+            self.completed_s |= {group: now + seconds for group, seconds in price.completed_s.items()}
+            self.compute_s += price.compute_s
+            self.communication_s += price.communication_s
+            self.events.append(Event(self.stage, "compute", name, step.microbatch, now, self.now, step.chunk))
+            return True
+
+        return compute
 
     def _send(self, link: Link, step: Step) -> bool:
         """Wait until fewer than a window of sends are under way on this link, then post."""
@@ -211,13 +218,16 @@ class Rank:
         link.post(self.now, step)
         return True
 
-    def _expect(self, link: Link) -> None:
-        link.called.append(self.now)
-        link.move()
+    def _expect(self, link: Link, _: Step) -> bool:
+        """Post a receive, where those begin before they are needed."""
+        if self.receives is Receives.EARLY:
+            link.called.append(self.now)
+            link.move()
+        return True
 
     def _post(self, link: Link, step: Step) -> bool:
         """Queue on the send stream, which runs through the sends of both directions."""
-        own = [other for kind, other in self.links.items() if kind in (SendForward, SendBackward)]
+        own = [other for kind, other in self.links.items() if kind in SENDS]
         if any(len(other.posted) > len(other.done) for other in own):
             return False
         link.post(max([self.now, *(other.free_s() for other in own)]), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,15 +17,21 @@ from passes.graph import Meta
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument by its schema name, defaults filled in."""
     assert isinstance(node.target, torch._ops.OpOverload), node.target
-    arguments: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(node.args) and not argument.kwarg_only:
-            arguments[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            arguments[argument.name] = node.kwargs[argument.name]
+    arguments, given, named = {}, node.args, node.kwargs
+    for position, (name, by_position, default) in enumerate(_parameters(node.target)):
+        if by_position and position < len(given):
+            arguments[name] = given[position]
         else:
-            arguments[argument.name] = argument.default_value if argument.has_default_value() else None
+            arguments[name] = named.get(name, default)
     return arguments
+
+
+@functools.cache
+def _parameters(op: torch._ops.OpOverload) -> tuple[tuple[str, bool, Any], ...]:
+    """Of each parameter of an op: its name, whether it may be given by its position, its default."""
+    return tuple(
+        (a.name, not a.kwarg_only, a.default_value if a.has_default_value() else None) for a in op._schema.arguments
+    )
 
 
 def tensor_args(node: fx.Node) -> list[fx.Node]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from cost_model.tensor import TensorMeta
-from passes.graph import Meta
+from passes.graph import Meta, copied_node
 
 
 class GraphBuilder:
@@ -34,7 +34,7 @@ class GraphBuilder:
 
     def copy(self, node: fx.Node, mapped: dict[fx.Node, Any], meta: Meta) -> fx.Node:
         """Append a copy of ``node`` with operands replaced through ``mapped``, keeping its name where it is free."""
-        made = self.graph.node_copy(node, lambda n: mapped[n])
+        made = copied_node(self.graph, node, mapped)
         made.meta = {k: v for k, v in node.meta.items() if k in SOURCE_KEYS}
         self.metas[made.name] = meta
         return made

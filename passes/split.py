@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from passes import vocabulary
+from passes.graph import copied_node
 from passes.joint import JointGraph
 from passes.pieces import AMBIENT
 from passes.recompute import remade
@@ -224,17 +225,18 @@ def reaching(results: list[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
 
 def copied(graph: fx.Graph, node: fx.Node, mapped: dict[fx.Node, Any]) -> fx.Node:
     """A view lies in the memory that its operand has in the graph."""
-    made = graph.node_copy(node, lambda n: mapped[n])
-    made.meta = dict(node.meta)
-    made.name = node.name
+    made = copied_node(graph, node, mapped)
+    if made.name != node.name:
+        made.name = node.name
     made.meta["storage"] = rebased(node.meta.get("storage"), ((o, mapped[o]) for o in node.all_input_nodes))
     return made
 
 
 def placeholder(graph: fx.Graph, node: fx.Node) -> fx.Node:
     made = graph.placeholder(node.name)
-    made.name = node.name
-    made.meta = dict(node.meta)
+    if made.name != node.name:
+        made.name = node.name
+    made.meta.update(node.meta)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.graph import ModelGraph, torch_dtype
+from passes.graph import ModelGraph, copied_node, torch_dtype
 from passes.joint import JointGraph, trace_joint, trace_values
 from passes.lower import label_of
 from passes.pieces import AMBIENT, cut_pieces, piece_key, segment_of
@@ -120,8 +120,7 @@ class _Stitch:
         segment: int,
         labels: dict[str, str],
     ) -> fx.Node:
-        made = self.graph.node_copy(node, lambda n: mapped[n])
-        made.meta = dict(node.meta)
+        made = copied_node(self.graph, node, mapped)
         made.meta["storage"] = renamed(node.meta["storage"], lambda s: bound.get(s, (f"segment {segment}", s)))
         label = label_of(node)
         made.meta["label"] = labels.get(label, label)
