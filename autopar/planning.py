@@ -49,7 +49,7 @@ from cost_model.plan import Parallelism, Plan, StagePlan
 from cost_model.precision import Precision
 from cost_model.prices import hidable_s
 from cost_model.program import Program
-from cost_model.simulate import estimate_program, simulate
+from cost_model.simulate import SimulationResult, estimate_of, simulate
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
@@ -127,6 +127,7 @@ class Job:
     def __post_init__(self) -> None:
         self._linked: dict[Plan, Linked] = {}
         self._programs: dict[Plan, Program] = {}
+        self._simulated: dict[Plan, SimulationResult] = {}
         self._walked: dict[tuple[int, str], StagePeaks] = {}
         self._peaks_of: dict[tuple[object, ...], list[StagePeak]] = {}
         kind, options = self.cluster.devices[0].kind, self.options
@@ -247,8 +248,15 @@ class Job:
 
     def step_s(self, plan: Plan) -> float:
         """Seconds of a step of a plan's program."""
-        program = self.program(plan)
-        return simulate(program, self.cluster, memories=self._memories(program)).step_time_s
+        return self.simulated(plan).step_time_s
+
+    def simulated(self, plan: Plan) -> SimulationResult:
+        """A step of a plan's program, without its timeline; simulated once."""
+        if plan not in self._simulated:
+            program = self.program(plan)
+            result = simulate(program, self.cluster, memories=self._memories(program))
+            self._simulated[plan] = replace(result, timeline=())
+        return self._simulated[plan]
 
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""
@@ -257,10 +265,7 @@ class Job:
         program = self.program(plan)
         notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, program, self.cap_bytes, self.cluster))
         notes = (*notes, *kernel_notes(program)) if self.options.compiles else notes
-        memories = self._memories(program)
-        estimate = estimate_program(
-            program, self.cluster, plan, notes, decision.search_s, decision.gap, memories=memories
-        )
+        estimate = estimate_of(self.simulated(plan), plan, notes, decision.search_s, decision.gap)
         return Planned(plan, estimate, self, self.optimizer)
 
     def under(self, parallelism: Parallelism, memory_cap_bytes: int | None) -> Job:
@@ -489,7 +494,7 @@ class Job:
     def on(self, cluster: Cluster) -> Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
         job = copy.copy(self)
-        job.cluster = cluster
+        job.cluster, job._simulated = cluster, {}
         job.__dict__.pop("space", None)
         return job
 

@@ -62,7 +62,8 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     plain = _is_plain(job, solution)
     elsewhere = _elsewhere(job, limit_s) if plain else None
     searched = not plain or (elsewhere is not None and is_faster(elsewhere))
-    for sketched_s, c in faster_schedules(solution, job.program(plan), job.cluster, job.options.parallelism):
+    known = job.program(plan), job.simulated(plan), job.cluster, job.options.parallelism
+    for sketched_s, c in faster_schedules(solution, *known):
         same = replace(solution, configuration=c)
         if sketched_s >= limit_s:
             break

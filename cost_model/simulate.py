@@ -97,19 +97,8 @@ def _run(program: Program, replicas: Sequence[Sequence[StagePrice]], receives: R
     return runs
 
 
-def estimate_program(
-    program: Program,
-    cluster: PricedCluster,
-    plan: Plan,
-    notes: Sequence[str],
-    search_s: float,
-    gap: float,
-    *,
-    driving_s: float = 0.0,
-    memories: Sequence[MemoryBreakdown] = (),
-) -> Estimate:
-    """Simulate a program and put the figures beside the plan it was made from; ``memories``: as for ``simulate``."""
-    result = simulate(program, cluster, driving_s=driving_s, memories=memories)
+def estimate_of(result: SimulationResult, plan: Plan, notes: Sequence[str], search_s: float, gap: float) -> Estimate:
+    """The figures of a simulated program beside the plan it was made from."""
     return Estimate(
         step_time_s=result.step_time_s,
         peak_bytes=result.peak_bytes,

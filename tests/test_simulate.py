@@ -33,7 +33,7 @@ from cost_model.rank_clock import Event
 from cost_model.schedule import (
     stage_schedule,
 )
-from cost_model.simulate import chrome_trace, estimate_program, simulate, step_time_s
+from cost_model.simulate import chrome_trace, estimate_of, simulate, step_time_s
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -372,11 +372,11 @@ def test_chrome_trace_has_every_event_in_microseconds() -> None:
     assert names == {"stage 1", "compute", "receive", "send_forward", "send_backward"}
 
 
-def test_estimate_program_carries_plan_and_figures() -> None:
+def test_an_estimate_carries_plan_and_figures() -> None:
     what = pipeline("1f1b", 2, [(1.0, 2.0)] * 2)
     stages = tuple(StagePlan(i, i + 1, {}) for i in range(2))
     plan = Plan("m", "c", 2, 1, 1, 2, "1f1b", 1, 2, 100, (0, 1), stages, ("a", "b"))
-    estimate = estimate_program(what, Cluster((Device(),) * 2), plan, ["said"], 0.5, 0.01)
+    estimate = estimate_of(simulate(what, Cluster((Device(),) * 2)), plan, ["said"], 0.5, 0.01)
     assert (estimate.step_time_s, estimate.notes, estimate.search_s, estimate.gap) == (9.0, ("said",), 0.5, 0.01)
     assert estimate.plan is plan and len(estimate.stages) == 2
     assert estimate.peak_bytes == max(stage.peak_bytes for stage in estimate.stages) > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from autopar.planner.factor_graph import FloatArray
 from autopar.planner.segment import Price, Segment
 
 TIME, STEP, STATE, SAVED = range(4)
+AnyArray = TypeVar("AnyArray", FloatArray, IntArray)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class Edges:
     cut_s: FloatArray
     reserve_bytes: FloatArray
     width: int
+
+    def number(self, first: int, last: int, entry: int, exit: int) -> int:
+        """Of the edge that has these fields: it must be there."""
+        low, high = np.searchsorted(self.first, [first, first + 1])
+        low, high = low + np.searchsorted(self.last[low:high], [last, last + 1])
+        same = (self.entry[low:high] == entry) & (self.exit[low:high] == exit)
+        return int(low + np.flatnonzero(same)[0])
 
 
 def edges_of(chain: Chain) -> Edges:
@@ -124,16 +133,18 @@ class RangeTable:
         self._clear()
         self.add(known)
 
-    def add(self, prices: Sequence[Price]) -> int:
-        """Price every range at those prices that are new; returns how many were."""
+    def add(self, prices: Sequence[Price], *, first: bool = False) -> int:
+        """Price every range at those prices that are new; returns how many were. first: before those that are known,
+        since of plans that are as good as each other the first price's is chosen; only while there are no columns."""
         fresh = [price for price in dict.fromkeys(prices) if price not in self.prices]
         if not fresh:
             return 0
         cost, totals, middle = self._layers(fresh)
-        self.prices.extend(fresh)
-        self.cost = np.concatenate([self.cost, cost], axis=1)
-        self.totals = np.concatenate([self.totals, totals], axis=1)
-        self.middle = np.concatenate([self.middle, middle], axis=1)
+        at = 0 if first else len(self.prices)
+        self.prices[at:at] = fresh
+        self.cost = _beside(self.cost, cost, first)
+        self.totals = _beside(self.totals, totals, first)
+        self.middle = _beside(self.middle, middle, first)
         return len(fresh)
 
     def edge_cost(self) -> FloatArray:
@@ -221,3 +232,10 @@ class RangeTable:
                 cost[kind, layer, :entries, :exits] = table.cost
                 totals[kind, layer, :entries, :exits] = table.totals
         return cost, totals
+
+
+def _beside(known: AnyArray, made: AnyArray, first: bool) -> AnyArray:
+    """Layers that were made after, or before, those that are known."""
+    if not known.shape[1]:
+        return made
+    return np.concatenate([made, known] if first else [known, made], axis=1)

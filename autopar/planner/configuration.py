@@ -192,11 +192,13 @@ class ConfigurationSolver:
         configurations have no edges at the first prices, which are few.
         """
         self.table.add(self._first_prices())
+        more = [Price(*weights) for weights in self.objective.free]
         best: tuple[Column, ...] = ()
         while True:
             spaces = tuple(self._space(stage) for stage in range(self.configuration.pp))
             near = self._within(spaces, limit_s)
             if all(len(space.edges) for space in near):
+                self.table.add(more, first=True)
                 self.table.add(self._hinted() if np.isfinite(self.cap_bytes) else [])
                 best = self._incumbent([self._pool(space) for space in near], ())
                 near = self._within(near, min(limit_s, self._value(best) * (1 + CLOSE)))
@@ -269,10 +271,10 @@ class ConfigurationSolver:
 
     def _first_prices(self) -> list[Price]:
         """What tells how fast a range may be, and how little it may need."""
-        free = [Price(*weights) for weights in self.objective.free]
+        fastest = Price(*(self.objective.balanced if self.configuration.pp == 1 else TIME_ONLY))
         if not np.isfinite(self.cap_bytes):
-            return free
-        return free + [Price(0.0, 0.0, 1.0, float(held)) for held in dict.fromkeys(self.held)]
+            return [fastest]
+        return [fastest, *(Price(0.0, 0.0, 1.0, float(held)) for held in dict.fromkeys(self.held))]
 
     def _hinted(self) -> list[Price]:
         """The latest hints for each stage, as many as are cheap."""
@@ -366,9 +368,7 @@ class ConfigurationSolver:
         return bool((np.abs(known - price.vector()) <= 1e-9 * np.abs(known)).all(axis=1).any())
 
     def _edge_of(self, column: Column) -> int:
-        edges = self.table.edges
-        found = (edges.first == column.first) & (edges.last == column.last)
-        return int(np.flatnonzero(found & (edges.entry == column.entry) & (edges.exit == column.exit))[0])
+        return self.table.edges.number(column.first, column.last, column.entry, column.exit)
 
     def _weightings(self) -> tuple[Weights, ...]:
         return tuple(weights for weights in self.objective.free if weights[0] > 0)

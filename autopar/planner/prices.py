@@ -94,11 +94,17 @@ class MeshPrices:
     def ranks(self, axes: Sequence[int]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 
-    def group(self, axes: Sequence[int]) -> tuple[int, ...]:
+    @cached_property
+    def group(self) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
         """The first ranks that differ in their places on some axes alone."""
-        strides = [math.prod(self.sizes[axis + 1 :]) for axis in axes]
-        places = itertools.product(*(range(self.sizes[axis]) for axis in axes))
-        return tuple(sum(i * n for i, n in zip(at, strides, strict=True)) for at in places)
+
+        @functools.cache
+        def ranks(axes: tuple[int, ...]) -> tuple[int, ...]:
+            strides = [math.prod(self.sizes[axis + 1 :]) for axis in axes]
+            places = itertools.product(*(range(self.sizes[axis]) for axis in axes))
+            return tuple(sum(i * n for i, n in zip(at, strides, strict=True)) for at in places)
+
+        return ranks
 
     def local_meta(self, meta: TensorMeta, places: Placements) -> TensorMeta:
         """What a rank holds."""
