@@ -40,6 +40,8 @@ class BatchAnalysis:
     checked by evaluation.
     collected: output of the model by number -> how it lies along the batch; None: it depends on no
     parameter and is made once, of the whole batch.
+    summed: (user, operand) pairs where a sum over the batch must be made whole across replicas first; shares_loss: the
+    loss follows from such sums, and each replica has its share of it. See ``passes.replicas``.
     in_rows: values whose samples lie one behind the other, so that those of replicas joined are those of their samples.
     """
 
@@ -51,6 +53,8 @@ class BatchAnalysis:
     synchronised: frozenset[str] = frozenset()
     collected: tuple[tuple[int, Placement | None], ...] = ()
     in_rows: frozenset[str] = frozenset()
+    summed: frozenset[tuple[str, str]] = frozenset()
+    shares_loss: bool = False
 
 
 class _CannotSplit(Exception):
@@ -74,25 +78,31 @@ class _Sized:
 
 
 BATCH_NORM = "autopar.batch_norm.default"
+REPLICA_SUM = "autopar.replica_sum.default"
+REPLICA_SHARE = "autopar.replica_share.default"
 Place = Placement | _Global | _Sized
 _GLOBAL, _SIZED = _Global(), _Sized()
 
 
-def analyse_batch(model: ModelGraph, other: ModelGraph | None) -> BatchAnalysis:
-    """Follow the batch through the global graph; ``other``: the same graph at a second batch size, if there is one."""
+def analyse_batch(model: ModelGraph, other: ModelGraph | None, *, exchange: bool = False) -> BatchAnalysis:
+    """Follow the batch through the global graph; ``other``: the same graph at a second batch size, if there is one.
+
+    exchange: what is not linear in a sum over the batch may be given it whole (``BatchAnalysis.summed``).
+    """
     if other is None:
         return BatchAnalysis("it is a single sample" if model.batch == 1 else "the model traces at one batch size only")
     try:
-        run = _Analysis(model, other)
+        run = _Analysis(model, other, exchange)
         run.follow()
         return run.result()
     except (_CannotSplit, BatchMismatchError) as error:
-        return BatchAnalysis(str(error))
+        deeper = None if exchange else analyse_batch(model, other, exchange=True).reason
+        return BatchAnalysis(deeper or str(error))
 
 
 class _Analysis:
-    def __init__(self, model: ModelGraph, other: ModelGraph) -> None:
-        self.model, self.active = model, active_nodes(model)
+    def __init__(self, model: ModelGraph, other: ModelGraph, exchange: bool) -> None:
+        self.model, self.active, self.exchange = model, active_nodes(model), exchange
         self.sizes = _Sizes(model, other)
         self.places: dict[str, Place] = {}
         self.outputs_of: dict[str, tuple[Place, ...]] = {}
@@ -100,6 +110,8 @@ class _Analysis:
         self.sliced: set[str] = set()
         self.shared: set[tuple[str, str]] = set()
         self.synchronised: set[str] = set()
+        self.summed: set[tuple[str, str]] = set()
+        self.shares_loss = False
         self.constant: dict[tuple[str, int, int], None] = {}
         for node, item in zip(self.sizes.placeholders(), model.inputs, strict=True):
             if item.kind == "batch" and item.batched:
@@ -120,9 +132,11 @@ class _Analysis:
                 self.outputs_of[node.name] = places
                 self.places[node.name] = places[0]
         loss = self.places[self.model.outputs[0]]
-        if loss == VARYING:
+        if loss == VARYING and self.exchange and (self.summed or self.synchronised):
+            self.shares_loss = True
+        elif loss == VARYING:
             raise _CannotSplit("the loss does not depend on the batch")
-        if not isinstance(loss, Partial):
+        elif not isinstance(loss, Partial):
             raise _CannotSplit(f"the loss is {loss} over the batch, not a sum over samples")
 
     def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[Place]]:
@@ -151,11 +165,28 @@ class _Analysis:
 
     def _active(self, node: fx.Node) -> tuple[Place, ...]:
         operands, places = self._operands(node)
-        if str(node.target) == BATCH_NORM and places[0] == Shard(0):
+        exchanged = self._exchanged(str(node.target), places[0] if places else None)
+        if exchanged is not None:
             self.synchronised.add(node.name)
-            return (Shard(0),)
+            return (exchanged,)
+        return self._placed(node, operands, places)
+
+    def _exchanged(self, target: str, place: Place | None) -> Place | None:
+        """Of what a call that exchanges something over the replicas gives."""
+        if target == BATCH_NORM and place == Shard(0):
+            return Shard(0)
+        if target == REPLICA_SUM and isinstance(place, Partial):
+            return VARYING
+        return PARTIAL if target == REPLICA_SHARE and place == VARYING else None
+
+    def _placed(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
         if any(isinstance(p, Partial) for p in places):
-            return self._linear(node, operands, places)
+            try:
+                return self._linear(node, operands, places)
+            except _CannotSplit:
+                if not self.exchange:
+                    raise
+                return self._placed(node, operands, self._with_sum(node, operands, places))
         if any(isinstance(p, Shard) for p in places):
             return self._split(node, operands, places)
         if self.sizes.changes(node):
@@ -226,6 +257,13 @@ class _Analysis:
         self._hoist_all(operands, places)
         return outputs
 
+    def _with_sum(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> list[Place]:
+        """The smallest sum over the batch among the operands is made whole across replicas first."""
+        partial = {o.name for o, p in zip(operands, places, strict=True) if isinstance(p, Partial)}
+        name = min(sorted(partial), key=lambda each: self.model.tensor(each).nbytes)
+        self.summed.add((node.name, name))
+        return [VARYING if o.name == name else p for o, p in zip(operands, places, strict=True)]
+
     # --- values of the whole batch
 
     def _hoist_all(self, operands: list[fx.Node], places: list[Place]) -> None:
@@ -255,6 +293,8 @@ class _Analysis:
             frozenset(self.synchronised),
             tuple(self._collected()),
             frozenset(self._in_rows()),
+            frozenset(self.summed),
+            self.shares_loss,
         )
 
     def _in_rows(self) -> Iterator[str]:

@@ -7,7 +7,9 @@ microbatches simply add up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +139,30 @@ def _divided(run: Cleaner, node: fx.Node, total: fx.Node, source: fx.Node, meta:
     count = run.tensor(source).numel // max(meta.numel, 1)
     scaled = run.call(aten.mul.Tensor, (total, 1.0 / max(count, 1)), run.tensor(total), like=node)
     return run.cast(node, scaled, meta.dtype)
+
+
+@rewrites(aten.var.correction, aten.var.dim, aten.var.default, aten.std.correction, aten.std.dim, aten.std.default)
+def _variance(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Over samples, as sums of theirs, which parts of a batch have a share in; the gradient of no deviation is zero."""
+    source, meta, given = a["self"], run.tensor(a["self"]), a.get("correction")
+    correction = float(a.get("unbiased", True)) if given is None else given
+    dims = [d % len(meta.shape) for d in a.get("dim") or range(len(meta.shape))]
+    count = math.prod(meta.shape[d] for d in dims)
+    if 0 not in dims or count <= correction:
+        return NotImplemented
+    total = run.summed(node, source, dims, True)
+    mean = run.call(aten.mul.Tensor, (total, 1.0 / count), run.tensor(total), like=node)
+    centred = run.call(aten.sub.Tensor, (source, mean), meta, like=node)
+    squares = run.call(aten.mul.Tensor, (centred, centred), meta, like=node)
+    spread = run.summed(node, squares, dims, a.get("keepdim", False))
+    out = run.tensor(spread)
+    variance = run.call(aten.mul.Tensor, (spread, 1.0 / (count - correction)), out, like=node)
+    if "var" in str(node.target):
+        return variance
+    none = run.call(aten.eq.Scalar, (variance, 0), replace(out, dtype="bool"), like=node)
+    some = run.call(aten.masked_fill.Scalar, (variance, none, 1.0), out, like=node)
+    root = run.call(aten.sqrt.default, (some,), out, like=node)
+    return run.call(aten.masked_fill.Scalar, (root, none, 0.0), out, like=node)
 
 
 @rewrites(aten.mse_loss.default)

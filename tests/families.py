@@ -144,6 +144,9 @@ HUGGING_FACE: dict[str, Family] = {
     "llama": hugging_face("LlamaForCausalLM", GROUPED, words),
     "mistral": hugging_face("MistralForCausalLM", {**GROUPED, "sliding_window": 6}, words),
     "mixtral": hugging_face("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}, words),
+    "mixtral_balanced": hugging_face(
+        "MixtralForCausalLM", {**GROUPED, "num_local_experts": 4, "output_router_logits": True}, words
+    ),
     "qwen2": hugging_face("Qwen2ForCausalLM", GROUPED, words),
     "gemma2": hugging_face("Gemma2ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 6}, words),
     "phi": hugging_face("PhiForCausalLM", {**GROUPED, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, words),

@@ -323,6 +323,7 @@ MORE: list[Drawn] = [
     ("autopar.batch_norm.default", 6, lambda d: (d.normal(4, 6, 3), d.normal(6), d.normal(6), 1e-5, 1)),
     ("autopar.experts.default", 10, _experts),
     ("autopar.collect.default", 6, lambda d: (d.any(0), 0)),
+    ("autopar.replica_sum.default autopar.replica_share.default", 6, lambda d: (d.any(0), 1)),
     ("autopar.dropout.default", 20, lambda d: _dropout(d, d.any(0))),
     (
         "autopar.uniform.default autopar.normal.default autopar.random_integers.default",

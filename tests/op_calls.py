@@ -73,6 +73,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.batch_norm.default": batch_norm,
     "autopar.experts.default": experts,
     "autopar.collect.default": lambda x, number: x.clone(),
+    "autopar.replica_sum.default": lambda x, replicas: x.clone(),
+    "autopar.replica_share.default": lambda x, replicas: x.clone(),
     "autopar.dropout.default": dropout,
     **{f"autopar.{name}.default": getattr(draws, name) for name in ("uniform", "normal", "random_integers")},
 }

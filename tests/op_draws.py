@@ -205,8 +205,8 @@ def _unbind(d: Draw) -> tuple[Any, ...]:
 
 
 def _cat(d: Draw) -> tuple[Any, ...]:
-    shape = d.shape(2, 3)
-    return [d.normal(d.size(), *shape) for _ in range(d.pick(2, 3, 1))], 0
+    shape, size = d.shape(2, 3), d.size()
+    return [d.normal(d.pick(size, size, d.size()), *shape) for _ in range(d.pick(2, 3, 1))], 0
 
 
 def _stack(d: Draw) -> tuple[Any, ...]:
@@ -363,6 +363,7 @@ DRAWN: list[tuple[str, int, Callable[[Draw], tuple[Any, ...]]]] = [
     ("constant_pad_nd.default", 20, lambda d: (d.any(2), d.pick([1, 0], [0, 0, 1, 2]), d.pick(0, 3.0))),
     ("sum.default mean.default", 20, lambda d: (d.any(0),)),
     ("sum.dim_IntList mean.dim amax.default", 30, _sum),
+    ("histc.default", 20, lambda d: (d.any(), 4, d.pick(-1, 0), d.pick(1, 2))),
     ("argmax.default any.default all.default", 6, lambda d: (d.any(),)),
     ("any.dim all.dim", 6, lambda d: (d.mask(*d.shape()), d.pick(0, -1), d.pick(True, False))),
     ("cumsum.default", 20, _cumsum),

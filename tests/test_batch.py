@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from odd_models import Net, inputs, labels, mask, net
-from parity import check_parity
+from parity import check_parity, cpu_cluster
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
+import autopar
+from cost_model.errors import ParallelismError
 from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
 from passes.trace import trace
@@ -121,9 +123,37 @@ SPLIT: dict[str, Case] = {
         lambda self, x, y: F.mse_loss(self.body(x) * torch.arange(x.size(0)).sum() / 9, y)
     ),
 }
+
+
+def _balanced(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A router's loss: how often each expert is chosen times how likely it is."""
+    likely = self.b(torch.tanh(self.a(x))).softmax(-1)
+    chosen = F.one_hot(likely.argmax(-1), 12).to(x.dtype)
+    counted = torch.histc(likely.argmax(-1).to(x.dtype), bins=12, min=0, max=11) / x.size(0)
+    return F.mse_loss(self.c(x) * likely, y) + ((chosen.mean(0) + counted) * likely.mean(0)).sum()
+
+
+def _two_views(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The correlation of features over the samples of both views, laid one behind the other."""
+    both = torch.cat([self.body(x), self.body(y)])
+    scaled = (both - both.mean(0)) / both.std(0)
+    correlation = scaled.t() @ scaled / both.size(0)
+    return (correlation - torch.eye(12, dtype=x.dtype)).pow(2).sum()
+
+
+EXCHANGED: dict[str, Case] = {
+    "centred over the batch": _forward(lambda self, x, y: F.mse_loss(x - self.a(x).mean(0), y)),
+    "a root of the mean": _forward(lambda self, x, y: F.mse_loss(self.a(x), y).sqrt()),
+    "the logarithm of a loss": _forward(lambda self, x, y: F.mse_loss(self.a(x), y).log()),
+    "a balanced router": _forward(_balanced),
+    "correlated features": _forward(_two_views),
+    "a product of means and a sum": _forward(
+        lambda self, x, y: F.mse_loss(self.body(x), y) + self.a(x).mean() * self.b(y).square().mean()
+    ),
+}
+"""Losses that are no sum over samples, but made of such sums."""
 WHOLE: dict[str, tuple[Case, str]] = {
     "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.special.i0e(self.a(x)), y)), "no rule"),
-    "centred over the batch": (_forward(lambda self, x, y: F.mse_loss(x - self.a(x).mean(0), y)), "sum over the batch with its samples"),
     "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
     "softmax over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).softmax(0), y)), "mixes samples"),
     "the first sample": (_forward(lambda self, x, y: F.mse_loss(self.a(x)[0], y[0])), "mixes samples"),
@@ -137,8 +167,7 @@ WHOLE: dict[str, tuple[Case, str]] = {
     "a row picked by the batch's size": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * self.b.weight[x.size(0) - 1], y)), "size"),
     "columns picked by the batch's size": (_forward(lambda self, x, y: self.a(x)[:, x.size(0) - 2 :].sum()), "size"),
     "other ops for other sizes": (_forward(lambda self, x, y: F.mse_loss(self.a(x if x.size(0) > 4 else -x), y)), "different ops"),
-    "a root of the mean": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y).sqrt()), "not linear"),
-    "the logarithm of a loss": (_forward(lambda self, x, y: F.mse_loss(self.a(x), y).log()), "not linear"),
+    "all samples against all": (_forward(lambda self, x, y: F.mse_loss(self.a(x) @ y.t(), x @ y.t())), "groups the samples"),
     "a loss without the batch": (_forward(lambda self, x, y: self.a.weight.pow(2).sum()), "does not depend on the batch"),
     "a loss on one size only": (_forward(lambda self, x, y: self.a(x).view(8, 12).sum()), "one batch size only"),
 }  # fmt: skip
@@ -162,6 +191,34 @@ def test_stays_whole(name: str) -> None:
 def test_parts_add_up(name: str) -> None:
     """Two replicas with two microbatches each."""
     check_parity(*SPLIT[name](), 2, 1e-9, dp=2, tp=1, pp=1, microbatch_size=2)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize(
+    ("name", "pins"),
+    [
+        *((name, pins) for name in EXCHANGED for pins in ({"dp": 2, "zero": 3}, {"dp": 2, "tp": 2})),
+        ("correlated features", {"dp": 2, "pp": 2}),
+    ],
+    ids=str,
+)
+def test_sums_over_the_batch_are_exchanged(name: str, pins: dict[str, int]) -> None:
+    """By replicas of one microbatch each; without the exchange, none of these splits."""
+    assert analysed(*EXCHANGED[name]()).reason is not None
+    pins = {"tp": 1, "pp": 1, **pins}
+    plan = check_parity(*EXCHANGED[name](), 2 * pins["tp"] * pins["pp"], 1e-9, **pins)
+    assert plan.microbatches == 1
+
+
+def test_what_replicas_exchange_is_said_and_priced() -> None:
+    model, batch = EXCHANGED["a balanced router"]()
+    pins = autopar.Parallelism(dp=2, tp=1, pp=1)
+    with autopar.compile(model, cpu_cluster(2), batch, parallelism=pins) as exe:
+        assert any("replicas exchange 1 sum(s)" in note for note in exe.notes)
+        lines = [line for line in exe.code(0).splitlines() if "all_reduce" in line]
+        assert len(lines) >= 2, exe.code(0)
+    with pytest.raises(ParallelismError, match="one microbatch, of 4 samples"):
+        autopar.estimate(model, cpu_cluster(2), batch, parallelism=autopar.Parallelism(dp=2, microbatch_size=2))
 
 
 @pytest.mark.usefixtures("thread_ranks")

@@ -69,6 +69,13 @@ def _collect_factors(call: OpCall) -> FactorMap:
     return parse_map("... -> ...", call.inputs, call.outputs, linear=((0,),))
 
 
+def _replica_factors(call: OpCall) -> FactorMap:
+    """What replicas exchange element by element."""
+    return parse_map("... -> ...", call.inputs, call.outputs, linear=((0,),))
+
+
+register(Op("autopar.replica_sum.default", _replica_factors, pass_of("copy"), no_backward, saves_nothing))
+register(Op("autopar.replica_share.default", _replica_factors, pass_of("copy"), no_backward, saves_nothing))
 register(Op("autopar.collect.default", _collect_factors, pass_of("copy"), no_backward, saves_nothing))
 register_priced("autopar.accumulate.default", _accumulate_price)
 register_priced("autopar.put.default", _put_price)

@@ -53,6 +53,14 @@ def _extremum_factors(call: OpCall) -> FactorMap:
     return _reduced_map(call, _dims(call), is_sum=False, is_linear=False)
 
 
+def _histogram_factors(call: OpCall) -> FactorMap | None:
+    """Counts add up; None where the ends of the range are those of the values, which a shard does not know."""
+    if call.args["min"] == call.args["max"]:
+        return None
+    names = " ".join(f"a{i}" for i in range(len(call.inputs[0].shape)))
+    return parse_map(f"{names} -> bin", call.inputs, call.outputs, whole="bin")
+
+
 def _scan_factors(call: OpCall) -> FactorMap:
     """The scanned dim is whole."""
     (dim,) = _dims(call) or (0,)
@@ -118,6 +126,7 @@ for _name in ("aten.mean.default", "aten.mean.dim"):
 register(Op("aten.amax.default", _extremum_factors, _reduction_price, _extremum_backward, saving("in0", "out0")))
 for _name in ("aten.argmax.default", "aten.any.default", "aten.any.dim", "aten.all.default", "aten.all.dim"):
     register(Op(_name, _extremum_factors, _reduction_price, no_backward, saves_nothing))
+register(Op("aten.histc.default", _histogram_factors, _reduction_price, no_backward, saves_nothing))
 register(Op("aten.cumsum.default", _scan_factors, _reduction_price, _scan_backward, saves_nothing))
 register(Op("aten.diff.default", _diff_factors, pass_of("elementwise"), _diff_backward, saves_nothing))
 register_priced("aten._local_scalar_dense.default", lambda call: sweep("copy", *call.inputs))

@@ -221,11 +221,16 @@ def _joined_inputs(call: OpCall) -> tuple[tuple[int, ...], ...]:
 
 
 def _cat_factors(call: OpCall) -> FactorMap | None:
-    """The joined dim is whole; None where an operand is the legacy empty tensor of shape [0]."""
+    """The joined dim is whole, but for operands of equal size along dim 0, where samples lie: these are one behind the
+    other there, each of as many. None where an operand is the legacy empty tensor of shape [0]."""
     if len({len(m.shape) for m in call.inputs}) > 1:
         return None
     dim = dims_of(call, "dim", len(call.outputs[0].shape))[0]
     names = _letters(len(call.outputs[0].shape))
+    if dim == 0 and len({m.shape for m in call.inputs}) == 1:
+        notation = f"{', '.join([' '.join(names)] * len(call.inputs))} -> (part {names[0]}) {' '.join(names[1:])}"
+        linear, sizes = _joined_inputs(call), {"part": len(call.inputs)}
+        return parse_map(notation, call.inputs, call.outputs, whole="part", linear=linear, sizes=sizes)
     parts = [f"part{i}" for i in range(len(call.inputs))]
     notation = f"{', '.join(_with(names, dim, part) for part in parts)} -> {' '.join(names)}"
     whole = f"{names[dim]} {' '.join(parts)}"
