@@ -3,8 +3,9 @@
     python benchmarks/local.py [--models NAME ...] [--plans NAME ...] [--backends eager inductor] [--steps 5] [--json]
 
 Every plan runs on two worker processes (``autopar.compare``), with every backend in turn. Errors are signed, relative
-to measured. Run it with nothing else on the machine. Models of Hugging Face are built from configurations; nothing is
-downloaded.
+to measured. Run it with nothing else on the machine. A shared processor is some per cent faster or slower from one
+minute to the next: beside each row stands how fast it is now, relative to when it was measured, and the error at that
+rate. Models of Hugging Face are built from configurations; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import autopar
+from autopar.calibrate_probes import all_probes
 from autopar.options import BACKENDS
+from autopar.runtime.pool import WorkerPool
+from cost_model.device import Device
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 Made = tuple[nn.Module, dict[str, Tensor]]
 TIME_MEAN, MEMORY_LARGEST = 0.08, 0.03
+_RATE_KIND, _RATE_BUDGET_S = "attention", 0.008
 PLANS = {
     "dp2": autopar.Parallelism(dp=2, tp=1, pp=1),
     "dp2 zero3": autopar.Parallelism(dp=2, tp=1, pp=1, zero=3),
@@ -163,7 +168,10 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds and bytes as measured; errors relative to them."""
+    """Seconds and bytes as measured; errors relative to them.
+
+    rate: of the processor now, relative to when it was measured.
+    """
 
     model: str
     plan: str
@@ -172,10 +180,29 @@ class Row:
     step_time_error: float
     peak_bytes: int
     peak_memory_error: float
+    rate: float
+
+    @property
+    def error_at_rate(self) -> float:
+        """Of the step's time, had the processor run as fast as when it was measured."""
+        return (1 + self.step_time_error) / self.rate - 1
 
 
-def measured(name: str, plan: str, backend: str, steps: int, cluster: autopar.Cluster) -> Row:
+def rate(pool: WorkerPool, device: Device) -> float:
+    """What ops take by the device's file over what they take now, both ranks at once, in the mean of a kind whose row
+    tells all its ops within 3 %."""
+    found = []
+    for index, probe in enumerate(all_probes(device.products)):
+        if probe.row == _RATE_KIND:
+            payload = {"index": index, "library": device.products, "budget_s": _RATE_BUDGET_S}
+            replies = pool.call("measure_op", payload)
+            found.append(device.op_time_s(probe.cost()) / statistics.fmean(reply["seconds"] for reply in replies))
+    return statistics.geometric_mean(found)
+
+
+def measured(name: str, plan: str, backend: str, steps: int, cluster: autopar.Cluster, pool: WorkerPool) -> Row:
     """One program, run and compared."""
+    before = rate(pool, cluster.devices[0])
     torch.manual_seed(0)
     model, batch = MODELS[name]()
     exe = autopar.compile(model, cluster, batch, parallelism=PLANS[plan], backend=backend)
@@ -184,29 +211,34 @@ def measured(name: str, plan: str, backend: str, steps: int, cluster: autopar.Cl
     finally:
         exe.close()
     seconds = statistics.median(found.steps_s)
-    return Row(name, plan, backend, seconds, found.step_time_error, found.measured_peak_bytes, found.peak_memory_error)
+    now = statistics.fmean((before, rate(pool, cluster.devices[0])))
+    errors = found.step_time_error, found.peak_memory_error
+    return Row(name, plan, backend, seconds, errors[0], found.measured_peak_bytes, errors[1], now)
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
-    """Mean size of the time errors, the largest memory error in size, and the lowest."""
+    """Mean size of the time errors, as they are and at the rate of the measuring; the largest memory error in size, and
+    the lowest."""
     memory = [row.peak_memory_error for row in rows]
     return {
         "time_mean": statistics.fmean(abs(row.step_time_error) for row in rows),
+        "time_mean_at_rate": statistics.fmean(abs(row.error_at_rate) for row in rows),
         "memory_largest": max(memory, key=abs),
         "memory_lowest": min(memory),
     }
 
 
 def show(rows: list[Row]) -> None:
-    table = Table("model", "plan", "backend", "step s", "time error", "peak MiB", "memory error")
+    table = Table("model", "plan", "backend", "step s", "time error", "rate", "at rate", "peak MiB", "memory error")
     for row in rows:
-        errors = (f"{row.step_time_error:+.1%}", f"{row.peak_memory_error:+.2%}")
-        figures = (f"{row.step_time_s:.3f}", errors[0], f"{row.peak_bytes / 2**20:.1f}", errors[1])
-        table.add_row(row.model, row.plan, row.backend, *figures)
+        time = (f"{row.step_time_s:.3f}", f"{row.step_time_error:+.1%}", f"{row.rate:.3f}", f"{row.error_at_rate:+.1%}")
+        memory = (f"{row.peak_bytes / 2**20:.1f}", f"{row.peak_memory_error:+.2%}")
+        table.add_row(row.model, row.plan, row.backend, *time, *memory)
     console, found = Console(), summary(rows)
     console.print(table)
     console.print(
-        f"time: mean {found['time_mean']:.1%} of {TIME_MEAN:.0%}; memory: largest {found['memory_largest']:+.2%} of "
+        f"time: mean {found['time_mean']:.1%} of {TIME_MEAN:.0%} ({found['time_mean_at_rate']:.1%} at the rate of the "
+        f"measuring); memory: largest {found['memory_largest']:+.2%} of "
         f"{MEMORY_LARGEST:.0%}, lowest {found['memory_lowest']:+.2%} of 0 %"
     )
 
@@ -222,9 +254,13 @@ def main() -> None:
     cluster = autopar.Cluster.local(2)
     cases = list(itertools.product(options.models, options.plans, options.backends))
     rows = []
-    for case in track(cases, console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        rows.append(measured(*case, options.steps, cluster))
-        print(f"{' '.join(case)}: {rows[-1].step_time_error:+.1%} {rows[-1].peak_memory_error:+.2%}", file=sys.stderr)
+    with WorkerPool(2, target="autopar.calibrate_worker:Calibrator") as pool:
+        pool.call("__init__", None)
+        for case in track(cases, console=Console(stderr=True), disable=not sys.stderr.isatty()):
+            row = measured(*case, options.steps, cluster, pool)
+            figures = f"{row.step_time_error:+.1%} ({row.error_at_rate:+.1%} at rate) {row.peak_memory_error:+.2%}"
+            print(f"{' '.join(case)}: {figures}", file=sys.stderr)
+            rows.append(row)
     if options.json:
         print(json.dumps({"rows": [vars(row) for row in rows], **summary(rows)}, indent=2))
     else:
