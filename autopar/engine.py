@@ -30,6 +30,8 @@ from cost_model.plan import Plan
 from passes.batch_spec import BatchSpec, batch_spec
 from passes.trace import alias_map
 
+_SAME_BATCH = "pass the same global batch on every rank: autopar splits it"
+
 
 class Engine:
     """A model, its plan, and the ranks that hold its program and its shards.
@@ -44,7 +46,7 @@ class Engine:
         self._model, self._cluster, self._options = model, cluster, options
         self._planned: Planned | None = None
         self._ranks: Ranks | None = None
-        self._loaded, self._closed = False, False
+        self._loaded, self._compared, self._closed = False, False, False
         self._drawn = {False: 0, True: 0}
         self._inferences: dict[str, Inference] = {}
         self._files: dict[str, Place] = {}
@@ -134,14 +136,15 @@ class Engine:
                 )
             self.prepare(batch)
         tensors = self.batch_tensors(batch)
-        if not self._loaded:
-            self._check_batches(self._load(), tensors)
+        if not self._compared:
+            self._check_batches(self._running() if self._loaded else self._load(), tensors)
+            self._compared = True
         return self.parts(tensors, evaluates=evaluates)
 
     def _check_batches(self, ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
         """Once: that ranks were given the same batch, or those of a replica the same part."""
         if not self._options.local_batches:
-            ranks.check_same("batch", tensors, "pass the same global batch on every rank: autopar splits it")
+            ranks.check_same("batch", tensors, _SAME_BATCH)
             return
         advice = "pass the same samples on all ranks of a replica: those with one exe.data_parallel_rank"
         ranks.check_same("batch", tensors, advice, self.data_parallel_rank)
@@ -179,6 +182,8 @@ class Engine:
         if self._options.local_batches:
             batch, rows = joined_batches(batch, self.data_parallel_rank, self._running().from_all)
         spec = batch_spec(batch)
+        if under_launcher() and not self._options.local_batches:  # all ranks begin one program, which goes by its size
+            self._running().check_same("batch", spec.tensors(), _SAME_BATCH)
         described = [(p, tuple(v.shape), str(v.dtype)) if isinstance(v, Tensor) else (p, v) for p, v in _leaves(spec)]
         name = repr((self.training, loss, spec.is_kwargs, described))
         if name not in self._inferences:

@@ -127,7 +127,7 @@ class Executable(Engine):
         when a rank fails, ClosedError afterwards, NonFiniteLossError.
         """
         begin = time.perf_counter()
-        if self._pending.is_clipped:
+        if self._pending.norm is not None:
             raise ConfigError("clip_grad_norm_ has reduced the gradients already; call update() before the next batch")
         parts = self.sent_parts(batch)
         self._send_changed_options()
@@ -146,8 +146,11 @@ class Executable(Engine):
         pass ``max_grad_norm`` to compile. Errors: ConfigError where nothing has been accumulated.
         """
         self._check_accumulated("clip_grad_norm_")
-        self._pending.is_clipped = True
-        return float(self.call_alike("clip", float(max_norm))[0])
+        if not max_norm > 0:
+            raise ConfigError(f"max_norm must be above 0, math.inf to only know the norm, not {max_norm!r}")
+        norm = float(self.call_alike("clip", float(max_norm))[0])
+        self._pending.norm = norm if self._pending.norm is None else self._pending.norm
+        return norm
 
     def update(self) -> None:
         """Update the parameters with the mean of the accumulated gradients; ConfigError where there are none."""
@@ -156,7 +159,7 @@ class Executable(Engine):
         self._send_changed_options()
         self.call("update")
         self._pending.seconds += time.perf_counter() - begin
-        self._updated(self._pending.is_clipped or self._options.max_grad_norm is not None)
+        self._updated()
 
     def eval_step(self, batch: Any) -> float:
         """The global mean loss of a batch, parameters, gradients and everything else left as they are.
@@ -206,7 +209,7 @@ class Executable(Engine):
     def _stepped(self, loss: float, begin: float) -> float:
         """What follows a whole step."""
         self._accumulated(loss, begin)
-        self._updated(self._options.max_grad_norm is not None)
+        self._updated()
         return loss
 
     def _accumulated(self, loss: float, begin: float) -> None:
@@ -219,7 +222,7 @@ class Executable(Engine):
         """Whether an update was skipped for the loss and a smaller scale may help: none below 1 does."""
         return self.plan.precision.scales_loss and self.loss_scale >= 1
 
-    def _updated(self, clipped: bool) -> None:
+    def _updated(self) -> None:
         """Schedulers, hooks, and the count, after an update; one that was skipped is told to hooks alone."""
         pending, self._pending = self._pending, _Pending()
         (scale, skipped), loss = self._scaling(), sum(pending.losses) / len(pending.losses)
@@ -228,10 +231,14 @@ class Executable(Engine):
             self._advance(loss)
         if self._hooks:
             samples = len(pending.losses) * self.plan.batch
-            norm = self.grad_norm if clipped and not skipped else None
+            norm = None if skipped else self._norm_before(pending)
             record = StepRecord(self._steps, loss, samples, pending.seconds, rates, norm, scale, skipped)
             for hook in tuple(self._hooks):
                 hook(record)
+
+    def _norm_before(self, pending: _Pending) -> float | None:
+        """Of all gradients, before the first clipping; an update clips once more what was clipped by hand."""
+        return self.grad_norm if pending.norm is None and self._options.max_grad_norm is not None else pending.norm
 
     def _advance(self, loss: float) -> None:
         self._steps += 1
@@ -320,12 +327,12 @@ class Executable(Engine):
 
 
 class _Pending:
-    """What has been accumulated since the last update."""
+    """What has been accumulated since the last update; norm: before it was clipped by hand, None where it was not."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seconds = 0.0
-        self.is_clipped = False
+        self.norm: float | None = None
 
     def add(self, loss: float, seconds: float) -> None:
         self.losses.append(loss)

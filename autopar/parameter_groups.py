@@ -29,20 +29,37 @@ class ParameterGroups(Optimizer):
         self._names = [tuple(group.options) for group in spec.groups]
         self._sent = self._copies()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_sent"):
+            raise ConfigError(
+                "ranks hold the groups that compile was given: make all of them in the optimizer factory, "
+                "and change what they have in exe.optimizer.param_groups"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        raise ConfigError("the optimizer's state lies on the ranks: exe.save(folder) writes it, with its options")
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        raise ConfigError("the optimizer's state lies on the ranks: exe.load(folder) reads what exe.save wrote")
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Nothing: ranks update the parameters. Schedulers ask that it is called before they are."""
 
     def changes(self) -> dict[int, Any]:
         """Options that have changed since they were last asked for, by group, as ``set_group_options`` takes them.
 
-        Those alone: optimizers that count in their groups do so on the ranks.
+        Those alone: optimizers that count in their groups do so on the ranks. Errors: ConfigError for options that are
+        gone, or no longer numbers.
         """
-        before, self._sent = self._sent, self._copies()
-        changed = {}
-        for index, (old, new) in enumerate(zip(before, self._sent, strict=True)):
+        now, changed = self._copies(), {}
+        for index, (old, new) in enumerate(zip(self._sent, now, strict=True)):
             other = {name: value for name, value in new.items() if not _same(value, old[name])}
+            for name, value in other.items():
+                _check_stays_a_number(index, name, old[name], value)
             if other:
                 changed[index] = options_to_tree(other)
+        self._sent = now
         return changed
 
     def restore(self, groups: Mapping[int, Any]) -> None:
@@ -53,8 +70,17 @@ class ParameterGroups(Optimizer):
 
     def _copies(self) -> list[dict[str, Any]]:
         """The options of each group, as plain values of their own."""
-        groups = zip(self.param_groups, self._names, strict=True)
+        groups = list(zip(self.param_groups, self._names, strict=True))
+        for index, (group, names) in enumerate(groups):
+            for gone in sorted(set(names) - group.keys()):
+                raise ConfigError(f"group {index} of exe.optimizer has lost its {gone!r}; put it back")
         return [options_from_tree(options_to_tree({name: group[name] for name in names})) for group, names in groups]
+
+
+def _check_stays_a_number(index: int, name: str, old: Any, new: Any) -> None:
+    """What ranks would fail by in the middle of a step. Errors: ConfigError."""
+    if isinstance(old, int | float) and not isinstance(new, int | float | torch.Tensor):
+        raise ConfigError(f"{name!r} of group {index} of exe.optimizer was {old} and is {new!r}; set it to a number")
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from autopar.runtime.allocator import keep_freed_memory
 from autopar.runtime.executor import RankExecutor
+from autopar.runtime.faults import named_faults
 from autopar.runtime.pool import WorkerPool
 from cost_model.cluster import Cluster
 from cost_model.errors import AutoparError, ConfigError, WorldSizeError
 
 Answer = TypeVar("Answer")
 _SAMPLES = 64  # of each tensor, to tell one initialisation from another
-ANSWERED_ALIKE = ("step", "accumulate", "evaluate", "clip", "gradient_norm", "configure", "update", "discard")
+ANSWERED_ALIKE = (
+    "step", "accumulate", "evaluate", "clip", "gradient_norm", "scaling", "configure", "update", "discard",
+)  # fmt: skip
 """Methods whose answer is the same on every rank, so that none has to be collected."""
 _RETRY = datetime.timedelta(seconds=0.2)
 _EXIT_TIMEOUT = datetime.timedelta(seconds=5)  # how long a script that has ended waits for those of other ranks
@@ -261,7 +264,8 @@ def agree_with_rank_0(decide: Callable[[], Answer]) -> Answer:
             told = [decide()]
         except AutoparError as error:
             told = [error]
-    dist.broadcast_object_list(told, src=0)
+    with named_faults(dist.get_rank(), peer=lambda: 0 if dist.get_rank() else None):
+        dist.broadcast_object_list(told, src=0)
     answer = told[0]
     if isinstance(answer, AutoparError):
         raise answer
@@ -276,7 +280,8 @@ def decided(decide: Callable[[], Answer]) -> Answer:
 
 def _from_all(mine: Any) -> list[Any]:
     results: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(results, mine)
+    with named_faults(dist.get_rank()):
+        dist.all_gather_object(results, mine)
     return results
 
 

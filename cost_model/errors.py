@@ -259,6 +259,21 @@ class CollectiveTimeoutError(AutoparError):
         )
 
 
+class LostRankError(AutoparError):
+    """A rank that this one exchanges tensors with has ended.
+
+    Attributes: rank (that is left), peer (that has ended; None where it was one of several in a collective).
+    """
+
+    def __init__(self, rank: int, peer: int | None = None) -> None:
+        self.rank, self.peer = rank, peer
+        other = "another rank" if peer is None else f"rank {peer}"
+        super().__init__(
+            f"rank {rank} has lost {other}, which has ended or is cut off: what that rank said last is the cause; "
+            "start the job again (torchrun --max-restarts does) and go on from the last checkpoint (exe.load)"
+        )
+
+
 class CheckpointError(AutoparError):
     """A checkpoint is missing, incomplete, or of another model or optimizer. Attributes: path."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from masks import dropout_given
 from models import example_gpt
 from parity import ADAMW, SGD, cpu_cluster
 from regression import BATCH, TWO, Regression
@@ -17,7 +19,7 @@ from user_optimizers import Counting
 
 import autopar
 from autopar.checkpoint import LATEST
-from cost_model.errors import BatchError, CheckpointError, ConfigError
+from cost_model.errors import BatchError, CheckpointError, ConfigError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("shared_ranks")
 COSINE = functools.partial(CosineAnnealingLR, T_max=8)
@@ -147,6 +149,72 @@ def test_random_states_of_data_loading_go_on(tmp_path: Path) -> None:
         torch.randperm(9)
         exe.load(tmp_path)
         assert torch.randperm(9).tolist() == expected
+
+
+class Dropping(torch.nn.Module):
+    """Dropout between layers, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [[torch.nn.Linear(8, 16), torch.nn.Dropout(0.3), torch.nn.Linear(16, 8)] for _ in range(2)]
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(*each) for each in layers).double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return torch.nn.functional.mse_loss(x, y)
+
+
+TP_OF_FOUR = (4, {"dp": 2, "tp": 2, "pp": 1, "zero": 2})
+DROPPING = [
+    [(2, {"dp": 2, "zero": 3}), LAST, (2, {"tp": 2})],
+    pytest.param([(2, {"dp": 2}), LAST_OF_FOUR, TP_OF_FOUR, LAST], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("plans", DROPPING, ids=str)
+def test_what_is_drawn_goes_on_under_every_plan(tmp_path: Path, plans: list[tuple[int, dict[str, int]]]) -> None:
+    """Masks go by the seed, the step and the sample, so one device that was never stopped draws the same."""
+    torch.manual_seed(1)
+    batch, losses = {"x": torch.randn(8, 8).double(), "y": torch.randn(8, 8).double()}, []
+    for position, (devices, pins) in enumerate(plans):
+        with compiled(Dropping(), batch, devices, scheduler=COSINE, **pins) as exe:
+            if position:
+                exe.load(tmp_path / "run")
+            losses += [exe.step(batch) for _ in range(2)]
+            exe.eval_step(batch)
+            exe.save(tmp_path / "run")
+    model, expected = Dropping(), []
+    update = ADAMW(model.parameters())
+    rates = COSINE(update)
+    for step in range(2 * len(plans)):
+        update.zero_grad()
+        with dropout_given(0, step):
+            loss = model(**batch)
+        loss.backward()
+        update.step()
+        rates.step()
+        expected.append(float(loss.detach()))
+    assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_part_that_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
+    """By the error of every rank; the checkpoint before stays the newest."""
+    with compiled(Regression(), BATCH, 2, optimizer=SGD, dp=2) as exe:
+        exe.save(tmp_path)
+        blocked = tmp_path / "step-1"
+        with mock.patch("autopar.executable.new_part", lambda root, steps: "step-1"):
+            exe.step(BATCH)
+            blocked.mkdir()
+            (blocked / ".metadata.tmp").mkdir()  # where torch writes what it renames last
+            with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint .*rank 0's part cannot be written"):
+                exe.save(tmp_path)
+    with compiled(Regression(), BATCH, 2, optimizer=SGD, dp=2) as exe:
+        for file in (tmp_path / (tmp_path / LATEST).read_text()).glob("*.distcp"):
+            file.unlink()
+        with pytest.raises(WorkerError, match=r"CheckpointError: checkpoint .*part cannot be read .*load another"):
+            exe.load(tmp_path)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

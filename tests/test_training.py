@@ -11,6 +11,7 @@ from models import example_gpt
 from parity import ADAMW, SGD, cpu_cluster, largest_error
 from regression import BATCH, TWO, Regression
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import autopar
 from autopar.executable import StepRecord
@@ -144,6 +145,105 @@ def test_steps_out_of_order_and_losses_that_are_not_numbers_are_errors() -> None
         remove()
         assert math.isfinite(exe.step(BATCH)) and exe.steps == 3
     assert [record.step for record in records] == [2] and records[0].grad_norm is None
+
+
+class Stacked(torch.nn.Module):
+    """Four blocks with norms, so that stages may have two parts of the chain each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)) for _ in range(4)]
+        self.blocks = torch.nn.ModuleList(blocks).double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return torch.nn.functional.mse_loss(x, y)
+
+
+def matrices_decay(parameters: Any) -> torch.optim.Optimizer:
+    """AdamW that spares norms and biases."""
+    matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0, "lr": 0.02}]
+    return torch.optim.AdamW(groups, lr=0.01)
+
+
+def warmed_up(optimizer: Any) -> Any:
+    return SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=2), CosineAnnealingLR(optimizer, T_max=6)], milestones=[2]
+    )
+
+
+PIPELINES: list[dict[str, Any]] = [
+    {"schedule": "1f1b"},
+    {"schedule": "gpipe"},
+    {"schedule": "interleaved", "virtual_stages": 2},
+    {"schedule": "zero_bubble"},
+]
+
+
+@pytest.mark.parametrize("pins", PIPELINES, ids=lambda pins: pins["schedule"])
+def test_hooks_schedulers_and_groups_under_every_schedule(pins: dict[str, Any]) -> None:
+    """Told of every update once, with the rates that it used, also where it took several batches."""
+    torch.manual_seed(1)
+    given = [{"x": torch.randn(8, 8).double(), "y": torch.randn(8, 8).double()} for _ in range(5)]
+    model, records = Stacked(), list[StepRecord]()
+    optimizer = matrices_decay(list(model.parameters()))
+    rates = warmed_up(optimizer)
+    expected: list[tuple[Any, ...]] = []
+    for step, part in enumerate((given[:1], given[1:4], given[4:]), start=1):
+        optimizer.zero_grad()
+        losses = [model(**batch) for batch in part]
+        (sum(losses) / len(part)).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+        expected.append((step, *(float(v) for v in (sum(losses).detach() / len(part), norm, *rates.get_last_lr()))))
+        optimizer.step()
+        rates.step()
+    parallelism = autopar.Parallelism(pp=2, microbatch_size=2, **pins)
+    with autopar.compile(
+        Stacked(), TWO, given[0], optimizer=matrices_decay, scheduler=warmed_up, parallelism=parallelism,
+        max_grad_norm=MAX_NORM,
+    ) as exe:  # fmt: skip
+        exe.add_hook(records.append)
+        exe.step(given[0])
+        for batch in given[1:4]:
+            exe.step(batch, update=False)
+            exe.eval_step(given[0])
+        assert exe.clip_grad_norm_(MAX_NORM) == pytest.approx(expected[1][2], rel=1e-9)
+        exe.update()
+        exe.step(given[4])
+        assert largest_error(exe.full_state_dict(), model.state_dict()) < 1e-6
+    found = [(r.step, r.loss, r.grad_norm, *r.learning_rates) for r in records]
+    assert [pytest.approx(each, rel=1e-6) for each in expected] == found
+    assert [(r.samples, r.loss_scale, r.skipped) for r in records] == [(n, 1.0, False) for n in (8, 24, 8)]
+    assert all(record.seconds > 0 for record in records)
+
+
+def test_groups_that_ranks_could_not_follow_are_refused_before_a_step() -> None:
+    with autopar.compile(Regression(), TWO, BATCH, optimizer=ADAMW, parallelism=autopar.Parallelism(dp=2)) as exe:
+        group = exe.optimizer.param_groups[0]
+        for use, message in [
+            (lambda: exe.optimizer.add_param_group({"params": [torch.zeros(1)]}), "ranks hold the groups"),
+            (exe.optimizer.state_dict, r"exe\.save\(folder\) writes it"),
+            (lambda: exe.optimizer.load_state_dict({}), r"exe\.load\(folder\) reads"),
+        ]:
+            with pytest.raises(ConfigError, match=message):
+                use()
+        for wrong in ("fast", None):
+            group["lr"] = wrong
+            with pytest.raises(ConfigError, match=f"'lr' of group 0 of exe.optimizer was 0.01 and is {wrong!r}"):
+                exe.step(BATCH)
+        del group["lr"]
+        with pytest.raises(ConfigError, match="group 0 of exe.optimizer has lost its 'lr'; put it back"):
+            exe.step(BATCH)
+        group["lr"] = 0.01
+        assert math.isfinite(exe.step(BATCH, update=False)) and exe.steps == 0
+        for norm in (-1.0, math.nan):
+            with pytest.raises(ConfigError, match="max_norm must be above 0"):
+                exe.clip_grad_norm_(norm)
+        exe.update()
+        assert exe.steps == 1
 
 
 class Normed(torch.nn.Module):

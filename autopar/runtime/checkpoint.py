@@ -6,12 +6,14 @@ ranks of which plan wrote it: "model/<parameter>", "optimizer/<parameter>/<state
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -35,7 +37,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from autopar.runtime.layout import Layout, Piece, held_layouts, updated_layouts
-from cost_model.errors import UnsupportedError
+from cost_model.errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     from autopar.runtime.held import Held
@@ -46,14 +48,28 @@ Tree = Any
 def save(rank: Held, folder: str) -> None:
     """Write what this rank is the writer of; all ranks take part, and the metadata is written last."""
     pieces = [p for key, layout, tensor in _held(rank) if layout.writes for p in layout.pieces(key, tensor)]
-    save_state({}, storage_writer=FileSystemWriter(folder), planner=_Writer(pieces))
+    with _told(folder, "written"):
+        save_state({}, storage_writer=FileSystemWriter(folder), planner=_Writer(pieces))
 
 
 def load(rank: Held, folder: str, states: Tree) -> None:
     """Read this rank's shards; states: parameter -> optimizer state -> (whole shape, dtype), or a plain value."""
     _make_states(rank, states)
     pieces = [p for key, layout, tensor in _held(rank) for p in layout.pieces(key, tensor)]
-    load_state({}, storage_reader=FileSystemReader(folder), planner=_Reader(pieces))
+    with _told(folder, "read"):
+        load_state({}, storage_reader=FileSystemReader(folder), planner=_Reader(pieces))
+
+
+@contextlib.contextmanager
+def _told(folder: str, done: str) -> Iterator[None]:
+    """CheckpointError, on every rank, of what the first of the ranks failed by: torch's own is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        advice = "give it a folder with room" if done == "written" else "load another checkpoint"
+        what = f"rank {rank}'s part cannot be {done} ({type(cause).__name__}: {cause}); {advice}"
+        raise CheckpointError(folder, what) from error
 
 
 def described_states(rank: Held) -> Tree:

@@ -110,7 +110,7 @@ class RankExecutor(Gradients):
         self.grad_outgoing: dict[Part, Tensor] = {}
         self.expected: defaultdict[str, deque[tuple[list[Awaited], Tensor]]] = defaultdict(deque)
         self.sending: defaultdict[str, deque[tuple[list[Awaited], Tensor, Part]]] = defaultdict(deque)
-        self.peer = 1 - self.rank if self.world_size == 2 else None
+        self.peer = self._only_other()
         self.begun = {}
         self.reducing = False
         self.loss: Tensor | None = None
@@ -119,7 +119,7 @@ class RankExecutor(Gradients):
 
     def step(self, batch: Tree) -> float:
         """One training step on this rank's part of the global batch; returns the global mean loss."""
-        with torch.no_grad(), self._named_timeouts():
+        with torch.no_grad(), self.named_faults():
             self._begin(batch)
             self.reducing = True
             self.module.step(self)
@@ -127,7 +127,7 @@ class RankExecutor(Gradients):
 
     def accumulate(self, batch: Tree) -> float:
         """Forward and backward alone; gradients add up until ``update``, which takes their mean."""
-        with torch.no_grad(), self._named_timeouts():
+        with torch.no_grad(), self.named_faults():
             self._begin(batch)
             self.module.accumulate(self)
             self.accumulated += 1
@@ -135,7 +135,7 @@ class RankExecutor(Gradients):
 
     def clip(self, max_norm: float) -> float:
         """Reduce what has been accumulated, and clip it; returns the norm before."""
-        with torch.no_grad(), self._named_timeouts():
+        with torch.no_grad(), self.named_faults():
             self._reduce_accumulated()
             self.clip_gradients(max_norm)
         return self.grad_norm
@@ -146,7 +146,7 @@ class RankExecutor(Gradients):
 
     def update(self, _: Tree = None) -> None:
         """Update the parameters with what has been accumulated."""
-        with torch.no_grad(), self._named_timeouts():
+        with torch.no_grad(), self.named_faults():
             self._reduce_accumulated()
             self.module.update(self)
         self.discard()
@@ -157,7 +157,7 @@ class RankExecutor(Gradients):
 
     def evaluate(self, batch: Tree) -> float:
         """The global mean loss of this rank's part of a batch, and nothing else."""
-        with torch.no_grad(), self._named_timeouts():
+        with torch.no_grad(), self.named_faults():
             self._begin(batch, keep=True)
             self.module.evaluate(self)
             return self._finish()

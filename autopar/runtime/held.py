@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from autopar.runtime.buckets import HeldBucket, gradient_buffers
 from autopar.runtime.comm import Comm
+from autopar.runtime.faults import named_faults
 from autopar.runtime.groups import limit_waiting, make_groups
 from autopar.runtime.optim import OptimizerSpec, build, chosen, group_options, set_group_options
 from autopar.runtime.scaling import LossScaler
@@ -18,10 +20,14 @@ Tree = Any
 
 
 class Held:
-    """One rank's shards, and its groups. ``payload``: of ``autopar.payload``; methods take and return plain trees."""
+    """One rank's shards, and its groups. ``payload``: of ``autopar.payload``; methods take and return plain trees.
+
+    peer: the rank that this one waits for, where known.
+    """
 
     def __init__(self, rank: int, world_size: int, payload: Tree) -> None:
         self.rank, self.world_size, self.spec = rank, world_size, payload
+        self.peer = self._only_other()
         self.device = torch.device(payload["device"])
         self.stage, self.dp_index = payload["stage"], payload["dp_index"]
         self.params: MutableMapping[str, Tensor] = self._here(payload["params"])
@@ -43,6 +49,13 @@ class Held:
         self._fill(payload.pop("initial"))
         self.optimizer = self._optimizer()
         self.scaler = LossScaler(self.device) if payload["scales_loss"] else None
+
+    def _only_other(self) -> int | None:
+        return 1 - self.rank if self.world_size == 2 else None
+
+    def named_faults(self) -> AbstractContextManager[None]:
+        """Errors that name the rank that is late or gone."""
+        return named_faults(self.rank, self.spec["timeout_s"], lambda: self.peer)
 
     def _here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In memory of their own, also where they had none."""
@@ -75,7 +88,7 @@ class Held:
     def state(self, _: Tree = None) -> Tree:
         """Local shards of parameters by the model's names; all ranks must be asked at once."""
         alone = {n: self.masters.get(n, value) for n, value in self.params.items() if n not in self.buckets}
-        with torch.no_grad():
+        with torch.no_grad(), self.named_faults():
             whole = {name: v for bucket in self.buckets.values() for name, v in bucket.whole(self.comm).items()}
         changed = {k: v.cpu() for k, v in self.buffers.items() if k in self.spec["changes"]}
         params = {k: v.cpu() for k, v in {**alone, **whole}.items()}
@@ -104,14 +117,16 @@ class Held:
         """Write this rank's part of a checkpoint, with all ranks."""
         from autopar.runtime import checkpoint
 
-        checkpoint.save(self, folder)
+        with self.named_faults():
+            checkpoint.save(self, folder)
 
     def load(self, request: Tree) -> None:
         """Read this rank's part of a checkpoint, with all ranks."""
         from autopar.runtime import checkpoint
 
-        checkpoint.load(self, request["folder"], request["states"])
-        self._refresh()
+        with self.named_faults():
+            checkpoint.load(self, request["folder"], request["states"])
+            self._refresh()
         if self.scaler is not None and request["loss_scale"] is not None:
             self.scaler.load(request["loss_scale"])
         self.configure(request["groups"])

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cost_model.errors import CollectiveTimeoutError
+from cost_model.errors import CollectiveTimeoutError, LostRankError
 
 _PLACE = struct.Struct("<QQ")  # number of an offer, address; or who calls, and which of two connections it is
 _NUMBER = struct.Struct("<Q")
@@ -147,9 +147,9 @@ class Peer:
         self.close()
         return CollectiveTimeoutError(self.own_rank, timeout_s, self.rank)
 
-    def _gone(self) -> RuntimeError:
+    def _gone(self) -> LostRankError:
         self.close()
-        return RuntimeError(f"connection closed by peer: rank {self.rank} has ended")
+        return LostRankError(self.own_rank, self.rank)
 
 
 class Near:

@@ -31,7 +31,8 @@ from autopar.runtime.channel import (
     decode,
     encode,
 )
-from cost_model.errors import ClosedError, ConfigError, UnknownNameError, WorkerError
+from autopar.runtime.faults import LOST
+from cost_model.errors import ClosedError, ConfigError, LostRankError, UnknownNameError, WorkerError
 
 BACKENDS = ("gloo", "nccl")
 STARTUP_TIMEOUT_S = 300.0
@@ -39,7 +40,7 @@ _POLL_S = 0.05
 _GRACE_S = 0.5  # how long a rank that failed by itself may be behind the ranks that only lost it
 _LEAVE_S = 5.0  # how long ranks may take to leave before they are killed
 _TAIL_BYTES = 4096
-_LOST_PEER = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "remote process exited")
+_LOST = (*LOST, LostRankError.__name__.lower())
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -252,7 +253,7 @@ class _Failure:
     def only_lost_a_peer(self) -> bool:
         """Whether it reads like the consequence of another rank's end, as gloo and the sockets word it."""
         text = f"{self.message}\n{self.detail}".lower()
-        return self.exit_code != -signal.SIGKILL and any(words in text for words in _LOST_PEER)
+        return self.exit_code != -signal.SIGKILL and any(words in text for words in _LOST)
 
     def error(self) -> WorkerError:
         """The same as an exception."""

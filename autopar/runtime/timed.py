@@ -13,21 +13,18 @@ from torch.profiler import record_function
 from autopar.runtime.held import Held
 from autopar.runtime.measure import Event, title_of
 from autopar.runtime.ranges import is_profiled
-from cost_model.errors import CollectiveTimeoutError
 
 Tree = Any
 Part = tuple[int, int]
 """(microbatch, chunk)."""
-_TIMED_OUT = ("timed out", "timeout caused pair closure")  # gloo: the wait itself, and others on the same connection
 
 
 class Timed(Held):
-    """events: what was done since somebody began to measure; peer: the rank that this one waits for, where known."""
+    """events: what was done since somebody began to measure."""
 
     def __init__(self, rank: int, world_size: int, payload: Tree) -> None:
         super().__init__(rank, world_size, payload)
         self.events: list[Event] | None = None
-        self.peer: int | None = None
 
     def _timed(self, name: str, part: Part, run: Callable[[], Any], label: str = "") -> Any:
         """Run, in a profiler's range, and while measuring note when."""
@@ -43,16 +40,6 @@ class Timed(Held):
         self._synchronise()
         self.events.append(Event(name, microbatch, label, start, time.perf_counter(), chunk))
         return result
-
-    @contextlib.contextmanager
-    def _named_timeouts(self) -> Iterator[None]:
-        """CollectiveTimeoutError for what gloo says when another rank did not come."""
-        try:
-            yield
-        except RuntimeError as error:
-            if any(words in str(error).lower() for words in _TIMED_OUT):
-                raise CollectiveTimeoutError(self.rank, self.spec["timeout_s"], self.peer) from error
-            raise
 
     @contextlib.contextmanager
     def _waiting_for(self, peer: int | None) -> Iterator[None]:
