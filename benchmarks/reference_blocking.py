@@ -24,11 +24,14 @@ Work = float | Exchange
 
 
 def blocking_1f1b_s(
-    blocks_s: Sequence[tuple[float, float]], transfers_s: dict[Message, float], microbatches: int
+    blocks_s: Sequence[tuple[float, float]], transfers_s: dict[Message, float], microbatches: int, *, held: bool = False
 ) -> float:
-    """Seconds of the schedule; blocks_s: forward and backward of each stage, transfers_s: between neighbours."""
+    """Seconds of the schedule; blocks_s: forward and backward of each stage, transfers_s: between neighbours.
+
+    held: whether buffers hold a whole message, so that it leaves before the receiver asks for it.
+    """
     pp = len(blocks_s)
-    stages = [_Stage(list(_work(stage, pp, microbatches, *blocks_s[stage]))) for stage in range(pp)]
+    stages = [_Stage(list(_work(stage, pp, microbatches, *blocks_s[stage])), held) for stage in range(pp)]
     posted: defaultdict[Message, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     awake = deque(range(pp))
     while awake:
@@ -63,8 +66,8 @@ def _work(stage: int, pp: int, microbatches: int, forward_s: float, backward_s: 
 
 
 class _Stage:
-    def __init__(self, work: list[Work]) -> None:
-        self.work, self.position, self.now = work, 0, 0.0
+    def __init__(self, work: list[Work], held: bool) -> None:
+        self.work, self.held, self.position, self.now = work, held, 0, 0.0
         self.mine: list[tuple[Message, int]] = []
 
     @property
@@ -87,7 +90,7 @@ class _Stage:
             else:
                 if not self.mine:
                     woken += self._post(stage, item, posted)
-                ends = [self._end(message, number, posted, transfers_s) for message, number in self.mine]
+                ends = [self._end(stage, message, number, posted, transfers_s) for message, number in self.mine]
                 if None in ends:
                     return woken
                 self.now, self.mine = max(end for end in ends if end is not None), []
@@ -105,12 +108,17 @@ class _Stage:
 
     def _end(
         self,
+        stage: int,
         message: Message,
         number: int,
         posted: defaultdict[Message, tuple[list[float], list[float]]],
         transfers_s: dict[Message, float],
     ) -> float | None:
         sent, received = posted[message]
+        if self.held and message[0] == stage:
+            return sent[number]
         if len(sent) <= number or len(received) <= number:
             return None
+        if self.held:
+            return max(sent[number] + transfers_s[message], received[number])
         return max(sent[number], received[number]) + transfers_s[message]

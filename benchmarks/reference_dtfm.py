@@ -1,8 +1,9 @@
 """DT-FM's table: GPT-XL on 64 V100 over five networks, placed by its scheduler, at random, and as Megatron-LM does.
 
-"ours" is DT-FM itself: GPipe in passes, between whose halves all ranks meet in a barrier of gloo's; gradients reduced
-to the first replica and broadcast once per iteration; the optimizer on the CPU. Megatron-LM: 1F1B with blocking
-exchanges, all_reduce of gradients after the last backward.
+"ours" is DT-FM itself: GPipe in passes, between whose halves all ranks meet in a barrier of gloo's, one communicator
+for what a stage sends and receives; gradients reduced to the first replica and broadcast once per iteration; the
+optimizer on the CPU. Megatron-LM: 1F1B with blocking exchanges, all_reduce of gradients after the last backward; a
+block takes as long as its device or the host that calls it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ import numpy as np
 import torch
 from reference_blocking import blocking_1f1b_s
 from reference_build import Builder, Layout, stretched
-from reference_hardware import COPY, MATMUL, NIC, OFFLOAD, OFFLOADED, Constant, Work, network_of, offloading
+from reference_gpipe import BUFFER_BYTES, Hop, half_pass_s
+from reference_hardware import (
+    CALL,
+    CALLED,
+    COPY,
+    MATMUL,
+    NIC,
+    OFFLOAD,
+    OFFLOADED,
+    Constant,
+    Work,
+    hosted,
+    network_of,
+)
 from reference_megatron import scattered
 from reference_models import Shape
 from reference_programs import recomputed
@@ -30,13 +44,13 @@ from reference_tables import Candidate, Prediction, Row, Table
 from cost_model.axis_groups import axis_groups
 from cost_model.cluster import Cluster
 from cost_model.network import FloatArray
-from cost_model.program import OpCost, Program
+from cost_model.program import Block, OpCost, Program
 
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
 _VOCABULARY = 29696  # 28,996 pieces, padded to a multiple of 1,024 as Megatron-LM pads it for eight shards
 _BATCH = 1024
 _GPUS, _REPLICAS, _BYTES = 64, 8, 2
-_OFFLOAD_S = 5e-9
+_HOST = {OFFLOAD: 1.3e-9, CALL: 3e-5}  # fitted
 
 
 class Dtfm(Table):
@@ -52,6 +66,7 @@ class Dtfm(Table):
         Constant(COPY, 2e8, 2e9, "NCCL over sockets on EC2: a flow is limited to 5 Gbit/s, 6.25e8"),
         Constant(NIC, 0.3, 0.97, "of the nominal bandwidth, without a placement group"),
         Constant(OFFLOAD, 1e-9, 2e-8, "SGD on a host: 14 bytes a parameter at 1 to 10 GB/s"),
+        Constant(CALL, 1e-5, 5e-5, "an ATen call from Python, with autograd and views, at 2.3 to 2.7 GHz"),
     )
 
     maps = "dtfm_networks.json"
@@ -126,7 +141,7 @@ def _candidate(seconds: Callable[..., float], work: Work, microbatches: int, cou
 
 @functools.cache
 def _loaded(case: int) -> Cluster:
-    return offloading(Cluster.load(f"dtfm-case{case}"), _OFFLOAD_S)
+    return hosted(Cluster.load(f"dtfm-case{case}"), _HOST)
 
 
 def _ranks_of_dtfm(program: Program, stage: int, dp: int, tp: int) -> int:
@@ -149,11 +164,11 @@ def _program(pp: int, tp: int, layers: int) -> Program:
 
 
 def _long_1f1b_s(
-    blocks_s: Sequence[tuple[float, float]], transfers_s: dict[tuple[int, int], float], microbatches: int
+    blocks_s: Sequence[tuple[float, float]], transfers_s: dict[tuple[int, int], float], microbatches: int, held: bool
 ) -> float:
     """Of many microbatches: once the pipeline has filled, each takes as long as the one before."""
     short, longer = (min(microbatches, rounds * len(blocks_s)) for rounds in (3, 4))
-    first_s, second_s = (blocking_1f1b_s(blocks_s, transfers_s, count) for count in (short, longer))
+    first_s, second_s = (blocking_1f1b_s(blocks_s, transfers_s, count, held=held) for count in (short, longer))
     return second_s + (microbatches - longer) * (second_s - first_s) / max(1, longer - short)
 
 
@@ -167,14 +182,32 @@ def _passes_s(work: Work, microbatches: int, passes: int, cluster: Cluster) -> f
 
 @functools.lru_cache(maxsize=256)
 def _pass_s(work: Work, microbatches: int, cluster: Cluster) -> float:
-    """Of the slowest replica."""
-    return max(work.pass_s(cluster, replica, microbatches) for replica in _distinct(work, cluster))
+    """Of the slowest replica: all forwards, then all backwards."""
+    prices = work.prices(cluster)
+    halves_s = [
+        ([price.chunks[0].forward.total_s for price in prices], range(len(prices))),
+        ([price.chunks[0].backward.total_s for price in prices], range(len(prices))[::-1]),
+    ]
+    return sum(
+        max(
+            half_pass_s([blocks_s[stage] for stage in order], hops, microbatches)
+            for hops in {_hops(work, cluster, replica, order) for replica in range(_REPLICAS)}
+        )
+        for blocks_s, order in halves_s
+    )
 
 
-def _distinct(work: Work, cluster: Cluster) -> list[int]:
-    """One replica for each set of transfer times."""
-    hops = {tuple(_hops_s(work, cluster, replica).values()): replica for replica in reversed(range(_REPLICAS))}
-    return sorted(hops.values())
+def _hops(work: Work, cluster: Cluster, replica: int, order: Sequence[int]) -> tuple[Hop, ...]:
+    """Of one direction."""
+    network, devices = network_of(cluster), work.program.devices
+    found = []
+    for source, target in itertools.pairwise(order):
+        sent = work.program.chain[min(source, target)].sent
+        assert sent is not None
+        near = network.node_of[devices[source, replica, 0]] == network.node_of[devices[target, replica, 0]]
+        added_s = network.start_s + (0.0 if near else sent.nbytes * network.copy_s_per_byte)
+        found.append(Hop.of(sent.nbytes, work.link(cluster, replica, source, target), added_s))
+    return tuple(found)
 
 
 def _hops_s(work: Work, cluster: Cluster, replica: int) -> dict[tuple[int, int], float]:
@@ -206,10 +239,24 @@ def gloo_barrier_s(latencies_s: FloatArray) -> float:
     return float(now.max())
 
 
+def _called_s(work: Work, cluster: Cluster) -> list[tuple[float, float]]:
+    """Seconds that the host of each stage needs to call the ops of its forward and of its backward."""
+
+    def block_s(block: Block) -> float:
+        calls = OpCost("optimizer", 0.0, len(block.instructions), "float16", op=CALLED)
+        return cluster.devices[0].op_time_s(calls)
+
+    return [(block_s(chunk.forward), block_s(chunk.backward)) for chunk in work.program.chain]
+
+
 def _blocking_s(work: Work, _: int, microbatches: int, cluster: Cluster) -> float:
     """Megatron-LM: the slowest replica, then the slowest stage's gradients and update."""
     prices = work.prices(cluster)
-    blocks = [(c.forward.total_s, c.backward.total_s) for price in prices for c in price.chunks]
+    blocks = [
+        (max(price.chunks[0].forward.total_s, forward_s), max(price.chunks[0].backward.total_s, backward_s))
+        for price, (forward_s, backward_s) in zip(prices, _called_s(work, cluster), strict=True)
+    ]
     hops = {tuple(h.items()) for h in (_hops_s(work, cluster, replica) for replica in range(_REPLICAS))}
-    slowest = max(_long_1f1b_s(blocks, dict(own), microbatches) for own in sorted(hops))
+    held = all(chunk.sent is None or chunk.sent.nbytes <= BUFFER_BYTES for chunk in work.program.chain)
+    slowest = max(_long_1f1b_s(blocks, dict(own), microbatches, held) for own in sorted(hops))
     return slowest + max(sum(price.step_collectives_s) + price.optimizer_s for price in prices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from cost_model.device import GEMM_KINDS, Device
 from cost_model.device_rows import GemmRow, Row, StreamRow
 from cost_model.network import Network
 from cost_model.prices import BlockPrice, ChunkPrice, StagePrice
-from cost_model.program import Block, Collective, OpCost, Program, StageProgram, StepWork
+from cost_model.program import Block, Collective, OpCost, Program, StageProgram
 from cost_model.simulate import step_time_s
 
 
@@ -39,6 +38,9 @@ NIC = "share of an instance's bandwidth"
 NIC_SHIPPED = 0.545  # of cost_model/clusters/dtfm-case1.toml
 OFFLOAD = "host's seconds a parameter"
 OFFLOADED = "optimizer on the host"  # as the name of an op whose bytes are parameters
+CALL = "host's seconds a call"
+CALLED = "calls of the host"  # as the name of an op whose bytes are calls
+HOSTED = {OFFLOAD: OFFLOADED, CALL: CALLED}
 FIRST = "speed of the first node among equal ones"
 
 
@@ -56,6 +58,7 @@ def shipped(cluster: Cluster, names: tuple[str, ...], level: int = 0, dtype: str
         COPY: lambda: 1.0 / network_of(cluster).copy_s_per_byte,
         NIC: lambda: NIC_SHIPPED,
         OFFLOAD: lambda: 1.0 / device.ops[OFFLOADED].points[0][1],
+        CALL: lambda: 1.0 / device.ops[CALLED].points[0][1],
         FIRST: lambda: _share(cluster.devices[0]) / _share(cluster.devices[-1]),
     }
     return {name: values[name]() for name in names}
@@ -79,7 +82,7 @@ def patched(cluster: Cluster, constants: Mapping[str, float], level: int = 0, dt
     changed = replace(device, rows=rows, op_overhead_s=constants.get(OVERHEAD, device.op_overhead_s))
     network = cluster.network
     if network is not None:
-        cluster = offloading(cluster, constants[OFFLOAD]) if OFFLOAD in constants else cluster
+        cluster = hosted(cluster, constants)
         changed = replace(changed, ops=cluster.devices[-1].ops)
         return replace(cluster, devices=(changed,) * cluster.num_devices, network=_patched_network(network, constants))
     levels = list(cluster.levels)
@@ -119,10 +122,10 @@ def _patched_level(level: Level, constants: Mapping[str, float]) -> Level:
     return replace(level, start_s=constants.get(START, level.start_s), link=Link(level.link.latency_s, bandwidth))
 
 
-def offloading(cluster: Cluster, seconds_a_parameter: float) -> Cluster:
-    """The cluster with hosts that take so long for an optimizer's step on each parameter."""
-    row = StreamRow(((1.0, 1.0 / seconds_a_parameter),), 0.0)
-    devices = {device: replace(device, ops={**device.ops, OFFLOADED: row}) for device in set(cluster.devices)}
+def hosted(cluster: Cluster, constants: Mapping[str, float]) -> Cluster:
+    """The cluster with hosts that take so long for an optimizer's step on each parameter, and for each call."""
+    rows = {op: StreamRow(((1.0, 1.0 / constants[name]),), 0.0) for name, op in HOSTED.items() if name in constants}
+    devices = {device: replace(device, ops={**device.ops, **rows}) for device in set(cluster.devices)}
     return replace(cluster, devices=tuple(devices[device] for device in cluster.devices))
 
 
@@ -154,24 +157,6 @@ class Work:
     def seconds(self, cluster: Cluster) -> float:
         """Equal to ``simulate(program, cluster, streams=streams, blocking=not streams).step_time_s``."""
         return step_time_s(self.program, self.prices(cluster), streams=self.streams, blocking=not self.streams)
-
-    def pass_s(self, cluster: Cluster, replica: int, microbatches: int) -> float:
-        """Forward and backward of so many microbatches of one replica, without what is done once per step."""
-        prices = [
-            replace(price, step_collectives_s=(), step_gathers_s=(), optimizer_s=0.0)
-            for price in self.prices(cluster, replica)
-        ]
-        return step_time_s(
-            replace(self._without_step, microbatches=microbatches),
-            prices,
-            streams=self.streams,
-            blocking=not self.streams,
-        )
-
-    @functools.cached_property
-    def _without_step(self) -> Program:
-        once = StepWork((), (), 0, 0)
-        return replace(self.program, stages=tuple(replace(stage, step=once) for stage in self.program.stages))
 
     def prices(self, cluster: Cluster, replica: int = 0) -> list[StagePrice]:
         """Of one replica; equal to ``price_stages(program, cluster)``, but for kinds, where all are alike."""
@@ -220,6 +205,12 @@ class Work:
             "from_next_s": back,
             "delay_s": self.message_s(cluster, 0, replica, index, index + 1),
         }
+
+    def link(self, cluster: Cluster, replica: int, source: int, target: int) -> Link:
+        """What the first shard's messages between two neighbouring stages get while all others of this direction go
+        on."""
+        pair = (self.program.devices[source, replica, 0], self.program.devices[target, replica, 0])
+        return network_of(cluster).link(*pair, self._senders(cluster, target - source)[pair])
 
     def message_s(self, cluster: Cluster, nbytes: int, replica: int, source: int, target: int) -> float:
         """The slowest shard's transfer between two neighbouring stages, while all others of this direction go on."""

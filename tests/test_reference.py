@@ -87,6 +87,32 @@ def test_fit_finds_constants_and_respects_bounds(benchmarks):
     assert fit(errors, (1.0, 1.0), ((0, 2), (0, 10)))[0] == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("held_s", "each_s"), [(9.0, 3.0), (0.0, 7.0), (1.0, 5.0)], ids=["all", "nothing", "a part"])
+def test_one_communicator_stalls_pipelines_by_what_buffers_do_not_hold(benchmarks, held_s, each_s):
+    """Blocks of 3 s, messages of 2: hidden behind them, or a receive and a send after each other beside them."""
+    from reference_gpipe import Hop, half_pass_s
+
+    hops = [Hop(wire_s=2.0, held_s=held_s, delay_s=0.0)] * 2
+    few, many = (half_pass_s([3.0] * 3, hops, count) for count in (20, 30))
+    assert many - few == pytest.approx(10 * each_s)
+    assert half_pass_s([3.0] * 3, hops, 1) == 3 * 3.0 + 2 * 2.0
+
+
+def test_what_buffers_hold_is_exchanged_without_waiting_for_the_other(benchmarks):
+    """Four stages, forwards of 1 s, backwards of 3, messages of 1: two exchanges stand between the blocks of a
+    microbatch, or one and a half: a side that comes late waits for nothing."""
+    from reference_blocking import blocking_1f1b_s
+
+    transfers_s = {(a, b): 1.0 for a in range(4) for b in (a - 1, a + 1)}
+
+    def each_s(*, held):
+        few, many = (blocking_1f1b_s([(1.0, 3.0)] * 4, transfers_s, count, held=held) for count in (20, 40))
+        return (many - few) / 20
+
+    assert each_s(held=False) == pytest.approx(1.0 + 3.0 + 2 * 1.0)
+    assert each_s(held=True) == pytest.approx(1.0 + 3.0 + 1.5 * 1.0)
+
+
 def test_tiles_are_counted_in_waves():
     """81 tiles on 80 units take two waves; a ragged tile counts as a whole one."""
     tiling = Tiling(units=80, shapes=((128, 128),), half=0.0)
