@@ -72,6 +72,11 @@ class NoGradient(Regression):
             return super().forward(x, y)
 
 
+class Deep(Regression):
+    def outputs(self, x: Tensor) -> Tensor:
+        return super().outputs(super().outputs(super().outputs(x)))
+
+
 class MixesSamples(Regression):
     def outputs(self, x: Tensor) -> Tensor:
         return super().outputs(x).cumsum(0)
@@ -238,6 +243,17 @@ def test_pins_that_cannot_be(pins: dict[str, Any], message: str) -> None:
 def test_more_stages_than_the_model_has_segments() -> None:
     with pytest.raises(ParallelismError, match="pp=8 is more than the 2 segments the model can be cut into"):
         estimate(Regression(), cluster=cpu_cluster(8), pp=8)
+
+
+def test_more_virtual_stages_than_the_model_has_segments_are_not_blamed_on_microbatches() -> None:
+    message = "pp=4 x virtual_stages=4 is more than the 2 segments the model can be cut into"
+    with pytest.raises(ParallelismError, match=message):
+        estimate(Regression(), cluster=cpu_cluster(4), pp=4, virtual_stages=4)
+
+
+def test_a_number_of_microbatches_that_virtual_stages_cannot_run_is_said() -> None:
+    with pytest.raises(ParallelismError, match="needs a multiple of pp=2 microbatches, not 1"):
+        estimate(Deep(), pp=2, virtual_stages=2, microbatch_size=8)
 
 
 @pytest.mark.parametrize(

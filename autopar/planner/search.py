@@ -293,30 +293,23 @@ class _Search:
     def _gather(self) -> None:
         """Put every possible configuration in the queue under its floor: stages as fast as each other."""
         floors: dict[tuple[int, int, int], Floor | None] = {}
-        reasons: list[str] = []
+        reasons: list[tuple[int, str]] = []
         for c in configurations(self.num_devices, self.batch, self.pins):
             mesh = (c.dp, c.tp, c.microbatch_size)
-            refused = refusal(c.schedule, c.pp, c.microbatches, c.virtual_stages)
-            if refused is not None:
-                reasons.append(refused)
-                continue
             if mesh not in floors:
                 floors[mesh] = self.space.floor(*mesh)
             floor = floors[mesh]
-            if floor is None:
-                reasons.append(f"dp={c.dp} tp={c.tp} microbatch_size={c.microbatch_size} cannot shard the model")
-            elif c.pp * c.virtual_stages > floor.segments:
-                virtual = "" if c.virtual_stages == 1 else f" x virtual_stages={c.virtual_stages}"
-                segments = f"{floor.segments} segments the model can be cut into"
-                reasons.append(f"pp={c.pp}{virtual} is more than the {segments}")
-            else:
+            refused = _refused(c, floor)
+            if refused is not None:
+                reasons.append(refused)
+            elif floor is not None:
                 self._push(_Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
         if not self.queue:
-            raise ParallelismError(self._why(reasons))
+            raise ParallelismError(self._why(max(reasons, key=lambda each: each[0])[1] if reasons else None))
 
-    def _why(self, reasons: Sequence[str]) -> str:
+    def _why(self, reason: str | None) -> str:
         pinned = ", ".join(f"{k}={v}" for k, v in vars(self.pins).items() if v is not None) or "nothing pinned"
-        detail = reasons[0] if reasons else "the degrees do not divide the devices and the batch"
+        detail = reason or "the degrees do not divide the devices and the batch"
         return (
             f"no configuration is possible on {self.num_devices} device(s) with a batch of {self.batch} and "
             f"{pinned}: {detail}. Next: pin fewer degrees, or change the batch"
@@ -546,8 +539,20 @@ class _Search:
 
     def _infeasible(self) -> Infeasible:
         if not self.shortages:
-            raise ParallelismError(self._why(["every way to cut the model is forbidden"]))
+            raise ParallelismError(self._why("every way to cut the model is forbidden"))
         return min(self.shortages, key=lambda row: row[:2])[2]
+
+
+def _refused(c: Configuration, floor: Floor | None) -> tuple[int, str] | None:
+    """Why a configuration cannot be, and how far it is from being possible: where none is, the one that is nearest
+    tells why, since another number of microbatches does not help a model that cannot be cut or sharded so."""
+    if floor is None:
+        return 0, f"dp={c.dp} tp={c.tp} microbatch_size={c.microbatch_size} cannot shard the model"
+    if c.pp * c.virtual_stages > floor.segments:
+        virtual = "" if c.virtual_stages == 1 else f" x virtual_stages={c.virtual_stages}"
+        return 1, f"pp={c.pp}{virtual} is more than the {floor.segments} segments the model can be cut into"
+    refused = refusal(c.schedule, c.pp, c.microbatches, c.virtual_stages)
+    return None if refused is None else (2, refused)
 
 
 def _floor_s(c: Configuration, floor: Floor) -> float:
