@@ -280,7 +280,10 @@ class Engine:
         return f"cuda:{torch.cuda.current_device() if under_launcher() else rank}"
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Whole parameters and buffers, trained so far, by every name of the model's own state dict."""
+        """Whole parameters and buffers, trained so far, by every name of the model's own state dict.
+
+        All ranks of a job call it.
+        """
         current = dict(self._model.state_dict())
         trained = self._gathered() if self._loaded else {}
         first, values = alias_map(self._model), self._values()

@@ -269,12 +269,16 @@ class Executable(Engine):
 
         It holds parameters, optimizer state, the scheduler, the step count, the random states of data loading, and
         ``extra``: plain values and tensors of the caller's own. What was in the folder before stays whole until the
-        new one is. Errors: CheckpointError, ConfigError for an extra that cannot be kept, UnsupportedError.
+        new one is. Errors: CheckpointError, ConfigError for an extra that cannot be kept, and for options of the
+        optimizer that were changed on some ranks only, UnsupportedError.
         """
         self._check_open()
         if self._pending.losses:
             raise ConfigError("gradients are accumulated that a checkpoint does not keep; call update() before")
         self._send_changed_options()
+        if self._groups is not None:
+            advice = "change exe.optimizer.param_groups alike on every rank, and load the last checkpoint"
+            self._running().check_same("optimizer", self._groups.numbers(), advice)
         state = self._described()
         ranks = self.call("training_state")
         state["groups"] = {index: tree for rank in reversed(ranks) for index, tree in rank["groups"].items()}

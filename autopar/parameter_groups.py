@@ -62,6 +62,11 @@ class ParameterGroups(Optimizer):
         self._sent = now
         return changed
 
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """Learning rates and other numbers that ranks were sent last, by name."""
+        options = ((f"{name} of group {k}", value) for k, sent in enumerate(self._sent) for name, value in sent.items())
+        return {name: torch.as_tensor(v) for name, v in options if isinstance(v, int | float | torch.Tensor)}
+
     def restore(self, groups: Mapping[int, Any]) -> None:
         """Take options that ranks hold already."""
         for index, tree in groups.items():

@@ -12,6 +12,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -264,7 +265,7 @@ def agree_with_rank_0(decide: Callable[[], Answer]) -> Answer:
             told = [decide()]
         except AutoparError as error:
             told = [error]
-    with named_faults(dist.get_rank(), peer=lambda: 0 if dist.get_rank() else None):
+    with _named_faults(0):
         dist.broadcast_object_list(told, src=0)
     answer = told[0]
     if isinstance(answer, AutoparError):
@@ -280,9 +281,16 @@ def decided(decide: Callable[[], Answer]) -> Answer:
 
 def _from_all(mine: Any) -> list[Any]:
     results: list[Any] = [None] * dist.get_world_size()
-    with named_faults(dist.get_rank()):
+    with _named_faults():
         dist.all_gather_object(results, mine)
     return results
+
+
+def _named_faults(awaited: int | None = None) -> AbstractContextManager[None]:
+    """Of what all processes do together. awaited: whom the others wait for; of two, each waits for the other."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    other = 1 - rank if world_size == 2 else None if rank == awaited else awaited
+    return named_faults(rank, peer=lambda: other)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -102,6 +102,7 @@ def refuses() -> None:
         "batch": _error(lambda: compiled(dp=2).step({name: value + RANK for name, value in BATCH.items()})),
         "shapes": _error(lambda: compiled(dp=2).step({name: value[:4] for name, value in BATCH.items()})),
         "batch after a checkpoint": _error(_goes_on_with_another_batch),
+        "rate": _error(_changes_its_own_rate),
         "batch to evaluate": _error(lambda: compiled(dp=2).eval().eval_step(_batch_of_this_rank(8))),
         "shape to evaluate": _error(lambda: compiled(dp=2).eval().eval_step(_batch_of_this_rank(4 + 4 * RANK))),
         "step": compiled(dp=2).step(BATCH),
@@ -112,6 +113,13 @@ def refuses() -> None:
 
 def _batch_of_this_rank(samples: int) -> dict[str, torch.Tensor]:
     return {name: value[:samples] + RANK for name, value in BATCH.items()}
+
+
+def _changes_its_own_rate() -> None:
+    with compiled(dp=2) as exe:
+        exe.optimizer.param_groups[0]["lr"] = 0.1 / (1 + RANK)
+        exe.step(BATCH)
+        exe.save(Path(sys.argv[2]) / "run")
 
 
 def _goes_on_with_another_batch() -> None:

@@ -102,6 +102,7 @@ def test_every_rank_gets_the_same_error_and_may_go_on_until_one_ends_the_job(tmp
         "weights": "ConfigError",
         "batch": "ConfigError",
         "batch after a checkpoint": "ConfigError",
+        "rate": "ConfigError",
         "batch to evaluate": "ConfigError",
         "shape to evaluate": "ConfigError",
         "shapes": "BatchError",
@@ -114,6 +115,9 @@ def test_every_rank_gets_the_same_error_and_may_go_on_until_one_ends_the_job(tmp
     )
     for what in ("batch", "batch after a checkpoint", "batch to evaluate", "shape to evaluate"):
         assert "rank 1 has another batch than rank 0 ('x' differs); pass the same global" in one[what]["message"], what
+    assert (
+        "rank 1 has another optimizer than rank 0 ('lr of group 0' differs); change exe.opt" in one["rate"]["message"]
+    )
     assert one["step"] == pytest.approx(reference(Regression(), BATCH, SGD)[0][0], rel=1e-5)
 
 
