@@ -16,7 +16,12 @@ from torch import fx
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
-from passes import restate_attention, restate_forms, restate_strided  # noqa: F401  (with others add to REWRITES)
+from passes import (  # noqa: F401  (with others add to REWRITES)
+    restate_attention,
+    restate_forms,
+    restate_losses,
+    restate_strided,
+)
 from passes.calls import schema_arguments
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
 from passes.restate import HALF, REWRITES

@@ -33,6 +33,11 @@ def refuse_unknown_shape(node: fx.Node) -> None:
 
 
 def _refused(node: fx.Node) -> UnsupportedError:
+    if node.target is aten.bincount.default:
+        return UnsupportedError(
+            f"{node.target} counts up to the largest value there is ({source_of(node)}), and programs are of fixed "
+            "shapes: with n values, write torch.nn.functional.one_hot(x, n).sum(0) for torch.bincount(x, minlength=n)"
+        )
     return UnsupportedError(
         f"{node.target} gives as many elements as a mask is true or as values differ ({source_of(node)}), and programs "
         "are of fixed shapes: keep every element and weigh it (torch.where(mask, x, 0.0).sum() / mask.sum() for "

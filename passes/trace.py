@@ -43,6 +43,12 @@ from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks, own_backwards
 
 LossFn = Callable[[Any, Any], torch.Tensor]
+_INSTEAD = {
+    "_ctc_loss": "its lengths are read as numbers: make the loss of each sample an op of your own "
+    "(torch.library.custom_op, with a backward) and give its rule, "
+    "autopar.register_rule('my::ctc', 't b c, b s, b -> b', whole='t c s')"
+}
+"""What to write for calls that no trace can hold."""
 _DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -324,7 +330,7 @@ def _check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:
 def _trace_error(error: Exception, model: nn.Module) -> TraceError:
     first = re.sub(r"\s+", " ", str(error).strip().split("\n\n")[0])[:400]
     if isinstance(error, _DEPENDS_ON_VALUES):
-        return TraceError(first, _user_line(error, model))
+        return TraceError(first, _user_line(error, model), next((v for k, v in _INSTEAD.items() if k in first), None))
     advice = "run the model once on this batch without autopar; if that works, report the model's code"
     return TraceError(f"{type(error).__name__}: {first}", _user_line(error, model), advice)
 

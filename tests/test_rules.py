@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autopar
-from cost_model.errors import ConfigError, RuleError
+from cost_model.errors import ConfigError, RuleError, TraceError
 from cost_model.ops.table import OPS
 from cost_model.placement import Shard
 
@@ -95,3 +95,33 @@ def test_a_missing_rule_is_named_with_its_line_and_its_cost() -> None:
     (note,) = (n for n in est.notes if "no rule (" in n)
     assert "user_ops.project.default" in note and "# the line" in note
     assert "2 call(s)" in note and "ms of a step" in note and "register_rule" in note
+
+
+class Spoken(nn.Module):
+    """A connectionist temporal classification of frames."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.head, self.own = nn.Linear(6, 32), nn.Linear(32, 10), own
+
+    def forward(self, x: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+        likely = self.head(torch.relu(self.enter(x))).log_softmax(-1).transpose(0, 1)
+        if self.own:
+            return (user_ops.ctc(likely, labels, lengths) / lengths.clamp(min=1)).mean()
+        return F.ctc_loss(likely, labels, torch.full((x.shape[0],), x.shape[1]), lengths)
+
+
+def spoken() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(8, 12, 6), "labels": torch.randint(1, 10, (8, 4)), "lengths": torch.randint(1, 5, (8,))}
+
+
+def test_a_loss_that_no_trace_holds_is_refused_and_what_is_advised_runs() -> None:
+    with pytest.raises(TraceError, match="register_rule"):
+        autopar.estimate(Spoken(own=False), cpu_cluster(2), spoken())
+    autopar.register_rule("user_ops::ctc", "t b c, b s, b -> b", whole="t c s")
+    model, batch = Spoken(own=True), spoken()
+    torch.testing.assert_close(model(**batch), Spoken(own=False)(**batch))
+    for pins in ({"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}):
+        check_parity(model, batch, 2, 1e-5, **pins)

@@ -25,6 +25,33 @@ def centre(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
+@torch.library.custom_op("user_ops::ctc", mutates_args=())
+def ctc(likely: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    """likely [t, b, c] logarithms, labels [b, s] of which the first of ``lengths`` [b] count -> [b]."""
+    return torch.ops.aten._ctc_loss.Tensor(likely, labels, _steps(likely), lengths)[0]
+
+
+@torch.library.custom_op("user_ops::ctc_backward", mutates_args=())
+def ctc_backward(grad: Tensor, likely: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    given = (likely, labels, _steps(likely), lengths)
+    loss, forward = torch.ops.aten._ctc_loss.Tensor(*given)
+    return torch.ops.aten._ctc_loss_backward.Tensor(grad, *given, loss, forward, 0)
+
+
+def _steps(likely: Tensor) -> Tensor:
+    return torch.full((likely.shape[1],), likely.shape[0])
+
+
+@ctc.register_fake
+def _(likely: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    return likely.new_empty(likely.shape[1])
+
+
+@ctc_backward.register_fake
+def _(grad: Tensor, likely: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(likely)
+
+
 @project.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -40,7 +67,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -49,5 +76,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return made
 
 
+def _ctc_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return ctc_backward(grad, *ctx.saved_tensors), None, None
+
+
+ctc.register_autograd(_ctc_gradient, setup_context=_keep)
 project.register_autograd(_backward, setup_context=_keep)
 centre.register_autograd(lambda ctx, grad: centre(grad))

@@ -1,0 +1,64 @@
+"""What models share within and across stages, all at once: a layer used many times, tied tables, counters, frozen
+parameters, inputs without samples, several losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
+from unseen_models import BATCH, classes, normal
+
+
+class Shared(nn.Module):
+    """One block five times; its table is the head's; its positions are frozen; weights of places have no batch dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(24, 16)
+        self.place = nn.Parameter(normal(6, 16) * 0.1, requires_grad=False)
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.own = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.head = nn.Linear(16, 24, bias=False)
+        self.head.weight = self.table.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.double()
+
+    def block(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+    def forward(self, ids: Tensor, worth: Tensor) -> dict[str, Any]:
+        x = self.block(self.table(ids) + self.place)
+        penalty = x.square().mean()
+        for own in self.own:
+            x = self.block(torch.tanh(own(x)))
+        logits = self.head(x)
+        losses = F.cross_entropy(logits.transpose(1, 2), ids.roll(-1, 1), reduction="none")
+        return {"loss": (losses * worth).mean() + 0.1 * penalty + 0.01 * x.abs().mean(), "parts": (logits, [x])}
+
+
+def batch() -> dict[str, Tensor]:
+    return {"ids": classes(24, BATCH, 6), "worth": torch.linspace(0.5, 1.5, 6, dtype=torch.float64)}
+
+
+PLANS = {
+    "dp2": {"dp": 2, "tp": 1, "pp": 1, "microbatch_size": 2},
+    "tp2": {"dp": 1, "tp": 2, "pp": 1},
+    "pp2": {"dp": 1, "tp": 1, "pp": 2, "microbatch_size": 2},
+    "pp4": {"dp": 1, "tp": 1, "pp": 4, "microbatch_size": 2},
+    "tp2-pp2": {"dp": 1, "tp": 2, "pp": 2, "microbatch_size": 4},
+    "zero3-pp2": {"dp": 2, "tp": 1, "pp": 2, "zero": 3, "microbatch_size": 4},
+}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_is_shared_is_trained_as_on_one_device(plan: str) -> None:
+    pins = PLANS[plan]
+    check_parity(Shared(), batch(), pins["dp"] * pins["tp"] * pins["pp"], 1e-9, **pins)
