@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from parity import largest_error
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 import autopar
@@ -169,3 +174,41 @@ def test_peaks_of_alike_stages_are_those_of_each_alone() -> None:
         alone = [stage_peak(stage, *shape, rounding, window) for stage in program.stages]
         assert together.under(*shape, window) == alone
         assert len({peak.memory.total_bytes for peak in alone}) > 1
+
+
+@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.parametrize(
+    ("kinds", "ends", "pins"),
+    [
+        (["a64fx", "cpu"], (2, 6), {"pp": 2, "schedule": "gpipe"}),
+        pytest.param(["cpu", "a64fx", "cpu"], (3, 4, 6), {"pp": 3, "schedule": "1f1b"}, marks=pytest.mark.slow),
+        (["a64fx", "cpu", "cpu", "a64fx"], (2, 6), {"pp": 2, "dp": 2, "zero": 1, "placement": (0, 3, 1, 2)}),
+    ],
+    ids=["2 ranks", "3 ranks", "4 ranks"],
+)
+def test_real_ranks_with_uneven_stages_have_the_numbers_of_one_device(
+    kinds: list[str], ends: tuple[int, ...], pins: dict[str, Any]
+) -> None:
+    """The plan is cut by hand: fewer layers on the slower of two kinds of CPUs."""
+    draw = torch.Generator().manual_seed(0)
+    model = Chain(16, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(16, 16, generator=draw) * 0.2)
+    batch = {"x": torch.randn(12, 16, generator=draw)}
+    delays, rates = (np.full((len(kinds),) * 2, value) for value in (1e-4, 1e9))
+    cluster = Cluster.from_matrix(device=kinds, latency_s=delays, bandwidth_bytes_per_s=rates)
+    parallelism = autopar.Parallelism(**{"tp": 1, "dp": 1, "microbatch_size": 2, **pins})
+    job = Job.of(model, cluster, batch, Options.of(None, SGD, parallelism, None, None, None))
+    plan = job.plan(cut_at(solved(job), ends))
+    assert tuple(stage.last_segment for stage in plan.stages) == ends
+    with autopar.compile(copy.deepcopy(model), cluster, batch, optimizer=SGD, plan=plan) as exe:
+        found, state = [exe.step(batch) for _ in range(3)], exe.full_state_dict()
+    update, losses = SGD(model.parameters()), []
+    for _ in range(3):
+        update.zero_grad()
+        losses.append(model(**batch))
+        losses[-1].backward()
+        update.step()
+    assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
+    assert largest_error(state, dict(model.state_dict())) < 1e-5
