@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from more_unseen_models import MORE
 from parity import check_parity
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import fx
@@ -17,6 +18,7 @@ from passes.unmutate import unmutate
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 GRIDS = {"dp2": {"dp": 2, "tp": 1, "pp": 1}, "tp2": {"dp": 1, "tp": 2, "pp": 1}, "pp2": {"dp": 1, "tp": 1, "pp": 2}}
+MODELS = {**UNSEEN, **MORE}
 QUICK = ("recurrent", "tp2")
 
 
@@ -34,13 +36,13 @@ def one_thread() -> Iterator[None]:
     ("family", "grid"),
     [
         pytest.param(family, grid, marks=() if (family, grid) == QUICK else pytest.mark.slow)
-        for family in UNSEEN
+        for family in MODELS
         for grid in (*GRIDS, "automatic")
     ],
 )
 def test_unseen_families_run_as_on_one_device(family: str, grid: str) -> None:
     torch.manual_seed(0)
-    model, batch = UNSEEN[family]()
+    model, batch = MODELS[family]()
     check_parity(model, batch, 2, 1e-4, SGD, **GRIDS.get(grid, {}))
 
 
