@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from planner_cases import CASES, DEPTHS, Case
+from planner_cases import CASES, DEPTHS, PUBLISHED, Case
 
 from autopar.options import DEFAULT_OPTIMIZER, Options
 from autopar.planner.chain import Chain
@@ -32,13 +32,6 @@ from autopar.planning import Job, Planned
 from cost_model.plan import RECOMPUTES, Parallelism
 
 ZEROS = (0, 1, 3)
-PUBLISHED = {
-    "1T": (
-        ("published", Parallelism(6, 8, 64, 0, "full", "1f1b", 1)),
-        ("published, interleaved", Parallelism(6, 8, 64, 0, "full", "interleaved", 1, 2)),
-    )
-}
-"""The plan of table 1 of Narayanan et al. (2021), whose section 5.1 recomputes activations."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,31 +1,37 @@
 """Time of planning, tracing included, and the gap it leaves, for GPTs of 1.3B to 1T parameters; nothing is run.
 
-    python benchmarks/planner.py [CASE ...] [--depths]
+    python benchmarks/planner.py [CASE ...] [--depths | --given]
 
 Prints the seconds on the clock and of the processor (imports excluded), the chosen plan, its step time and peak memory,
 and whether time and gap stay within the case's limits. --depths: the same model 12 to 96 layers deep instead, and how
-much longer the deepest takes than the shallowest. The limits are of seconds on the clock: run it alone on the machine.
+much longer the deepest takes than the shallowest. --given: the published plans instead, of those cases that have one,
+estimated from the plan as a user loads it, five times, the median told. The limits are of seconds on the clock: run it
+alone on the machine.
 The exit code is 1 if one is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 
-from planner_cases import CASES, DEPTHS, Case
+from planner_cases import CASES, DEPTHS, PUBLISHED, Case
 
 import autopar
 
 DEPTH_FACTOR = 2.0
+GIVEN_LIMIT_S = 3.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(c.name for c in CASES)}; default: all")
-    parser.add_argument("--depths", action="store_true")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--depths", action="store_true")
+    instead.add_argument("--given", action="store_true")
     arguments = parser.parse_args()
     if arguments.depths:
         return _depths()
@@ -33,6 +39,9 @@ def main() -> int:
     if unknown:
         parser.error(f"no case is called {', '.join(sorted(unknown))}")
     chosen = [case for case in CASES if not arguments.cases or case.name in arguments.cases]
+    if arguments.given:
+        slow = [case.name for case in chosen if case.name in PUBLISHED and _given(case) > GIVEN_LIMIT_S]
+        return int(bool(slow))
     late = [case.name for case in chosen if measured(case) > case.limit_s]
     return int(bool(late))
 
@@ -52,6 +61,28 @@ def measured(case: Case) -> float:
         flush=True,
     )
     return wall if found.gap <= case.gap else float("inf")
+
+
+def _given(case: Case, repeats: int = 5) -> float:
+    """The median seconds on the clock that an estimate of the case's published plan takes, tracing included."""
+    (model, inputs), cluster = case.model(), case.load_cluster()
+    name, pins = PUBLISHED[case.name][0]
+    plan = autopar.estimate(model, cluster, inputs, parallelism=pins, memory_cap=case.memory_cap).plan
+    walls, owns = [], []
+    for _ in range(repeats):
+        model, inputs = case.model()
+        wall, own = time.perf_counter(), time.process_time()
+        found = autopar.estimate(model, cluster, inputs, plan=plan)
+        walls.append(time.perf_counter() - wall)
+        owns.append(time.process_time() - own)
+    median_s = statistics.median(walls)
+    print(
+        f"{case.name}, {name} plan on {case.devices}: {median_s:.2f} s of {GIVEN_LIMIT_S:.0f} s "
+        f"({min(walls):.2f} to {max(walls):.2f}), processor {statistics.median(owns):.2f} s; "
+        f"step {found.step_time_s:.3f} s",
+        flush=True,
+    )
+    return median_s
 
 
 def _depths(cases: Sequence[Case] = DEPTHS) -> int:

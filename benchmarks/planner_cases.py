@@ -14,6 +14,7 @@ from reference_models import Shape, meta_model
 from torch import nn
 
 from cost_model.cluster import Cluster
+from cost_model.plan import Parallelism
 
 VOCABULARY = 51200
 
@@ -53,3 +54,10 @@ DEPTHS = tuple(
     Case(f"{layers} layers", layers, 2048, 32, 1024, 1024, "dgx2-v100-32gb", 16, "30GiB", 10.0, 0.01)
     for layers in (12, 24, 48, 96)
 )
+PUBLISHED = {
+    "1T": (
+        ("published", Parallelism(6, 8, 64, 0, "full", "1f1b", 1)),
+        ("published, interleaved", Parallelism(6, 8, 64, 0, "full", "interleaved", 1, 2)),
+    )
+}
+"""The plan of table 1 of Narayanan et al. (2021), whose section 5.1 recomputes activations."""
