@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -131,11 +132,11 @@ def book(mesh: str) -> RouteBook:
 
 
 def pairs_of(mesh: str, most: int) -> list[tuple[Placements, Placements]]:
-    """All pairs between which there is a way, or a regular choice of so many of them."""
+    """All pairs of placements, or so many of them by lot."""
     sizes, shape = MESHES[mesh][0].sizes, MESHES[mesh][1]
     known = placements(shape, sizes)
     pairs = list(itertools.product(known, known))
-    return pairs[:: max(1, len(pairs) // most)]
+    return random.Random(1).sample(pairs, min(most, len(pairs)))
 
 
 def check_pair(mesh: str, source: Placements, target: Placements) -> None:
@@ -174,8 +175,9 @@ def test_redistributions_are_right_forward_and_backward(mesh: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_redistribution_is_right_forward_and_backward(mesh: str) -> None:
-    for source, target in pairs_of(mesh, 10**9):
+def test_many_redistributions_are_right_forward_and_backward(mesh: str) -> None:
+    """All of two axes; of three axes one in eight, since all 161,604 take a quarter of an hour."""
+    for source, target in pairs_of(mesh, 20_000):
         check_pair(mesh, source, target)
 
 
