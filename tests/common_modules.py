@@ -184,5 +184,7 @@ def _named(*kinds: type[nn.Module]) -> dict[str, Build]:
 
 
 COMMON = _named(Attention, Transformer, BothWays, Parametrized, Complex, Mapped)
-COUPLED = _named(Contrastive, Decorrelated, RootMean, Balanced, Placed)
+COUPLED = _named(Contrastive, Placed)
 """Whose samples depend on each other."""
+SUMMED = _named(Decorrelated, RootMean, Balanced)
+"""Whose losses are not linear in sums over the samples, which replicas exchange."""

@@ -168,7 +168,8 @@ class Dropping(torch.nn.Module):
 
 TP_OF_FOUR = (4, {"dp": 2, "tp": 2, "pp": 1, "zero": 2})
 DROPPING = [
-    [(2, {"dp": 2, "zero": 3}), LAST, (2, {"tp": 2})],
+    [(2, {"dp": 2, "zero": 3}), LAST],
+    pytest.param([LAST, (2, {"tp": 2})], marks=pytest.mark.slow),
     pytest.param([(2, {"dp": 2}), LAST_OF_FOUR, TP_OF_FOUR, LAST], marks=pytest.mark.slow),
 ]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from common_modules import COMMON, COUPLED
+from common_modules import COMMON, COUPLED, SUMMED
 from parity import check_parity
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 
@@ -58,8 +58,14 @@ def test_a_batch_of_coupled_samples_is_not_split(name: str) -> None:
     assert check_parity(model, batch, 2, 1e-5, SGD).dp == 1
 
 
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("name", SUMMED)
+def test_a_batch_of_samples_that_meet_in_sums_alone_is_split(name: str) -> None:
+    assert check_parity(*SUMMED[name](), 2, 1e-5, SGD, **DP).dp == 2
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["contrastive", "balanced"])
 def test_coupled_samples_on_processes(name: str) -> None:
-    check_parity(*COUPLED[name](), 2, 1e-5, SGD, **TP)
+    check_parity(*{**COUPLED, **SUMMED}[name](), 2, 1e-5, SGD, **TP)

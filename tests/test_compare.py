@@ -74,7 +74,7 @@ def test_real_ranks(pins: dict[str, int]) -> None:
     assert (found.stages[0].phases_s["transfer"].measured > 0) == ("pp" in pins)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow)])
 def test_a_model_of_hugging_face_and_another_optimizer(schedule: str) -> None:
     model, batch = hf_gpt2("sdpa")
     check_figures(compared(model, batch, optimizer=SGD, pp=2, microbatch_size=2, schedule=schedule), 3)

@@ -200,6 +200,7 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "forward_end": ("x", "x", {}),
     "accumulate": ("x", "", {"parameter": "w"}),
     "accumulate_product": ("x weight", "", {"parameter": "w"}),
+    "by_rows": ("x", "x", {}),
     "product": ("x weight", "made", {}),
     "put": ("gathered x", "", {"offset": 0}),
     "put_product": ("gathered x weight", "", {"offset": 0}),

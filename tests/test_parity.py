@@ -26,7 +26,12 @@ def _devices(pins: dict[str, int]) -> int:
     return pins["dp"] * pins["tp"] * pins["pp"]
 
 
-@pytest.mark.parametrize("pins", GRIDS, ids=_name)
+QUICK = [GRIDS[0], GRIDS[1], GRIDS[2], GRIDS[-1]]
+
+
+@pytest.mark.parametrize(
+    "pins", [pins if pins in QUICK else pytest.param(pins, marks=pytest.mark.slow) for pins in GRIDS], ids=_name
+)
 def test_example_gpt_in_double_precision(pins: dict[str, int]) -> None:
     model, batch = example_gpt(torch.float64)
     plan = check_parity(model, batch, _devices(pins), 1e-9, **pins)
@@ -53,7 +58,7 @@ def test_tied_weights_across_stages_with_adamw() -> None:
     check_parity(model, batch, 4, 1e-8, optimizer=ADAMW, dp=2, pp=2, microbatch_size=1)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_planners_own_choice(devices: int) -> None:
     model, batch = example_gpt(torch.float64)
     check_parity(model, batch, devices, 1e-9)

@@ -49,6 +49,7 @@ def test_more_devices_are_tried_where_the_cluster_has_other_sizes() -> None:
     assert refused(memory_cap=cap, cluster=TWO).relaxations == ()
 
 
+@pytest.mark.slow
 def test_numbers_of_devices_that_cannot_hold_the_parameters_are_not_tried() -> None:
     assert refused(memory_cap=64, cluster=pairs()).relaxations == ()
 

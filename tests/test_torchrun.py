@@ -149,6 +149,7 @@ def test_profilers_see_the_segments_and_the_names_of_the_estimate_under_every_sc
         assert any(title.startswith("weight ") for title in titles) == (schedule == "zero_bubble")
 
 
+@pytest.mark.slow
 def test_every_rank_loads_the_samples_of_its_replica_alone(tmp_path: Path) -> None:
     """torch's sampler deals samples out one by one, so that the replicas together have those of one global batch."""
     code, output = finish("loads", tmp_path, ranks=4, monitor_s=3.0)
@@ -170,6 +171,7 @@ def test_every_rank_loads_the_samples_of_its_replica_alone(tmp_path: Path) -> No
             assert (seen[plan]["replicas"], seen[plan]["loaded"]) == (replicas, 2 * 24 // replicas)
 
 
+@pytest.mark.slow
 def test_hooks_of_some_ranks_and_what_hooks_raise(tmp_path: Path) -> None:
     code, output = finish("hooks", tmp_path, monitor_s=3.0)
     assert code != 0 and "RuntimeError: the hook of rank 1 at step 5" in output

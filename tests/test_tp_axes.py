@@ -103,7 +103,9 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, dict[str, torch.Tensor]]], Wanted
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c == "experts beside features" else c for c in CASES]
+)
 def test_what_each_axis_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, wanted, tolerance = CASES[case]
     require(monkeypatch, wanted)

@@ -182,7 +182,12 @@ def test_peaks_of_alike_stages_are_those_of_each_alone() -> None:
     [
         (["a64fx", "cpu"], (2, 6), {"pp": 2, "schedule": "gpipe"}),
         pytest.param(["cpu", "a64fx", "cpu"], (3, 4, 6), {"pp": 3, "schedule": "1f1b"}, marks=pytest.mark.slow),
-        (["a64fx", "cpu", "cpu", "a64fx"], (2, 6), {"pp": 2, "dp": 2, "zero": 1, "placement": (0, 3, 1, 2)}),
+        pytest.param(
+            ["a64fx", "cpu", "cpu", "a64fx"],
+            (2, 6),
+            {"pp": 2, "dp": 2, "zero": 1, "placement": (0, 3, 1, 2)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["2 ranks", "3 ranks", "4 ranks"],
 )

@@ -230,6 +230,7 @@ def test_under_a_cap_what_fits_runs_in_it(part: float) -> None:
     assert found.measured_peak_bytes <= cap
 
 
+@pytest.mark.slow
 def test_a_cap_that_nothing_meets() -> None:
     model, batch = example_gpt(attention="explicit")
     pins = Parallelism(dp=2, tp=1, pp=1, microbatch_size=4)
