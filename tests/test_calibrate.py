@@ -283,6 +283,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "MESSAGE_BYTES", (2**10, 2**16, 2**20))
 
 
+@pytest.mark.slow
 def test_a_hurried_measurement_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)
     cluster = Cluster.local(2)

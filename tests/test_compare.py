@@ -114,6 +114,7 @@ exe.close()
 """
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_launcher_gets_the_same(tmp_path: Path) -> None:
     script = tmp_path / "launched.py"
     paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]

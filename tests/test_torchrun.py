@@ -87,6 +87,7 @@ def test_both_ranks_train_what_one_device_trains(tmp_path: Path) -> None:
     assert autopar.Plan.from_json(one["first"]["plan"]).tp == 2
 
 
+@pytest.mark.slow
 def test_every_rank_gets_the_same_error_and_may_go_on_until_one_ends_the_job(tmp_path: Path) -> None:
     code, output = finish("refuses", tmp_path)
     assert code != 0
@@ -137,6 +138,7 @@ def test_a_rank_that_is_gone_ends_the_job(tmp_path: Path, mode: str, reason: str
     assert "LostRankError: rank 0 has lost rank 1, which has ended or is cut off" in output, output
 
 
+@pytest.mark.slow
 def test_profilers_see_the_segments_and_the_names_of_the_estimate_under_every_schedule(tmp_path: Path) -> None:
     code, output = finish("profiles", tmp_path)
     assert code == 0, output
