@@ -102,8 +102,8 @@ def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) 
         raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
     if analysis.synchronised and pins.microbatch_size not in (None, batch // dp):
         raise ParallelismError(
-            f"batch norm or the loss needs sums over the whole batch, so each of dp={dp} replicas has one microbatch, "
-            f"of {batch // dp} samples; leave microbatch_size None"
+            f"batch norm or the loss needs all samples of the batch at once, so each of dp={dp} replicas has one "
+            f"microbatch, of {batch // dp} samples; leave microbatch_size None"
         )
     for each in dps:
         if batch % each:

@@ -34,6 +34,7 @@ from passes.follow import choices
 from passes.graph import ModelGraph
 from passes.group import Worth
 from passes.precision import cast
+from passes.replicas import exchange_between_replicas
 from passes.segment import Segment, carried_values, segment
 from passes.specialise import specialise
 from passes.trace import Traced, trace
@@ -140,7 +141,7 @@ def build_inference(
     outputs = None if loss else _Outputs()
     with _in_mode(model, training):
         traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
-    traced = _without_gradients(traced)
+    traced = exchange_between_replicas(_without_gradients(traced))
     analysis, _ = analysed(traced, model)
     plan = _plan(traced, analysis, held, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
@@ -179,6 +180,8 @@ def _collected(analysis: BatchAnalysis, outputs: _Outputs | None) -> dict[int, P
 def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, batch: int) -> Plan:
     """The plan of training for another graph: parts of the chain by the parameters that they hold."""
     plan, whole = held.plan, _microbatch(held.plan, batch)
+    if analysis.synchronised:
+        whole = batch
     if analysis.reason is not None and whole // plan.mesh(0).dp < batch:
         raise UnsupportedError(f"the batch cannot be split over {plan.dp} replicas or microbatches: {analysis.reason}")
     model = specialise(traced, whole // plan.mesh(0).dp)

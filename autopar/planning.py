@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -51,13 +51,13 @@ from cost_model.prices import hidable_s
 from cost_model.program import Program
 from cost_model.simulate import SimulationResult, estimate_of, simulate
 from cost_model.tensor import TensorMeta
-from passes.batch import BATCH_NORM, REPLICA_SUM, BatchAnalysis, analyse_batch
+from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
 from passes.precision import cast
 from passes.random_vocabulary import DRAWING, DROPOUT
-from passes.replicas import exchange_sums
+from passes.replicas import exchange_between_replicas, exchange_notes
 from passes.segment import Segment
 from passes.trace import Traced, trace
 from passes.verify import verify_priced
@@ -147,10 +147,12 @@ class Job:
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
         ways = options.precision.choices
         options = replace(options, precision=ways[0])
-        traced = exchange_sums(cast(trace(model, inputs, options.loss_fn), options.precision))
+        traced = exchange_between_replicas(cast(trace(model, inputs, options.loss_fn), options.precision))
         analysis, notes = analysed(traced, model)
         if analysis.reason is not None or unruled(traced.global_graph):  # once more, to say where
-            traced = exchange_sums(cast(trace(model, inputs, options.loss_fn, sources=True), options.precision))
+            traced = exchange_between_replicas(
+                cast(trace(model, inputs, options.loss_fn, sources=True), options.precision)
+            )
             analysis, notes = analysed(traced, model)
         whole = traced.global_graph
         check_trains(whole, has_optimizer=options.optimizer is not None)
@@ -634,23 +636,8 @@ def analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str
     analysis, notes = check_constant(traced, analysis, known)
     if analysis.reason is not None:
         notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
-    notes = (*notes, *_synchronised_notes(traced, analysis.synchronised))
+    notes = (*notes, *exchange_notes(traced.global_graph, analysis.synchronised))
     return analysis, notes
-
-
-def _synchronised_notes(traced: Traced, names: frozenset[str]) -> Iterator[str]:
-    kinds = Counter(str(n.target) for n in traced.global_graph.nodes() if n.name in names)
-    if kinds[BATCH_NORM]:
-        yield (
-            f"the statistics of {kinds[BATCH_NORM]} batch norm(s) are those of the global batch, as on one device: "
-            "replicas exchange them (an all_gather forward, an all_reduce backward), and each replica has one "
-            "microbatch"
-        )
-    if kinds[REPLICA_SUM]:
-        yield (
-            f"the loss is no sum over samples: replicas exchange {kinds[REPLICA_SUM]} sum(s) that it is made of (an "
-            "all_reduce forward, another backward), and each replica has one microbatch"
-        )
 
 
 def _scaled(precision: Precision) -> tuple[str, ...]:

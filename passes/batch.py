@@ -21,10 +21,11 @@ from cost_model.factors import FactorMap, Strategy, factor_of, split_factor
 from cost_model.ops import entry_of
 from cost_model.placement import PARTIAL, REPLICATE, VARYING, Partial, Placement, Shard
 from cost_model.tensor import TensorMeta
+from passes.batch_sizes import CannotSplitError, Sizes
 from passes.calls import call_of, tensor_args
 from passes.dependence import active_nodes, ancestors
-from passes.graph import Meta, ModelGraph, is_getitem, source_of
-from passes.specialise import BatchMismatchError, changed_sizes, twins
+from passes.graph import ModelGraph, is_getitem, source_of
+from passes.specialise import BatchMismatchError
 from passes.vocabulary import collect
 
 
@@ -41,7 +42,9 @@ class BatchAnalysis:
     collected: output of the model by number -> how it lies along the batch; None: it depends on no
     parameter and is made once, of the whole batch.
     summed: (user, operand) pairs where a sum over the batch must be made whole across replicas first; shares_loss: the
-    loss follows from such sums, and each replica has its share of it. See ``passes.replicas``.
+    loss follows from what replicas exchange, and each has its share of it. See ``passes.replicas``.
+    joined: calls that mix samples, and what follows from them, made of all samples by each replica; gathered: values of
+    theirs that replicas gather first, by how they lie; again: other values of theirs, made again of all samples.
     in_rows: values whose samples lie one behind the other, so that those of replicas joined are those of their samples.
     """
 
@@ -55,10 +58,9 @@ class BatchAnalysis:
     in_rows: frozenset[str] = frozenset()
     summed: frozenset[tuple[str, str]] = frozenset()
     shares_loss: bool = False
-
-
-class _CannotSplit(Exception):
-    pass
+    joined: frozenset[str] = frozenset()
+    gathered: tuple[tuple[str, Shard], ...] = ()
+    again: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class _Sized:
 BATCH_NORM = "autopar.batch_norm.default"
 REPLICA_SUM = "autopar.replica_sum.default"
 REPLICA_SHARE = "autopar.replica_share.default"
+REPLICA_GATHER = "autopar.replica_gather.default"
 Place = Placement | _Global | _Sized
 _GLOBAL, _SIZED = _Global(), _Sized()
 
@@ -87,7 +90,8 @@ _GLOBAL, _SIZED = _Global(), _Sized()
 def analyse_batch(model: ModelGraph, other: ModelGraph | None, *, exchange: bool = False) -> BatchAnalysis:
     """Follow the batch through the global graph; ``other``: the same graph at a second batch size, if there is one.
 
-    exchange: what is not linear in a sum over the batch may be given it whole (``BatchAnalysis.summed``).
+    exchange: what is not linear in a sum over the batch may be given it whole (``BatchAnalysis.summed``), and what
+    mixes samples all of them (``BatchAnalysis.joined``).
     """
     if other is None:
         return BatchAnalysis("it is a single sample" if model.batch == 1 else "the model traces at one batch size only")
@@ -95,7 +99,7 @@ def analyse_batch(model: ModelGraph, other: ModelGraph | None, *, exchange: bool
         run = _Analysis(model, other, exchange)
         run.follow()
         return run.result()
-    except (_CannotSplit, BatchMismatchError) as error:
+    except (CannotSplitError, BatchMismatchError) as error:
         deeper = None if exchange else analyse_batch(model, other, exchange=True).reason
         return BatchAnalysis(deeper or str(error))
 
@@ -103,7 +107,7 @@ def analyse_batch(model: ModelGraph, other: ModelGraph | None, *, exchange: bool
 class _Analysis:
     def __init__(self, model: ModelGraph, other: ModelGraph, exchange: bool) -> None:
         self.model, self.active, self.exchange = model, active_nodes(model), exchange
-        self.sizes = _Sizes(model, other)
+        self.sizes = Sizes(model, other)
         self.places: dict[str, Place] = {}
         self.outputs_of: dict[str, tuple[Place, ...]] = {}
         self.hoisted: dict[str, None] = {}
@@ -111,6 +115,9 @@ class _Analysis:
         self.shared: set[tuple[str, str]] = set()
         self.synchronised: set[str] = set()
         self.summed: set[tuple[str, str]] = set()
+        self.joined: set[str] = set()
+        self.gathered: dict[str, Shard] = {}
+        self.again: set[str] = set()
         self.shares_loss = False
         self.constant: dict[tuple[str, int, int], None] = {}
         for node, item in zip(self.sizes.placeholders(), model.inputs, strict=True):
@@ -127,17 +134,19 @@ class _Analysis:
                 source, index = node.args
                 assert isinstance(source, fx.Node) and isinstance(index, int)
                 self.places[node.name] = self.outputs_of[source.name][index]
+                if source.name in self.joined:
+                    self.joined.add(node.name)
             else:
                 places = self._ambient(node) if node.name not in self.active else self._active(node)
                 self.outputs_of[node.name] = places
                 self.places[node.name] = places[0]
         loss = self.places[self.model.outputs[0]]
-        if loss == VARYING and self.exchange and (self.summed or self.synchronised):
+        if loss == VARYING and self.exchange and (self.summed or self.synchronised or self.joined):
             self.shares_loss = True
         elif loss == VARYING:
-            raise _CannotSplit("the loss does not depend on the batch")
+            raise CannotSplitError("the loss does not depend on the batch")
         elif not isinstance(loss, Partial):
-            raise _CannotSplit(f"the loss is {loss} over the batch, not a sum over samples")
+            raise CannotSplitError(f"the loss is {loss} over the batch, not a sum over samples")
 
     def _operands(self, node: fx.Node) -> tuple[list[fx.Node], list[Place]]:
         operands = tensor_args(node)
@@ -150,7 +159,7 @@ class _Analysis:
         if any(isinstance(p, Shard) for p in places):
             try:
                 outputs = self._split(node, operands, places)
-            except _CannotSplit:
+            except CannotSplitError:
                 return self._all(node, _GLOBAL)
             return self._all(node, _GLOBAL) if PARTIAL in outputs else outputs
         if _GLOBAL in places:
@@ -175,18 +184,31 @@ class _Analysis:
         """Of what a call that exchanges something over the replicas gives."""
         if target == BATCH_NORM and place == Shard(0):
             return Shard(0)
-        if target == REPLICA_SUM and isinstance(place, Partial):
+        if (target == REPLICA_SUM and isinstance(place, Partial)) or (
+            target == REPLICA_GATHER and isinstance(place, Shard)
+        ):
             return VARYING
         return PARTIAL if target == REPLICA_SHARE and place == VARYING else None
 
     def _placed(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
+        if any(o.name in self.joined and self.sizes.changes_shape(o) for o in operands):
+            return self._joined(node, operands)
         if any(isinstance(p, Partial) for p in places):
             try:
                 return self._linear(node, operands, places)
-            except _CannotSplit:
+            except CannotSplitError:
                 if not self.exchange:
                     raise
                 return self._placed(node, operands, self._with_sum(node, operands, places))
+        try:
+            return self._apart(node, operands, places)
+        except CannotSplitError:
+            if not self.exchange:
+                raise
+            return self._joined(node, operands)
+
+    def _apart(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
+        """A call that keeps samples apart, or knows none."""
         if any(isinstance(p, Shard) for p in places):
             return self._split(node, operands, places)
         if self.sizes.changes(node):
@@ -194,11 +216,35 @@ class _Analysis:
         self._hoist_all(operands, places)
         return self._all(node, VARYING)
 
+    # --- values made of all samples by each replica
+
+    def _joined(self, node: fx.Node, operands: list[fx.Node]) -> tuple[Place, ...]:
+        self.joined.add(node.name)
+        for operand in operands:
+            self._as_whole(node, operand)
+        return self._all(node, VARYING)
+
+    def _as_whole(self, node: fx.Node, operand: fx.Node) -> None:
+        """The operand of all samples: gathered, or made again where it depends on no parameter or is a view (so that a
+        value travels once for all of its views)."""
+        name, place = operand.name, self.places[operand.name]
+        if isinstance(place, Partial):
+            self.summed.add((node.name, name))
+        elif name in self.joined or not self.sizes.changes_shape(operand):
+            return
+        elif name in self.active and not is_view(operand, self.model):
+            assert isinstance(place, Shard)
+            self.gathered[name] = place
+        else:
+            self.again.add(name)
+            for each in operand.all_input_nodes:
+                self._as_whole(operand, each)
+
     def _rule(self, node: fx.Node) -> FactorMap:
         entry = entry_of(str(node.target))
         rule = entry.factors(call_of(node, self.model.metas)) if entry else None
         if rule is None:
-            raise _CannotSplit(f"{node.target} has no rule for its batch dim ({source_of(node)})")
+            raise CannotSplitError(f"{node.target} has no rule for its batch dim ({source_of(node)})")
         return rule
 
     def _split(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
@@ -211,7 +257,7 @@ class _Analysis:
         """A call that makes something for every sample of what knows no batch: a class token expanded to the batch."""
         dims = self.sizes.batch_dims(node)
         if len(dims) != 1:
-            raise _CannotSplit(f"{node.target} depends on the batch's size ({source_of(node)})")
+            raise CannotSplitError(f"{node.target} depends on the batch's size ({source_of(node)})")
         rule = self._rule(node)
         return self._accepted(node, operands, places, _along(rule, factor_of(rule, "out", 0, Shard(dims[0]))))
 
@@ -220,7 +266,7 @@ class _Analysis:
     ) -> tuple[Place, ...]:
         """Every operand as the strategy wants it; the strategy's outputs."""
         if strategy is None or strategy.inside:
-            raise _CannotSplit(f"{node.target} mixes samples of the batch ({source_of(node)})")
+            raise CannotSplitError(f"{node.target} mixes samples of the batch ({source_of(node)})")
         self.sizes.check(node, strategy.outputs)
         for operand, place, wanted in zip(operands, places, strategy.inputs, strict=True):
             self._accept(node, operand, place, wanted)
@@ -240,16 +286,16 @@ class _Analysis:
         elif wanted == VARYING and place in (_GLOBAL, _SIZED):
             self._hoist_whole(operand)
         else:
-            raise _CannotSplit(f"{node.target} needs {operand} as {wanted}, but it is {place} ({source_of(node)})")
+            raise CannotSplitError(f"{node.target} needs {operand} as {wanted}, but it is {place} ({source_of(node)})")
 
     def _linear(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
         """A call on sums over the batch: it must be linear in all of them together."""
         partial = {i for i, p in enumerate(places) if isinstance(p, Partial)}
         if any(isinstance(p, Shard) for p in places):
-            raise _CannotSplit(f"{node.target} combines a sum over the batch with its samples ({source_of(node)})")
+            raise CannotSplitError(f"{node.target} combines a sum over the batch with its samples ({source_of(node)})")
         groups = [g for g in self._rule(node).linear if partial <= g]
         if not groups:
-            raise _CannotSplit(f"{node.target} is not linear in a sum over the batch ({source_of(node)})")
+            raise CannotSplitError(f"{node.target} is not linear in a sum over the batch ({source_of(node)})")
         outputs = (PARTIAL,) * len(self._all(node, PARTIAL))
         self.sizes.check(node, outputs)
         others = min(groups, key=len) - partial
@@ -274,12 +320,12 @@ class _Analysis:
     def _hoist_whole(self, operand: fx.Node) -> None:
         """Computed from the global batch and used as it is."""
         if self.sizes.changes_shape(operand):
-            raise _CannotSplit(f"all samples of {operand} are needed at once ({source_of(operand)})")
+            raise CannotSplitError(f"all samples of {operand} are needed at once ({source_of(operand)})")
         self._hoist(operand)
 
     def _hoist(self, operand: fx.Node) -> None:
         if operand.op == "placeholder":
-            raise _CannotSplit(f"{operand} holds something for every sample of the batch")
+            raise CannotSplitError(f"{operand} holds something for every sample of the batch")
         self.hoisted[operand.name] = None
 
     def result(self) -> BatchAnalysis:
@@ -295,6 +341,9 @@ class _Analysis:
             frozenset(self._in_rows()),
             frozenset(self.summed),
             self.shares_loss,
+            frozenset(self.joined),
+            tuple(self.gathered.items()),
+            frozenset(self.again),
         )
 
     def _in_rows(self) -> Iterator[str]:
@@ -313,53 +362,12 @@ class _Analysis:
                 yield number, None if node in hoisted or isinstance(place, _Global | _Sized) else place
 
 
+def is_view(node: fx.Node, model: ModelGraph) -> bool:
+    """Whether a value is its one operand, seen otherwise."""
+    entry = entry_of(str(node.target)) if node.op == "call_function" and not is_getitem(node) else None
+    return entry is not None and len(tensor_args(node)) == 1 and entry.price(call_of(node, model.metas)) is None
+
+
 def _along(rule: FactorMap, found: tuple[str, int] | None) -> Strategy | None:
     """The op split to the last along a factor (outer x n x inner into n parts)."""
     return split_factor(rule, found[0], found[1], rule.sizes[found[0]] // found[1]) if found else None
-
-
-class _Sizes:
-    """What depends on the batch's size, from the graph at two sizes."""
-
-    def __init__(self, model: ModelGraph, other: ModelGraph) -> None:
-        self.model, self.other = model, other
-        self.twins = twins(model, other)
-
-    def placeholders(self) -> list[fx.Node]:
-        return [n for n in self.twins if n.op == "placeholder"]
-
-    def _metas(self, node: fx.Node) -> list[tuple[TensorMeta, TensorMeta]]:
-        """The node's tensors at both sizes."""
-        a, b = _listed(self.model.metas[node.name]), _listed(self.other.metas[self.twins[node].name])
-        return [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-
-    def changes_shape(self, node: fx.Node) -> bool:
-        return any(a != b for a, b in self._metas(node))
-
-    def changes(self, node: fx.Node) -> bool:
-        """Whether the call itself, operands aside, depends on the batch's size."""
-        return self.changes_shape(node) or bool(changed_sizes(node, self.twins[node]))
-
-    def batch_dims(self, node: fx.Node) -> list[int]:
-        """Dims of a node's one tensor whose extent depends on the batch."""
-        metas = self._metas(node)
-        if len(metas) != 1 or len(metas[0][0].shape) != len(metas[0][1].shape):
-            return []
-        return [d for d, (a, b) in enumerate(zip(metas[0][0].shape, metas[0][1].shape, strict=True)) if a != b]
-
-    def check(self, node: fx.Node, outputs: tuple[Placement, ...]) -> None:
-        """_CannotSplit unless the call, at a smaller batch, computes the parts that ``outputs`` say."""
-        for (a, b), place in zip(self._metas(node), outputs, strict=True):
-            expected = list(a.shape)
-            if isinstance(place, Shard):
-                part, rest = divmod(expected[place.dim] * self.other.batch, self.model.batch)
-                expected[place.dim] = -1 if rest else part
-            if list(b.shape) != expected:
-                raise _CannotSplit(f"{node.target} groups the samples of a batch by its size ({source_of(node)})")
-        changed = [n for n in changed_sizes(node, self.twins[node]) if n not in ("size", "shape")]
-        if changed:
-            raise _CannotSplit(f"{changed[0]} of {node.target} depends on the batch's size ({source_of(node)})")
-
-
-def _listed(meta: Meta) -> list[TensorMeta | None]:
-    return [meta] if isinstance(meta, TensorMeta) else list(meta)

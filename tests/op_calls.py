@@ -66,6 +66,12 @@ def dropout(x: Tensor, key: Tensor, coordinates: Sequence[Tensor], p: float) -> 
     return x * mask / (1 - p), mask
 
 
+def gathered_alike(x: torch.Tensor, dim: int, outer: int, replicas: int) -> torch.Tensor:
+    """What replicas that all hold the same samples gather."""
+    own = x.unflatten(dim, (outer, -1))
+    return torch.cat([own] * replicas, dim + 1).flatten(dim, dim + 1)
+
+
 REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.attention.default": attention,
     "autopar.cross_entropy_sum.default": cross_entropy_sum,
@@ -74,6 +80,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.experts.default": experts,
     "autopar.collect.default": lambda x, number: x.clone(),
     "autopar.replica_sum.default": lambda x, replicas: x.clone(),
+    "autopar.replica_gather.default": gathered_alike,
     "autopar.replica_share.default": lambda x, replicas: x.clone(),
     "autopar.dropout.default": dropout,
     **{f"autopar.{name}.default": getattr(draws, name) for name in ("uniform", "normal", "random_integers")},

@@ -15,6 +15,8 @@ from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 import autopar
+from autopar.options import Options
+from autopar.planning import Job
 from cost_model.errors import ParallelismError
 from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
@@ -152,6 +154,56 @@ EXCHANGED: dict[str, Case] = {
     ),
 }
 """Losses that are no sum over samples, but made of such sums."""
+
+
+def _two_towers(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """CLIP's: each sample's two sides against those of all others, beside a loss of each sample."""
+    one, two = F.normalize(self.a(x), dim=-1), F.normalize(self.b(y), dim=-1)
+    logits = one @ two.t() * self.c.bias.exp().sum()
+    mine = torch.arange(x.size(0))
+    return F.cross_entropy(logits, mine) + F.cross_entropy(logits.t(), mine) + F.mse_loss(self.c(x), y)
+
+
+def _two_views_apart(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """SimCLR's: both views of all samples against each other, themselves left out."""
+    both, size = F.normalize(torch.cat([self.body(x), self.body(y)]), dim=-1), x.size(0)
+    near = (both @ both.t()).masked_fill(torch.eye(2 * size, dtype=torch.bool), -1e9)
+    return F.cross_entropy(near / 0.5, (torch.arange(2 * size) + size) % (2 * size))
+
+
+def _hardest(self: Any, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """Of each sample the farthest of its own class and the nearest of another."""
+    made = self.body(x)
+    squares = made.square().sum(1)
+    apart = (squares[:, None] + squares[None, :] - 2 * made @ made.t()).clamp(min=1e-6).sqrt()
+    same = t[:, None] % 3 == t[None, :] % 3
+    far = apart.masked_fill(~same, 0).amax(1)
+    near = apart.masked_fill(same, 1e3).amin(1)
+    return F.relu(far - near + 1).mean()
+
+
+def _signs(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """SigLIP's: each pair by itself."""
+    logits, size = self.a(x) @ self.b(y).t() + self.c.bias.sum(), x.size(0)
+    return -F.logsigmoid((2 * torch.eye(size, dtype=x.dtype) - 1) * logits).sum() / size
+
+
+def _attention_between_samples(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    hidden = self.a(x)
+    return F.mse_loss(self.c(hidden + (hidden @ self.b(hidden).t()).softmax(-1) @ hidden), y)
+
+
+JOINED: dict[str, Case] = {
+    "two towers": _forward(_two_towers),
+    "two views": _forward(_two_views_apart),
+    "the hardest triplets": _forward(_hardest, t=labels()),
+    "signs of pairs": _forward(_signs),
+    "attention between samples": _forward(_attention_between_samples),
+    "moments and the first sample": _forward(
+        lambda self, x, y: F.mse_loss(self.a(x)[0], y[0]) / self.b(x).square().mean().sqrt()
+    ),
+}
+"""Losses that compare samples with each other."""
 WHOLE: dict[str, tuple[Case, str]] = {
     "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.special.i0e(self.a(x)), y)), "no rule"),
     "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
@@ -171,6 +223,17 @@ WHOLE: dict[str, tuple[Case, str]] = {
     "a loss without the batch": (_forward(lambda self, x, y: self.a.weight.pow(2).sum()), "does not depend on the batch"),
     "a loss on one size only": (_forward(lambda self, x, y: self.a(x).view(8, 12).sum()), "one batch size only"),
 }  # fmt: skip
+
+REFUSED = {
+    "columns picked by the batch's size": "different ops",
+    "numbered samples": "apart",
+    "numbered pairs": "apart",
+    "a mask with the batch's size in it": "two sizes",
+    "other ops for other sizes": "different ops",
+    "a loss without the batch": "does not depend on the batch",
+    "a loss on one size only": "one batch size only",
+}
+"""Those that no exchange helps."""
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -197,17 +260,70 @@ def test_parts_add_up(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "pins"),
     [
-        *((name, pins) for name in EXCHANGED for pins in ({"dp": 2, "zero": 3}, {"dp": 2, "tp": 2})),
+        *((name, pins) for name in {**EXCHANGED, **JOINED} for pins in ({"dp": 2, "zero": 3}, {"dp": 2, "tp": 2})),
         ("correlated features", {"dp": 2, "pp": 2}),
+        ("two towers", {"dp": 2, "pp": 2}),
+        ("two views", {"dp": 4, "zero": 1}),
     ],
     ids=str,
 )
-def test_sums_over_the_batch_are_exchanged(name: str, pins: dict[str, int]) -> None:
+def test_what_all_samples_enter_is_exchanged(name: str, pins: dict[str, int]) -> None:
     """By replicas of one microbatch each; without the exchange, none of these splits."""
-    assert analysed(*EXCHANGED[name]()).reason is not None
+    case = {**EXCHANGED, **JOINED}[name]
+    assert analysed(*case()).reason is not None
     pins = {"tp": 1, "pp": 1, **pins}
-    plan = check_parity(*EXCHANGED[name](), 2 * pins["tp"] * pins["pp"], 1e-9, **pins)
+    plan = check_parity(*case(), pins["dp"] * pins["tp"] * pins["pp"], 1e-9, **pins)
     assert plan.microbatches == 1
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_mixes_samples_is_made_of_all_of_them(name: str) -> None:
+    """By each replica, or dp is refused by name."""
+    (case, _), refused = WHOLE[name], REFUSED.get(name)
+    if refused is None:
+        check_parity(*case(), 2, 1e-9, dp=2, tp=1, pp=1)
+        return
+    with pytest.raises(ParallelismError, match=refused):
+        check_parity(*case(), 2, 1e-9, dp=2, tp=1, pp=1)
+
+
+def test_samples_gathered_are_said_and_priced() -> None:
+    """A value that is taken as rows and as columns travels once each way."""
+    model, batch = JOINED["two views"]()
+    pins = autopar.Parallelism(dp=2, tp=1, pp=1, zero=0)
+    with autopar.compile(model, cpu_cluster(2), batch, parallelism=pins) as exe:
+        assert any("first in aten.matmul.default: replicas gather 1 value(s)" in note for note in exe.notes)
+        calls = [
+            line for line in exe.code(0).splitlines() if "= comm.all_gather" in line or "= comm.reduce_scatter" in line
+        ]
+        assert len(calls) == 2, calls
+    nearer, farther = (_search_s(model, batch, bandwidth) for bandwidth in (1e9, 1e5))
+    assert farther > nearer + 0.001
+
+
+def _search_s(model: nn.Module, batch: dict[str, Tensor], bandwidth: float) -> float:
+    """What the search takes for two replicas, which leave it nothing to choose."""
+    job = Job.of(model, cpu_cluster(2, bandwidth), batch, Options.of(None, None, None, None, None, None))
+    chain = job.space.chain(2, (1,), 4)
+    assert chain is not None
+    return sum(float(f.time_s.min()) for graph in chain.kinds for f in graph.factors if f.time_s is not None)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_losses_and_outputs_of_all_samples_are_those_of_one_device() -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        logits = self.a(x) @ self.b(y).t()
+        return {"loss": F.cross_entropy(logits, torch.arange(x.size(0))), "logits": logits, "hidden": self.a(x)}
+
+    model, batch = net(forward), inputs()
+    expected = model(**batch)
+    pins = autopar.Parallelism(dp=2, tp=1, pp=1)
+    with autopar.compile(model, cpu_cluster(2), batch, parallelism=pins) as exe:
+        found = exe.forward(batch)
+        assert abs(exe.eval_step(batch) - float(expected["loss"])) < 1e-12
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-12), name
 
 
 def test_what_replicas_exchange_is_said_and_priced() -> None:

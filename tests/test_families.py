@@ -27,8 +27,6 @@ GRIDS: dict[str, dict[str, int]] = {
     "tp2-pp2": {"dp": 1, "tp": 2, "pp": 2},
     "automatic": {},
 }
-WHOLE_BATCH = ("clip",)
-"""Families whose loss compares all samples with each other: dp is refused by name."""
 QUICK = [
     ("wide_resnet", "dp2"),
     ("wide_resnet", "tp2-pp2"),
@@ -50,10 +48,6 @@ def _check(family: str, grid: str) -> None:
     model, batch = FAMILIES[family]()
     pins = GRIDS[grid]
     devices = pins["dp"] * pins["tp"] * pins["pp"] if pins else 2
-    if family in WHOLE_BATCH and pins.get("dp", 1) > 1:
-        with pytest.raises(ParallelismError, match="the batch cannot be split"):
-            check_parity(model, batch, devices, 1e-4, SGD, **pins)
-        return
     check_parity(model, batch, devices, 1e-4, SGD, **pins)
 
 

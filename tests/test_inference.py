@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import autopar
-from cost_model.errors import BatchError, UnsupportedError
+from cost_model.errors import BatchError
 from cost_model.placement import Shard
 
 on_threads = pytest.mark.usefixtures("thread_ranks")
@@ -176,18 +176,14 @@ def _squares(outputs: Any, _: Any) -> Tensor:
 
 
 @on_threads
-def test_outputs_of_the_whole_batch_are_made_once_where_no_parameter_has_a_part_in_them() -> None:
+def test_outputs_of_the_whole_batch_are_those_of_one_device() -> None:
     torch.manual_seed(0)
     batch = (torch.randn(8, 4),)
-    for number, refused in ((0, False), (1, True)):
+    for number in (0, 1):
         model = Centred(number)
         pins = autopar.Parallelism(dp=2, tp=1, pp=1)
         with autopar.compile(model, cpu_cluster(2), batch, loss_fn=_squares, parallelism=pins) as exe:
-            if refused:
-                with pytest.raises(UnsupportedError, match="2 replicas"):
-                    exe.forward(batch)
-            else:
-                assert_alike(exe.forward(batch), model(*batch))
+            assert_alike(exe.forward(batch), model(*batch))
 
 
 @on_threads

@@ -16,7 +16,7 @@ from autopar.planner.factor_graph import FloatArray
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collectives import Link
-from cost_model.ops import INSIDE, OpCall, entry_of, price_of
+from cost_model.ops import BETWEEN_REPLICAS, INSIDE, OpCall, entry_of, price_of
 from cost_model.placement import Placement, Placements, Shard, mesh_shape, varying_axes
 from cost_model.precision import Precision
 from cost_model.program import OpCost
@@ -162,6 +162,12 @@ class MeshPrices:
                 moved = INSIDE[local.op](local, place, self.ranks(axes))
                 total += sum(self.collective_s(kind, nbytes, axes) for kind, nbytes in moved)
         return total
+
+    def exchanged_s(self, call: OpCall, strategy: MeshStrategy) -> float:
+        """Collectives by which replicas exchange something in a call, forward and backward."""
+        local, replicas = self._local(call, strategy), tuple(range(0, self.dp * self.tp, self.tp))
+        moved = BETWEEN_REPLICAS[call.op](local, self.dp) if self.dp > 1 else ()
+        return sum(self.cluster.collective_time_s(kind, nbytes, replicas) for kind, nbytes in moved)
 
     @cached_property
     def collective_s(self) -> Callable[[str, int, Sequence[int]], float]:

@@ -28,6 +28,7 @@ from autopar.planner.strategies import SEQUENCE, OpSpace, op_space, pin_sequence
 from cost_model.cluster import Cluster
 from cost_model.errors import UnsupportedError
 from cost_model.mesh import Mesh
+from cost_model.ops import BETWEEN_REPLICAS
 from cost_model.placement import (
     PARTIAL,
     REPLICATE,
@@ -396,6 +397,7 @@ class _SegmentGraph:
         """The graph on a mesh: ``prices`` differ from those of the ops in dp alone."""
         zero = {name: self._zero_levels(name, prices, saving) for name in self.part.parameters}
         steps = tuple(self._parameter(name, prices, levels) for name, levels in zero.items())
+        steps += tuple(self._exchanged(op, prices) for op in self.space.ops if op.call.op in BETWEEN_REPLICAS)
         entry = None if self.part.entry is None else input_key(self.part.entry)
         shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.structure.shared)
         levels = saving.recompute
@@ -440,6 +442,10 @@ class _SegmentGraph:
         self.domains[op_key(op.node)] = tuple(map(str, op.strategies))
         plain = Factor((op_key(op.node),), time_s=times, saved_bytes=saved)
         self._add(plain, lambda: self._op_use(op, plain))
+
+    def _exchanged(self, op: MeshOp, prices: MeshPrices) -> Factor:
+        """What replicas exchange in an op."""
+        return Factor((op_key(op.node),), time_s=np.array([prices.exchanged_s(op.call, s) for s in op.strategies]))
 
     def _add(self, factor: Factor, use: Callable[[], OpUse | TensorUse]) -> None:
         """A factor that recompute changes."""

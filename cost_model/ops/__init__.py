@@ -23,9 +23,10 @@ from cost_model.ops import (
     spectral,
     views,
 )
-from cost_model.ops.table import INSIDE, OPS, Op, OpCall, Ref, entry_of, price_of
+from cost_model.ops.table import BETWEEN_REPLICAS, INSIDE, OPS, Op, OpCall, Ref, entry_of, price_of
 
 __all__ = [
+    "BETWEEN_REPLICAS",
     "INSIDE",
     "OPS",
     "Op",

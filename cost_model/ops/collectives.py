@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.table import (
+    BETWEEN_REPLICAS,
     Op,
     OpCall,
     no_backward,
@@ -74,6 +75,30 @@ def _replica_factors(call: OpCall) -> FactorMap:
     return parse_map("... -> ...", call.inputs, call.outputs, linear=((0,),))
 
 
+def _replica_gather_factors(call: OpCall) -> FactorMap:
+    """The samples of replicas lie between the dim's outer and inner parts; only the inner part is split further."""
+    dim, outer = call.args["dim"], call.args["outer"]
+    assert isinstance(dim, int) and isinstance(outer, int)
+    names = [f"d{d}" for d in range(len(call.inputs[0].shape))]
+    before, after = names[:dim], names[dim + 1 :]
+    replicas = call.outputs[0].shape[dim] // call.inputs[0].shape[dim]
+    notation = " ".join([*before, "(outer own)", *after]) + " -> " + " ".join([*before, "(outer replica own)", *after])
+    sizes = {"outer": outer, "replica": replicas}
+    return parse_map(notation, call.inputs, call.outputs, whole="outer replica", linear=((0,),), sizes=sizes)
+
+
+def _summed_bytes(call: OpCall, replicas: int) -> tuple[tuple[str, int], ...]:
+    return (("all_reduce", call.inputs[0].nbytes),) * (1 + call.inputs[0].has_gradient)
+
+
+def _gathered_bytes(call: OpCall, replicas: int) -> tuple[tuple[str, int], ...]:
+    whole = call.outputs[0]
+    return ("all_gather", whole.nbytes), *((("reduce_scatter", whole.nbytes),) if whole.has_gradient else ())
+
+
+BETWEEN_REPLICAS["autopar.replica_sum.default"] = _summed_bytes
+BETWEEN_REPLICAS["autopar.replica_gather.default"] = _gathered_bytes
+register(Op("autopar.replica_gather.default", _replica_gather_factors, _gather_price, no_backward, saves_nothing))
 register(Op("autopar.replica_sum.default", _replica_factors, pass_of("copy"), no_backward, saves_nothing))
 register(Op("autopar.replica_share.default", _replica_factors, pass_of("copy"), no_backward, saves_nothing))
 register(Op("autopar.collect.default", _collect_factors, pass_of("copy"), no_backward, saves_nothing))

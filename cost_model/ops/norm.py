@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.elementwise import gradient_passes
-from cost_model.ops.table import Op, OpCall, dims_of, pass_of, register, register_priced, saving, sweep
+from cost_model.ops.table import (
+    BETWEEN_REPLICAS,
+    Op,
+    OpCall,
+    dims_of,
+    pass_of,
+    register,
+    register_priced,
+    saving,
+    sweep,
+)
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
@@ -163,6 +173,16 @@ for _name, _factors in (
     ("aten.instance_norm.default", _instance_factors),
 ):
     register(Op(_name, _factors, _channel_price, _channel_backward, saving("in0", "in1")))
+
+
+def _statistics_bytes(call: OpCall, replicas: int) -> tuple[tuple[str, int], ...]:
+    """Means and variances of channels, then two sums of theirs."""
+    x = call.inputs[0]
+    both = 2 * x.nbytes // x.numel * x.shape[1]
+    return ("all_gather", both * replicas), ("all_reduce", both)
+
+
+BETWEEN_REPLICAS["autopar.batch_norm.default"] = _statistics_bytes
 register(Op("autopar.batch_norm.default", _channel_factors, _channel_price, _channel_backward, saving("in0", "in1")))
 register_priced(
     """aten.native_group_norm.default aten.native_batch_norm.default""",

@@ -64,6 +64,13 @@ Asked with a rank's call, the shard of its first input and the number of ranks.
 """
 
 
+BETWEEN_REPLICAS: dict[str, Callable[[OpCall, int], tuple[tuple[str, int], ...]]] = {}
+"""Of ops by which replicas exchange something: kind and bytes of each collective, forward and backward.
+
+Asked with a rank's call and the number of replicas.
+"""
+
+
 def register(op: Op) -> None:
     assert op.name not in OPS, f"{op.name} is registered twice"
     OPS[op.name] = op
