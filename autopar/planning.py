@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
-from autopar.grouped import group_sizes
 from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linker
 from autopar.linked import Linked, device_map
@@ -23,6 +22,7 @@ from autopar.meshes import DifferentMeshes, may_differ
 from autopar.narrower import narrower
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
+from autopar.placing import fastest_placed, timed_s
 from autopar.planner.regional import fastest_view, search_placed
 from autopar.planner.saving import NONE, RECOMPUTE
 from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
@@ -35,8 +35,8 @@ from autopar.report import seconds_text
 from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
-from autopar.schedules import WORTH, windows
-from autopar.uneven import fitted, moved
+from autopar.schedules import WORTH
+from autopar.uneven import moved
 from autopar.weights import ModelValues
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
@@ -379,7 +379,7 @@ class Job:
         found = self._on_axes(self._searched_under(pins))
         if isinstance(found, Infeasible) or len(set(self.cluster.devices)) == 1:
             return found
-        return self._as_placed(pins, found)[1]
+        return fastest_placed(self, pins, found, math.inf)[1]
 
     def _on_axes(self, found: Solution | Infeasible) -> Solution | Infeasible:
         """The same degrees with tp as two axes, where links or factors suggest it and it is faster."""
@@ -426,35 +426,9 @@ class Job:
             pins,
             self,
             lambda known: [view._searched_under(known) for view in views],
-            functools.partial(self._as_placed, pins),
+            functools.partial(fastest_placed, self, pins),
         )
-        return found if isinstance(found, Infeasible) else moved(self, found, self._timed_s)
-
-    def _timed_s(self, solution: Solution) -> float:
-        """Seconds of a step of a placed plan; infinite where it does not fit."""
-        plan = self.plan(solution)
-        return self._simulated_s(self.stage_caps(plan), self.program(plan))
-
-    def _as_placed(self, pins: Pins, solution: Solution) -> tuple[float, Solution]:
-        """Seconds of a step of a placed plan, and it as its devices run it best."""
-        return min((self._fastest_schedule(pins, each) for each in fitted(self, solution)), key=lambda each: each[0])
-
-    def _fastest_schedule(self, pins: Pins, solution: Solution) -> tuple[float, Solution]:
-        """Seconds of a step, and it under the faster of 1f1b, in any window, and gpipe."""
-        own, plan = solution.configuration, self.plan(solution)
-        program, timed_s = self.program(plan), functools.partial(self._simulated_s, self.stage_caps(plan))
-        timed = [(timed_s(program), own)]
-        if own.pp > 1 and own.schedule == "1f1b":
-            wider = windows(program, self.options.parallelism, timed_s)
-            timed += [(step_s, replace(own, window=window)) for window, step_s in wider]
-            if pins.schedule is None:
-                timed.append((timed_s(replace(program, schedule="gpipe")), replace(own, schedule="gpipe")))
-        step_s, best = min(timed, key=lambda each: each[0])
-        if self.options.parallelism.dp_inner is None:
-            groups = [replace(best, dp_inner=size) for size in group_sizes(plan, self.cluster)]
-            timed = [(self._timed_s(replace(solution, configuration=each)), each) for each in groups]
-            step_s, best = min([(step_s, best), *timed], key=lambda each: each[0])
-        return step_s, replace(solution, configuration=best)
+        return found if isinstance(found, Infeasible) else moved(self, found, functools.partial(timed_s, self))
 
     def sent_bytes(self, microbatch_size: int) -> float:
         """The largest activation between segments, as it is sent."""
@@ -482,12 +456,10 @@ class Job:
             sizes[meta.dtype] += meta.nbytes
         return self.options.precision.compute_dtype or max(sorted(sizes), key=lambda dtype: sizes[dtype])
 
-    def _simulated_s(self, caps: Sequence[int], program: Program) -> float:
-        """Seconds of a step on this cluster; infinite where a stage does not fit."""
+    def has_room(self, program: Program, caps: Sequence[int]) -> bool:
+        """Whether all stages stay under their caps."""
         needed, cap = self._tightest(program, caps)
-        if needed > cap:
-            return math.inf
-        return simulate(program, self.cluster, memories=self._memories(program)).step_time_s
+        return needed <= cap
 
     def _tightest(self, program: Program, caps: Sequence[int]) -> tuple[int, int]:
         """Peak and cap of the stage that has least room."""

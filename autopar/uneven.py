@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from autopar.planner.virtual import shortest_ends
 from cost_model.block_price import BlockPrice
 from cost_model.plan import Plan
 from cost_model.prices import StagePrice, price_replicas
+from cost_model.replicas import slowest_first
 from cost_model.simulate import step_time_s
 
 if TYPE_CHECKING:
@@ -52,13 +54,13 @@ def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
         ]
 
 
-def moved(job: Job, solution: Solution, timed_s: Callable[[Solution], float]) -> Solution:
+def moved(job: Job, solution: Solution, timed_s: Callable[[Solution, float], float]) -> Solution:
     """The solution with ends of stages moved by a segment while that is faster: what a step costs once (gradients that
     go round, the optimizer) is no part of what made stages equally long."""
     c, tried = solution.configuration, 0
     if c.virtual_stages > 1 or job.cluster.num_devices > MOST_DEVICES:
         return solution
-    best, best_s, at = solution, timed_s(solution), 0
+    best, best_s, at = solution, timed_s(solution, math.inf), 0
     sketch: CutSketch | None = None
     moves = [(stage, by) for stage in range(c.pp - 1) for by in (1, -1)]
     while tried < min(MOST_MOVES, at + len(moves)):
@@ -71,9 +73,9 @@ def moved(job: Job, solution: Solution, timed_s: Callable[[Solution], float]) ->
         other = cut_at(best, tuple(ends))
         if sketch is None:
             sketch = CutSketch(job, best)
-        if sketch.seconds(other) > sketch.seconds(best) * (1 + SLACK):
+        if not sketch.is_within(other, SLACK):
             continue
-        if (other_s := timed_s(other)) < best_s * (1 - TIE):
+        if (other_s := timed_s(other, best_s)) < best_s * (1 - TIE):
             best, best_s, at, sketch = other, other_s, tried, None
     return best
 
@@ -83,22 +85,24 @@ class CutSketch:
 
     def __init__(self, job: Job, solution: Solution) -> None:
         self._program = job.program(job.plan(solution))
-        self._replicas = price_replicas(self._program, job.cluster)
+        self._replicas = slowest_first(price_replicas(self._program, job.cluster), self._program.microbatches)
         self._own_s = [sum(stage.segments_s) for stage in solution.stages]
         self._once_bytes = [max(1, sum(c.nbytes for c in stage.step.collectives)) for stage in self._program.stages]
-        self._known: dict[tuple[int, ...], float] = {}
+        self._base_s = step_time_s(self._program, self._replicas)
 
-    def seconds(self, solution: Solution) -> float:
-        """Of a step. What a stage does once a step, per byte as now, is of as many more bytes as it has more segments,
-        by what these have on the stage with the least: an embedding stays where it is."""
-        cuts = tuple(stage.last for stage in solution.stages)
-        if cuts not in self._known:
-            shares = [sum(s.segments_s) / own for s, own in zip(solution.stages, self._own_s, strict=True)]
-            least = min(self._once_bytes)
-            once = [1.0 + (share - 1.0) * least / own for share, own in zip(shares, self._once_bytes, strict=True)]
-            cut = [list(map(_cut, prices, shares, once)) for prices in self._replicas]
-            self._known[cuts] = max(step_time_s(self._program, prices) for prices in cut)
-        return self._known[cuts]
+    def is_within(self, solution: Solution, slack: float) -> bool:
+        """Whether other stages take no more than so much longer than those of the plan."""
+        return math.isfinite(self.seconds(solution, self._base_s * (1 + slack)))
+
+    def seconds(self, solution: Solution, limit_s: float = math.inf) -> float:
+        """Of a step, infinite over a limit. What a stage does once a step, per byte as now, is of as many more bytes as
+        it has more segments, by what these have on the stage with the least: an embedding stays where it is."""
+        shares = [sum(s.segments_s) / own for s, own in zip(solution.stages, self._own_s, strict=True)]
+        least = min(self._once_bytes)
+        once = [1.0 + (share - 1.0) * least / own for share, own in zip(shares, self._once_bytes, strict=True)]
+        cut = [list(map(_cut, prices, shares, once)) for prices in self._replicas]
+        found = step_time_s(self._program, cut, limit_s=limit_s)
+        return found if found <= limit_s else math.inf
 
 
 def _cut(price: StagePrice, share: float, once: float) -> StagePrice:

@@ -156,7 +156,7 @@ class Work:
 
     def seconds(self, cluster: Cluster) -> float:
         """Equal to ``simulate(program, cluster, streams=streams, blocking=not streams).step_time_s``."""
-        return step_time_s(self.program, self.prices(cluster), streams=self.streams, blocking=not self.streams)
+        return step_time_s(self.program, (self.prices(cluster),), streams=self.streams, blocking=not self.streams)
 
     def prices(self, cluster: Cluster, replica: int = 0) -> list[StagePrice]:
         """Of one replica; equal to ``price_stages(program, cluster)``, but for kinds, where all are alike."""

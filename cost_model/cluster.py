@@ -89,6 +89,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         assert self.devices and self.backend in BACKENDS
+        known: dict[Device, Device] = {}  # what is priced on a device is priced for all that are equal, by identity
+        object.__setattr__(self, "devices", tuple(known.setdefault(device, device) for device in self.devices))
         assert self.network is not None or self.num_devices == 1 or self.levels[-1].group_size >= self.num_devices
         assert self.network is None or len(self.network.node_of) == self.num_devices
         sizes = [level.group_size for level in self.levels]

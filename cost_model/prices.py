@@ -101,6 +101,10 @@ class StagePrice:
     step_behind_s: tuple[float, ...] = ()
 
 
+Replicas = Sequence[Sequence[StagePrice]]
+"""The stages of each replica that differs from the others."""
+
+
 def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, ...]:
     """Price every stage as its slowest replica; each distinct op, collective and transfer is asked for once."""
     _check_chain(program)
@@ -108,7 +112,7 @@ def price_stages(program: Program, cluster: PricedCluster) -> tuple[StagePrice, 
     return tuple(pricer.stage(stage, range(mesh.dp)) for stage, mesh in enumerate(program.meshes))
 
 
-def price_replicas(program: Program, cluster: PricedCluster) -> tuple[tuple[StagePrice, ...], ...]:
+def price_replicas(program: Program, cluster: PricedCluster) -> Replicas:
     """The stages of every replica that differs from those before it.
 
     Replicas that meet in every microbatch (ZeRO gathers, batch norm, stages of fewer replicas) go at the pace of the

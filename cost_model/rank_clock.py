@@ -66,7 +66,7 @@ class Link:
     """Messages one way between neighbours: when each was posted and called for, and when each arrived.
 
     prices: by the sender's chunk, the seconds of a transfer and the part of them that keeps no stream busy.
-    notice_s: from a receiver's call to the moment when the sender knows of it.
+    notice_s: from a receiver's call to the moment when the sender knows of it. free_s: when the last message has left.
     """
 
     def __init__(self, sender: Rank, stream: str, prices: Sequence[tuple[float, float]], notice_s: float) -> None:
@@ -76,26 +76,31 @@ class Link:
         self.called: list[float] = []
         self.done: list[float] = []
         self.taken = 0
+        self.free_s = 0.0
 
     def post(self, at_s: float, step: Step) -> None:
         self.posted.append(at_s)
         self.sends.append(step)
-        self.move()
+        if len(self.called) >= len(self.posted):
+            self._move()
 
-    def move(self) -> None:
-        """Messages that both ends know of."""
-        for message in range(len(self.done), min(len(self.posted), len(self.called))):
-            sender, step = self.sender, self.sends[message]
-            known = max(self.posted[message], self.called[message] + self.notice_s, self.free_s())
-            transfer_s, delay_s = self.prices[step.chunk]
-            start, left = sender.egress.send(known, transfer_s - delay_s)
-            end = left + delay_s
-            self.done.append(end)
-            sender.events.append(Event(sender.stage, self.stream, "send", step.microbatch, start, end, step.chunk))
+    def call(self, at_s: float) -> None:
+        self.called.append(at_s)
+        if len(self.posted) >= len(self.called):
+            self._move()
 
-    def free_s(self) -> float:
-        """When the last message has left."""
-        return self.done[-1] - self.delay_s(len(self.done) - 1) if self.done else 0.0
+    def _move(self) -> None:
+        """The next message, of which both ends know now."""
+        message, sender = len(self.done), self.sender
+        step = self.sends[message]
+        known = max(self.posted[message], self.called[message] + self.notice_s, self.free_s)
+        transfer_s, delay_s = self.prices[step.chunk]
+        start, left = sender.egress.send(known, transfer_s - delay_s)
+        end = left + delay_s
+        self.done.append(end)
+        self.free_s = end - delay_s
+        if sender.events is not None:
+            sender.tell(self.stream, "send", step.microbatch, start, end, step.chunk)
 
     def transfer_s(self, message: int) -> float:
         return self.prices[self.sends[message].chunk][0]
@@ -105,9 +110,21 @@ class Link:
 
 
 class Rank:
-    """The representative rank of one stage: its clock, where its time went, and its place in its list of steps."""
+    """The representative rank of one stage: its clock, where its time went, and its place in its list of steps.
 
-    def __init__(self, stage: int, price: StagePrice, steps: Sequence[Step], receives: Receives, window: int) -> None:
+    events: what it did, None where nobody asks: writing them down takes as long as all else.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        price: StagePrice,
+        steps: Sequence[Step],
+        receives: Receives,
+        window: int,
+        *,
+        told: bool = True,
+    ) -> None:
         self.stage, self.price, self.steps, self.receives, self.window = stage, price, steps, receives, window
         self.received_s = self.received_exposed_s = 0.0
         self.egress = Egress(price.shares_egress)
@@ -117,8 +134,13 @@ class Rank:
         self.completed_s: dict[str, float] = {}
         self.free_s: dict[str, float] = {}
         self.reduced_kinds_s: defaultdict[str, float] = defaultdict(float)
-        self.events: list[Event] = []
+        self.events: list[Event] | None = [] if told else None
         self.links: dict[type[Step], Link] = {}
+
+    def tell(self, stream: str, name: str, microbatch: int, start_s: float, end_s: float, chunk: int = 0) -> None:
+        """Write an event down, where any are."""
+        if self.events is not None:
+            self.events.append(Event(self.stage, stream, name, microbatch, start_s, end_s, chunk))
 
     def advance(self) -> bool:
         """Run steps until one must wait for a neighbour; whether any was run."""
@@ -146,16 +168,16 @@ class Rank:
         self.reduction_s += seconds
         self.reduced_kinds_s[collective.kind] += seconds
         name = f"{collective.kind} {collective.axis}"
-        self.events.append(Event(self.stage, "compute", name, -1, start_s, self.now))
+        self.tell("compute", name, -1, start_s, self.now)
 
     def reduced_behind(self, collective: Collective, behind_s: float, start_s: float, end_s: float) -> None:
         """Wait for a collective of the step that has begun behind the last backward."""
         self.free_s[collective.axis] = end_s
         name = f"{collective.kind} {collective.axis}"
-        self.events.append(Event(self.stage, BEHIND, name, -1, start_s, end_s))
+        self.tell(BEHIND, name, -1, start_s, end_s)
         until_s = max(self.now, end_s) + behind_s
         if until_s > self.now:
-            self.events.append(Event(self.stage, "compute", name, -1, self.now, until_s))
+            self.tell("compute", name, -1, self.now, until_s)
         self.reduction_s += until_s - self.now
         self.reduced_kinds_s[collective.kind] += until_s - self.now
         self.now = until_s
@@ -167,7 +189,7 @@ class Rank:
     def optimize(self) -> None:
         end = self.now + self.price.optimizer_s
         self.optimizer_s = self.price.optimizer_s
-        self.events.append(Event(self.stage, "compute", "optimizer", -1, self.now, end))
+        self.tell("compute", "optimizer", -1, self.now, end)
         self.now = end
 
     def breakdown(self, driving_s: float) -> TimeBreakdown:
@@ -185,7 +207,7 @@ class Rank:
         """What each kind of step does, and whether it could; asked for once the rank has its links."""
         runs: dict[type[Step], Callable[[Step], bool]] = {kind: self._computing(name) for kind, name in COMPUTE.items()}
         for kind, link in self.links.items():
-            runs[kind] = functools.partial(self._send if kind in SENDS else self._receive, link)
+            runs[kind] = self._sending(link) if kind in SENDS else self._receiving(link)
         for post, receive in POSTED.items():
             if receive in self.links:
                 runs[post] = functools.partial(self._expect, self.links[receive])
@@ -198,31 +220,38 @@ class Rank:
         def compute(step: Step) -> bool:
             price, now = prices[step.chunk], self.now
             self.now = now + price.compute_s + price.communication_s
-            self.completed_s |= {group: now + seconds for group, seconds in price.completed_s.items()}
+            if price.completed_s:
+                self.completed_s |= {group: now + seconds for group, seconds in price.completed_s.items()}
             self.compute_s += price.compute_s
             self.communication_s += price.communication_s
-            self.events.append(Event(self.stage, "compute", name, step.microbatch, now, self.now, step.chunk))
+            if self.events is not None:
+                self.tell("compute", name, step.microbatch, now, self.now, step.chunk)
             return True
 
         return compute
 
-    def _send(self, link: Link, step: Step) -> bool:
-        """Wait until fewer than a window of sends are under way on this link, then post."""
+    def _sending(self, link: Link) -> Callable[[Step], bool]:
+        """Waits until fewer than a window of sends are under way on a link, then posts."""
         if self.receives is Receives.STREAMS:
-            return self._post(link, step)
-        before = len(link.posted) - self.window
-        if before >= len(link.done):
-            return False
-        if before >= 0:
-            self._wait(link.done[before], link.transfer_s(before))
-        link.post(self.now, step)
-        return True
+            return functools.partial(self._post, link)
+        posted, done, window = link.posted, link.done, self.window
+
+        def send(step: Step) -> bool:
+            before = len(posted) - window
+            if before >= 0:
+                if before >= len(done):
+                    return False
+                if done[before] > self.now:
+                    self._wait(done[before], link.transfer_s(before))
+            link.post(self.now, step)
+            return True
+
+        return send
 
     def _expect(self, link: Link, _: Step) -> bool:
         """Post a receive, where those begin before they are needed."""
         if self.receives is Receives.EARLY:
-            link.called.append(self.now)
-            link.move()
+            link.call(self.now)
         return True
 
     def _post(self, link: Link, step: Step) -> bool:
@@ -230,23 +259,29 @@ class Rank:
         own = [other for kind, other in self.links.items() if kind in SENDS]
         if any(len(other.posted) > len(other.done) for other in own):
             return False
-        link.post(max([self.now, *(other.free_s() for other in own)]), step)
+        link.post(max([self.now, *(other.free_s for other in own)]), step)
         return True
 
-    def _receive(self, link: Link, step: Step) -> bool:
-        message = link.taken
-        if message == len(link.posted):
-            return False
-        if self.receives is not Receives.EARLY:
-            link.called.append(self.received_s if self.receives is Receives.STREAMS else self.now)
-            link.move()
-        end = link.done[message]
-        link.taken += 1
-        self.received_s = end - link.delay_s(message)
-        called = link.called[message]
-        self.events.append(Event(self.stage, "receive", "receive", step.microbatch, called, end, step.chunk))
-        self.received_exposed_s += self._wait(end, link.transfer_s(message))
-        return True
+    def _receiving(self, link: Link) -> Callable[[Step], bool]:
+        """Waits for a message, which it calls for first unless that was done before."""
+        posted, done, early = link.posted, link.done, self.receives is Receives.EARLY
+
+        def receive(step: Step) -> bool:
+            message = link.taken
+            if message == len(posted):
+                return False
+            if not early:
+                link.call(self.received_s if self.receives is Receives.STREAMS else self.now)
+            end = done[message]
+            link.taken += 1
+            self.received_s = end - link.delay_s(message)
+            if self.events is not None:
+                self.tell("receive", "receive", step.microbatch, link.called[message], end, step.chunk)
+            if end > self.now:
+                self.received_exposed_s += self._wait(end, link.transfer_s(message))
+            return True
+
+        return receive
 
     def _wait(self, until_s: float, transfer_s: float) -> float:
         """Stand still: the length of a transfer is communication, what is beyond it waiting for the other stage.

@@ -8,6 +8,7 @@ runtime does not overlap.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
 from cost_model.plan import Plan
-from cost_model.prices import PricedCluster, StagePrice, price_replicas
+from cost_model.prices import PricedCluster, Replicas, StagePrice, price_replicas
 from cost_model.program import Collective, Program
 from cost_model.rank_clock import BEHIND, STREAMS, Event, Link, Rank, Receives
 from cost_model.schedule import (
@@ -64,7 +65,9 @@ def simulate(
     Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
     """
     assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
-    replicas = _run(program, price_replicas(program, cluster), _mode(streams, blocking))
+    receives = _mode(streams, blocking)
+    replicas = [_run_schedule(program, prices, receives, told=True) for prices in price_replicas(program, cluster)]
+    _run_step_work(program, replicas)
     ranks = max(replicas, key=lambda replica: max(rank.now for rank in replica))
     last = max(ranks, key=lambda rank: rank.now)
     return SimulationResult(
@@ -74,27 +77,32 @@ def simulate(
             for rank in ranks
         ),
         breakdown=last.breakdown(driving_s),
-        timeline=tuple(event for rank in ranks for event in rank.events),
+        timeline=tuple(event for rank in ranks for event in rank.events or ()),
     )
 
 
 def step_time_s(
-    program: Program, prices: Sequence[StagePrice], *, streams: bool = False, blocking: bool = False
+    program: Program,
+    replicas: Replicas,
+    *,
+    limit_s: float = math.inf,
+    streams: bool = False,
+    blocking: bool = False,
 ) -> float:
-    """Seconds of one step at given prices of its stages; as ``simulate``, without memory and timeline."""
-    return max(rank.now for rank in _run(program, (prices,), _mode(streams, blocking))[0])
+    """Seconds of one step at given prices of the stages of each replica that differs; as ``simulate``, without memory
+    and timeline. Infinite as soon as one replica alone takes longer than a limit."""
+    runs = []
+    for prices in replicas:
+        runs.append(_run_schedule(program, prices, _mode(streams, blocking), told=False))
+        if max(rank.now for rank in runs[-1]) > limit_s:
+            return math.inf
+    _run_step_work(program, runs)
+    return max(rank.now for run in runs for rank in run)
 
 
 def _mode(streams: bool, blocking: bool) -> Receives:
     assert not (streams and blocking)
     return Receives.STREAMS if streams else Receives.BLOCKING if blocking else Receives.EARLY
-
-
-def _run(program: Program, replicas: Sequence[Sequence[StagePrice]], receives: Receives) -> list[list[Rank]]:
-    """The ranks of each replica that differs from the others."""
-    runs = [_run_schedule(program, prices, receives) for prices in replicas]
-    _run_step_work(program, runs)
-    return runs
 
 
 def estimate_of(result: SimulationResult, plan: Plan, notes: Sequence[str], search_s: float, gap: float) -> Estimate:
@@ -136,11 +144,11 @@ def _metadata(name: str, stage: int, thread: int, label: str) -> dict[str, objec
     return {"ph": "M", "name": name, "pid": stage, "tid": thread, "args": {"name": label}}
 
 
-def _run_schedule(program: Program, prices: Sequence[StagePrice], receives: Receives) -> list[Rank]:
-    """Run all stages' steps; a stage that has moved wakes its neighbours."""
+def _run_schedule(program: Program, prices: Sequence[StagePrice], receives: Receives, *, told: bool) -> list[Rank]:
+    """Run all stages' steps; a stage that has moved wakes its neighbours. told: with what they did."""
     pp, shape = program.pp, (program.pp, program.microbatches, program.virtual_stages, program.window)
     ranks = [
-        Rank(stage, price, stage_schedule(program.schedule, stage, *shape), receives, program.window)
+        Rank(stage, price, stage_schedule(program.schedule, stage, *shape), receives, program.window, told=told)
         for stage, price in enumerate(prices)
     ]
     for before in ranks[: pp if program.virtual_stages > 1 else pp - 1]:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model.cluster import Cluster, cluster_names
+from cost_model.cluster import Cluster, Level, cluster_names
+from cost_model.collectives import Link
 from cost_model.device import KINDS, Device, attention_cost, device_from_table, device_names
 from cost_model.device_rows import GemmRow, StreamRow, interpolate
 from cost_model.errors import ClusterFileError, ConfigError, UnknownNameError, UnsupportedError
@@ -374,3 +375,10 @@ def test_tensor_cores_and_plain_units_reach_shares_of_their_own() -> None:
     cost = OpCost("matmul", 2.0 * 8192**3, 0.0, "float16", (1, 8192, 8192, 8192))
     ratio = V100.op_time_s(replace(cost, dtype="float32")) / V100.op_time_s(cost)
     assert ratio == pytest.approx((125 * 0.77) / (15.7 * 0.75), rel=1e-3)
+
+
+def test_equal_devices_are_one_object() -> None:
+    """What is priced on one is known of all."""
+    devices = (Device.load("v100-sxm2-16gb"), Device.load("a100-sxm-40gb"), Device.load("v100-sxm2-16gb"))
+    cluster = Cluster("three", devices, (Level("all", 3, 0.0, Link(1e-5, 1e9)),), "nccl")
+    assert cluster.devices == devices and cluster.devices[0] is cluster.devices[2]

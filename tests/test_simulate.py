@@ -30,6 +30,7 @@ from cost_model.plan import Plan, StagePlan
 from cost_model.prices import price_replicas, price_stages
 from cost_model.program import Program
 from cost_model.rank_clock import Event
+from cost_model.replicas import slowest_first
 from cost_model.schedule import (
     stage_schedule,
 )
@@ -136,7 +137,9 @@ def test_streams_move_messages_behind_compute() -> None:
     assert spans(result, 1, "forward") == [(1.5, 2.5), (2.5, 3.5)]
     assert spans(result, 0, "backward") == [(6, 8), (8, 10)]
     assert (
-        result.step_time_s == 10 == step_time_s(what, price_stages(what, Cluster((Device(),) * 2, 0.5)), streams=True)
+        result.step_time_s
+        == 10
+        == step_time_s(what, (price_stages(what, Cluster((Device(),) * 2, 0.5)),), streams=True)
     )
 
 
@@ -199,6 +202,20 @@ def test_uneven_replicas_meet_where_gradients_are_reduced() -> None:
     result = simulate(two_replicas(reduced=1), Cluster((Device(),) * 4, transfers_s=links, uneven=True))
     assert [(e.start_s, e.end_s) for e in result.timeline if e.name == "all_reduce dp"] == [(7.0, 8.0), (6.0, 11.0)]
     assert result.step_time_s == 11.0
+
+
+@pytest.mark.parametrize(("schedule", "window"), [("gpipe", 1), ("1f1b", 1), ("1f1b", 3)])
+def test_seconds_alone_are_those_of_a_simulation(schedule: str, window: int) -> None:
+    """In any order of replicas, and infinite once one of them is over a limit."""
+    links = {(0, 2): 0.75, (2, 0): 0.5, (1, 3): 1.0, (3, 1): 2.0}
+    what = dataclasses.replace(two_replicas(schedule, 6, reduced=1), window=window)
+    cluster = Cluster((Device(),) * 4, transfers_s=links, uneven=True)
+    step_s, replicas = simulate(what, cluster).step_time_s, price_replicas(what, cluster)
+    assert len(replicas) == 2 and step_time_s(what, replicas) == step_s
+    ordered = slowest_first(tuple(reversed(replicas)), what.microbatches)
+    assert step_time_s(what, ordered, limit_s=step_s) == step_s
+    assert step_time_s(what, ordered[:1]) <= step_s
+    assert step_time_s(what, ordered, limit_s=0.5 * step_s) == float("inf")
 
 
 def test_replicas_that_meet_in_every_microbatch_count_as_one() -> None:

@@ -34,7 +34,7 @@ MAX_MICROBATCH = 16
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
 Search = Callable[[Pins], Sequence[Solution | Infeasible]]
-Simulate = Callable[[Solution], tuple[float, Solution]]
+Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 
 class Volumes(Protocol):
@@ -99,7 +99,8 @@ def search_placed(
     """The fastest plan with its placement. ``space`` is that of the fastest view.
 
     search: plans a mesh in full, under the least memory and where devices differ in it, under more; simulate: the
-    seconds of a placed plan, infinite where it does not fit, and it as its devices run it best.
+    seconds of a placed plan, infinite where it does not fit or is slower than a limit, and it as its devices run it
+    best.
     """
     found, bound_s = _candidates(cluster, space, batch, pins, volumes)
     best: tuple[float, Solution] | None = None
@@ -111,8 +112,9 @@ def search_placed(
                 short = answer if short is None or answer.needed_bytes < short.needed_bytes else short
                 continue
             for devices in (placed.devices, *placed.others):
-                step_s, solution = simulate(replace(answer, placement=devices))
-                if step_s < (math.inf if best is None else best[0]):
+                limit_s = math.inf if best is None else best[0]
+                step_s, solution = simulate(replace(answer, placement=devices), limit_s)
+                if step_s < limit_s:
                     best = (step_s, replace(solution, gap=gap, notes=(*solution.notes, note)))
     if best is not None:
         return best[1]
