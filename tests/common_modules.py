@@ -184,7 +184,5 @@ def _named(*kinds: type[nn.Module]) -> dict[str, Build]:
 
 
 COMMON = _named(Attention, Transformer, BothWays, Parametrized, Complex, Mapped)
-COUPLED = _named(Contrastive, Placed)
-"""Whose samples depend on each other."""
-SUMMED = _named(Decorrelated, RootMean, Balanced)
-"""Whose losses are not linear in sums over the samples, which replicas exchange."""
+COUPLED = _named(Contrastive, Placed, Decorrelated, RootMean, Balanced)
+"""Whose samples depend on each other, or whose losses are not linear in sums over them: replicas exchange either."""

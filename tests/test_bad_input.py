@@ -77,6 +77,14 @@ class Deep(Regression):
         return super().outputs(super().outputs(super().outputs(x)))
 
 
+class KnowsItsBatch(Regression):
+    """Takes another way for batches above a size."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = super().forward(x if x.shape[0] > 4 else -x, y)
+        return loss
+
+
 class MixesSamples(Regression):
     def outputs(self, x: Tensor) -> Tensor:
         return super().outputs(x).cumsum(0)
@@ -212,8 +220,13 @@ def test_a_batch_that_replicas_do_not_divide() -> None:
 
 @pytest.mark.parametrize("pins", [{"dp": 2}, {"microbatch_size": 1}])
 def test_a_batch_that_must_stay_whole(pins: dict[str, int]) -> None:
-    with pytest.raises(ParallelismError, match="the batch cannot be split: aten.cumsum.* leave dp and microbatch_size"):
-        estimate(MixesSamples(), **pins)
+    with pytest.raises(ParallelismError, match="the batch cannot be split: .* different ops.* leave dp and microbatch"):
+        estimate(KnowsItsBatch(), **pins)
+
+
+def test_samples_that_meet_need_one_microbatch() -> None:
+    with pytest.raises(ParallelismError, match="all samples .* one microbatch, of 4 samples; leave"):
+        estimate(MixesSamples(), dp=2, microbatch_size=1)
 
 
 # --- Pins, caps, keywords

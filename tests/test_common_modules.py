@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from common_modules import COMMON, COUPLED, SUMMED
+from common_modules import COMMON, COUPLED
 from parity import check_parity
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
-
-from cost_model.errors import ParallelismError
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 DP, TP, PP = {"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}, {"dp": 1, "tp": 1, "pp": 2}
@@ -50,22 +48,13 @@ def test_everyday_modules_on_processes(name: str, grid: str) -> None:
 
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize("name", COUPLED)
-def test_a_batch_of_coupled_samples_is_not_split(name: str) -> None:
-    """On any plan that keeps it whole, the loss is that of one device; one that would not is refused."""
-    model, batch = COUPLED[name]()
-    with pytest.raises(ParallelismError, match=r"the batch cannot be split: aten\.\w+.* \(.*common_modules\.py"):
-        check_parity(model, batch, 2, 1e-5, SGD, **DP)
-    assert check_parity(model, batch, 2, 1e-5, SGD).dp == 1
-
-
-@pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("name", SUMMED)
-def test_a_batch_of_samples_that_meet_in_sums_alone_is_split(name: str) -> None:
-    assert check_parity(*SUMMED[name](), 2, 1e-5, SGD, **DP).dp == 2
+def test_a_batch_of_coupled_samples_is_split(name: str) -> None:
+    assert check_parity(*COUPLED[name](), 2, 1e-5, SGD, **DP).dp == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["contrastive", "balanced"])
-def test_coupled_samples_on_processes(name: str) -> None:
-    check_parity(*{**COUPLED, **SUMMED}[name](), 2, 1e-5, SGD, **TP)
+@pytest.mark.parametrize("grid", ["dp2", "tp2", "zero3"])
+def test_coupled_samples_on_processes(name: str, grid: str) -> None:
+    check_parity(*COUPLED[name](), 2, 1e-5, SGD, **GRIDS[grid])
