@@ -40,7 +40,7 @@ from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
 from passes.templates import UnlikeError
 from passes.unroll import unroll
-from passes.watch import ValueWatch, check_hooks, own_backwards
+from passes.watch import ValueWatch, casts_of_modules, check_hooks, own_backwards
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 _INSTEAD = {
@@ -248,7 +248,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with own_backwards(module.functions):
+        with own_backwards(module.functions), casts_of_modules():
             exported = _folded(module, args, kwargs, mode) if folded else None
             exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:

@@ -3,6 +3,7 @@ Python values that forward changes or draws."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from passes.functions import Functions
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _REGISTER = ("register_hook", "register_post_accumulate_grad_hook")
+_CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 _NUMBERS = (bool, int, float)
 
 
@@ -67,6 +69,34 @@ def own_backwards(functions: Functions) -> Iterator[None]:
             *refused,
         ):
             patched.enter_context(mock.patch.object(owner, name, instead))
+        yield
+
+
+@contextmanager
+def casts_of_modules() -> Iterator[None]:
+    """While a model is traced: a cast of a module to the dtypes it has changes nothing, another is an UnsupportedError.
+
+    torch casts by replacing parameters, which a trace does not allow even where they stay what they are.
+    """
+
+    def check(module: nn.Module, wanted: torch.dtype | None) -> nn.Module:
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        changed = next((name for name, t in tensors if wanted and t.is_floating_point() and t.dtype != wanted), None)
+        if changed is None:
+            return module
+        raise UnsupportedError(
+            f"forward casts a {type(module).__name__} whose {changed!r} is not {wanted}: cast it when the model "
+            "is built, or cast what it is applied to"
+        )
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        named = (a.dtype if isinstance(a, torch.Tensor) else a for a in (*args, *kwargs.values()))
+        return check(module, next((a for a in named if isinstance(a, torch.dtype)), None))
+
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(nn.Module, "to", to))
+        for name, dtype in _CASTS.items():
+            patched.enter_context(mock.patch.object(nn.Module, name, functools.partialmethod(check, dtype)))
         yield
 
 

@@ -404,6 +404,23 @@ def test_a_backward_of_the_users_own_is_refused(odd: Any, message: str) -> None:
 REGISTER = torch.Tensor.register_hook
 
 
+def _cast_again(model: Any, h: torch.Tensor) -> torch.Tensor:
+    model.inner = model.inner.to(h.dtype).float()
+    return h
+
+
+def _cast_for_good(model: Any, h: torch.Tensor) -> torch.Tensor:
+    model.inner = model.inner.to(torch.bfloat16)
+    return h
+
+
+def test_a_module_cast_to_what_it_is_stays() -> None:
+    """As routers of transformers do in every forward, though torch cannot replace parameters in a trace."""
+    trace(_Odd(_cast_again), (torch.zeros(8, 4),))
+    with pytest.raises(UnsupportedError, match=r"forward casts a Linear whose 'weight' is not torch.bfloat16"):
+        trace(_Odd(_cast_for_good), (torch.zeros(8, 4),))
+
+
 @pytest.mark.parametrize("where", ["module", "parameter"])
 def test_backward_hooks_are_refused(where: str) -> None:
     model = _Odd(lambda _, h: h)
