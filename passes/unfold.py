@@ -6,7 +6,9 @@ what such ops are made of. An op stays whole where torch has no such form of it,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -54,7 +56,7 @@ def unfolded(node: fx.Node) -> Unfolded | None:
         return (target if composite else function)(*args, **kwargs)
 
     table = {target: function} if composite else {}
-    with mode, torch.backends.mkldnn.flags(enabled=False):  # whose layers are one device's
+    with mode, _without_onednn():  # whose layers are one device's
         made = make_fx(call, table, pre_dispatch=True)(*values)
     if not all(n.op in ("placeholder", "output") or _is_plain(n, target) for n in made.graph.nodes):
         return None
@@ -65,6 +67,14 @@ def unfolded(node: fx.Node) -> Unfolded | None:
     for call_inside in made.graph.nodes:
         call_inside.meta.update({key: node.meta[key] for key in SOURCE_KEYS if key in node.meta})
     return Unfolded(made, tuple(operands))
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TF32 acceleration")  # torch warns of every flag it sets, this one among them
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def _is_plain(node: fx.Node, target: Any) -> bool:

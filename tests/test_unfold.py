@@ -86,6 +86,11 @@ def test_nothing_without_a_rule_is_left(name: str) -> None:
     assert [str(n.target) for n in graph.nodes() if not is_getitem(n) and entry_of(str(n.target)) is None] == []
 
 
+def test_what_torch_says_of_kernels_is_not_said_of_a_trace(recwarn: pytest.WarningsRecorder) -> None:
+    trace(BETWEEN["expand_as"](), {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)})
+    assert [str(w.message) for w in recwarn if "TF32" in str(w.message)] == []
+
+
 def test_a_number_added_to_the_loss_is_added_once() -> None:
     class Summed(nn.Module):
         def __init__(self) -> None:
