@@ -110,7 +110,7 @@ def test_sweeps_and_bottlenecks_equal_enumeration(seed: int) -> None:
         assert found.total_s()[level] == pytest.approx(min(sums.values(), default=np.inf))
         if sums:
             assert found.path(level) == min(sums, key=sums.__getitem__)
-        through = found.through_s(1)[level]
+        through = found.through_s(1)[:, level]
         for arc in range(7):
             least = min((v for p, v in sums.items() if p[1] == arc), default=np.inf)
             assert through[arc] == pytest.approx(least)

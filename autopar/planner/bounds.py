@@ -25,7 +25,8 @@ STEP_ONLY: Weights = (0.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class StageSpace:
-    """The edges one stage may take: their numbers, and the bytes left on each for state and saved values."""
+    """The edges one stage may take: their numbers, and the bytes left on each for state and saved values, as many on
+    all that are of one class."""
 
     stage: int
     held: int
@@ -101,16 +102,18 @@ class Bound:
 
 def dual(table: RangeTable, space: StageSpace, weights: Weights) -> FloatArray:
     """[edge of the space] the largest proven lower bound of the weighted seconds; minus infinity if none is priced."""
-    edges, best = table.edges, np.full(len(space.edges), -np.inf)
-    index = (edges.cls[space.edges], edges.entry[space.edges], edges.exit[space.edges])
+    examples, kind = table.edges.alike(space.edges)
+    at, capacity_bytes, best = space.edges[examples], space.capacity_bytes[examples], np.full(len(examples), -np.inf)
+    index = (table.edges.cls[at], table.edges.entry[at], table.edges.exit[at])
     for k, price in enumerate(table.prices):
         if (price.time_weight, price.step_weight) != weights:
             continue
         if price.state_price and price.saved_price != price.state_price * space.held:
             continue
-        spare = price.state_price * space.capacity_bytes if price.state_price else 0.0
+        spare = price.state_price * capacity_bytes if price.state_price else 0.0
         best = np.maximum(best, table.cost[index[0], k, index[1], index[2]] - spare)
-    return best
+    found: FloatArray = best[kind]
+    return found
 
 
 def bound(table: RangeTable, spaces: tuple[StageSpace, ...], objective: Objective, incumbent_s: float) -> Bound:
@@ -213,9 +216,9 @@ def _tightest(spaces: tuple[StageSpace, ...], objective: Objective, sweeps: list
 def _through(objective: Objective, sweeps: list[Sweep], stage: int) -> FloatArray:
     best = None
     for share, found in zip(objective.shares, sweeps, strict=True):
-        slowest = np.maximum(found.levels.lower_s[:, None], found.arcs[stage].slow_s[None, :])
+        slowest = np.maximum(found.levels.lower_s, found.arcs[stage].slow_s[:, None])
         values = found.through_s(stage) + (1 - share) * objective.slowest * slowest
         best = values if best is None else np.maximum(best, values)
     assert best is not None
-    least: FloatArray = best.min(axis=0)
+    least: FloatArray = best.min(axis=1)
     return least

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class Column:
 @dataclass(frozen=True, eq=False)
 class Edges:
     """All (range, entry label, exit label), as aligned arrays; cls is the range's class; source, target: numbers of its
-    two boundaries with their labels."""
+    two boundaries with their labels. What is priced is the same of edges of one class with the same labels."""
 
     first: IntArray
     last: IntArray
@@ -78,6 +78,16 @@ class Edges:
         low, high = low + np.searchsorted(self.last[low:high], [last, last + 1])
         same = (self.entry[low:high] == entry) & (self.exit[low:high] == exit)
         return int(low + np.flatnonzero(same)[0])
+
+    def alike(self, edges: IntArray) -> tuple[IntArray, IntArray]:
+        """Of each kind of priced range among some edges, the place of one in them; of each of them, its kind."""
+        kinds = (self.cls[edges] * self.width + self.entry[edges]) * self.width + self.exit[edges]
+        example = np.zeros(int(kinds.max(initial=-1)) + 1, dtype=np.int64)
+        example[kinds] = np.arange(1, len(edges) + 1)
+        known = np.flatnonzero(example)
+        number = np.zeros_like(example)
+        number[known] = np.arange(len(known))
+        return example[known] - 1, number[kinds]
 
 
 def edges_of(chain: Chain) -> Edges:
@@ -124,8 +134,20 @@ class RangeTable:
 
     def _clear(self) -> None:
         shape = (self.folding.classes, 0, self.edges.width, self.edges.width)
-        self.cost, self.totals = np.zeros(shape), np.zeros((*shape, 4))
-        self.middle = np.zeros(shape, dtype=np.int64)
+        self._cost, self._totals = _Layers(np.zeros(shape)), _Layers(np.zeros((*shape, 4)))
+        self._middle = _Layers(np.zeros(shape, dtype=np.int64))
+
+    @property
+    def cost(self) -> FloatArray:
+        return self._cost.values
+
+    @property
+    def totals(self) -> FloatArray:
+        return self._totals.values
+
+    @property
+    def middle(self) -> IntArray:
+        return self._middle.values
 
     def extend(self, longest: int) -> None:
         """Price ranges of up to so many segments, at all prices known."""
@@ -142,9 +164,9 @@ class RangeTable:
         cost, totals, middle = self._layers(fresh)
         at = 0 if first else len(self.prices)
         self.prices[at:at] = fresh
-        self.cost = _beside(self.cost, cost, first)
-        self.totals = _beside(self.totals, totals, first)
-        self.middle = _beside(self.middle, middle, first)
+        self._cost.add(cost, first)
+        self._totals.add(totals, first)
+        self._middle.add(middle, first)
         return len(fresh)
 
     def edge_cost(self) -> FloatArray:
@@ -234,8 +256,24 @@ class RangeTable:
         return cost, totals
 
 
-def _beside(known: AnyArray, made: AnyArray, first: bool) -> AnyArray:
-    """Layers that were made after, or before, those that are known."""
-    if not known.shape[1]:
-        return made
-    return np.concatenate([made, known] if first else [known, made], axis=1)
+class _Layers(Generic[AnyArray]):
+    """[class, layer, ...], with room for more layers, so that those that are known are seldom copied."""
+
+    def __init__(self, none: AnyArray) -> None:
+        self._room: AnyArray = none
+        self._count = 0
+
+    @property
+    def values(self) -> AnyArray:
+        values: AnyArray = self._room[:, : self._count]
+        return values
+
+    def add(self, made: AnyArray, first: bool) -> None:
+        """Behind the layers that are known, or before them."""
+        known, fresh = self.values, made.shape[1]
+        self._count += fresh
+        if self._count > self._room.shape[1] or first:
+            self._room = np.empty((len(made), 2 * self._count, *made.shape[2:]), dtype=made.dtype)
+            self._room[:, fresh * first : fresh * first + known.shape[1]] = known
+        at = 0 if first else self._count - fresh
+        self._room[:, at : at + fresh] = made

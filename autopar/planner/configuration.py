@@ -375,20 +375,22 @@ class ConfigurationSolver:
 
     def _pool(self, space: StageSpace) -> _Pool:
         """On each edge, the fitting plans that are best for some weighting of time and step."""
-        edges, e = self.table.edges, space.edges
+        edges = self.table.edges
+        examples, kind = edges.alike(space.edges)
+        e = space.edges[examples]
         totals = self.table.totals[edges.cls[e], :, edges.entry[e], edges.exit[e]]
         need = totals[:, :, STATE] + space.held * totals[:, :, SAVED]
-        over = np.isinf(need) | (need > space.capacity_bytes[:, None])
+        over = np.isinf(need) | (need > space.capacity_bytes[examples, None])
         picked = []
         for weights in self._weightings():
             cost = weights[0] * totals[:, :, TIME] + weights[1] * totals[:, :, STEP]
             picked.append(np.where(over, np.inf, cost).argmin(axis=1))
         best = np.sort(np.stack(picked, axis=1), axis=1)
-        rows, found = np.nonzero(np.diff(best, axis=1, prepend=-1))
-        prices = best[rows, found]
-        fits = ~over[rows, prices]
-        rows, prices = rows[fits], prices[fits]
-        return _Pool(e[rows], prices, totals[rows, prices, TIME], totals[rows, prices, STEP])
+        offered = (np.diff(best, axis=1, prepend=-1) != 0) & ~np.take_along_axis(over, best, axis=1)
+        rows, found = np.nonzero(offered[kind])
+        of = kind[rows]
+        prices = best[of, found]
+        return _Pool(space.edges[rows], prices, totals[of, prices, TIME], totals[of, prices, STEP])
 
     def _arcs(self, pool: _Pool) -> Arcs:
         edges = self.table.edges
@@ -511,8 +513,8 @@ class ConfigurationSolver:
         found = sweep(arcs, levels_of(arcs, 0.0, value / microbatches), starts, ends, nodes)
         kept = []
         for stage, (pool, a) in enumerate(zip(pools, arcs, strict=True)):
-            slowest = np.maximum(found.levels.lower_s[:, None], a.slow_s[None, :])
-            through = (found.through_s(stage) + self.objective.slowest * slowest).min(axis=0)
+            slowest = np.maximum(found.levels.lower_s, a.slow_s[:, None])
+            through = (found.through_s(stage) + self.objective.slowest * slowest).min(axis=1)
             order = np.argsort(through, kind="stable")[: MAX_ILP_COLUMNS // len(pools)]
             kept.append([pool.column(self.table, int(i)) for i in order if through[i] < value * (1 - WORTH)])
         return kept

@@ -44,7 +44,8 @@ class Levels:
 class Sweep:
     """Shortest sums from the start to each node (``reach``) and from each node to the end (``rest``).
 
-    Both are [stage][level, node]: ``reach[s]`` before stage s, ``rest[s]`` too.
+    Both are [stage][node, level], whose rows of levels are added and compared as a whole: ``reach[s]`` before stage s,
+    ``rest[s]`` too.
     """
 
     arcs: tuple[Arcs, ...]
@@ -54,22 +55,23 @@ class Sweep:
 
     def total_s(self) -> FloatArray:
         """[level] the shortest sum over a whole tiling."""
-        total: FloatArray = (self.reach[0] + self.rest[0]).min(axis=1)
+        total: FloatArray = (self.reach[0] + self.rest[0]).min(axis=0)
         return total
 
     def through_s(self, stage: int) -> FloatArray:
-        """[level, arc] the shortest sum over tilings with this arc at this stage; infinite above the level."""
+        """[arc, level] the shortest sum over tilings with this arc at this stage; infinite above the level."""
         arcs = self.arcs[stage]
-        around = self.reach[stage][:, arcs.source] + self.rest[stage + 1][:, arcs.target]
-        return around + _allowed_cost(arcs, self.levels)
+        around: FloatArray = self.reach[stage][arcs.source]
+        around += self.rest[stage + 1][arcs.target]
+        return _along(around, arcs.cost_s, arcs.slow_s, self.levels)
 
     def path(self, level: int) -> tuple[int, ...]:
         """The arc of each stage on a shortest tiling at a level; the first of equal ones."""
-        start = self.reach[0][level] + self.rest[0][level]
+        start = self.reach[0][:, level] + self.rest[0][:, level]
         node, chosen = int(start.argmin()), []
         for stage, arcs in enumerate(self.arcs):
             cost = np.where(arcs.slow_s <= self.levels.upper_s[level], arcs.cost_s, np.inf)
-            onward = np.where(arcs.source == node, cost + self.rest[stage + 1][level][arcs.target], np.inf)
+            onward = np.where(arcs.source == node, cost + self.rest[stage + 1][arcs.target, level], np.inf)
             chosen.append(int(onward.argmin()))
             node = int(arcs.target[chosen[-1]])
         return tuple(chosen)
@@ -93,14 +95,14 @@ def levels_of(arcs: Sequence[Arcs], floor_s: float, ceiling_s: float) -> Levels:
 def sweep(arcs: Sequence[Arcs], levels: Levels, starts: IntArray, ends: IntArray, nodes: int) -> Sweep:
     """Forward and backward shortest sums at every level."""
     count = len(levels.upper_s)
-    reach = [np.full((count, nodes), np.inf)]
-    reach[0][:, starts] = 0.0
+    reach = [np.full((nodes, count), np.inf)]
+    reach[0][starts] = 0.0
     for a in arcs:
-        reach.append(_relaxed(reach[-1][:, a.source] + _allowed_cost(a, levels), a.target, nodes))
-    rest = [np.full((count, nodes), np.inf)]
-    rest[0][:, ends] = 0.0
+        reach.append(_onward(reach[-1], a, a.source, a.target, levels))
+    rest = [np.full((nodes, count), np.inf)]
+    rest[0][ends] = 0.0
     for a in reversed(arcs):
-        rest.append(_relaxed(rest[-1][:, a.target] + _allowed_cost(a, levels), a.source, nodes))
+        rest.append(_onward(rest[-1], a, a.target, a.source, levels))
     return Sweep(tuple(arcs), levels, tuple(reach), tuple(rest[::-1]))
 
 
@@ -109,7 +111,9 @@ def bottleneck(arcs: Sequence[Arcs], starts: IntArray, ends: IntArray, nodes: in
     reach = [np.full(nodes, np.inf)]
     reach[0][starts] = 0.0
     for a in arcs:
-        reach.append(_relaxed(np.maximum(reach[-1][a.source], a.cost_s)[None], a.target, nodes)[0])
+        order, first, reached = _grouped(a.target)
+        reach.append(np.full(nodes, np.inf))
+        reach[-1][reached] = np.minimum.reduceat(np.maximum(reach[-2][a.source], a.cost_s)[order], first)
     node = int(ends[reach[-1][ends].argmin()])
     worst, chosen = float(reach[-1][node]), []
     if not np.isfinite(worst):
@@ -121,19 +125,25 @@ def bottleneck(arcs: Sequence[Arcs], starts: IntArray, ends: IntArray, nodes: in
     return worst, tuple(chosen[::-1])
 
 
-def _allowed_cost(arcs: Arcs, levels: Levels) -> FloatArray:
-    """[level, arc] cost, infinite where the arc is slower than the level."""
-    return np.where(arcs.slow_s[None, :] <= levels.upper_s[:, None], arcs.cost_s[None, :], np.inf)
+def _along(sums: FloatArray, cost_s: FloatArray, slow_s: FloatArray, levels: Levels) -> FloatArray:
+    """[arc, level] sums with the arcs' costs, in place; infinite where an arc is slower than the level."""
+    sums += cost_s[:, None]
+    sums[slow_s[:, None] > levels.upper_s] = np.inf
+    return sums
 
 
-def _relaxed(values: FloatArray, nodes_of: IntArray, nodes: int) -> FloatArray:
-    """[level, node] least of the values [level, arc] that fall on each node."""
-    best = np.full((len(values), nodes), np.inf)
-    if values.shape[1] == 0:
-        return best
-    if (nodes_of[1:] < nodes_of[:-1]).any():
-        order = np.argsort(nodes_of, kind="stable")
-        values, nodes_of = values[:, order], nodes_of[order]
-    starts = np.flatnonzero(np.concatenate([[True], nodes_of[1:] != nodes_of[:-1]]))
-    best[:, nodes_of[starts]] = np.minimum.reduceat(values, starts, axis=1)
+def _onward(before: FloatArray, arcs: Arcs, source: IntArray, target: IntArray, levels: Levels) -> FloatArray:
+    """[node, level] least sums at the targets of arcs, of those at their sources."""
+    best = np.full(before.shape, np.inf)
+    order, first, reached = _grouped(target)
+    sums = _along(before[source[order]], arcs.cost_s[order], arcs.slow_s[order], levels)
+    best[reached] = np.minimum.reduceat(sums, first, axis=0)
     return best
+
+
+def _grouped(nodes: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """An order in which equal nodes stand together, where each group begins in it, and its node."""
+    order = np.argsort(nodes, kind="stable")
+    ordered = nodes[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    return order, first, ordered[first]
