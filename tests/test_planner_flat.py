@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lp_reader import solved_elsewhere
-from test_planner_search import (
-    BATCH,
-    DEVICES,
-    LargeSpace,
-    RandomSpace,
-    SavingSpace,
-    Whole,
-    assert_consistent,
-    every_plan,
-)
+from random_spaces import BATCH, DEVICES, RandomSpace, SavingSpace, Whole, assert_consistent, every_plan
+from test_planner_search import LargeSpace
 
 from autopar.planner import flat_solver
 from autopar.planner.search import Infeasible, Pins, Solution, search

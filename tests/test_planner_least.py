@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import example_gpt
 from parity import ADAMW
-from test_planner_search import random_kind
+from random_spaces import random_kind
 
 from autopar.options import Options
 from autopar.planner.bounds import TIME_ONLY

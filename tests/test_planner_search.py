@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lp_reader import solved_elsewhere
+from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpace, Whole, assert_consistent, every_plan
 
 from autopar.planner.configuration import ConfigurationSolver
-from autopar.planner.factor_graph import COMPONENTS
 from autopar.planner.search import (
     Chain,
-    Configuration,
     Factor,
     FactorGraph,
-    Floor,
     Infeasible,
     Pins,
     Progress,
@@ -34,153 +31,6 @@ from autopar.planner.search import (
 )
 from autopar.planner.segment import Segment
 from cost_model.errors import ParallelismError, UnknownNameError
-
-DEVICES, BATCH, SEGMENTS = 2, 2, 3
-LABELS = ("r", "s")
-
-
-def random_kind(rng: np.random.Generator, entry: bool, exit: bool, tied: bool, step: bool) -> FactorGraph:
-    """entry, an inner variable, exit and perhaps a tied one, all pairs costed, one combination forbidden."""
-    names = [name for name, there in (("in", entry), ("inner", True), ("out", exit), ("tied", tied)) if there]
-    domains = dict.fromkeys(names, LABELS)
-    factors = []
-    for scope in itertools.combinations(names, 2):
-        time_s, step_s, state, saved = (rng.integers(1, 30, (2, 2)).astype(float) for _ in COMPONENTS)
-        factors.append(Factor(scope, time_s, step_s if step else None, state, saved))
-    forbidden = np.zeros((2, 2))
-    forbidden[tuple(rng.integers(0, 2, 2))] = np.inf
-    factors.append(Factor((names[0], "inner") if entry else ("inner", names[-1]), forbidden))
-    return FactorGraph(
-        domains, tuple(factors), "in" if entry else None, "out" if exit else None, ("tied",) if tied else ()
-    )
-
-
-class AsItIs:
-    """A space without ways to trade time for memory, of which nothing is known before a chain is made."""
-
-    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
-        chain = self.chain(dp, tp, microbatch_size)
-        return None if chain is None else Floor(len(chain), 0.0)
-
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
-        raise NotImplementedError
-
-    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        chain = self.chain(dp, tp, microbatch_size)
-        return () if chain is None else [chain]
-
-
-@dataclass
-class RandomSpace(AsItIs):
-    """A chain of head, block and tail per mesh, each with its own random costs."""
-
-    seed: int
-    tied: bool = False
-    step: bool = True
-
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
-        rng = np.random.default_rng([self.seed, dp, tp, microbatch_size])
-        shapes = ((False, True, self.tied), (True, True, False), (True, False, self.tied))
-        kinds = tuple(random_kind(rng, *shape, self.step) for shape in shapes)
-        cuts = {label: float(rng.integers(0, 5)) for label in LABELS}
-        return Chain(kinds, (0, 1, 2), lambda i, label: cuts[label] + i, lambda i, j: 3 * (j - i))
-
-
-class SavingSpace(RandomSpace):
-    """What a segment saves may also be made again; costs of both as random as the others."""
-
-    def _with(self, chain: Chain, labels: tuple[str, ...]) -> Chain:
-        rng = np.random.default_rng([self.seed, 7])
-        kinds = []
-        for graph in chain.kinds:
-            time_s, saved = (rng.integers(1, 30, 2).astype(float) for _ in range(2))
-            time_s[0], saved[1] = 0.0, 0.0
-            factor = Factor(("again",), time_s[: len(labels)], None, None, saved[: len(labels)])
-            domains = {**graph.domains, "again": labels}
-            kinds.append(FactorGraph(domains, (*graph.factors, factor), graph.entry, graph.exit, graph.shared))
-        return replace(chain, kinds=tuple(kinds))
-
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
-        return self._with(super().chain(dp, tp, microbatch_size), ("keep",))
-
-    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        base = super().chain(dp, tp, microbatch_size)
-        return [self._with(base, ("keep",)), self._with(base, ("keep", "spare"))]
-
-
-@dataclass
-class Whole:
-    """All plans of a space that saves, for enumeration."""
-
-    space: SavingSpace
-
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
-        return self.space.saving_chains(dp, tp, microbatch_size)[-1]
-
-
-def stage_totals(chain: Chain, tilings: Sequence[tuple[int, int]], chosen: Sequence[dict[str, str]]) -> np.ndarray:
-    """[stage, 4] totals of one assignment of every segment."""
-    totals = np.zeros((len(tilings), 4))
-    for stage, (first, last) in enumerate(tilings):
-        for position in range(first, last):
-            graph = chain.kinds[chain.sequence[position]]
-            for factor in graph.factors:
-                at = tuple(graph.domains[v].index(chosen[position][v]) for v in factor.variables)
-                totals[stage] += [0.0 if a is None else a[at] for a in factor.components()]
-    return totals
-
-
-def value(
-    chain: Chain, tiling: Sequence[tuple[int, int]], chosen: Sequence[dict[str, str]], c: Configuration
-) -> tuple[float, float]:
-    """(objective, largest stage's bytes) of one complete plan."""
-    totals = stage_totals(chain, tiling, chosen)
-    if not np.isfinite(totals).all():
-        return math.inf, math.inf
-    cuts = sum(chain.cut_s(first, chosen[first]["in"]) for first, _ in tiling if first)
-    waiting = 1 / 3 if c.schedule == "zero_bubble" else 1.0
-    stages_s = waiting * totals[:, 0].sum() + (c.microbatches - waiting) * totals[:, 0].max()
-    time_s = float(stages_s + cuts + totals[:, 1].max())
-    need = [
-        totals[s, 2] + chain.in_flight(c.schedule, s, c.pp, c.microbatches) * totals[s, 3] + chain.reserve_bytes(*r)
-        for s, r in enumerate(tiling)
-    ]
-    return time_s, float(max(need))
-
-
-def agrees(chosen: Sequence[dict[str, str]]) -> bool:
-    tied = {labels["tied"] for labels in chosen if "tied" in labels}
-    return len(tied) <= 1 and all(a["out"] == b["in"] for a, b in itertools.pairwise(chosen))
-
-
-def every_plan(space: RandomSpace | Whole, pins: Pins) -> list[tuple[float, float]]:
-    """(objective, bytes) of every plan of every configuration that is not forbidden."""
-    found = []
-    for c in configurations(DEVICES, BATCH, pins):
-        chain = space.chain(c.dp, c.tp, c.microbatch_size)
-        single = [
-            [dict(zip(g.domains, labels, strict=True)) for labels in itertools.product(*g.domains.values())]
-            for g in (chain.kinds[k] for k in chain.sequence)
-        ]
-        plans = [chosen for chosen in itertools.product(*single) if agrees(chosen)]
-        for cuts in itertools.combinations(range(1, SEGMENTS), c.pp - 1):
-            tiling = list(itertools.pairwise((0, *cuts, SEGMENTS)))
-            found += [value(chain, tiling, chosen, c) for chosen in plans]
-    return [plan for plan in found if math.isfinite(plan[0])]
-
-
-def assert_consistent(space: RandomSpace | Whole, found: Solution, cap: float) -> None:
-    """The solution's own figures are those of its assignments, and it fits."""
-    c = found.configuration
-    chain = space.chain(c.dp, c.tp, c.microbatch_size)
-    tiling = [(stage.first, stage.last) for stage in found.stages]
-    assert len(tiling) == c.pp and tiling[0][0] == 0 and tiling[-1][1] == SEGMENTS
-    assert all(a.last == b.first and a.exit == b.entry for a, b in itertools.pairwise(found.stages))
-    chosen = [dict(labels) for stage in found.stages for labels in stage.assignments]
-    assert agrees(chosen)
-    time_s, need = value(chain, tiling, chosen, c)
-    assert time_s == pytest.approx(found.objective_s)
-    assert need <= cap
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,131 @@
+"""What forward does beside computing: refused with its line, noted, or traced as it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from odd_models import inputs, net
+from torch import Tensor, nn
+
+from cost_model.errors import TraceError, UnsupportedError
+from passes.trace import trace
+
+
+def test_the_users_line_is_in_the_error() -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        if self.a(x).sum() > 0:  # the culprit
+            x = x * 2
+        return F.mse_loss(self.b(x), y)
+
+    with pytest.raises(TraceError) as caught:
+        trace(net(forward), inputs())
+    assert caught.value.source is not None
+    assert __file__ in caught.value.source and "# the culprit" in caught.value.source
+
+
+@pytest.mark.parametrize(
+    ("build", "forward", "said"),
+    [
+        (
+            lambda s: s.register_buffer("mean", torch.zeros(12).double()),
+            lambda s, x, y: F.mse_loss(s.a(x - s.mean.lerp_(x.mean(0), 0.1)), y),
+            "changes 'mean'",
+        ),
+        (None, lambda s, x, y: F.mse_loss(s.body(x + x.new_empty(x.shape).cauchy_()), y), "cauchy"),
+        (None, lambda s, x, y: F.mse_loss(s.body(x) + torch.multinomial(x.abs(), 2).sum(), y), "multinomial"),
+        (None, lambda s, x, y: F.mse_loss(s.body(x.mul_(2)), y), "input"),
+    ],
+    ids=["a running mean of its own", "cauchy", "several without replacement", "changed input"],
+)
+def test_what_ranks_cannot_do_alike_is_refused(build: Any, forward: Any, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        trace(net(forward, build), inputs())
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x > 0).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].flip(0)
+
+
+class _Odd(nn.Module):
+    """Does one odd thing in forward."""
+
+    def __init__(self, odd: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.odd, self.calls = nn.Linear(4, 4), odd, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(self, self.inner(x)).pow(2).mean()
+
+
+def _hooked(model: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient * 0.1)
+    return h
+
+
+def _counted(model: Any, h: torch.Tensor) -> torch.Tensor:
+    model.calls += 1
+    return h * model.calls
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (lambda _, h: _Own.apply(h), "_Own is an autograd.Function"),
+        (_hooked, r"gradient hook on a tensor \[8, 4\]"),
+    ],
+    ids=["function", "tensor hook"],
+)
+def test_a_backward_of_the_users_own_is_refused(odd: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        trace(_Odd(odd), (torch.zeros(8, 4),))
+    assert torch.autograd.Function.apply.__qualname__ == "Function.apply" and torch.Tensor.register_hook is REGISTER
+
+
+REGISTER = torch.Tensor.register_hook
+
+
+def _cast_again(model: Any, h: torch.Tensor) -> torch.Tensor:
+    model.inner = model.inner.to(h.dtype).float()
+    return h
+
+
+def _cast_for_good(model: Any, h: torch.Tensor) -> torch.Tensor:
+    model.inner = model.inner.to(torch.bfloat16)
+    return h
+
+
+def test_a_module_cast_to_what_it_is_stays() -> None:
+    """As routers of transformers do in every forward, though torch cannot replace parameters in a trace."""
+    trace(_Odd(_cast_again), (torch.zeros(8, 4),))
+    with pytest.raises(UnsupportedError, match=r"forward casts a Linear whose 'weight' is not torch.bfloat16"):
+        trace(_Odd(_cast_for_good), (torch.zeros(8, 4),))
+
+
+@pytest.mark.parametrize("where", ["module", "parameter"])
+def test_backward_hooks_are_refused(where: str) -> None:
+    model = _Odd(lambda _, h: h)
+    if where == "module":
+        model.inner.register_full_backward_hook(lambda *_: None)
+    else:
+        model.inner.weight.register_hook(lambda gradient: gradient * 0.1)
+    with pytest.raises(UnsupportedError, match=f"{where} 'inner.*' has a backward hook"):
+        trace(model, (torch.zeros(8, 4),))
+
+
+def test_values_that_forward_changes_are_noted() -> None:
+    notes = trace(_Odd(_counted), (torch.zeros(8, 4),)).notes
+    assert any("'calls'" in note for note in notes)
+    assert any("random" in note for note in trace(_Odd(lambda _, h: h * random.random()), (torch.zeros(8, 4),)).notes)
+    assert not trace(_Odd(lambda _, h: h), (torch.zeros(8, 4),)).notes
