@@ -419,16 +419,20 @@ class Job:
         caps = dict.fromkeys((min(usable), sum(usable) // len(usable)))  # more on larger devices makes room on smaller
         views = [self.on(fastest_view(self.cluster, self.product_dtype, cap)) for cap in caps]
 
-        found = search_placed(
-            self.cluster,
-            views[0].pinned_space(),
-            self.batch,
-            pins,
-            self,
-            lambda known: [view._searched_under(known) for view in views],
-            functools.partial(fastest_placed, self, pins),
-        )
+        def searched(known: Pins, dp_inner: int) -> list[Solution | Infeasible]:
+            return [view._in_groups(dp_inner)._searched_under(known) for view in views]
+
+        volumes, simulate = self, functools.partial(fastest_placed, self, pins)
+        space = views[0].pinned_space()
+        found = search_placed(self.cluster, space, self.batch, pins, volumes, searched, simulate)
         return found if isinstance(found, Infeasible) else moved(self, found, functools.partial(timed_s, self))
+
+    def _in_groups(self, dp_inner: int) -> Job:
+        """With parameters and state that are whole on each replica, where their gradients may be summed in groups."""
+        p = self.options.parallelism
+        if dp_inner == 1 or p.dp_inner is not None or p.zero is not None:
+            return self
+        return self.under(replace(p, zero=0), self.options.memory_cap_bytes)
 
     def sent_bytes(self, microbatch_size: int) -> float:
         """The largest activation between segments, as it is sent."""

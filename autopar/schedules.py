@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from autopar.planner.regional import MAX_WINDOW
 from autopar.planner.search import FEWEST_PARTS, Configuration, Solution
 from autopar.planner.virtual import recut
 from cost_model.cluster import Cluster
@@ -16,7 +17,6 @@ from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_
 
 WORTH = 0.01
 """The least part of a step that another schedule must save: sketches are no more exact, and simple is better."""
-MAX_WINDOW = 8
 
 
 def faster_schedules(

@@ -12,7 +12,7 @@ from cost_model.axis_groups import axis_groups, collective_stages
 from cost_model.block_price import BlockPrice, block_price
 from cost_model.crossing import Message
 from cost_model.errors import VerificationError
-from cost_model.program import Block, Collective, OpCost, Program
+from cost_model.program import Block, Collective, OpCost, Program, StageProgram
 from cost_model.tensor import DTYPE_BYTES
 
 BEHIND_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
@@ -141,7 +141,11 @@ def _check_chain(program: Program) -> None:
 
 
 def hidable_s(program: Program, cluster: PricedCluster) -> float:
-    """The most that a step can gain where collectives move behind compute, of the stage that gains most."""
+    """The most that a step can gain where collectives move behind compute, of the stage that gains most.
+
+    Gradients are complete in the last microbatch's backward, so what is done with them once a step hides behind no
+    more than that; with several chunks behind those of others too.
+    """
     pricer = _Pricer(program, cluster)
 
     def gain_s(stage: int, collectives: Iterable[Collective]) -> float:
@@ -149,9 +153,13 @@ def hidable_s(program: Program, cluster: PricedCluster) -> float:
         moving = (c for c in collectives if c.kind in BEHIND_KINDS and collective_stages(program, c.axis, stage) == own)
         return sum(pricer.hidden_s(stage, every, c) for c in moving)
 
+    def once_s(own: StageProgram) -> float:
+        found = gain_s(own.stage, own.step.collectives)
+        return min(found, pricer.backward_s(own.stage)) if program.virtual_stages == 1 else found
+
     return max(
         program.microbatches * gain_s(own.stage, (c for k in own.chunks for b in k.blocks for c in b.collectives()))
-        + gain_s(own.stage, own.step.collectives)
+        + once_s(own)
         for own in program.stages
     )
 
@@ -182,6 +190,12 @@ class _Pricer:
             shares_egress=self._shares_egress(stage, dps),
             step_behind_s=tuple(self._behind_s(stage, dps, c) for c in own.step.collectives),
         )
+
+    def backward_s(self, stage: int) -> float:
+        """Of one microbatch, on the slowest rank."""
+        every = range(self.program.meshes[stage].dp)
+        blocks = (block for chunk in self.program.stages[stage].chunks for block in chunk.backwards)
+        return sum(self._block(stage, every, block).total_s for block in blocks)
 
     def signature(self, dp: int) -> tuple[object, ...]:
         """Equal for replicas whose every stage takes the same times."""

@@ -217,3 +217,19 @@ def test_real_ranks_with_uneven_stages_have_the_numbers_of_one_device(
         update.step()
     assert found == pytest.approx([loss.item() for loss in losses], rel=1e-5)
     assert largest_error(state, dict(model.state_dict())) < 1e-5
+
+
+def test_a_plan_leaves_room_for_the_window_that_hides_a_delay() -> None:
+    """What 1f1b holds in its own window fills the memory with saved values; with some made again a wider one fits."""
+    delays = tuple(tuple(1e-4 if a == b else 0.02 for b in range(2)) for a in range(2))
+    network = regions((SLOW, 2), (SLOW, 2)).network
+    assert network is not None
+    cluster = Cluster("far", (SLOW,) * 4, (), "nccl", replace(network, latency_s=delays))
+    seconds = {}
+    for name, recompute in (("free", None), ("full", "full")):
+        job = job_of(cluster, pp=4, dp=1, microbatch_size=256, recompute=recompute)
+        job = job.under(job.options.parallelism, 260 * 2**20)
+        found = solved(job)
+        seconds[name] = step_s(job, found)
+        assert found.configuration.window > 1, name
+    assert seconds["free"] <= seconds["full"]

@@ -68,6 +68,20 @@ class Prices:
 
     def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
         """[replica] seconds of the schedule, [stage, shard] of the reduction."""
+        along, slowest = self._pipeline_s(cells)
+        schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
+        return schedule, self._rings_s(cells)
+
+    def window(self, cells: IntArray) -> int:
+        """The narrowest window of 1f1b that keeps the slowest stage or channel busy: the first stage sends as many
+        microbatches on their way as fit into the time that one takes to come back."""
+        if self.traffic.pp == 1:
+            return 1
+        along, slowest = self._pipeline_s(cells)
+        return max(1, math.ceil(float((along / slowest).max() - 1) / (self.traffic.pp - 1)))
+
+    def _pipeline_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[replica] seconds once through all stages and messages, there and back; those of the slowest of these."""
         slow = self.slowness[cells].max(axis=2)
         fast = 1.0 / slow.max(axis=1, keepdims=True)
         busy = self.traffic.stage_s * slow * fast / fast.mean() + self._exchanges_s(cells)
@@ -81,8 +95,7 @@ class Prices:
         if len(cells) > 2 and self.network.shares_egress:
             both = np.where(self._share(cells), sent_there[1:] + sent_back[:-1], 0.0)
             slowest = np.maximum(slowest, both.max(axis=(0, 2)))
-        schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
-        return schedule, self._rings_s(cells)
+        return along, slowest
 
     def bound_s(self) -> float:
         """No placement has a lower price: either some replica spans two regions, or each group of replicas does."""
@@ -166,14 +179,22 @@ class Prices:
     def _rings_s(self, cells: IntArray) -> FloatArray:
         """[stage, shard] all_reduce over the replicas, in groups of a region first where that is faster: the slowest
         link in every round, each latency as often as a message passes it."""
-        found = self._ring_s(cells)
+        found, grouped = self._ring_s(cells), self._grouped(cells)
+        return grouped[1] if grouped is not None and grouped[1].max() < found.max() else found
+
+    def dp_inner(self, cells: IntArray) -> int:
+        """Replicas of a group in which gradients are best summed first; 1 where they are not."""
+        grouped = self._grouped(cells)
+        return grouped[0] if grouped is not None and grouped[1].max() < self._ring_s(cells).max() else 1
+
+    def _grouped(self, cells: IntArray) -> tuple[int, FloatArray] | None:
+        """Size of the largest groups that lie in one region each, and [stage, shard] sums by them."""
         for size in self._group_sizes:
             grid = cells.reshape(cells.shape[0], -1, size, cells.shape[2])
             region = self.region[grid]
             if (region == region[:, :, :1]).all():
-                grouped = self._groups_s(grid)
-                return grouped if grouped.max() < found.max() else found
-        return found
+                return size, self._groups_s(grid)
+        return None
 
     @cached_property
     def _group_sizes(self) -> tuple[int, ...]:

@@ -30,10 +30,13 @@ from cost_model.network import Network
 
 FINALISTS, FINALISTS_OF_FEW, FEW = 4, 8, 8  # the latter on clusters of so many devices, where each takes no time
 IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
-MAX_MICROBATCH = 16
+SLACK = 0.04
+"""On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's."""
+MAX_MICROBATCH, MAX_WINDOW = 16, 8
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
-Search = Callable[[Pins], Sequence[Solution | Infeasible]]
+Search = Callable[[Pins, int], Sequence[Solution | Infeasible]]
+"""Of a mesh, with room for gradients that are summed in groups of so many replicas first."""
 Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 
@@ -98,27 +101,85 @@ def search_placed(
 ) -> Solution | Infeasible:
     """The fastest plan with its placement. ``space`` is that of the fastest view.
 
-    search: plans a mesh in full, under the least memory and where devices differ in it, under more; simulate: the
-    seconds of a placed plan, infinite where it does not fit or is slower than a limit, and it as its devices run it
-    best.
+    search: plans a mesh in full, with room for gradients summed in groups, under the least memory and where devices
+    differ in it, under more; simulate: the seconds of a placed plan, infinite where it does not fit or is slower than a
+    limit, and it as its devices run it best.
     """
     found, bound_s = _candidates(cluster, space, batch, pins, volumes)
-    best: tuple[float, Solution] | None = None
+    race = _Race(pins, search, simulate, bound_s, few=cluster.num_devices <= FEW)
+    plain = (pins.window, 1)
+    for candidate, placed in found:
+        if placed.cost_s <= race.worth_s:
+            race.run(candidate, placed, _room(candidate, placed, pins))
+    for candidate, placed in found if race.winner is None else [race.winner]:
+        if _room(candidate, placed, pins) != plain:
+            race.run(candidate, placed, plain)
+    if race.best is not None:
+        return race.best
+    return race.short if race.short is not None else search(pins, 1)[0]
+
+
+@dataclass(eq=False)
+class _Race:
+    """Plans of the best meshes, the fastest so far. worth_s: no plan is made of meshes of a higher price."""
+
+    pins: Pins
+    search: Search
+    simulate: Simulate
+    bound_s: float
+    few: bool
+    best_s: float = math.inf
+    best: Solution | None = None
+    winner: tuple[Candidate, Placed] | None = None
     short: Infeasible | None = None
-    for c, placed in found:
-        gap, note = max(0.0, placed.cost_s / bound_s - 1.0), _note(placed)
-        for answer in search(replace(pins, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size)):
+    worth_s: float = math.inf
+
+    def run(self, candidate: Candidate, placed: Placed, room: tuple[int | None, int]) -> None:
+        """Plans of a mesh on its placements, with room for a window and for groups of replicas."""
+        for answer in _different(self._searched(candidate.configuration, *room)):
             if isinstance(answer, Infeasible):
-                short = answer if short is None or answer.needed_bytes < short.needed_bytes else short
+                fewer = self.short is None or answer.needed_bytes < self.short.needed_bytes
+                self.short = answer if fewer else self.short
                 continue
-            for devices in (placed.devices, *placed.others):
-                limit_s = math.inf if best is None else best[0]
-                step_s, solution = simulate(replace(answer, placement=devices), limit_s)
-                if step_s < limit_s:
-                    best = (step_s, replace(solution, gap=gap, notes=(*solution.notes, note)))
-    if best is not None:
-        return best[1]
-    return short if short is not None else search(pins)[0]
+            for devices in dict.fromkeys((placed.devices, *placed.others)):
+                step_s, solution = self.simulate(replace(answer, placement=devices), self.best_s)
+                if step_s < self.best_s:
+                    self._leads(step_s, solution, (candidate, placed))
+
+    def _searched(self, c: Configuration, window: int | None, dp_inner: int) -> Sequence[Solution | Infeasible]:
+        """In a window of half the size, and half of that, where nothing fits."""
+        known = replace(self.pins, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size, window=window)
+        found = self.search(known, dp_inner)
+        narrower = window // 2 if window is not None and self.pins.window is None else 1
+        if narrower < 2 or any(isinstance(answer, Solution) for answer in found):
+            return found
+        return self._searched(c, narrower, dp_inner)
+
+    def _leads(self, step_s: float, solution: Solution, winner: tuple[Candidate, Placed]) -> None:
+        cost_s = winner[1].cost_s
+        gap, notes = max(0.0, cost_s / self.bound_s - 1.0), (*solution.notes, _note(winner[1]))
+        self.best_s, self.best, self.winner = step_s, replace(solution, gap=gap, notes=notes), winner
+        self.worth_s = math.inf if self.few else cost_s * (1 + SLACK)
+
+
+def _different(answers: Sequence[Solution | Infeasible]) -> Iterator[Solution | Infeasible]:
+    """Each plan once."""
+    known: list[Solution] = []
+    for answer in answers:
+        if isinstance(answer, Infeasible):
+            yield answer
+        elif all(answer.stages != other.stages for other in known):
+            known.append(answer)
+            yield answer
+
+
+def _room(candidate: Candidate, placed: Placed, pins: Pins) -> tuple[int | None, int]:
+    """The window of 1f1b that hides what messages take on these devices, and the size of groups in which replicas sum
+    gradients: what a plan that fills the memory without them has no room for."""
+    prices, cells = candidate.prices, np.array(placed.devices).reshape(candidate.prices.shape)
+    free = pins.window is None and pins.schedule in (None, "1f1b")
+    window = min(prices.window(cells), MAX_WINDOW, candidate.configuration.microbatches) if free else 1
+    return window if window > 1 else pins.window, prices.dp_inner(cells)
 
 
 def _finalists(cluster: Cluster) -> int:
@@ -132,7 +193,7 @@ def _note(placed: Placed) -> str:
 
 def _candidates(
     cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes
-) -> tuple[list[tuple[Configuration, Placed]], float]:
+) -> tuple[list[tuple[Candidate, Placed]], float]:
     """The best meshes with their placements, and a bound under all of them."""
     queue = sorted(_bounded(cluster, space, batch, pins, volumes), key=lambda c: (c.bound_s, c.order))
     wanted, laid_out = _finalists(cluster), list[tuple[float, int, Candidate, Sketched | Placed]]()
@@ -146,7 +207,7 @@ def _candidates(
     placed = [(c, each if isinstance(each, Placed) else improved(each)) for _, _, c, each in best]
     placed.sort(key=lambda pair: (pair[1].cost_s, pair[0].order))
     bound_s = min((candidate.bound_s for candidate in queue), default=math.inf)
-    return [(c.configuration, each) for c, each in placed[:wanted]], bound_s
+    return placed[:wanted], bound_s
 
 
 def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
