@@ -34,7 +34,6 @@ from passes.follow import choices
 from passes.graph import ModelGraph
 from passes.group import Worth
 from passes.precision import cast
-from passes.replicas import exchange_between_replicas
 from passes.segment import Segment, carried_values, segment
 from passes.specialise import specialise
 from passes.trace import Traced, trace
@@ -141,8 +140,7 @@ def build_inference(
     outputs = None if loss else _Outputs()
     with _in_mode(model, training):
         traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
-    traced = exchange_between_replicas(_without_gradients(traced))
-    analysis, _ = analysed(traced, model)
+    traced, analysis, _ = analysed(_without_gradients(traced), model)
     plan = _plan(traced, analysis, held, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
     linked = Linker(traced, analysis, None, "cpu", given=buckets, worth=worth, products=products).link(plan)

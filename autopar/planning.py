@@ -51,7 +51,7 @@ from cost_model.prices import hidable_s
 from cost_model.program import Program
 from cost_model.simulate import SimulationResult, estimate_of, simulate
 from cost_model.tensor import TensorMeta
-from passes.batch import BatchAnalysis, analyse_batch
+from passes.batch import BatchAnalysis
 from passes.constant import check_constant
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, torch_dtype
@@ -147,13 +147,10 @@ class Job:
     def of(model: nn.Module, cluster: Cluster, inputs: Any, options: Options) -> Job:
         ways = options.precision.choices
         options = replace(options, precision=ways[0])
-        traced = exchange_between_replicas(cast(trace(model, inputs, options.loss_fn), options.precision))
-        analysis, notes = analysed(traced, model)
+        traced, analysis, notes = analysed(cast(trace(model, inputs, options.loss_fn), options.precision), model)
         if analysis.reason is not None or unruled(traced.global_graph):  # once more, to say where
-            traced = exchange_between_replicas(
-                cast(trace(model, inputs, options.loss_fn, sources=True), options.precision)
-            )
-            analysis, notes = analysed(traced, model)
+            again = trace(model, inputs, options.loss_fn, sources=True)
+            traced, analysis, notes = analysed(cast(again, options.precision), model)
         whole = traced.global_graph
         check_trains(whole, has_optimizer=options.optimizer is not None)
         parameters = {i.target: whole.tensor(i.node) for i in whole.inputs if i.trainable}
@@ -257,8 +254,7 @@ class Job:
         """A step of a plan's program, without its timeline; simulated once."""
         if plan not in self._simulated:
             program = self.program(plan)
-            result = simulate(program, self.cluster, memories=self._memories(program))
-            self._simulated[plan] = replace(result, timeline=())
+            self._simulated[plan] = simulate(program, self.cluster, memories=self._memories(program), told=False)
         return self._simulated[plan]
 
     def planned(self, decision: Decision) -> Planned:
@@ -605,15 +601,16 @@ class Job:
             raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")
 
 
-def analysed(traced: Traced, model: nn.Module) -> tuple[BatchAnalysis, tuple[str, ...]]:
-    """How the batch splits, with what was assumed about ambient values checked."""
-    analysis = analyse_batch(traced.global_graph, traced.other)
+def analysed(traced: Traced, model: nn.Module) -> tuple[Traced, BatchAnalysis, tuple[str, ...]]:
+    """The model with what replicas exchange, and how the batch splits, with what was assumed about ambient values
+    checked."""
+    traced, analysis = exchange_between_replicas(traced)
     known = ChainMap(dict(traced.constants), ModelValues(model))  # type: ignore[arg-type]
     analysis, notes = check_constant(traced, analysis, known)
     if analysis.reason is not None:
         notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
     notes = (*notes, *exchange_notes(traced.global_graph, analysis.synchronised))
-    return analysis, notes
+    return traced, analysis, notes
 
 
 def _scaled(precision: Precision) -> tuple[str, ...]:

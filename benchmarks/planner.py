@@ -33,6 +33,7 @@ def main() -> int:
     instead.add_argument("--depths", action="store_true")
     instead.add_argument("--given", action="store_true")
     arguments = parser.parse_args()
+    assert autopar.estimate  # what is imported on first use is imported now
     if arguments.depths:
         return _depths()
     unknown = set(arguments.cases) - {case.name for case in CASES}

@@ -175,6 +175,8 @@ class _Pricer:
         self.blocks: dict[tuple[object, ...], BlockPrice] = {}
         self.moved: dict[int, tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {}
         self.users = {step: self._users(step) for step in (1, -1)}
+        self.groups: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
+        self.devices: dict[tuple[object, ...], tuple[PricedDevice, ...]] = {}
 
     def stage(self, stage: int, dps: Sequence[int]) -> StagePrice:
         own, op_s = self.program.stages[stage], self._op_price(stage, dps)
@@ -229,9 +231,11 @@ class _Pricer:
 
     def _devices(self, stage: int, dps: Sequence[int]) -> tuple[PricedDevice, ...]:
         """The distinct devices of a stage."""
-        cells = ((stage, dp, tp) for dp in dps for tp in range(self.program.meshes[stage].tp))
-        devices = (self.cluster.devices[self.program.devices[cell]] for cell in cells)
-        return tuple({id(device): device for device in devices}.values())
+        if (stage, dps) not in self.devices:
+            cells = ((stage, dp, tp) for dp in dps for tp in range(self.program.meshes[stage].tp))
+            devices = (self.cluster.devices[self.program.devices[cell]] for cell in cells)
+            self.devices[stage, dps] = tuple({id(device): device for device in devices}.values())
+        return self.devices[stage, dps]
 
     def _block(self, stage: int, dps: Sequence[int], block: Block) -> BlockPrice:
         """Blocks that stages share are gone through once where their devices are alike and their collectives take as
@@ -291,7 +295,9 @@ class _Pricer:
         """Equal collectives of a stage, one a layer, are asked for once; so are those of stages on the same ranks."""
         asked = (stage, dps, collective, price_s)
         if asked not in self.asked:
-            key = (self._groups(stage, dps, collective.axis), collective, price_s)
+            if (where := (stage, dps, collective.axis)) not in self.groups:
+                self.groups[where] = self._groups(*where)
+            key = (self.groups[where], collective, price_s)
             if key not in self.collective_prices:
                 self.collective_prices[key] = max(
                     price_s(collective.kind, collective.nbytes, group) if len(group) > 1 else 0.0 for group in key[0]

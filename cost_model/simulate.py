@@ -55,6 +55,7 @@ def simulate(
     streams: bool = False,
     blocking: bool = False,
     memories: Sequence[MemoryBreakdown] = (),
+    told: bool = True,
 ) -> SimulationResult:
     """Time and memory of one step of this very program.
 
@@ -62,11 +63,12 @@ def simulate(
     give each rank one stream for sends and one for receives (not autopar's): both run through their messages in
     program order, ahead of the compute that needs them, and a message moves once it is at the head of both. blocking:
     as runtimes do that post a receive only where they need the message. memories: of each stage, where they are known.
+    told: with the timeline.
     Raises VerificationError with check "deadlock" or "step_collectives" if ranks wait for each other forever.
     """
     assert len(program.stages) == program.pp and len(program.devices) == program.num_devices
     receives = _mode(streams, blocking)
-    replicas = [_run_schedule(program, prices, receives, told=True) for prices in price_replicas(program, cluster)]
+    replicas = [_run_schedule(program, prices, receives, told=told) for prices in price_replicas(program, cluster)]
     _run_step_work(program, replicas)
     ranks = max(replicas, key=lambda replica: max(rank.now for rank in replica))
     last = max(ranks, key=lambda rank: rank.now)

@@ -74,14 +74,15 @@ DIFFERENTIABLE[torch.ops.autopar.replica_share.default] = _share
 DIFFERENTIABLE[torch.ops.autopar.replica_gather.default] = _gather
 
 
-def exchange_between_replicas(traced: Traced) -> Traced:
-    """The model with what replicas exchange, where its batch splits so and only so."""
+def exchange_between_replicas(traced: Traced) -> tuple[Traced, BatchAnalysis]:
+    """The model with what replicas exchange, where its batch splits so and only so, and how its batch splits then."""
     whole, other = traced.global_graph, traced.other
     analysis = analyse_batch(whole, other, exchange=True)
     if analysis.reason is not None or not (analysis.summed or analysis.shares_loss or analysis.joined) or other is None:
-        return traced
+        return traced, analysis
     made = (_Exchange(model, whole, analysis).run() for model in (whole, other))
-    return replace(traced, global_graph=next(made), other=next(made))
+    traced = replace(traced, global_graph=next(made), other=next(made))
+    return traced, analyse_batch(traced.global_graph, traced.other)
 
 
 class _Exchange:
