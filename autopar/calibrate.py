@@ -32,7 +32,7 @@ from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 12
+CALIBRATION_VERSION = 13
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
@@ -239,11 +239,12 @@ def _op_seconds(pool: WorkerPool, index: int, library: str) -> tuple[OpCost, lis
 
 
 def _op_time(probe: Probe, passes: Sequence[tuple[OpCost, list[float]]], crowding: float) -> OpTime:
-    """The median over passes and ranks: a step meets what is usual, not the best.
+    """The median over passes of what the slowest rank took: a step meets what is usual, not the best, and all ranks
+    wait for the slowest of them. On a shared machine one core is slower than another for seconds at a time.
 
     crowding: ranks per core; CPU time does not see that ranks take turns on a core.
     """
-    return OpTime(probe.row, passes[0][0], crowding * statistics.median(s for _, seconds in passes for s in seconds))
+    return OpTime(probe.row, passes[0][0], crowding * statistics.median(max(seconds) for _, seconds in passes))
 
 
 def _cost(reply: Mapping[str, Any]) -> OpCost:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.calibrate_worker import ALONE
 from cost_model.device import GEMM_KINDS, STREAM_KINDS
 from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.hardware_file import SCHEMA
@@ -124,17 +125,18 @@ def render_cluster(
 ) -> str:
     """The TOML text of the measured cluster; dtypes: seconds of one product, by dtype."""
     rates = {kind: fit_gemm([time for time in times if time.row == kind]) for kind in GEMM_KINDS}
-    streams = {
+    rows = {
         kind: {op: fit_stream(list(group)) for op, group in _by_op(time for time in times if time.row == kind)}
-        for kind in STREAM_KINDS
+        for kind in (*STREAM_KINDS, ALONE)
     }
+    streams = {kind: rows[kind] for kind in STREAM_KINDS}
     peak = max(rate for rate, _ in rates.values())
     sections = [
         _head(machine),
         _device_head(machine, peak, dtypes, streams["elementwise"]),
         *(_gemm_section(kind, row, rate / peak) for kind, (rate, row) in rates.items()),
-        *(_stream_section(f"cost.{kind}", mean_row(list(rows.values()))) for kind, rows in streams.items()),
-        *(_stream_section(f'op."{op}"', row) for rows in streams.values() for op, row in rows.items()),
+        *(_stream_section(f"cost.{kind}", mean_row(list(ops.values()))) for kind, ops in streams.items()),
+        *(_stream_section(f'op."{op}"', row) for ops in rows.values() for op, row in ops.items()),
         *(_level_sections(messages) if machine.num_ranks > 1 else ()),
     ]
     return "\n".join(sections)

@@ -47,10 +47,10 @@ def drawn(*shape: int) -> Tensor:
 class Kernel:
     """An op of ours as programs run it, called as an op of torch is."""
 
-    def __init__(self, op: Any, run: Callable[..., Tensor]) -> None:
+    def __init__(self, op: Any, run: Callable[..., Any]) -> None:
         self._schema, self._name, self._run = op._schema, str(op), run
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         return self._run(*args)
 
     def __str__(self) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
-from autopar.calibrate_worker import Probe
+from autopar.calibrate_worker import ALONE, Probe
 from autopar.runtime import draws, kernels
+from autopar.runtime.accumulation import Add
 from passes import random_vocabulary, vocabulary
 
 aten = torch.ops.aten
@@ -20,6 +21,7 @@ _UPDATE_BYTES = (128 * 2**20,)
 TINY_BYTES = 2**10
 """At this size an op takes no longer than its overhead."""
 _VOCABULARY = 4096
+_DEPTH = 64  # of a head
 
 
 def stream_probes() -> Iterator[Probe]:
@@ -69,6 +71,33 @@ def _tanh(nbytes: int) -> Made:
 
 def _exp(nbytes: int) -> Made:
     return aten.exp.default, (drawn(*_matrix(nbytes, 2)),), {}
+
+
+def _where(nbytes: int) -> Made:
+    """A causal mask that all heads share, as attention's scores meet it."""
+    rows, width = _matrix(nbytes, 9 / 4)
+    heads = min(HEADS, rows)
+    mask = torch.ones(1, rows // heads, width, dtype=torch.bool).tril().expand(heads, -1, -1)
+    return aten.where.self, (mask, drawn(heads, rows // heads, width), torch.zeros(())), {}
+
+
+def _masked_fill(nbytes: int) -> Made:
+    mask, scores, _ = _where(nbytes)[1]
+    return aten.masked_fill.Scalar, (scores, mask, -1e9), {}
+
+
+def _accumulate(nbytes: int) -> Made:
+    gradient = drawn(*_matrix(nbytes, 3))
+    buffer = torch.zeros_like(gradient)  # what is drawn is shared, and stays as it is
+    return Kernel(vocabulary.accumulate, functools.partial(_added, Add(), buffer)), (gradient, ""), {}
+
+
+def _added(add: Add, buffer: Tensor, gradient: Tensor, _: str) -> None:
+    add(buffer, gradient)
+
+
+def _safe_softmax(nbytes: int) -> Made:
+    return aten._safe_softmax.default, (drawn(*_matrix(nbytes, 2)), -1), {}
 
 
 def _softmax(nbytes: int) -> Made:
@@ -128,9 +157,10 @@ def _embedding_backward(nbytes: int) -> Made:
 
 
 def _transposed_copy(nbytes: int) -> Made:
+    """Heads out of a row of them, as before and behind explicit attention."""
     rows, width = _matrix(nbytes, 2)
-    heads = min(HEADS, width)
-    source = drawn(rows, heads, width // heads).transpose(0, 1)
+    depth = min(_DEPTH, width)
+    source = drawn(rows, width // depth, depth).transpose(0, 1)
     return aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
 
 
@@ -205,4 +235,8 @@ _STREAMS: tuple[tuple[str, Callable[[int], Made]], ...] = (
     ("optimizer", _adamw),
     ("other", _roll),
     ("other", _matrix_by_rows),
+    (ALONE, _accumulate),
+    (ALONE, _where),
+    (ALONE, _masked_fill),
+    (ALONE, _safe_softmax),
 )

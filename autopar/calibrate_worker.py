@@ -36,6 +36,8 @@ Call: TypeAlias = Callable[[], object]
 COLD_BYTES = 64 * 2**20
 """Operands that rotate over so many bytes are found in memory, not in a cache (which ranks share)."""
 _LINK = "transfer"
+ALONE = "alone"
+"""The row of a probe whose op is unlike the others of its kind: its time tells that of the op and nothing else."""
 _BETWEEN = 512  # width of the product between two messages: some milliseconds
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
 MOVING_KINDS = tuple(kind + BEHIND for kind in BEHIND_KINDS)
@@ -51,7 +53,7 @@ _MESSAGE_ROUNDS = 2
 class Probe:
     """One op on tensors of one shape. make: builds (op, arguments, keyword arguments) on other memory each time.
 
-    row: what it helps to fill in the device file, an op kind or "dtype:<name>".
+    row: what it helps to fill in the device file: an op kind, "dtype:<name>", or ``ALONE``.
     """
 
     row: str
@@ -127,7 +129,7 @@ class Calibrator:
         calls += [probe.call() for _ in range(_copies(_held_bytes(calls[0])) - 1)]
         dist.barrier()
         seconds = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s)
-        if probe.row in STREAM_KINDS and probe.row != "optimizer" and len(calls) > 1:
+        if probe.row in (*STREAM_KINDS, ALONE) and probe.row != "optimizer" and len(calls) > 1:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 

@@ -370,7 +370,7 @@ DRAWN: list[tuple[str, int, Callable[[Draw], tuple[Any, ...]]]] = [
     ("diff.default", 20, _diff),
     ("layer_norm.default native_layer_norm.default", 30, lambda d: (*_normalised(d, with_bias=True), 1e-5)),
     ("rms_norm.default _fused_rms_norm.default", 30, lambda d: (*_normalised(d, with_bias=False), 1e-5)),
-    ("softmax.int log_softmax.int", 20, _softmax),
+    ("softmax.int log_softmax.int _safe_softmax.default", 20, _softmax),
     ("_softmax.default _log_softmax.default", 20, _half_softmax),
     ("scaled_dot_product_attention.default", 60, _scaled_dot_product_attention),
     ("autopar.attention.default", 60, _fused_attention),

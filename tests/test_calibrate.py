@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 
 from autopar import calibrate
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, fit_gemm, fit_stream, mean_row, render_cluster
+from autopar.calibrate_operands import drawn
 from autopar.calibrate_probes import all_probes, reference_product
-from autopar.calibrate_worker import MESSAGE_KINDS, cpu_seconds, message_ranks
+from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, cpu_seconds, message_ranks
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
-from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, attention_cost
+from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, Device, attention_cost
 from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.errors import ConfigError, WorkerError
 from cost_model.program import OpCost
@@ -91,7 +93,7 @@ def test_the_row_of_a_kind_is_the_geometric_mean_of_its_ops() -> None:
     assert mean.points[0] == (1e6, pytest.approx(2e9)) and mean.overhead_s == pytest.approx(2e-6)
 
 
-def invented_text(num_ranks: int = 2) -> str:
+def invented_text(num_ranks: int = 2, more: Sequence[OpTime] = ()) -> str:
     """The file of a machine whose products run at 90 Gflop/s and whose other ops stream at 10 GB/s."""
     gemm = GemmRow(1.0, 10.0, 10.0, 10.0, 0.0, 1e-6, 2e-6, 512.0)
     products = ("matmul", "batched_matmul", "convolution", "convolution_backward")
@@ -109,7 +111,7 @@ def invented_text(num_ranks: int = 2) -> str:
         for nbytes in (1024, 2**20)
     ]
     machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30, ONEDNN)
-    return render_cluster(machine, times, {"float32": 1e-3, "float64": 2e-3}, messages)
+    return render_cluster(machine, [*times, *more], {"float32": 1e-3, "float64": 2e-3}, messages)
 
 
 def test_the_rendered_file_prices_as_measured() -> None:
@@ -125,6 +127,23 @@ def test_the_rendered_file_prices_as_measured() -> None:
     assert cluster.products == ONEDNN
 
 
+def test_an_op_unlike_its_kind_has_a_row_of_its_own_and_leaves_that_of_its_kind() -> None:
+    def added(*more: OpTime) -> Device:
+        return Cluster.from_toml(invented_text(more=more), "invented.toml").devices[0]
+
+    alone = stream_times("elementwise", "aten.where.self", StreamRow(((1e5, 1e9), (1e7, 1e9)), 3e-6))
+    device = added(*(dataclasses.replace(time, row=ALONE) for time in alone))
+    assert device.op_time_s(OpCost("elementwise", 0.0, 1e6, "float32", op="aten.where.self")) == pytest.approx(1.003e-3)
+    assert device.rows["elementwise"] == added().rows["elementwise"]
+
+
+def test_an_op_takes_as_long_as_on_the_slowest_rank_in_the_median_of_passes() -> None:
+    cost = OpCost("copy", 0.0, 1e6, "float32", op="aten.cat.default")
+    probe = next(probe for probe in all_probes(BLAS) if probe.row == "copy")
+    passes = [(cost, [1e-3, 2e-3]), (cost, [3e-3, 1e-3]), (cost, [1e-3, 9e-3])]
+    assert calibrate._op_time(probe, passes, 1.0) == OpTime("copy", cost, 3e-3)
+
+
 def test_one_rank_needs_no_network() -> None:
     cluster = Cluster.from_toml(invented_text(1), "invented.toml")
     assert cluster.levels == () and cluster.collective_time_s("all_reduce", 2**20, (0,)) == 0.0
@@ -137,13 +156,25 @@ def test_one_rank_needs_no_network() -> None:
 def test_every_kind_has_probes_that_the_op_table_prices_as_that_kind(library: str) -> None:
     small = [p for p in all_probes(library) if " 16 KiB" in p.label or ", 8 x 8" in p.label or "8 x 8 x 8" in p.label]
     kinds = {probe.row: probe.cost().kind for probe in small}
-    assert {row: kind for row, kind in kinds.items() if row != "other"} == {
+    assert {row: kind for row, kind in kinds.items() if row not in ("other", ALONE)} == {
         row: row for row in (*GEMM_KINDS, *STREAM_KINDS) if row != "other" and row in kinds
     }
     assert {probe.row for probe in all_probes(BLAS) if not probe.row.startswith("dtype:")} == {
         *GEMM_KINDS,
         *STREAM_KINDS,
+        ALONE,
     }
+
+
+def test_probes_write_into_no_memory_that_others_read() -> None:
+    """What they are drawn from is shared: numbers that grow with every call would make others' times their own."""
+    bank = drawn(1).untyped_storage()
+    numbers = torch.tensor([], dtype=torch.float32).set_(bank)  # type: ignore[call-overload]
+    before = numbers.sum(dtype=torch.float64)
+    for probe in all_probes(BLAS):
+        if probe.label.endswith(" 1 KiB"):
+            probe.call()()
+    assert numbers.sum(dtype=torch.float64) == before
 
 
 def test_copies_of_a_probe_share_no_memory() -> None:

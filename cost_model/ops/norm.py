@@ -109,6 +109,7 @@ _register_norm("aten._fused_rms_norm.default", 1, 0, "in0", "in1", "out1")
 for _name in (
     "aten.softmax.int",
     "aten._softmax.default",
+    "aten._safe_softmax.default",
     "aten.log_softmax.int",
     "aten._log_softmax.default",
 ):
