@@ -83,6 +83,7 @@ BATCH_NORM = "autopar.batch_norm.default"
 REPLICA_SUM = "autopar.replica_sum.default"
 REPLICA_SHARE = "autopar.replica_share.default"
 REPLICA_GATHER = "autopar.replica_gather.default"
+WRITTEN = "autopar.written.default"
 Place = Placement | _Global | _Sized
 _GLOBAL, _SIZED = _Global(), _Sized()
 
@@ -178,6 +179,8 @@ class _Analysis:
         if exchanged is not None:
             self.synchronised.add(node.name)
             return (exchanged,)
+        if str(node.target) == WRITTEN:
+            self.synchronised.add(node.name)
         return self._placed(node, operands, places)
 
     def _exchanged(self, target: str, place: Place | None) -> Place | None:

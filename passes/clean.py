@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from passes.restate import HALF, REWRITES
 from passes.restate_masks import refuse_unknown_shape
 from passes.rewriter import GraphBuilder
 from passes.unfold import unfolded
+from passes.written import write_buffers
 
 aten = torch.ops.aten
 _DROPPED = {
@@ -165,10 +167,20 @@ class Cleaner:
         return made
 
 
-def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: int, output: int = 0) -> ModelGraph:
-    """The exported graph in autopar's vocabulary, dead code removed, its one output the loss (number ``output``)."""
+def clean(
+    module: fx.GraphModule,
+    described: Mapping[str, GraphInput],
+    batch: int,
+    output: int = 0,
+    written: Mapping[str, int] = MappingProxyType({}),
+) -> ModelGraph:
+    """The exported graph in autopar's vocabulary, dead code removed, its one output the loss (number ``output``).
+
+    written: buffer, by node -> the output that is its new value.
+    """
     run = Cleaner()
     inputs = []
+    buffers: dict[fx.Node, int] = {}
     for node in module.graph.nodes:
         if node.op != "placeholder":
             continue
@@ -181,8 +193,12 @@ def clean(module: fx.GraphModule, described: Mapping[str, GraphInput], batch: in
         run.mapped[node] = made
         run.trainable |= {made} if entry.trainable else set()
         inputs.append(replace(entry, node=made.name))
-    loss = run.run(module.graph, module)[output]
-    graph = run.built.graph
-    graph.output((loss,))
+        if node.name in written:
+            buffers[made] = written[node.name]
+    returned = run.run(module.graph, module)
+    loss, graph = returned[output], run.built.graph
+    values = {buffer: returned[number] for buffer, number in buffers.items()}
+    graph.output((loss, *values.values()))
     graph.eliminate_dead_code()
-    return ModelGraph(graph, run.built.metas, tuple(inputs), (loss.name,), batch)
+    cleaned = ModelGraph(graph, run.built.metas, tuple(inputs), (loss.name,), batch)
+    return write_buffers(cleaned, values) if values else cleaned

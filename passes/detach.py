@@ -1,11 +1,14 @@
 """Detach: state where gradients stop, before functionalisation forgets it.
 
 Functionalising inlines no_grad regions and drops in-place detaches, and gradients would flow where the model
-stops them. So the values that leave a no_grad region are detached explicitly, and ``h.detach_()`` becomes
-``h.detach()`` for all that comes after it.
+stops them. So the values that leave a no_grad region are detached explicitly, inputs of the graph that it writes to
+(buffers) are for all that comes after it, and ``h.detach_()`` becomes ``h.detach()`` for all that comes after it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,7 +26,8 @@ def detach(module: fx.GraphModule) -> fx.GraphModule:
     for owner in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         for node in list(owner.graph.nodes):
             if _is_region(node):
-                _check_region(getattr(owner, node.args[1].target))
+                for written in _written_outside(getattr(owner, node.args[1].target), node.args[2:]):
+                    _detach_from(written, node)
                 _detach_outputs(node)
                 changed = True
             elif node.target is aten.detach_.default and node.args[0].target not in _LIFTED:
@@ -53,11 +57,17 @@ def _detach_from_here(node: fx.Node) -> None:
     """The tensor itself is detached: its later uses are uses of the result."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    made = _insert_detach(source, node)
-    after = {n for n in node.graph.nodes if n > made}
-    source.replace_all_uses_with(made, delete_user_cb=lambda user: user in after)
+    made = _detach_from(source, node)
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
+
+
+def _detach_from(source: fx.Node, place: fx.Node) -> fx.Node:
+    """A tensor is detached for all that comes after a place."""
+    made = _insert_detach(source, place)
+    after = {n for n in place.graph.nodes if n > made}
+    source.replace_all_uses_with(made, delete_user_cb=lambda user: user in after)
+    return made
 
 
 def _insert_detach(source: fx.Node, after: fx.Node) -> fx.Node:
@@ -70,26 +80,36 @@ def _insert_detach(source: fx.Node, after: fx.Node) -> fx.Node:
     return made
 
 
-def _check_region(region: fx.GraphModule) -> None:
-    """UnsupportedError where a no_grad region does what cannot be said by detaching its outputs."""
+def _written_outside(region: fx.GraphModule, operands: Sequence[Any]) -> list[fx.Node]:
+    """Inputs of the graph that a no_grad region writes to; UnsupportedError where it does what no detaching says."""
+    given = dict(zip((n for n in region.graph.nodes if n.op == "placeholder"), operands, strict=True))
+    found: dict[fx.Node, None] = {}
     for node in region.graph.nodes:
         if _is_switch(node):
             raise UnsupportedError("the model nests torch.enable_grad in torch.no_grad; end no_grad before it")
-        if _mutates_outside(node):
-            raise UnsupportedError(
-                f"the model changes a tensor from outside in torch.no_grad ({node.target}); assign a new tensor, "
-                "or change it outside of forward"
-            )
+        for root in _roots_written(node):
+            if root in given and given[root].op != "placeholder":
+                raise UnsupportedError(
+                    f"the model changes a tensor from outside in torch.no_grad ({node.target}); assign a new tensor, "
+                    "or change it outside of forward"
+                )
+            found.update({given[root]: None} if root in given else {})
+    return list(found)
 
 
-def _mutates_outside(node: fx.Node) -> bool:
-    """Whether a call writes to a tensor that came into its graph as an input, by itself or through views."""
+def _roots_written(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that a call writes to, by itself or through views."""
     if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
-        return False
-    root = node.args[0]
-    while isinstance(root, fx.Node) and isinstance(root.target, torch._ops.OpOverload) and _aliases(root.target):
-        root = root.args[0]
-    return isinstance(root, fx.Node) and root.op == "placeholder"
+        return
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            root = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+            while (
+                isinstance(root, fx.Node) and isinstance(root.target, torch._ops.OpOverload) and _aliases(root.target)
+            ):
+                root = root.args[0]
+            if isinstance(root, fx.Node):
+                yield root
 
 
 def _aliases(target: torch._ops.OpOverload) -> bool:

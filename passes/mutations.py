@@ -1,7 +1,8 @@
 """Mutations: which buffers a forward changes, and whether a program of many ranks can change them as one device does.
 
 Running statistics of batch norms are kept: replicas exchange what they are made of. Counters that grow by a number
-every step are kept. Anything else that forward writes to is refused by name.
+every step are kept. Other buffers get the values that forward makes of parameters and of the whole batch
+(``passes.written``). Parameters and inputs that forward writes to are refused by name.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ _RUNNING = {3: "running_mean", 4: "running_var"}
 
 @dataclass(frozen=True)
 class Changed:
-    """statistics: running statistic -> how many batch norms change it; counters: name -> what a step adds."""
+    """statistics: running statistic -> how many batch norms change it; counters: name -> what a step adds; written:
+    any other buffer -> the number of the output that is its new value."""
 
     statistics: Mapping[str, int] = field(hash=False)
     counters: Mapping[str, int | float] = field(hash=False)
+    written: Mapping[str, int] = field(hash=False)
 
 
 def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
@@ -40,6 +43,8 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
     holders = {target: by_name[name] for name, target in signature.inputs_to_buffers.items()}
     statistics: dict[str, int] = {}
     counters: dict[str, int | float] = {}
+    written: dict[str, int] = {}
+    places = {spec.arg.name: number for number, spec in enumerate(signature.output_specs)}
     for output, target in signature.buffers_to_mutate.items():
         made, held, name = by_name[output], holders[target], target.removeprefix("model.")
         if (norms := _norms(made, held)) is not None:
@@ -47,8 +52,8 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
         elif (step := _increment(made, held)) is not None:
             counters[name] = step
         else:
-            raise _refused(target)
-    return Changed(statistics, counters)
+            written[name] = places[output]
+    return Changed(statistics, counters, written)
 
 
 def check_statistics(model: ModelGraph, statistics: Mapping[str, int]) -> None:
@@ -57,7 +62,7 @@ def check_statistics(model: ModelGraph, statistics: Mapping[str, int]) -> None:
     by_name = {node.name: node for node in model.graph.nodes}
     for item in model.inputs:
         users = by_name[item.node].users if item.changes else {}
-        if item.changes and sum(user.name in receiving for user in users) != statistics[item.target]:
+        if item.target in statistics and sum(user.name in receiving for user in users) != statistics[item.target]:
             raise UnsupportedError(
                 f"forward changes {item.target!r} in a batch norm from which no gradient flows (its output is detached "
                 "or unused), and its statistics would stand still: call it in eval(), or let the gradient through"
@@ -97,5 +102,5 @@ def _increment(made: fx.Node, held: fx.Node) -> int | float | None:
 def _refused(name: str) -> UnsupportedError:
     return UnsupportedError(
         f"forward changes {name.removeprefix('model.')!r}, which a program of many ranks and microbatches cannot keep "
-        "as one device does: change it outside of forward (running statistics of batch norms and counters are kept)"
+        "as one device does: change it outside of forward, or make it a buffer"
     )

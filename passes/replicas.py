@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import Function
 
-from passes.batch import BATCH_NORM, REPLICA_GATHER, REPLICA_SHARE, REPLICA_SUM, BatchAnalysis, analyse_batch, is_view
+from passes.batch import (
+    BATCH_NORM,
+    REPLICA_GATHER,
+    REPLICA_SHARE,
+    REPLICA_SUM,
+    WRITTEN,
+    BatchAnalysis,
+    analyse_batch,
+    is_view,
+)
 from passes.graph import ModelGraph
 from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.rewriter import GraphBuilder
@@ -168,6 +177,11 @@ def exchange_notes(model: ModelGraph, synchronised: Collection[str]) -> Iterator
         yield (
             f"the loss is no sum over samples: replicas exchange {counts[REPLICA_SUM]} sum(s) that it is made of (an "
             "all_reduce forward, another backward), and each replica has one microbatch"
+        )
+    if counts[WRITTEN]:
+        yield (
+            f"forward gives {counts[WRITTEN]} buffer(s) a new value, as on one device: of all samples, or of "
+            "parameters alone, and each replica has one microbatch"
         )
     if gathers:
         yield (

@@ -9,7 +9,7 @@ keep nothing alive.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,8 +65,8 @@ class _Split:
     def __init__(
         self, joint: JointGraph, invariant: frozenset[str], parameters: Mapping[str, str], levels: Mapping[int, str]
     ) -> None:
+        joint = _without_detach(joint)
         self.joint, self.parameters, self.levels = joint, parameters, levels
-        _drop_detach(joint)
         nodes = list(joint.graph.nodes)
         self.by_name = {n.name: n for n in nodes}
         mark = self.by_name[joint.mark]
@@ -189,11 +189,17 @@ class _Split:
         return inputs_first(graph)
 
 
-def _drop_detach(joint: JointGraph) -> None:
+def _without_detach(joint: JointGraph) -> JointGraph:
+    """The joint graph, changed in place; a value that is handed over where a gradient would be may be detached too."""
+    stand_for: dict[str | None, str] = {}
     for node in list(joint.graph.nodes):
         if node.target in (aten.detach.default, aten.alias.default):
-            node.replace_all_uses_with(node.args[0])
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            stand_for[node.name] = source.name
+            node.replace_all_uses_with(source)
             joint.graph.erase_node(node)
+    return replace(joint, gradients={name: stand_for.get(g, g) for name, g in joint.gradients.items()})
 
 
 def _invariant_calls(calls: list[fx.Node], known: set[fx.Node]) -> set[fx.Node]:

@@ -34,7 +34,7 @@ from passes.experts import traceable_experts
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.merge import merge_equal
-from passes.mutations import changed_buffers, check_statistics
+from passes.mutations import Changed, changed_buffers, check_statistics
 from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
@@ -262,7 +262,7 @@ def _export(
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
         exported = functional(exported)
     changed = changed_buffers(exported)
-    graph, constants = _to_model_graph(exported, spec, size, aliases, changed.statistics)
+    graph, constants = _to_model_graph(exported, spec, size, aliases, changed)
     return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}
 
 
@@ -364,7 +364,7 @@ def _to_model_graph(
     spec: BatchSpec,
     size: int,
     aliases: Mapping[str, str],
-    statistics: Mapping[str, int],
+    changed: Changed,
 ) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Name inputs, merge tied parameters, drop what is not a tensor, and clean."""
     placeholders = [n for n in exported.graph_module.graph.nodes if n.op == "placeholder"]
@@ -372,6 +372,7 @@ def _to_model_graph(
     described: dict[str, GraphInput] = {}
     first_of: dict[str, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
+    written: dict[str, int] = {}
     for node, item in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         entry = _describe(node, item, leaf_paths, size, aliases)
         if entry.kind == "constant":
@@ -381,12 +382,19 @@ def _to_model_graph(
             if first is not node:
                 node.replace_all_uses_with(first)
                 continue
-        described[node.name] = replace(entry, changes=str(item.target).removeprefix("model.") in statistics)
+        described[node.name] = replace(entry, changes=_name(item) in (*changed.statistics, *changed.written))
+        if _name(item) in changed.written:
+            written[node.name] = changed.written[_name(item)]
     kinds = torch.export.graph_signature.OutputKind
     loss = [s.kind for s in exported.graph_signature.output_specs].index(kinds.USER_OUTPUT)
-    graph = clean(exported.graph_module, described, size, loss)
-    check_statistics(graph, {aliases.get(name, name): norms for name, norms in statistics.items()})
+    graph = clean(exported.graph_module, described, size, loss, written)
+    check_statistics(graph, {aliases.get(name, name): norms for name, norms in changed.statistics.items()})
     return graph, constants
+
+
+def _name(item: Any) -> str:
+    """Of an input, as the user's model has it."""
+    return str(item.target).removeprefix("model.")
 
 
 def _describe(node: fx.Node, item: Any, paths: Any, size: int, aliases: Mapping[str, str]) -> GraphInput:
@@ -396,7 +404,7 @@ def _describe(node: fx.Node, item: Any, paths: Any, size: int, aliases: Mapping[
         batched = isinstance(value, torch.Tensor) and is_batched(tuple(value.shape), size)
         return GraphInput(node.name, "batch", next(paths), False, batched)
     if item.kind in (kinds.PARAMETER, kinds.BUFFER):
-        name = str(item.target).removeprefix("model.")
+        name = _name(item)
         kind = "parameter" if item.kind == kinds.PARAMETER else "buffer"
         trainable = kind == "parameter" and bool(getattr(value, "requires_grad", False))
         return GraphInput(node.name, kind, aliases.get(name, name), trainable, False)

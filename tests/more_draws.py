@@ -324,6 +324,7 @@ MORE: list[Drawn] = [
     ("autopar.experts.default", 10, _experts),
     ("autopar.collect.default", 6, lambda d: (d.any(0), 0)),
     ("autopar.replica_sum.default autopar.replica_share.default", 6, lambda d: (d.any(0), 1)),
+    ("autopar.written.default", 6, lambda d: (d.any(0), d.normal(2, 3), d.normal(2, 3), 1)),
     ("autopar.replica_gather.default", 6, lambda d: (d.normal(4, d.size(), 3), 0, d.pick(1, 2), d.pick(1, 2))),
     ("autopar.dropout.default", 20, lambda d: _dropout(d, d.any(0))),
     (

@@ -18,6 +18,7 @@ from cost_model.ops.table import (
     register,
     register_priced,
     saves_nothing,
+    saving,
     sweep,
     unpriced,
 )
@@ -99,6 +100,15 @@ def _gathered_bytes(call: OpCall, replicas: int) -> tuple[tuple[str, int], ...]:
 BETWEEN_REPLICAS["autopar.replica_sum.default"] = _summed_bytes
 BETWEEN_REPLICAS["autopar.replica_gather.default"] = _gathered_bytes
 register(Op("autopar.replica_gather.default", _replica_gather_factors, _gather_price, no_backward, saves_nothing))
+
+
+def _written_factors(call: OpCall) -> FactorMap:
+    """What passes through may be split; a buffer and its new value are whole."""
+    dims = " ".join(f"w{d}" for d in range(len(call.inputs[1].shape)))
+    return parse_map(f"..., {dims}, {dims} -> ...", call.inputs, call.outputs, whole=dims, linear=((0,),))
+
+
+register(Op("autopar.written.default", _written_factors, unpriced, no_backward, saving("in2")))
 register(Op("autopar.replica_sum.default", _replica_factors, pass_of("copy"), no_backward, saves_nothing))
 register(Op("autopar.replica_share.default", _replica_factors, pass_of("copy"), no_backward, saves_nothing))
 register(Op("autopar.collect.default", _collect_factors, pass_of("copy"), no_backward, saves_nothing))

@@ -1,0 +1,77 @@
+"""Buffers that forward gives new values (power iterations, moving averages, queues of keys), as on one device.
+
+A new value leaves as batch norm's statistics do: in place of a gradient of the buffer. The call that carries it passes
+on a value of the model as it is, one that receives a gradient, behind what the new value is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import Function
+
+from cost_model.tensor import TensorMeta
+from passes.dependence import differentiable_nodes, receiving_nodes
+from passes.graph import ModelGraph
+from passes.layer_vocabulary import DIFFERENTIABLE
+from passes.rewriter import GraphBuilder
+from passes.vocabulary import define, like
+
+
+@define("written(Tensor x, Tensor buffer, Tensor value, int replicas) -> Tensor")
+def written(x: Tensor, buffer: Tensor, value: Tensor, replicas: int) -> Tensor:
+    """x; with its gradient ``buffer`` gets ``value``."""
+    return like(x)
+
+
+class _Written(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, buffer: Tensor, value: Tensor, replicas: int) -> Any:
+        ctx.save_for_backward(value)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (value,) = ctx.saved_tensors
+        return grads[0], value, None, None
+
+
+DIFFERENTIABLE[torch.ops.autopar.written.default] = _Written.apply
+
+
+def write_buffers(model: ModelGraph, values: Mapping[fx.Node, fx.Node]) -> ModelGraph:
+    """The graph with calls that give buffers their new values; whoever else reads one sends no gradient."""
+    carrying = differentiable_nodes(model) & receiving_nodes(model)
+    built = GraphBuilder()
+    built.graph, built.metas = model.graph, dict(model.metas)
+    loss = next(n for n in model.graph.nodes if n.name == model.outputs[0])
+    for buffer, made in values.items():
+        for user in [user for user in buffer.users if user.op == "call_function"]:
+            user.replace_input_with(buffer, _detached(built, buffer, user.prev))
+        value = _detached(built, made, made)
+        order = list(model.graph.nodes)
+        behind = (n for n in order[order.index(value) + 1 :] if n.name in carrying and _is_tensor(model, n))
+        carrier = next(behind, loss)
+        with model.graph.inserting_after(max(carrier, value, key=order.index)):
+            args = (carrier, buffer, value, 1)
+            passed: fx.Node = built.call(written, args, built.tensor(carrier), like=carrier)
+        carrier.replace_all_uses_with(passed, lambda user, passed=passed: user is not passed)
+        loss = passed if carrier is loss else loss
+    next(n for n in model.graph.nodes if n.op == "output").args = ((loss,),)
+    model.graph.eliminate_dead_code()
+    return replace(model, metas=built.metas, outputs=(loss.name,))
+
+
+def _is_tensor(model: ModelGraph, node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(model.metas[node.name], TensorMeta)
+
+
+def _detached(built: GraphBuilder, source: fx.Node, place: fx.Node) -> fx.Node:
+    """A value without its gradient, made right behind a place."""
+    with built.graph.inserting_after(place):
+        made: fx.Node = built.call(torch.ops.aten.detach.default, (source,), built.tensor(source))
+    return made
