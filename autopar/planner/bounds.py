@@ -34,7 +34,10 @@ class StageSpace:
     capacity_bytes: FloatArray
 
     def only(self, kept: npt.NDArray[np.bool_]) -> StageSpace:
-        return StageSpace(self.stage, self.held, self.edges[kept], self.capacity_bytes[kept])
+        if kept.all():
+            return self
+        at = np.flatnonzero(kept)
+        return StageSpace(self.stage, self.held, self.edges[at], self.capacity_bytes[at])
 
     def least_bytes_price(self) -> Price:
         return Price(0.0, 0.0, 1.0, float(self.held))

@@ -300,8 +300,9 @@ class ConfigurationSolver:
         """Edges that are priced and that some assignment allows."""
         edges, table = self.table.edges, self.table
         if self._possible is None or self._possible[0] != table.longest:
-            finite = np.isfinite(table.cost[edges.cls, 0, edges.entry, edges.exit]) & np.isfinite(edges.cut_s)
-            self._possible = table.longest, np.flatnonzero(finite)
+            known = np.flatnonzero((edges.cls < table.priced) & np.isfinite(edges.cut_s))
+            least = table.cost[edges.cls[known], 0, edges.entry[known], edges.exit[known]]
+            self._possible = table.longest, known[np.isfinite(least)]
         return self._possible[1]
 
     def _space(self, stage: int) -> StageSpace:
