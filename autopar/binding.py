@@ -63,6 +63,9 @@ class _Hastened:
     def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float:
         return self.cluster.transfer_time_s(nbytes, source, target, senders) / self._factor((source, target))
 
+    def handling_time_s(self, nbytes: int, source: int, target: int, /) -> float:
+        return self.cluster.handling_time_s(nbytes, source, target)
+
     def senders(self, pairs: Sequence[tuple[int, int]], /) -> Sequence[int]:
         return self.cluster.senders(pairs)
 

@@ -27,12 +27,12 @@ from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Probe, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
-from cost_model.cluster import Cluster, cluster_names
+from cost_model.cluster import BEHIND, TRANSFER, Cluster, cluster_names
 from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 13
+CALIBRATION_VERSION = 14
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
@@ -259,6 +259,7 @@ def _messages(num_ranks: int) -> list[tuple[str, int, int]]:
     wanted = pairs + [group for group in groups if group[0] != "transfer"]
     plain = [(kind, ranks, nbytes) for kind, ranks in wanted for nbytes in MESSAGE_BYTES]
     moving = [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in MOVING_KINDS]
+    moving += [(TRANSFER + BEHIND, ranks) for _, ranks in pairs]
     return [*plain, *((kind, ranks, nbytes) for kind, ranks in moving for nbytes in MOVING_BYTES)]
 
 

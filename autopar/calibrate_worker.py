@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from autopar.runtime import kernels
 from autopar.runtime.exchange import End, Exchange, exchange_of
 from autopar.runtime.transfers import Transfers, connect_stages
-from cost_model.cluster import BEHIND
+from cost_model.cluster import BEHIND, TRANSFER
 from cost_model.device import BLAS, PRODUCT_LIBRARIES, STREAM_KINDS
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.prices import BEHIND_KINDS
@@ -35,7 +35,7 @@ from cost_model.tensor import TensorMeta
 Call: TypeAlias = Callable[[], object]
 COLD_BYTES = 64 * 2**20
 """Operands that rotate over so many bytes are found in memory, not in a cache (which ranks share)."""
-_LINK = "transfer"
+_LINK = TRANSFER
 ALONE = "alone"
 """The row of a probe whose op is unlike the others of its kind: its time tells that of the op and nothing else."""
 _BETWEEN = 512  # width of the product between two messages: some milliseconds
@@ -142,11 +142,13 @@ class Calibrator:
         return {library: cpu_seconds([reference_product(library).call()], budget_s) for library in libraries}
 
     def measure_message(self, payload: Mapping[str, Any]) -> float:
-        """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once; of one
-        behind compute, what remains of it."""
+        """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once; of a
+        collective behind compute, what remains of it, and CPU seconds of a transfer there."""
         group = self._groups[payload["ranks"]]
         exchange = self._exchanges[payload["ranks"]]
         kind, behind, _ = payload["kind"].partition(BEHIND)
+        if behind and kind == TRANSFER:
+            return _handling_seconds(payload["nbytes"], payload["repeats"], group, self._transfers)
         if behind:
             begin = _begun(kind, payload["nbytes"], payload["ranks"], exchange)
             return _behind_seconds(begin, payload["repeats"], exchange, group)
@@ -236,6 +238,27 @@ def _behind_seconds(begin: Callable[[], End], repeats: int, exchange: Exchange, 
                 operand @ operand
             samples.append(begun_s + _once_s(end))
         exchange.settle()
+    return statistics.median(samples)
+
+
+def _handling_seconds(nbytes: int, repeats: int, group: dist.ProcessGroup, transfers: Transfers) -> float:
+    """CPU seconds of this rank's thread for sending one tensor to the other of a pair and receiving one that is there
+    by then: waiting for the other rank is no part of it. The median, as of ``_wall_seconds``; a rank alone looks on."""
+    others = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
+    sent, operand, samples = torch.zeros(max(1, nbytes // 4)), torch.rand(_BETWEEN, _BETWEEN), []
+    received = torch.zeros_like(sent)
+    for _ in range(_MESSAGE_ROUNDS):
+        dist.barrier(group)
+        for _ in range(repeats):
+            start = time.thread_time()
+            works = [transfers.send(_LINK, sent, there) for there in others]
+            works += [transfers.receive(_LINK, received, there) for there in others]
+            begun_s = time.thread_time() - start
+            operand @ operand
+            start = time.thread_time()
+            for work in reversed(works):  # nobody waits for a reader who waits for him
+                work.wait(None)
+            samples.append(begun_s + time.thread_time() - start)
     return statistics.median(samples)
 
 

@@ -239,6 +239,15 @@ class Cluster:
         curve = level.curve(TRANSFER, 2)
         return curve.seconds(nbytes) if curve else level.start_s + level.link.seconds(nbytes)
 
+    def handling_time_s(self, nbytes: float, source: int, target: int) -> float:
+        """Seconds that sending one message and receiving one keep a device from computing, even where they have arrived
+        before they are needed. As measured; none where nothing was. Errors: as ``transfer_time_s``."""
+        whole_s = self.transfer_time_s(nbytes, source, target)
+        if source == target or self.network is not None:
+            return 0.0
+        curve = self._level_of((source, target)).curve(TRANSFER + BEHIND, 2)
+        return min(whole_s, curve.seconds(nbytes)) if curve else 0.0
+
     def link_name(self, devices: tuple[int, ...]) -> str:
         """What messages between these devices cross: the name of a level, or how far apart their nodes are."""
         self._check(devices)
@@ -342,7 +351,7 @@ def _level(part: Table, inner: int, unbounded: int | None) -> Level:
 
 def _measured(part: Table) -> tuple[Measured, ...]:
     curves = []
-    kinds = (*FLAT, TRANSFER, *(kind + BEHIND for kind in FLAT))
+    kinds = (*FLAT, TRANSFER, *(kind + BEHIND for kind in (*FLAT, TRANSFER)))
     for item in part.tables("measured"):
         item.only(("kind", "ranks", "points"))
         if item.text("kind") not in kinds:

@@ -53,6 +53,8 @@ class PricedCluster(Protocol):
 
     def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float: ...
 
+    def handling_time_s(self, nbytes: int, source: int, target: int, /) -> float: ...
+
     def senders(self, pairs: Sequence[tuple[int, int]], /) -> Sequence[int]: ...
 
 
@@ -63,6 +65,7 @@ class ChunkPrice:
     backward: all of it, or what does not run apart as weight; to_next_s, from_next_s: one transfer of the activation
     to, and of its gradient from, the next chunk's stage; delay_s: the part of a transfer to the next stage that an
     empty message takes as well. notice_s: how long it takes until a neighbour's sender knows that it is awaited.
+    handled_s: what a rank of either stage spends on sending such a transfer and receiving one.
     """
 
     forward: BlockPrice
@@ -71,6 +74,7 @@ class ChunkPrice:
     from_next_s: float
     delay_s: float = 0.0
     notice_s: float = 0.0
+    handled_s: float = 0.0
     weight: BlockPrice | None = None
 
     @property
@@ -226,6 +230,7 @@ class _Pricer:
             from_next_s=sent_s(back=True),
             delay_s=delay_s,
             notice_s=delay_s if self.cluster.rendezvous else 0.0,
+            handled_s=0.0 if chunk.sent is None else self._handled_s(stage, number, dps),
             weight=None if chunk.weight is None else self._block(stage, dps, chunk.weight),
         )
 
@@ -331,6 +336,19 @@ class _Pricer:
                 own[pair[0], True].append(row)
                 own[pair[1], False].append(row)
         return max(self._one_rank_s(rows, users) for rows in own.values())
+
+    def _handled_s(self, stage: int, chunk: int, dps: Sequence[int]) -> float:
+        """Of what a chunk sends to the next one's stage, on the rank that receives most."""
+        after, sent = (stage + 1) % self.program.pp, self.program.stages[stage].chunks[chunk].sent
+        assert sent is not None
+        if self.program.meshes[stage] == self.program.meshes[after]:
+            pairs = dict.fromkeys(self._pairs(stage, after, dps))
+            return max(self.cluster.handling_time_s(sent.nbytes, *pair) for pair in pairs)
+        by_rank: defaultdict[int, float] = defaultdict(float)
+        for message, pair in self._messages(stage, chunk, back=False):
+            if message.target[0] in dps:
+                by_rank[pair[1]] += self.cluster.handling_time_s(message.numel * DTYPE_BYTES[sent.dtype], *pair)
+        return max(by_rank.values(), default=0.0)
 
     def _one_rank_s(self, rows: Sequence[tuple[tuple[int, int], int]], users: Mapping[tuple[int, int], int]) -> float:
         """Seconds of the messages that one rank sends, or receives: they leave at once and take turns on its link,

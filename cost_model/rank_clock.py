@@ -65,11 +65,14 @@ class Receives(enum.Enum):
 class Link:
     """Messages one way between neighbours: when each was posted and called for, and when each arrived.
 
-    prices: by the sender's chunk, the seconds of a transfer and the part of them that keeps no stream busy.
+    prices: by the sender's chunk, the seconds of a transfer, the part of them that keeps no stream busy, and what a
+    rank spends on sending one and receiving one.
     notice_s: from a receiver's call to the moment when the sender knows of it. free_s: when the last message has left.
     """
 
-    def __init__(self, sender: Rank, stream: str, prices: Sequence[tuple[float, float]], notice_s: float) -> None:
+    def __init__(
+        self, sender: Rank, stream: str, prices: Sequence[tuple[float, float, float]], notice_s: float
+    ) -> None:
         self.sender, self.stream, self.prices, self.notice_s = sender, stream, prices, notice_s
         self.posted: list[float] = []
         self.sends: list[Step] = []
@@ -94,7 +97,7 @@ class Link:
         message, sender = len(self.done), self.sender
         step = self.sends[message]
         known = max(self.posted[message], self.called[message] + self.notice_s, self.free_s)
-        transfer_s, delay_s = self.prices[step.chunk]
+        transfer_s, delay_s, _ = self.prices[step.chunk]
         start, left = sender.egress.send(known, transfer_s - delay_s)
         end = left + delay_s
         self.done.append(end)
@@ -107,6 +110,9 @@ class Link:
 
     def delay_s(self, message: int) -> float:
         return self.prices[self.sends[message].chunk][1]
+
+    def handled_s(self, message: int) -> float:
+        return self.prices[self.sends[message].chunk][2]
 
 
 class Rank:
@@ -265,6 +271,7 @@ class Rank:
     def _receiving(self, link: Link) -> Callable[[Step], bool]:
         """Waits for a message, which it calls for first unless that was done before."""
         posted, done, early = link.posted, link.done, self.receives is Receives.EARLY
+        is_handled = any(handled_s for _, _, handled_s in link.prices)
 
         def receive(step: Step) -> bool:
             message = link.taken
@@ -277,8 +284,9 @@ class Rank:
             self.received_s = end - link.delay_s(message)
             if self.events is not None:
                 self.tell("receive", "receive", step.microbatch, link.called[message], end, step.chunk)
-            if end > self.now:
-                self.received_exposed_s += self._wait(end, link.transfer_s(message))
+            until_s = max(end, self.now + link.handled_s(message)) if is_handled else end
+            if until_s > self.now:
+                self.received_exposed_s += self._wait(until_s, link.transfer_s(message))
             return True
 
         return receive

@@ -171,9 +171,9 @@ def _link(before: Rank, after: Rank) -> None:
     """Channels between two neighbours, both ways; from the last stage to the first they join a chunk and the next."""
     chunks, wraps = before.price.chunks, after.stage == 0
     notice_s = max(chunk.notice_s for chunk in chunks)
-    there = Link(before, "send_forward", [(chunk.to_next_s, chunk.delay_s) for chunk in chunks], notice_s)
+    there = Link(before, "send_forward", [(c.to_next_s, c.delay_s, c.handled_s) for c in chunks], notice_s)
     senders = [chunks[index - wraps] for index in range(len(chunks))]
-    back = Link(after, "send_backward", [(chunk.from_next_s, chunk.delay_s) for chunk in senders], notice_s)
+    back = Link(after, "send_backward", [(c.from_next_s, c.delay_s, c.handled_s) for c in senders], notice_s)
     before.links[SendForward] = after.links[RecvForward] = there
     after.links[SendBackward] = before.links[RecvBackward] = back
 

@@ -28,12 +28,14 @@ class Device:
 class Cluster:
     """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
 
-    delay_s: of an empty message. behind: the part of a collective that remains behind compute.
+    delay_s: of an empty message. handled_s: of sending one and receiving one. behind: the part of a collective that
+    remains behind compute.
     """
 
     devices: tuple[Device, ...]
     transfer_s: float = 0.0
     delay_s: float = 0.0
+    handled_s: float = 0.0
     transfers_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
     uneven: bool = False
     rendezvous: bool = False
@@ -56,6 +58,9 @@ class Cluster:
         if not nbytes:
             return self.delay_s
         return self.transfers_s.get((source, target), self.transfer_s)
+
+    def handling_time_s(self, nbytes: int, source: int, target: int) -> float:
+        return self.handled_s
 
 
 def op(seconds: float, kind: str = "matmul") -> Instruction:

@@ -144,6 +144,16 @@ def test_an_op_takes_as_long_as_on_the_slowest_rank_in_the_median_of_passes() ->
     assert calibrate._op_time(probe, passes, 1.0) == OpTime("copy", cost, 3e-3)
 
 
+def test_transfers_that_were_measured_take_their_ranks_to_handle() -> None:
+    plain = Cluster.from_toml(invented_text(), "invented.toml")
+    assert plain.handling_time_s(2**20, 0, 1) == 0.0
+    curve = '[[levels.measured]]\nkind = "transfer behind"\nranks = 2\npoints = [[1024, 1.0], [1048576, 1e-3]]\n'
+    cluster = Cluster.from_toml(invented_text() + curve, "invented.toml")
+    assert cluster.handling_time_s(2**20, 0, 1) == pytest.approx(1e-3)
+    assert cluster.handling_time_s(2**10, 0, 1) == cluster.transfer_time_s(2**10, 0, 1)  # never more than all of it
+    assert cluster.handling_time_s(2**20, 1, 1) == 0.0
+
+
 def test_one_rank_needs_no_network() -> None:
     cluster = Cluster.from_toml(invented_text(1), "invented.toml")
     assert cluster.levels == () and cluster.collective_time_s("all_reduce", 2**20, (0,)) == 0.0

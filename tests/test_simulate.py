@@ -247,6 +247,19 @@ def test_a_rendezvous_takes_a_notice_before_the_message() -> None:
         assert first == (0.0, 1.0 + notice + 2.0)
 
 
+def test_messages_that_have_arrived_still_take_a_rank_to_handle() -> None:
+    """Stage 1 computes for 5 a microbatch: all but its first activation are there before it asks for them, and each
+    keeps it for 0.25; while it waits for the first, a part of the transfer, nothing is added."""
+    what = pipeline("gpipe", 4, [(1.0, 1.0), (5.0, 1.0)])
+    free = Cluster((Device(),) * 2, transfer_s=0.5)
+
+    def forwards(cluster: Cluster) -> list[float]:
+        return [start for start, _ in spans(simulate(what, cluster), 1, "forward")]
+
+    assert forwards(free) == [1.5, 6.5, 11.5, 16.5]
+    assert forwards(dataclasses.replace(free, handled_s=0.25)) == [1.5, 6.75, 12.0, 17.25]
+
+
 def test_messages_both_ways_share_a_senders_rate() -> None:
     """Stage 1 sends an activation for 4 and, 1.5 after it began, a gradient, which waits for it on a shared rate."""
     times = [(1.0, 1.0), (5.0, 1.0), (1.0, 1.0)]
