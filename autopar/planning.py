@@ -416,7 +416,10 @@ class Job:
         views = [self.on(fastest_view(self.cluster, self.product_dtype, cap)) for cap in caps]
 
         def searched(known: Pins, dp_inner: int) -> list[Solution | Infeasible]:
-            return [view._in_groups(dp_inner)._searched_under(known) for view in views]
+            ways = [view._in_groups(dp_inner) for view in views]
+            found = [way._searched_under(known) for way in ways]
+            again = [way._undivided() for way, each in zip(ways, found, strict=True) if way._divides(each)]
+            return [*found, *(way._searched_under(known) for way in again)]
 
         volumes, simulate = self, functools.partial(fastest_placed, self, pins)
         space = views[0].pinned_space()
@@ -426,9 +429,18 @@ class Job:
     def _in_groups(self, dp_inner: int) -> Job:
         """With parameters and state that are whole on each replica, where their gradients may be summed in groups."""
         p = self.options.parallelism
-        if dp_inner == 1 or p.dp_inner is not None or p.zero is not None:
-            return self
-        return self.under(replace(p, zero=0), self.options.memory_cap_bytes)
+        return self if dp_inner == 1 or p.dp_inner is not None or p.zero is not None else self._undivided()
+
+    def _undivided(self) -> Job:
+        """With parameters and state that are whole on each replica."""
+        return self.under(replace(self.options.parallelism, zero=0), self.options.memory_cap_bytes)
+
+    def _divides(self, found: Solution | Infeasible) -> bool:
+        """Whether the planner chose to split state over replicas, by the price of the fastest links: what splits it
+        over all of them may take longer on the others than sums by region."""
+        if self.options.parallelism.zero is not None or isinstance(found, Infeasible):
+            return False
+        return any(key.startswith(zero_key("")) for stage in self.plan(found).stages for key in stage.choices)
 
     def sent_bytes(self, microbatch_size: int) -> float:
         """The largest activation between segments, as it is sent."""
@@ -447,6 +459,11 @@ class Job:
     def segments(self) -> int:
         """Of the model."""
         return len(self.traced.segments)
+
+    @property
+    def replicas_meet(self) -> bool:
+        """Whether they exchange something in every microbatch."""
+        return bool(self.analysis.synchronised)
 
     @property
     def product_dtype(self) -> str:

@@ -42,7 +42,7 @@ Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 class Volumes(Protocol):
     """What a model sends on a mesh: the largest activation between stages, all gradients; of how many segments it is,
-    and in which dtype its products are."""
+    in which dtype its products are, and whether replicas exchange something in every microbatch."""
 
     def sent_bytes(self, microbatch_size: int) -> float: ...
 
@@ -54,6 +54,9 @@ class Volumes(Protocol):
 
     @property
     def product_dtype(self) -> str: ...
+
+    @property
+    def replicas_meet(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -212,15 +215,14 @@ def _candidates(
 
 def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
     """Every mesh that may be, with the price that none of its placements is under."""
-    whole_s = _whole_seconds(space)
+    whole_s = _whole_seconds(space, volumes)
     view = fastest_view(cluster, volumes.product_dtype)
     for number, c in enumerate(configurations(cluster.num_devices, batch, pins)):
-        if pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH:
+        if c.pp > volumes.segments or (pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH):
             continue
         if pins.tp is None and not _may_shard(whole_s, view, c, volumes):
             continue
-        chain = space.chain(c.dp, c.tp, c.microbatch_size)
-        if chain is None or c.pp > len(chain) or not math.isfinite(whole_s(c.dp, c.tp, c.microbatch_size)):
+        if not math.isfinite(whole_s(c.dp, c.tp, c.microbatch_size)):
             continue
         prices = Prices(cluster, _traffic(view, c, whole_s, volumes))
         yield Candidate(number, c, prices, prices.bound_s())
@@ -229,13 +231,13 @@ def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Vo
 WholeSeconds = Callable[[int, int, int], float]
 
 
-def _whole_seconds(space: Space) -> WholeSeconds:
+def _whole_seconds(space: Space, volumes: Volumes) -> WholeSeconds:
     """Seconds of all segments, forward and backward, of one microbatch on a mesh (dp, tp, microbatch size), by the
     first label of every shared variable; infinite where the mesh cannot be."""
     segments: dict[FactorGraph, Segment] = {}
 
     @functools.cache
-    def whole_s(dp: int, tp: int, microbatch_size: int) -> float:
+    def alike_s(dp: int, tp: int, microbatch_size: int) -> float:
         chain = space.chain(dp, tp, microbatch_size)
         first = None if chain is None else _first_labels(chain)
         if first is None:
@@ -244,7 +246,8 @@ def _whole_seconds(space: Space) -> WholeSeconds:
         # Of so many microbatches, what is done once per step counts for nothing.
         return quick_bound_s(first, own, Objective(1, MANY)) / MANY
 
-    return whole_s
+    # Replicas that do not meet take as long, however many there are.
+    return lambda dp, tp, size: alike_s(dp if volumes.replicas_meet else 1, tp, size)
 
 
 def _first_labels(chain: Chain) -> Chain | None:
