@@ -197,16 +197,21 @@ def _own_rows(plan: Plan, stage: int, dp: int, rows: Tensor) -> Tensor:
     return rows.view(plan.microbatches, -1, size, *rows.shape[1:])[:, dp].flatten(0, 1)
 
 
-def _slices(linked: Linked, stage: int, dp: int) -> dict[str, tuple[int, int]]:
-    """Of each value that holds samples: where the replica's begin in it, and how far on those of the next microbatch
-    are."""
+def _slices(linked: Linked, stage: int, dp: int) -> dict[str, tuple[int, int, int]]:
+    """Of each value that holds samples: the row where the replica's begin in it, how many on those of the next
+    microbatch are, and how many they are; a sample may have several rows."""
     part, plan = linked.stages[stage], linked.plan
     size, own_rows = plan.samples(stage), {i.target for i, own in part.batch_inputs.items() if own}
     whole = (dp * size, plan.mesh(stage).dp * size) if isinstance(plan.dp, tuple) else (
         dp * plan.microbatches * size, size
     )  # fmt: skip
-    batched = [i.target for i in part.inputs if i.kind in ("batch", "step") and i.batched]
-    return {name: (0, size) if name in own_rows else whole for name in batched}
+    counts = {i: code.metas[i.node].shape[0] for code in part.chunks for i in code.inputs if i.batched}
+    found = {}
+    for i, count in counts.items():
+        if i.kind in ("batch", "step"):
+            first, on = (0, size) if i.target in own_rows else whole
+            found[i.target] = (first * count // size, on * count // size, count)
+    return found
 
 
 def _layout(linked: Linked, rank: int, name: str, places: Placements, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -88,16 +88,19 @@ Place = Placement | _Global | _Sized
 _GLOBAL, _SIZED = _Global(), _Sized()
 
 
-def analyse_batch(model: ModelGraph, other: ModelGraph | None, *, exchange: bool = False) -> BatchAnalysis:
+def analyse_batch(
+    model: ModelGraph, other: ModelGraph | None, *, exchange: bool = False, numbered: frozenset[str] = frozenset()
+) -> BatchAnalysis:
     """Follow the batch through the global graph; ``other``: the same graph at a second batch size, if there is one.
 
     exchange: what is not linear in a sum over the batch may be given it whole (``BatchAnalysis.summed``), and what
-    mixes samples all of them (``BatchAnalysis.joined``).
+    mixes samples all of them (``BatchAnalysis.joined``). numbered: values made for the batch's size that are known to
+    tell samples apart.
     """
     if other is None:
         return BatchAnalysis("it is a single sample" if model.batch == 1 else "the model traces at one batch size only")
     try:
-        run = _Analysis(model, other, exchange)
+        run = _Analysis(model, other, exchange, numbered)
         run.follow()
         return run.result()
     except (CannotSplitError, BatchMismatchError) as error:
@@ -106,7 +109,8 @@ def analyse_batch(model: ModelGraph, other: ModelGraph | None, *, exchange: bool
 
 
 class _Analysis:
-    def __init__(self, model: ModelGraph, other: ModelGraph, exchange: bool) -> None:
+    def __init__(self, model: ModelGraph, other: ModelGraph, exchange: bool, numbered: frozenset[str]) -> None:
+        self.numbered = numbered
         self.model, self.active, self.exchange = model, active_nodes(model), exchange
         self.sizes = Sizes(model, other)
         self.places: dict[str, Place] = {}
@@ -280,16 +284,23 @@ class _Analysis:
             return
         if isinstance(wanted, Partial) and place in (VARYING, REPLICATE):
             self.shared.add((node.name, operand.name))
-        elif isinstance(wanted, Shard) and place == _GLOBAL and wanted == Shard(0):
+        elif isinstance(wanted, Shard) and place == _SIZED and self._may_be_alike(operand, wanted):
+            self.constant[(operand.name, wanted.dim, wanted.outer)] = None
+        elif wanted == Shard(0) and place in (_GLOBAL, _SIZED):
             self._hoist(operand)
             self.sliced.add(operand.name)
-        elif isinstance(wanted, Shard) and place == _SIZED:
-            self.sizes.check(operand, (wanted,))
-            self.constant[(operand.name, wanted.dim, wanted.outer)] = None
         elif wanted == VARYING and place in (_GLOBAL, _SIZED):
             self._hoist_whole(operand)
         else:
             raise CannotSplitError(f"{node.target} needs {operand} as {wanted}, but it is {place} ({source_of(node)})")
+
+    def _may_be_alike(self, operand: fx.Node, wanted: Shard) -> bool:
+        """Whether what is made for a part of the batch may be that part of what is made for all of it."""
+        try:
+            self.sizes.check(operand, (wanted,))
+        except CannotSplitError:
+            return False
+        return operand.name not in self.numbered
 
     def _linear(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> tuple[Place, ...]:
         """A call on sums over the batch: it must be linear in all of them together."""

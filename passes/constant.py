@@ -8,13 +8,12 @@ small, so it is simply run, at the global batch and at a smaller one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from cost_model.tensor import TensorMeta
-from passes.batch import BatchAnalysis
+from passes.batch import BatchAnalysis, analyse_batch
 from passes.dependence import ancestors
 from passes.graph import ModelGraph
 from passes.specialise import BatchMismatchError, specialise
@@ -26,18 +25,30 @@ _LARGEST_ELEMENTS = 2**21  # computed in about a twentieth of a second
 def check_constant(
     traced: Traced, analysis: BatchAnalysis, buffers: Mapping[str, Tensor]
 ) -> tuple[BatchAnalysis, tuple[str, ...]]:
-    """The analysis, with a reason against splitting where a value differs along the batch; and notes.
+    """The analysis, in which values that differ along the batch are made of all of it, and parts take their rows; or a
+    reason against splitting; and notes.
 
     buffers: values by name (missing, or meta tensors: unknown). Values too large are checked at a smaller batch.
     """
+    numbered: frozenset[str] = frozenset()
+    while True:
+        found, notes = _first_numbered(traced, analysis, buffers)
+        if found is None:
+            return analysis, notes
+        numbered |= {found}
+        analysis = analyse_batch(traced.global_graph, traced.other, numbered=numbered)
+
+
+def _first_numbered(
+    traced: Traced, analysis: BatchAnalysis, buffers: Mapping[str, Tensor]
+) -> tuple[str | None, tuple[str, ...]]:
+    """A value that is taken to be equal along the batch and is not; and notes."""
     if analysis.reason is not None or not analysis.constant or traced.other is None:
-        return analysis, ()
+        return None, ()
     names = [name for name, _, _ in analysis.constant]
     unknown = _unknown(traced.global_graph, names, buffers)
     if unknown is not None:
-        return analysis, (
-            f"not checked: {names[0]} is taken to be equal for all samples ({unknown} has no values here)",
-        )
+        return None, (f"not checked: {names[0]} is taken to be equal for all samples ({unknown} has no values here)",)
     batches = _batches(traced, names)
     notes = (
         () if batches[0] == traced.global_graph.batch else (f"{names[0]} was compared for {batches[0]} samples only",)
@@ -47,8 +58,8 @@ def check_constant(
         seen = [_by_sample(values[name], dim, outer, b) for values, b in zip(at_sizes, batches, strict=True)]
         first = seen[0].narrow(dim + 1, 0, 1)
         if not all(first.shape[dim + 2] == v.shape[dim + 2] and torch.equal(v, first.expand_as(v)) for v in seen):
-            return replace(analysis, reason=f"{name} tells the samples of a batch apart, or batches of two sizes"), ()
-    return analysis, notes
+            return name, ()
+    return None, notes
 
 
 def _by_sample(value: Tensor, dim: int, outer: int, batch: int) -> Tensor:

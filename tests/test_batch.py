@@ -121,6 +121,23 @@ SPLIT: dict[str, Case] = {
     "pairs of samples": _forward(_pairs),
     "a class token": _forward(_with_class_token, _class_token),
     "an embedding of made ids": _forward(_types, _kinds),
+    "numbered samples": _forward(lambda self, x, y: F.mse_loss(self.a(x) * torch.arange(x.size(0))[:, None], y)),
+    "numbered pairs": _forward(lambda self, x, y: F.mse_loss(self.a(x) * (torch.arange(x.size(0)) // 2)[:, None], y)),
+    "numbered rows of samples": _forward(
+        lambda self, x, y: F.mse_loss(self.a(x).view(-1, 4) * torch.arange(x.size(0) * 3)[:, None], y.view(-1, 4))
+    ),
+    "softmax of weights of all elements": _forward(
+        lambda self, x, y, m: (self.a(x).view(-1) * (m.view(-1) + y.view(-1)).softmax(0)).sum(), m=mask()
+    ),
+    "numbers as they are made": _forward(
+        lambda self, x, y: F.mse_loss(self.a(x)[:, 0] * torch.arange(x.size(0)), y[:, 0])
+    ),
+    "times spread over the batch": _forward(
+        lambda self, x, y: F.mse_loss(self.a(x + torch.linspace(0, 1, x.size(0), dtype=x.dtype)[:, None]), y)
+    ),
+    "a mask with the batch's size in it": _forward(
+        lambda self, x, y: F.mse_loss(self.a(x) * torch.arange(x.size(0)).sum().expand(x.size(0), 12), y)
+    ),
     "scaled by a sum over sizes": _forward(
         lambda self, x, y: F.mse_loss(self.body(x) * torch.arange(x.size(0)).sum() / 9, y)
     ),
@@ -209,12 +226,7 @@ WHOLE: dict[str, tuple[Case, str]] = {
     "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
     "softmax over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).softmax(0), y)), "mixes samples"),
     "the first sample": (_forward(lambda self, x, y: F.mse_loss(self.a(x)[0], y[0])), "mixes samples"),
-    "numbered samples": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * torch.arange(x.size(0))[:, None], y)), "apart"),
-    "numbered pairs": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * (torch.arange(x.size(0)) // 2)[:, None], y)), "apart"),
-    "a mask with the batch's size in it": (
-        _forward(lambda self, x, y: F.mse_loss(self.a(x) * torch.arange(x.size(0)).sum().expand(x.size(0), 12), y)),
-        "two sizes",
-    ),
+    "numbered columns": (_forward(lambda self, x, y: F.mse_loss(self.a(x).t() * torch.arange(x.size(0))[None], y.t())), "made for the batch's size"),
     "halves of the batch": (_forward(lambda self, x, y: self.a(x).view(2, x.size(0) // 2, 12).sum(1).pow(2).sum()), "groups the samples"),
     "a row picked by the batch's size": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * self.b.weight[x.size(0) - 1], y)), "size"),
     "columns picked by the batch's size": (_forward(lambda self, x, y: self.a(x)[:, x.size(0) - 2 :].sum()), "size"),
@@ -226,9 +238,7 @@ WHOLE: dict[str, tuple[Case, str]] = {
 
 REFUSED = {
     "columns picked by the batch's size": "different ops",
-    "numbered samples": "apart",
-    "numbered pairs": "apart",
-    "a mask with the batch's size in it": "two sizes",
+    "numbered columns": "made for the batch's size",
     "other ops for other sizes": "different ops",
     "a loss without the batch": "does not depend on the batch",
     "a loss on one size only": "one batch size only",

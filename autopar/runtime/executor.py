@@ -293,10 +293,9 @@ class RankExecutor(Gradients):
 
     def _slices(self, microbatch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of this microbatch's samples in the batch inputs and in step values that hold the batch."""
-        size = self.spec["microbatch_size"]
-        first = {name: row + microbatch * on for name, (row, on) in self.spec["sliced"].items()}
-        batch = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.batch.items()}
-        step = {n: v.narrow(0, first[n], size) if n in first else v for n, v in self.step_values.items()}
+        rows = {name: (row + microbatch * on, count) for name, (row, on, count) in self.spec["sliced"].items()}
+        batch = {n: v.narrow(0, *rows[n]) if n in rows else v for n, v in self.batch.items()}
+        step = {n: v.narrow(0, *rows[n]) if n in rows else v for n, v in self.step_values.items()}
         return batch, step
 
     def _expect(self, link: str, chunk: _Chunk, meta: Tree) -> None:
