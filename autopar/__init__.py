@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from autopar.sizing import size_cost, size_days, size_model, size_nodes
     from cost_model import errors
     from cost_model.estimate import Estimate
-    from cost_model.plan import Parallelism, Plan
+    from cost_model.parallelism import Parallelism
+    from cost_model.plan import Plan
     from cost_model.precision import Precision
 
 __version__ = "0.1.0"

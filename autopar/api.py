@@ -21,7 +21,8 @@ from autopar.options import (
 from autopar.planning import plan_model
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
-from cost_model.plan import Parallelism, Plan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.precision import Precision
 
 

@@ -7,14 +7,16 @@ from itertools import zip_longest
 
 from torch import fx
 
-from autopar.planner.space import LocalModel, ModelSpace, renaming
+from autopar.planner.local_model import LocalModel
+from autopar.planner.space import ModelSpace, renaming
 from autopar.report import bytes_text
 from cost_model.axes import ACROSS, INSIDE
 from cost_model.cluster import Cluster
 from cost_model.errors import BatchError, ConfigError, ParallelismError, PlanMismatchError
 from cost_model.mesh import Mesh, meshes_of
 from cost_model.ops import entry_of, price_of
-from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan, StagePlan
 from cost_model.program import Program
 from cost_model.schedule import check_counts
 from passes.batch import BatchAnalysis

@@ -19,7 +19,8 @@ import autopar
 from autopar.user_model import Loaded, loaded, located, made
 from cost_model.errors import AutoparError, ConfigError
 from cost_model.mesh import Degree
-from cost_model.plan import Parallelism, Plan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.precision import Precision
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from autopar.progress import say
 from autopar.report import bytes_text, make_table, percent_text, seconds_text
 from cost_model.errors import ConfigError, UnsupportedError
 from cost_model.estimate import Estimate
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 POINTS = 6
 

@@ -16,7 +16,7 @@ from autopar.curve import POINTS, CurvePoint, curve, curve_table, falling, plot_
 from autopar.kernel_calls import with_kernel_calls
 from autopar.kinds import AUTOMATIC, CHOSEN, NO_CAP_BYTES, UNLIMITED, Candidate, Kind, candidate, kinds, without_degrees
 from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, EAGER, OptimizerFactory, Options
-from autopar.planner.search import is_interrupted
+from autopar.planner.solution import is_interrupted
 from autopar.planning import Job
 from autopar.progress import say
 from autopar.relaxations import decided
@@ -24,7 +24,8 @@ from autopar.report import bytes_text, cluster_text, make_table, percent_text, r
 from autopar.why import Why, why
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate
-from cost_model.plan import Parallelism, Plan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.precision import Precision
 
 _NOTICEABLE = 0.0005  # half of the last digit shown

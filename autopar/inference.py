@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from autopar.link import Linker
 from autopar.linked import Linked
+from autopar.model_notes import analysed
 from autopar.options import Options
 from autopar.payload import local_tensors, program_payload
-from autopar.planning import analysed
 from autopar.runtime.comm import join_shards
 from cost_model.device import BLAS
 from cost_model.errors import BatchError, UnsupportedError

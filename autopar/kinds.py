@@ -9,7 +9,7 @@ from autopar.planning import Job
 from autopar.report import bytes_text
 from cost_model.errors import BatchError, ParallelismError, UnsupportedError
 from cost_model.estimate import Estimate
-from cost_model.plan import RECOMPUTES, Parallelism
+from cost_model.parallelism import RECOMPUTES, Parallelism
 
 AUTOMATIC, UNLIMITED, CHOSEN = "automatic", "without a memory cap", "as asked"
 NO_CAP_BYTES = 2**60

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from autopar.link import joins_replicas
 from autopar.planner.mixed import MixedSolver, Pool, Shape
-from autopar.planner.search import Infeasible, Solution, Space
+from autopar.planner.solution import Infeasible, Solution, Space
 from autopar.rescheduled import scheduled
 from cost_model.cluster import Cluster
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh, meshes_of
 from cost_model.network import Network
+from cost_model.parallelism import Parallelism
 from cost_model.placement import Partial, Shard, parse_placement
-from cost_model.plan import Parallelism
 from cost_model.schedule import refusal
 
 if TYPE_CHECKING:

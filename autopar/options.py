@@ -12,7 +12,8 @@ import torch
 
 from cost_model.cluster import Cluster
 from cost_model.errors import ConfigError, UnknownNameError
-from cost_model.plan import Parallelism, Plan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.precision import Precision
 from cost_model.units import parse_bytes
 

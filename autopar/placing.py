@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from autopar.grouped import group_sizes
-from autopar.planner.search import Configuration, Pins, Solution
+from autopar.planner.search import Configuration
+from autopar.planner.solution import Pins, Solution
 from autopar.schedules import windows
 from autopar.uneven import fitted
 from cost_model.prices import Replicas, price_replicas

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,16 +19,17 @@ from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linker
 from autopar.linked import Linked, device_map
 from autopar.meshes import DifferentMeshes, may_differ
+from autopar.model_notes import analysed, random_notes, scaling_notes
 from autopar.narrower import narrower
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed, timed_s
+from autopar.plan_of import parts_of, stage_plans, unplaced
 from autopar.planner.regional import fastest_view, search_placed
-from autopar.planner.saving import NONE, RECOMPUTE
-from autopar.planner.search import Configuration, Infeasible, Pins, Solution, search
+from autopar.planner.search import Configuration, search
 from autopar.planner.smallest_cap import smallest_cap
-from autopar.planner.space import LocalModel, ModelSpace, PinnedSpace, renaming
-from autopar.planner.virtual import Assigned, recut
+from autopar.planner.solution import Infeasible, Pins, Solution
+from autopar.planner.space import ModelSpace, PinnedSpace
 from autopar.progress import planning_progress
 from autopar.relaxations import decided
 from autopar.report import seconds_text
@@ -37,7 +38,6 @@ from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH
 from autopar.uneven import moved
-from autopar.weights import ModelValues
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
@@ -45,25 +45,20 @@ from cost_model.errors import ConfigError, InfeasiblePlanError, PlanMismatchErro
 from cost_model.estimate import Estimate, MemoryBreakdown
 from cost_model.memory import StagePeak, StagePeaks, allocator_rounding
 from cost_model.mesh import Mesh, of_stages
-from cost_model.plan import Parallelism, Plan, StagePlan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.precision import Precision
 from cost_model.prices import hidable_s
 from cost_model.program import Program
 from cost_model.simulate import SimulationResult, estimate_of, simulate
 from cost_model.tensor import TensorMeta
 from passes.batch import BatchAnalysis
-from passes.constant import check_constant
 from passes.fingerprint import fingerprint
-from passes.graph import ModelGraph, torch_dtype
+from passes.graph import torch_dtype
 from passes.precision import cast
-from passes.random_vocabulary import DRAWING, DROPOUT
-from passes.replicas import exchange_between_replicas, exchange_notes
-from passes.segment import Segment
 from passes.trace import Traced, trace
 from passes.verify import verify_priced
 from passes.zero import zero_key
-
-_PREFIXES = ("op:", "input:", "form:")
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ class Job:
         updated = {n: replace(m, dtype=options.precision.kept(m.dtype).updated) for n, m in parameters.items()}
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in updated.items()}
         optimizer = capture(options.optimizer, shapes)
-        notes = (*traced.notes, *notes, *_random(whole, options.seed), *_scaled(options.precision))
+        notes = (*traced.notes, *notes, *random_notes(whole, options.seed), *scaling_notes(options.precision))
         return Job(cluster, options, traced, analysis, optimizer, updated, notes, ways)
 
     @property
@@ -275,14 +270,14 @@ class Job:
 
     def linked(self, plan: Plan) -> Linked:
         """The program of a plan, rewritten once whatever the cap it was found under and the devices it is placed on."""
-        key = _unplaced(plan)
+        key = unplaced(plan)
         if key not in self._linked:
             self._linked[key] = self._linker.link(plan)
         return self._linked[key].at(plan)
 
     def program(self, plan: Plan) -> Program:
         """What prices see of it: that of ``linked`` but for the names of stages that are alike."""
-        key = _unplaced(plan)
+        key = unplaced(plan)
         if key not in self._programs:
             self._programs[key] = self._linker.price(plan)
         return replace(self._programs[key], devices=device_map(plan))
@@ -556,7 +551,7 @@ class Job:
             microbatches=c.microbatches,
             memory_cap_bytes=self.cap_bytes,
             placement=placement,
-            stages=_stage_plans(local, meshes, _parts(solution), self.pinned_space(c)),
+            stages=stage_plans(local, meshes, parts_of(solution), self.pinned_space(c)),
             segment_labels=tuple(s.label for s in local.segments),
             precision=self.options.precision,
             virtual_stages=c.virtual_stages,
@@ -616,82 +611,3 @@ class Job:
         if needed > cap:
             advice = "raise memory_cap to that, or leave the plan out and let the planner search"
             raise self._over_cap(cap, needed, plan, advice, "the given plan does not fit")
-
-
-def analysed(traced: Traced, model: nn.Module) -> tuple[Traced, BatchAnalysis, tuple[str, ...]]:
-    """The model with what replicas exchange, and how the batch splits, with what was assumed about ambient values
-    checked."""
-    traced, analysis = exchange_between_replicas(traced)
-    known = ChainMap(dict(traced.constants), ModelValues(model))  # type: ignore[arg-type]
-    analysis, notes = check_constant(traced, analysis, known)
-    if analysis.reason is not None:
-        notes = (*notes, f"the batch stays whole (dp=1, one microbatch): {analysis.reason}")
-    notes = (*notes, *exchange_notes(traced.global_graph, analysis.synchronised))
-    return traced, analysis, notes
-
-
-def _scaled(precision: Precision) -> tuple[str, ...]:
-    if not precision.scales_loss:
-        return ()
-    return ("gradients pass through fp16: the loss is scaled, and an update with an infinite gradient is skipped",)
-
-
-def _random(model: ModelGraph, seed: int) -> tuple[str, ...]:
-    """That random numbers are autopar's own, and attention that is computed otherwise for their sake."""
-    calls = sum(n.target in DRAWING for n in model.nodes())
-    attentions = sum(n.target is DROPOUT and "softmax" in str(n.args[0]) for n in model.nodes())
-    if not calls:
-        return ()
-    drawn = f"{calls} random calls draw from seed {seed}: the same numbers under every plan, other than torch's own"
-    if not attentions:
-        return (drawn,)
-    return drawn, f"{attentions} attentions with dropout are not fused: their weights are kept in memory"
-
-
-def _parts(solution: Solution | Infeasible) -> Sequence[Assigned]:
-    """The parts of the chain, in order."""
-    c = solution.configuration
-    return solution.stages if c.virtual_stages == 1 else recut(solution.stages, c.pp * c.virtual_stages)
-
-
-def _stage_plans(
-    local: LocalModel, meshes: Sequence[Mesh], parts: Sequence[Assigned], space: PinnedSpace
-) -> tuple[StagePlan, ...]:
-    """Choices of every stage by the names of the very nodes they are for; what is the only choice is not said."""
-    alike: dict[str, Segment] = {}
-    for part in local.segments:
-        alike.setdefault(part.kind, part)
-    segments = [
-        (part, alike[part.kind], assignment)
-        for stage in parts
-        for part, assignment in zip(local.segments[stage.first : stage.last], stage.assignments, strict=True)
-    ]
-    of_part = [meshes[index % len(meshes)] for index in range(len(parts))]
-    lying = [mesh for stage, mesh in zip(parts, of_part, strict=True) for _ in stage.assignments]
-    zero = space.zero_levels(segments, lying, local)
-    plans = []
-    for stage, mesh in zip(parts, of_part, strict=True):
-        own = segments[stage.first : stage.last]
-        choices = _placements(own) if mesh.tp > 1 else {}
-        held = dict.fromkeys(name for part, _, _ in own for name in part.parameters if name in zero)
-        choices.update({zero_key(name): str(zero[name]) for name in held})
-        levels = tuple(assignment.get(RECOMPUTE, NONE) for _, _, assignment in own)
-        plans.append(StagePlan(stage.first, stage.last, choices, levels if any(r != NONE for r in levels) else ()))
-    return tuple(plans)
-
-
-def _placements(segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]]) -> dict[str, str]:
-    """What each segment of a stage chose on the tp axis; the activation between two is said by the first."""
-    choices: dict[str, str] = {}
-    for offset, (part, like, assignment) in enumerate(segments):
-        rename = renaming(like, part)
-        for variable, label in assignment.items():
-            is_inner_entry = offset > 0 and part.entry is not None and rename(variable) == f"input:{part.entry}"
-            if variable.startswith(_PREFIXES) and not is_inner_entry:
-                choices[rename(variable)] = label
-    return choices
-
-
-def _unplaced(plan: Plan) -> Plan:
-    """Equal for plans of one program."""
-    return replace(plan, memory_cap_bytes=0, cluster="", placement=tuple(range(len(plan.placement))))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from autopar.planner.search import Progress
+from autopar.planner.solution import Progress
 
 
 def shows_progress() -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from autopar.progress import say
 from cost_model.errors import BatchError, InfeasiblePlanError, ParallelismError, Relaxation, UnsupportedError
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 if TYPE_CHECKING:
     from autopar.planning import Decision, Job

@@ -17,9 +17,11 @@ from rich.table import Table
 
 from cost_model.cluster import Cluster
 from cost_model.estimate import Estimate, StageEstimate, TimeBreakdown
+from cost_model.labels import folded, split_number
 from cost_model.network import Network
+from cost_model.parallelism import RECOMPUTES
 from cost_model.placement import Placement, Placements, Replicate, Shard, Varying, parse_placements, split_axes
-from cost_model.plan import RECOMPUTES, Plan, folded, split_number
+from cost_model.plan import Plan
 from cost_model.program import Collective, Program, StageProgram
 from cost_model.shards import ParameterShard
 from cost_model.strategies import parse_strategy

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopar.options import FLAT
-from autopar.planner.search import Configuration, Pins, Progress, Solution, is_interrupted, search
+from autopar.planner.search import Configuration, search
+from autopar.planner.solution import Pins, Progress, Solution, is_interrupted
 from autopar.report import seconds_text
 from autopar.schedules import WORTH, faster_schedules
 from cost_model.errors import ParallelismError

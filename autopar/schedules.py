@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from autopar.planner.regional import MAX_WINDOW
-from autopar.planner.search import FEWEST_PARTS, Configuration, Solution
+from autopar.planner.search import Configuration
+from autopar.planner.solution import FEWEST_PARTS, Solution
 from autopar.planner.virtual import recut
 from cost_model.cluster import Cluster
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 from cost_model.program import Program
 from cost_model.schedule import refusal
 from cost_model.simulate import SimulationResult

@@ -12,7 +12,7 @@ from torch import nn
 
 from autopar.kernel_calls import with_kernel_calls
 from autopar.options import Options
-from autopar.planner.search import is_interrupted
+from autopar.planner.solution import is_interrupted
 from autopar.planning import Job
 from autopar.progress import say
 from autopar.relaxations import decided

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autopar.planner.search import Solution
+from autopar.planner.solution import Solution
 from autopar.planner.virtual import shortest_ends
 from cost_model.block_price import BlockPrice
 from cost_model.plan import Plan

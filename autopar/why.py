@@ -12,7 +12,8 @@ from torch import fx
 
 from autopar.meshes import DifferentMeshes
 from autopar.planner.chain import Chain, Floor
-from autopar.planner.search import Infeasible, Pins, Solution, Space, search
+from autopar.planner.search import search
+from autopar.planner.solution import Infeasible, Pins, Solution, Space
 from autopar.planning import Job
 from autopar.progress import say
 from autopar.report import make_table, percent_text, seconds_text, strategy_words

@@ -25,11 +25,12 @@ from autopar.options import DEFAULT_OPTIMIZER, Options
 from autopar.planner.chain import Chain
 from autopar.planner.configuration import ConfigurationSolver
 from autopar.planner.least import least_costs
-from autopar.planner.search import Configuration, Pins, Solution, configurations, search
+from autopar.planner.search import Configuration, configurations, search
 from autopar.planner.segment import Price, Segment
+from autopar.planner.solution import Pins, Solution
 from autopar.planner.space import PinnedSpace
 from autopar.planning import Job, Planned
-from cost_model.plan import RECOMPUTES, Parallelism
+from cost_model.parallelism import RECOMPUTES, Parallelism
 
 ZEROS = (0, 1, 3)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import autopar
 from cost_model.errors import AutoparError
-from cost_model.plan import RECOMPUTES
+from cost_model.parallelism import RECOMPUTES
 
 AT_MOST = 1.05
 FIVE = ("gpt", "hf gpt2", "llama", "mlp", "resnet")

@@ -14,7 +14,7 @@ from reference_models import Shape, meta_model
 from torch import nn
 
 from cost_model.cluster import Cluster
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 VOCABULARY = 51200
 

@@ -30,7 +30,8 @@ from cost_model.collectives import Link
 from cost_model.collector import collector_paused
 from cost_model.device import Device
 from cost_model.network import Network
-from cost_model.plan import Parallelism, Plan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.simulate import simulate
 
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
@@ -72,7 +73,7 @@ def compared(job: Job) -> dict[str, Any]:
 
 
 def _pins() -> Any:
-    from autopar.planner.search import Pins
+    from autopar.planner.solution import Pins
 
     return Pins(FIXED.dp, FIXED.tp, FIXED.pp, FIXED.microbatch_size, "1f1b")
 

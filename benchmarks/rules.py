@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 import autopar
+from autopar.planner.local_model import Sizes, Structure
 from autopar.planner.mesh_strategies import mesh_space
-from autopar.planner.space import Sizes, Structure
 from autopar.planner.strategies import op_space
 from cost_model.collector import collector_paused
 from cost_model.ops import entry_of

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from regions import job_of, seconds
 
-from autopar.planner.search import Pins, Solution
+from autopar.planner.solution import Pins, Solution
 from autopar.planning import Job
 from autopar.rescheduled import scheduled
 from autopar.uneven import cut_at

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cost_model.errors import ParallelismError, UnknownNameError
-from cost_model.plan import SCHEDULES
+from cost_model.parallelism import SCHEDULES
 
 
 @dataclass(frozen=True, slots=True)

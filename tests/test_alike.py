@@ -15,7 +15,8 @@ from autopar.alike import Outliner
 from autopar.options import Options
 from autopar.planning import Job, Planned
 from cost_model.errors import VerificationError
-from cost_model.plan import Parallelism, StagePlan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import StagePlan
 from passes.verify import verify_priced
 
 LAYERS = 6

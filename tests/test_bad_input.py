@@ -21,8 +21,9 @@ from user_optimizers import Limiting
 
 import autopar
 from autopar.planner import flat_solver
-from autopar.planner.search import Configuration, Infeasible, Solution
+from autopar.planner.search import Configuration
 from autopar.planner.smallest_cap import smallest_cap
+from autopar.planner.solution import Infeasible, Solution
 from cost_model.errors import (
     AutoparError,
     BatchError,

@@ -22,7 +22,7 @@ from autopar.options import Options
 from autopar.planning import Planned, plan_model
 from autopar.runtime.measure import OTHER, OUTSIDE, held_bytes, op_kind
 from cost_model.errors import ConfigError
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_LOW, MEMORY_HIGH = 0.0, 0.10

@@ -22,7 +22,7 @@ from autopar.planning import Job
 from autopar.report import WIDTH, strategy_words
 from autopar.why import why
 from cost_model.errors import ConfigError, UnknownNameError, UnsupportedError
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 
 def explained(**keywords: Any) -> autopar.Explanation:

@@ -49,7 +49,8 @@ def test_a_real_interrupt_gives_the_best_plan_so_far_with_its_gap() -> None:
 
 
 WATCHED = """
-from autopar.planner.search import Configuration, Progress
+from autopar.planner.search import Configuration
+from autopar.planner.solution import Progress
 from autopar.progress import planning_progress
 
 with planning_progress() as report:

@@ -21,7 +21,8 @@ from autopar.options import Options
 from autopar.planning import Planned, plan_model
 from cost_model.background import Streams, check_waited
 from cost_model.errors import InfeasiblePlanError, VerificationError
-from cost_model.plan import Parallelism, Plan
+from cost_model.parallelism import Parallelism
+from cost_model.plan import Plan
 from cost_model.program import Block, Collective, Instruction, StageProgram, Value
 from cost_model.tensor import TensorMeta
 from passes import vocabulary

@@ -13,7 +13,8 @@ from random_spaces import BATCH, DEVICES, RandomSpace, SavingSpace, Whole, asser
 from test_planner_search import LargeSpace
 
 from autopar.planner import flat_solver
-from autopar.planner.search import Infeasible, Pins, Solution, search
+from autopar.planner.search import search
+from autopar.planner.solution import Infeasible, Pins, Solution
 from cost_model.errors import ProblemSizeError, UnsupportedError
 
 FEW, MANY = (settings(max_examples=count, deadline=None) for count in (30, 400))

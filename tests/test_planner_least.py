@@ -22,7 +22,7 @@ from autopar.planning import Job
 from cost_model.cluster import Cluster
 from cost_model.device import Device
 from cost_model.device_rows import StreamRow
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 TIME = Price(*TIME_ONLY)
 

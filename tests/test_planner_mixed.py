@@ -18,7 +18,7 @@ import autopar
 from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.mixed import MixedSolver, Pool, Shape
-from autopar.planner.search import Infeasible, Solution
+from autopar.planner.solution import Infeasible, Solution
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh
 

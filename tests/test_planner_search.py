@@ -17,19 +17,9 @@ from lp_reader import solved_elsewhere
 from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpace, Whole, assert_consistent, every_plan
 
 from autopar.planner.configuration import ConfigurationSolver
-from autopar.planner.search import (
-    Chain,
-    Factor,
-    FactorGraph,
-    Infeasible,
-    Pins,
-    Progress,
-    Solution,
-    configurations,
-    in_flight,
-    search,
-)
+from autopar.planner.search import Chain, Factor, FactorGraph, configurations, in_flight, search
 from autopar.planner.segment import Segment
+from autopar.planner.solution import Infeasible, Pins, Progress, Solution
 from cost_model.errors import ParallelismError, UnknownNameError
 
 

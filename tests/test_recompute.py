@@ -22,7 +22,8 @@ from autopar.options import Options
 from autopar.planning import Job, Planned, plan_model
 from cost_model.errors import ConfigError, ParallelismError
 from cost_model.liveness import ChunkStorages
-from cost_model.plan import RECOMPUTES, Parallelism, StagePlan
+from cost_model.parallelism import RECOMPUTES, Parallelism
+from cost_model.plan import StagePlan
 from passes.recompute import Flow, repeated
 
 MEMORY_LOW, MEMORY_HIGH = 0.0, 0.03

@@ -28,8 +28,10 @@ from autopar.report import (
     render,
     seconds_text,
 )
+from cost_model.labels import folded, split_number
+from cost_model.parallelism import Parallelism
 from cost_model.placement import Shard, parse_placement
-from cost_model.plan import Parallelism, Plan, folded, split_number
+from cost_model.plan import Plan
 from cost_model.shards import ParameterShard
 
 CLUSTER = autopar.Cluster.load("dgx2-v100-32gb", num_devices=4)

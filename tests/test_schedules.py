@@ -10,7 +10,7 @@ from parity import ADAMW, cpu_cluster
 from autopar.options import Options
 from autopar.planning import Job, Planned
 from autopar.schedules import WORTH
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 
 
 def test_a_faster_schedule_that_holds_too_much_gets_a_plan_of_its_own() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.options import Options
-from autopar.planner.search import Solution
+from autopar.planner.solution import Solution
 from autopar.planner.virtual import shortest_ends
 from autopar.planning import Job
 from autopar.uneven import CutSketch, cut_at, fitted

@@ -22,7 +22,7 @@ from autopar.options import Options
 from autopar.planning import Planned, plan_model
 from autopar.runtime.probe import is_elementwise
 from cost_model.errors import ConfigError, InfeasiblePlanError, ParallelismError, UnsupportedError, VerificationError
-from cost_model.plan import Parallelism
+from cost_model.parallelism import Parallelism
 from cost_model.program import Collective
 from cost_model.shards import Bucket
 from passes.verify import verify_step

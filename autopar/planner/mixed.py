@@ -23,8 +23,8 @@ from autopar.planner.factor_graph import FactorGraph, FloatArray
 from autopar.planner.ilp import Choice
 from autopar.planner.least import quick_bound_s
 from autopar.planner.mixed_ilp import MixedIlp, Offer, worthwhile
-from autopar.planner.search import Infeasible, Solution, Space, stage_solution
 from autopar.planner.segment import Price, Segment, unproved
+from autopar.planner.solution import Infeasible, Solution, Space, stage_solution
 from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, VARYING
 

@@ -14,20 +14,28 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from autopar.planner.chain import Chain, Floor, in_flight
-from autopar.planner.columns import Column, RangeTable
+from autopar.planner.columns import Column
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.least import quick_bound_s
 from autopar.planner.segment import Segment, unproved
-from autopar.planner.solvers import Program
+from autopar.planner.solution import (
+    INTERRUPTED,
+    Infeasible,
+    Pins,
+    Progress,
+    Solution,
+    Space,
+    StageSolution,
+    is_interrupted,
+    stage_solutions,
+)
 from cost_model.errors import ParallelismError, UnknownNameError
-from cost_model.mesh import Mesh
-from cost_model.plan import SCHEDULES
+from cost_model.parallelism import SCHEDULES
 from cost_model.schedule import refusal
 
 __all__ = [
@@ -40,110 +48,6 @@ MOST_SHARED_LABELS = 256
 WORTH_TIGHTENING = 0.01
 HINTS = 4
 ALIKE = 0.2
-FEWEST_PARTS = 2
-INTERRUPTED = "interrupted after"
-
-
-class Space(Protocol):
-    """What the caller knows: the chain on a mesh at a microbatch size, or None where that is impossible."""
-
-    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
-        """What costs less to know than the chain. One above so many seconds may take longer to find; where the answer
-        is not above them, none is known."""
-
-    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None: ...
-
-    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
-        """Chains with choices that trade time for memory as well, each with the reserve that its choices need; no plan
-        of theirs is faster than the fastest of ``chain``. None where there are no such choices."""
-
-
-@dataclass(frozen=True)
-class Pins:
-    """Choices already made; None leaves one to the search.
-
-    1f1b never holds more than another schedule, so it alone is searched unless another is pinned; with pp = 1 a plan is
-    called 1f1b by convention.
-    """
-
-    dp: int | None = None
-    tp: int | None = None
-    pp: int | None = None
-    microbatch_size: int | None = None
-    schedule: str | None = None
-    virtual_stages: int | None = None
-    window: int | None = None
-
-    @property
-    def parts(self) -> int:
-        """Virtual stages of each stage."""
-        return (self.virtual_stages or FEWEST_PARTS) if self.schedule == "interleaved" else 1
-
-
-@dataclass(frozen=True)
-class StageSolution:
-    """Segments [first, last) with the labels at both ends, and the assignment and the seconds of each segment."""
-
-    first: int
-    last: int
-    entry: str
-    exit: str
-    assignments: tuple[Mapping[str, str], ...] = field(hash=False)
-    time_s: float
-    cut_s: float
-    step_s: float
-    state_bytes: float
-    saved_bytes: float
-    segments_s: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """objective_s: seconds of a step; bound_s: no plan of any configuration is faster.
-
-    gap: (objective_s - bound_s) / bound_s, 0 where proven optimal. notes: fallbacks, timeouts, interruption.
-    placement: the device of each (stage, replica, shard), in that order; None: counting up. ilp: that chose it.
-    meshes: of each stage, None where all have that of the configuration, which is the first stage's otherwise.
-    """
-
-    configuration: Configuration
-    stages: tuple[StageSolution, ...]
-    objective_s: float
-    bound_s: float
-    gap: float
-    notes: tuple[str, ...]
-    placement: tuple[int, ...] | None = None
-    ilp: Program | None = field(default=None, repr=False, compare=False)
-    meshes: tuple[Mesh, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Infeasible:
-    """No plan fits. needed_bytes: the smallest cap that would do; stage: that binds in the plan that needs least.
-
-    placement, meshes: as in ``Solution``.
-    """
-
-    needed_bytes: int
-    stage: int
-    configuration: Configuration
-    stages: tuple[StageSolution, ...]
-    placement: tuple[int, ...] | None = None
-    meshes: tuple[Mesh, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """units: how many there are, solved of them so far; best_s: best objective, None before any.
-
-    bound_s: the least that what still waits may give; configuration: the one just solved.
-    """
-
-    units: int
-    solved: int
-    best_s: float | None
-    bound_s: float
-    configuration: Configuration
 
 
 Confirm = Callable[[Solution], Sequence[int]]
@@ -361,7 +265,7 @@ class _Search:
         solver = ConfigurationSolver(chain, self._segments(chain), c, math.inf)
         choice = solver.solve(math.inf).choice
         chosen: dict[str, str] = {}
-        for stage in _stages(solver, choice.columns) if choice is not None else ():
+        for stage in stage_solutions(solver, choice.columns) if choice is not None else ():
             for variable, label in (item for assignment in stage.assignments for item in assignment.items()):
                 if label in domains.get(variable, ()):
                     chosen.setdefault(variable, label)
@@ -425,7 +329,7 @@ class _Search:
             unit.solution = self._solution(unit, outcome)
         elif outcome.shortage is not None:
             short = outcome.shortage
-            self._short(unit, short.needed_bytes, short.stage, _stages(unit.solver, short.columns))
+            self._short(unit, short.needed_bytes, short.stage, stage_solutions(unit.solver, short.columns))
         if math.isfinite(unit.bound_s) and not unit.left_out:
             self._push(unit)
         unit.solver.forget()
@@ -467,7 +371,7 @@ class _Search:
     def _solution(self, unit: _Unit, outcome: Outcome) -> Solution:
         assert outcome.choice is not None
         choice = outcome.choice
-        stages = _stages(unit.solver, choice.columns)
+        stages = stage_solutions(unit.solver, choice.columns)
         gap = _gap(choice.objective_s, unit.bound_s)
         notes = (*choice.notes, *unit.notes, *unproved(unit.solver.segments))
         c = unit.solver.configuration
@@ -560,43 +464,7 @@ def _floor_s(c: Configuration, floor: Floor) -> float:
     return c.objective.balanced[0] * floor.time_s
 
 
-def is_interrupted(notes: Iterable[str]) -> bool:
-    """Whether they say that the search was interrupted."""
-    return any(note.startswith(INTERRUPTED) for note in notes)
-
-
 def _gap(objective_s: float, bound_s: float) -> float:
     if objective_s <= bound_s:
         return 0.0
     return (objective_s - bound_s) / bound_s if bound_s > 0 else math.inf
-
-
-def _stages(solver: ConfigurationSolver, columns: Sequence[Column]) -> tuple[StageSolution, ...]:
-    return tuple(_stage(solver, column) for column in columns)
-
-
-def _assignments(solver: ConfigurationSolver, c: Column) -> tuple[Mapping[str, str], ...]:
-    return c.assigned or solver.table.assignments(c)
-
-
-def _stage(solver: ConfigurationSolver, c: Column) -> StageSolution:
-    return stage_solution(solver.table, c)
-
-
-def stage_solution(table: RangeTable, c: Column) -> StageSolution:
-    """What a column of a table stands for."""
-    chain, assignments = table.chain, c.assigned or table.assignments(c)
-    kinds = (chain.kinds[kind] for kind in chain.sequence[c.first : c.last])
-    return StageSolution(
-        c.first,
-        c.last,
-        chain.boundary_labels(c.first)[c.entry],
-        chain.boundary_labels(c.last)[c.exit],
-        assignments,
-        c.time_s,
-        c.cut_s,
-        c.step_s,
-        c.state_bytes,
-        c.saved_bytes,
-        tuple(kind.time_s(assignment) for kind, assignment in zip(kinds, assignments, strict=True)),
-    )

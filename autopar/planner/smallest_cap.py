@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autopar.planner.search import Infeasible, Solution
+from autopar.planner.solution import Infeasible, Solution
 
 TOLERANCE = 0.005
 
