@@ -44,7 +44,7 @@ _HOMES = {
     "explain": "autopar.explanation",
     "Explanation": "autopar.explanation",
     "Estimate": "cost_model.estimate",
-    "Parallelism": "cost_model.plan",
+    "Parallelism": "cost_model.parallelism",
     "Plan": "cost_model.plan",
     "Precision": "cost_model.precision",
     "errors": "cost_model",

@@ -81,7 +81,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.collect.default": lambda x, number: x.clone(),
     "autopar.replica_sum.default": lambda x, replicas: x.clone(),
     "autopar.replica_gather.default": gathered_alike,
-    "autopar.written.default": lambda x, buffer, value, replicas: x.clone(),
+    "autopar.written.default": lambda x, buffer, value, replicas: x.view_as(x),
     "autopar.replica_share.default": lambda x, replicas: x.clone(),
     "autopar.dropout.default": dropout,
     **{f"autopar.{name}.default": getattr(draws, name) for name in ("uniform", "normal", "random_integers")},

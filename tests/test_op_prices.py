@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cost_model.ops import OPS, OpCall, price_of
+from cost_model.ops import BETWEEN_REPLICAS, OPS, OpCall, price_of
 from cost_model.ops.table import KINDS, backward_only, bytes_moved
 from cost_model.program import OpCost
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
@@ -66,7 +66,9 @@ def test_planned_entries_answer_and_only_views_are_free(name: str) -> None:
         if any(0 in meta.shape for meta in case.call.outputs):
             return
         entry, cost = OPS[name], price_of(case.call)
-        if cost is None:
+        if cost is None and name in BETWEEN_REPLICAS:
+            assert all(nbytes > 0 for _, nbytes in BETWEEN_REPLICAS[name](case.call, 2))
+        elif cost is None:
             assert _aliases(case)
         else:
             assert_cost(cost)
