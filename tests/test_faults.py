@@ -165,7 +165,8 @@ def after_the_first_step(script: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "code", "last"), [("ends", 0, "end of script"), ("raises", 1, "the user's own error")]
+    ("mode", "code", "last"),
+    [pytest.param("ends", 0, "end of script", marks=pytest.mark.slow), ("raises", 1, "the user's own error")],
 )
 def test_a_script_that_never_closes_leaves_nothing(tmp_path: Path, mode: str, code: int, last: str) -> None:
     with run_script(tmp_path, mode) as script:

@@ -338,6 +338,7 @@ def compiled(**options: Any) -> tuple[autopar.Executable, dict[str, Tensor]]:
     return autopar.compile(model, cpu_cluster(1), batch, optimizer=SGD, parallelism=pins, **options), batch
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_what_training_draws(tmp_path: Path) -> None:
     """Nor does going on from a checkpoint change it."""
     exe, batch = compiled()

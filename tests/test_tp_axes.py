@@ -129,6 +129,7 @@ def test_grids_on_real_ranks(model: str, pins: dict[str, Any]) -> None:
     check_parity(*given, _devices(pins), 1e-9 if model == "gpt" else 1e-5, **{"microbatch_size": 2, **pins})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_ranks")
 def test_checkpoints_outputs_and_plans(tmp_path: Path) -> None:
     """A checkpoint of two axes is one of any plan, inference runs on the same shards, a plan's file says the plan."""
