@@ -15,7 +15,8 @@ TIME_LIMIT_S = 60.0
 INTEGRALITY = 1e-4
 """How far an integer variable may be from a whole number; the solvers' own tolerance is 1e-6."""
 FRACTIONS = "its answer has fractions where whole numbers are asked"
-"""Seen of HiGHS 1.15 on a small program, called optimal, and gone without its presolve."""
+"""Seen of HiGHS 1.15 on a small program, called optimal, and gone without its presolve; as is "infeasible" of another,
+of which a plan needs the cap to the byte."""
 
 
 class Program(Protocol):
@@ -50,7 +51,7 @@ def solved(problem: pulp.LpProblem, time_limit_s: float) -> Answer:
     failures: list[tuple[str, str]] = []
     for name, make in SOLVERS:
         reason = _attempt(problem, make(time_limit_s))
-        if reason == FRACTIONS and name == "HiGHS":
+        if name == "HiGHS" and (reason == FRACTIONS or problem.status == pulp.LpStatusInfeasible):
             reason = _attempt(problem, _highs(time_limit_s, presolve="off"))
         if reason is None:
             notes = tuple(f"ILP solver {other} did not work ({why}); {name} was used" for other, why in failures)
