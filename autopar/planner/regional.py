@@ -32,7 +32,8 @@ from cost_model.network import Network
 FINALISTS, FINALISTS_OF_FEW, FEW = 4, 8, 8  # the latter on clusters of so many devices, where each takes no time
 IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
 SLACK = 0.04
-"""On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's."""
+"""On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's.
+A tenth finds a plan 5 % faster in one of DT-FM's fifteen cases, in twice the time (docs/slow_networks.md)."""
 MAX_MICROBATCH, MAX_WINDOW = 16, 8
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
