@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import zip_longest
 
 from torch import fx
@@ -55,7 +56,7 @@ def check_pins(pins: Parallelism, num_devices: int, batch: int, analysis: BatchA
             f"placement {pins.placement} must name each of the devices 0 to {num_devices - 1} once, "
             "for each (stage, dp replica, tp shard) in that order"
         )
-    _check_microbatches(pins, batch, analysis)
+    _check_microbatches(pins, num_devices, batch, analysis)
     _check_schedule(pins)
 
 
@@ -97,16 +98,14 @@ def _check_meshes(pins: Parallelism, num_devices: int, text: str) -> None:
         )
 
 
-def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) -> None:
+def _check_microbatches(pins: Parallelism, num_devices: int, batch: int, analysis: BatchAnalysis) -> None:
     dps = pins.dp if isinstance(pins.dp, tuple) else (pins.dp or 1,)
     dp, size = dps[0], pins.microbatch_size or 1
     if analysis.reason is not None and (max(dps) > 1 or pins.microbatch_size not in (None, batch)):
         raise ParallelismError(f"the batch cannot be split: {analysis.reason}; leave dp and microbatch_size None")
-    if analysis.synchronised and pins.microbatch_size not in (None, batch // dp):
-        raise ParallelismError(
-            f"batch norm or the loss needs all samples of the batch at once, so each of dp={dp} replicas has one "
-            f"microbatch, of {batch // dp} samples; leave microbatch_size None"
-        )
+    if analysis.synchronised and pins.microbatch_size is not None:
+        possible = (dp,) if pins.dp else [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+        _check_whole_shares(pins.microbatch_size, possible, batch)
     for each in dps:
         if batch % each:
             raise BatchError(f"a batch of {batch} does not divide among dp={each} replicas; change the batch or dp")
@@ -115,6 +114,17 @@ def _check_microbatches(pins: Parallelism, batch: int, analysis: BatchAnalysis) 
         share = f"the {batch // dp} samples of each of dp={dp} replicas" if dp > 1 else f"a batch of {batch}"
         raise BatchError(
             f"{share} cannot be cut into microbatches of {size}; microbatch_size can be {', '.join(fits[-6:])}"
+        )
+
+
+def _check_whole_shares(size: int, degrees: Sequence[int], batch: int) -> None:
+    """ParallelismError where no replica's one microbatch is of this size. degrees: what dp may be."""
+    shares = {dp: batch // dp for dp in degrees if batch % dp == 0}
+    if shares and size not in shares.values():
+        possible = " or ".join(f"{share} samples under dp={dp}" for dp, share in shares.items())
+        raise ParallelismError(
+            f"batch norm or the loss needs all samples of the batch at once, so each replica has one microbatch: "
+            f"{possible}, not {size}; leave microbatch_size None"
         )
 
 

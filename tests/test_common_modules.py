@@ -8,8 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from common_modules import COMMON, COUPLED
-from parity import check_parity
+from parity import check_parity, cpu_cluster
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+
+import autopar
+from cost_model.errors import ParallelismError
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 DP, TP, PP = {"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}, {"dp": 1, "tp": 1, "pp": 2}
@@ -50,6 +53,27 @@ def test_everyday_modules_on_processes(name: str, grid: str) -> None:
 @pytest.mark.parametrize("name", COUPLED)
 def test_a_batch_of_coupled_samples_is_split(name: str) -> None:
     assert check_parity(*COUPLED[name](), 2, 1e-5, SGD, **DP).dp == 2
+
+
+@pytest.mark.parametrize(
+    ("pins", "samples"),
+    [({"pp": 2}, (1, 8)), ({"microbatch_size": 4}, (2, 4)), ({"microbatch_size": 8}, (1, 8)), ({"dp": 2}, (2, 4))],
+    ids=str,
+)
+def test_coupled_samples_of_a_replica_are_one_microbatch(pins: dict[str, int], samples: tuple[int, int]) -> None:
+    model, batch = COUPLED["contrastive"]()
+    plan = autopar.estimate(model, cpu_cluster(2), batch, parallelism=autopar.Parallelism(**pins)).plan
+    assert (plan.microbatches, plan.dp, plan.microbatch_size) == (1, *samples)
+
+
+def test_sizes_that_cut_coupled_samples_are_refused_with_those_that_do_not() -> None:
+    model, batch = COUPLED["contrastive"]()
+    for pins, said in (
+        ({"microbatch_size": 2}, "8 samples under dp=1 or 4 samples under dp=2, not 2"),
+        ({"dp": 2, "microbatch_size": 2}, "one microbatch: 4 samples under dp=2, not 2; leave microbatch_size None"),
+    ):
+        with pytest.raises(ParallelismError, match=said):
+            autopar.estimate(model, cpu_cluster(2), batch, parallelism=autopar.Parallelism(**pins))
 
 
 @pytest.mark.slow
