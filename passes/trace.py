@@ -7,8 +7,6 @@ one symbolic export (0.8 s each against 1.7 s for 12 GPT-2 layers) and need no g
 
 from __future__ import annotations
 
-import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,14 +16,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import config as fx_config
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from cost_model.errors import AutoparError, BatchError, ConfigError, TraceError, UnsupportedError
-from passes import questions
+from cost_model.errors import AutoparError, ConfigError, TraceError, UnsupportedError
 from passes.batch_spec import BatchSpec, batch_spec, is_batched
 from passes.clean import clean
 from passes.detach import detach
@@ -39,17 +35,12 @@ from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
 from passes.templates import UnlikeError
+from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
+from passes.unaware import Awareness
 from passes.unroll import unroll
 from passes.watch import ValueWatch, casts_of_modules, check_hooks, own_backwards
 
 LossFn = Callable[[Any, Any], torch.Tensor]
-_INSTEAD = {
-    "_ctc_loss": "its lengths are read as numbers: make the loss of each sample an op of your own "
-    "(torch.library.custom_op, with a backward) and give its rule, "
-    "autopar.register_rule('my::ctc', 't b c, b s, b -> b', whole='t c s')"
-}
-"""What to write for calls that no trace can hold."""
-_DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -86,13 +77,14 @@ class _WithLoss(nn.Module):
         self.repeats: Repeats | None = None
         self.functions = Functions()
         self.questions = Questions()
+        self.awareness = Awareness()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
-            with self.questions.over():
+            with self.questions.over(), self.awareness.over():
                 return self._loss(*args, **kwargs)
-        except _DEPENDS_ON_VALUES as error:  # before torch prints the graph that it has so far
-            raise _trace_error(error, self.model) from error
+        except DEPENDS_ON_VALUES as error:  # before torch prints the graph that it has so far
+            raise trace_error(error, self.model) from error
 
     def _loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with nullcontext() if self.repeats is None else self.repeats.between():
@@ -154,7 +146,11 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
             except FunctionMet as met:
                 wrapped.functions.judge(met)
             except TraceError as error:
-                if not isinstance(error.__cause__, _DEPENDS_ON_VALUES) or not wrapped.questions.record(wrapped, *given):
+                if isinstance(error.__cause__, DEPENDS_ON_VALUES):
+                    traceable = wrapped.questions.record(wrapped, *given)
+                else:
+                    traceable = wrapped.awareness.give_up(error.source or str(error.__cause__))
+                if not traceable:
                     raise
     except UnsupportedError:
         if sources:
@@ -167,7 +163,12 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     aliases = alias_map(wrapped.model)
     graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
     other_size = _second_size(spec.size)
-    notes = (*wrapped.watch.notes, *wrapped.functions.notes(), *wrapped.questions.notes())
+    notes = (
+        *wrapped.watch.notes,
+        *wrapped.functions.notes(),
+        *wrapped.questions.notes(),
+        *wrapped.awareness.notes(),
+    )
     other = None
     if other_size is not None:
         try:
@@ -256,8 +257,8 @@ def _export(
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
         if folded:
             return _export(module, spec, size, aliases, folded=False)
-        _check_arguments(module.model, args, kwargs)
-        raise _trace_error(error, module.model) from error
+        check_arguments(module.model, args, kwargs)
+        raise trace_error(error, module.model) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
         exported = functional(exported)
@@ -309,54 +310,6 @@ def _mutates(node: fx.Node) -> bool:
 
 def _is_of_vmap(node: fx.Node) -> bool:
     return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
-
-
-def _check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:
-    """BatchError where the batch does not fit the signature of ``forward``."""
-    if isinstance(model, torch.jit.ScriptModule):
-        return
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as mismatch:
-        takes = ", ".join(signature.parameters)
-        given = ", ".join(kwargs) or f"{len(args)} by position"
-        raise BatchError(
-            f"the inputs do not fit {type(model).__name__}.forward({takes}): {mismatch} (given: {given}); "
-            "pass what forward takes, as a dict of keyword arguments or a tuple"
-        ) from mismatch
-
-
-def _trace_error(error: Exception, model: nn.Module) -> TraceError:
-    first = re.sub(r"\s+", " ", str(error).strip().split("\n\n")[0])[:400]
-    if isinstance(error, _DEPENDS_ON_VALUES):
-        return TraceError(first, _user_line(error, model), next((v for k, v in _INSTEAD.items() if k in first), None))
-    advice = "run the model once on this batch without autopar; if that works, report the model's code"
-    return TraceError(f"{type(error).__name__}: {first}", _user_line(error, model), advice)
-
-
-def _user_line(error: BaseException, model: nn.Module) -> str | None:
-    """The innermost line of the traceback that lies outside torch, preferring the model's own file."""
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    own = {inspect.getsourcefile(type(m)) for m in model.modules() if _has_source(type(m))}
-    outside = [
-        f
-        for f in frames
-        if "/torch/" not in f.filename and f.filename not in ("<string>", __file__, questions.__file__)
-    ]
-    chosen = [f for f in outside if f.filename in own] or outside
-    if not chosen:
-        return None
-    frame = chosen[-1]
-    code = (frame.code_context or [""])[0].strip()
-    return f"{frame.filename}:{frame.lineno}: {code}"
-
-
-def _has_source(cls: type) -> bool:
-    try:
-        return inspect.getsourcefile(cls) is not None
-    except TypeError:
-        return False
 
 
 def _to_model_graph(
