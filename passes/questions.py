@@ -1,14 +1,15 @@
 """Questions: the truth of tensors that forward asks for (``if labels.max() >= n: raise``), which a trace cannot know.
 
 The model is run as it is, on the batch at hand, for its answers. They are those of the trace where no batch would give
-another (a mask that is made in forward), or where another raises: a check, which programs then leave out, and notes say
-so. Branches that differ from batch to batch are refused, and so are models without weights.
+another (a mask that is made in forward), where another raises (a check), and where another makes the loss of the same
+calls (a warning): programs then leave it out, and notes say so. Branches that differ from batch to batch are refused,
+and so are models without weights.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -16,9 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
+
+from passes.followed import Followed
 
 
 class Questions:
@@ -68,34 +68,39 @@ class Questions:
         tensors = [*module.parameters(), *module.buffers(), *args, *kwargs.values()]
         if self.answers is not None or any(isinstance(t, Tensor) and _is_empty(t) for t in tensors):
             return False
-        marks = _Marks(t for t in (*module.parameters(), *args, *kwargs.values()) if isinstance(t, Tensor))
-        changing = self._run(module, args, kwargs, marks, None)
+        changing, made = self._run(module, args, kwargs, None)
         for place in changing:
             try:
-                self._run(module, args, kwargs, marks, place)
+                _, otherwise = self._run(module, args, kwargs, place)
             except Exception:  # noqa: BLE001  (of whatever type the user's check raises)
                 continue
-            self.refused.add(place)
+            if otherwise != made:
+                self.refused.add(place)
         return bool(self.answers)
 
     def _run(
-        self, module: nn.Module, args: Sequence[object], kwargs: dict[str, object], marks: _Marks, turned: int | None
-    ) -> list[int]:
-        """Places of questions about what another batch or step may change. turned: an answer to turn round."""
+        self, module: nn.Module, args: Sequence[object], kwargs: dict[str, object], turned: int | None
+    ) -> tuple[list[int], tuple[int, int]]:
+        """Places of questions about what another batch or step may change, and the key of what the loss is made of.
+
+        turned: an answer to turn round.
+        """
+        sources = [t for t in (*module.parameters(), *args, *kwargs.values()) if isinstance(t, Tensor)]
+        followed = Followed(sources, module.buffers())
         held = {name: buffer.clone() for name, buffer in module.named_buffers()}
         kept = (self.answers, self.lines)
         self.answers, self.lines, self._recording, changing = [], [], True, []
 
         def note(tensor: Tensor, answer: bool) -> bool:
             place = len(self.lines)
-            if tensor in marks.found:
+            if tensor in followed.found:
                 changing.append(place)
             return answer != (place == turned)
 
         self._note = note
         try:
-            with torch.no_grad(), torch.random.fork_rng(), marks:
-                module(*args, **kwargs)
+            with torch.random.fork_rng(), followed, torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+                loss = module(*args, **kwargs)
         finally:
             self._recording = False
             if turned is not None:
@@ -103,7 +108,7 @@ class Questions:
             with torch.no_grad():
                 for name, buffer in module.named_buffers():
                     buffer.copy_(held[name])
-        return changing
+        return changing, followed.key(loss)
 
     def notes(self) -> tuple[str, ...]:
         """The lines whose answers are taken for granted."""
@@ -113,23 +118,8 @@ class Questions:
         )
 
 
-class _Marks(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows what is made of some tensors while it is entered; found: all of these that live."""
-
-    def __init__(self, first: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for tensor in first:
-            self.found[tensor] = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(tensor in self.found for tensor in given):
-            for leaf in pytree.tree_leaves(made):
-                if isinstance(leaf, Tensor):
-                    self.found[leaf] = None
-        return made
+def _drop(saved: Tensor) -> Any:
+    """What autograd saves, for a backward that is never run."""
 
 
 def _is_empty(tensor: Tensor) -> bool:

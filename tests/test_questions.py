@@ -73,6 +73,51 @@ def test_a_branch_that_batches_change_is_refused() -> None:
         trace(Branching(), batch())
 
 
+class Watched(nn.Module):
+    """Asks for a value of its own, and does one thing where it is true."""
+
+    def __init__(self, answered: Any) -> None:
+        super().__init__()
+        self.a, self.answered = nn.Linear(8, 4), answered
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.isnan().any():
+            h = self.answered(self, h)
+        return F.cross_entropy(h, labels)
+
+
+def _warned(model: Watched, h: Tensor) -> Tensor:
+    print(h.mean(), model.seen)
+    return h
+
+
+def test_a_branch_that_only_warns_is_left_out() -> None:
+    (note,) = trace(Watched(_warned), batch()).notes
+    assert "h.isnan().any()" in note and "to be False" in note
+
+
+def _counted(model: Watched, h: Tensor) -> Tensor:
+    model.seen.add_(1)
+    return h
+
+
+def _frozen(model: Watched, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.a(torch.ones(BATCH, 8))
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [_counted, _frozen, lambda _, h: h.detach(), lambda _, h: h.nan_to_num(), lambda _, h: h[:].zero_()],
+    ids=["a buffer", "other values", "no gradient", "a repair", "a write"],
+)
+def test_a_branch_that_changes_anything_is_refused(answered: Any) -> None:
+    with pytest.raises(TraceError, match=r"h.isnan\(\).any\(\)"):
+        trace(Watched(answered), batch())
+
+
 def test_what_is_asked_only_outside_of_traces_is_no_question() -> None:
     class Warning(Asking):
         def forward(self, x: Tensor, labels: Tensor) -> Tensor:
