@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_model.cluster import Cluster
+from cost_model.cold_calls import ColdCalls
 from cost_model.device import Device
 from cost_model.program import OpCost, Program
 from cost_model.simulate import simulate
@@ -27,6 +28,10 @@ class _Fast:
     @property
     def op_overhead_s(self) -> float:
         return self.device.op_overhead_s / FACTOR
+
+    @property
+    def cold_calls(self) -> ColdCalls | None:
+        return self.device.cold_calls and self.device.cold_calls.faster(FACTOR)
 
     def op_time_s(self, cost: OpCost, /) -> float:
         return self.device.op_time_s(cost) / FACTOR

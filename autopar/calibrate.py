@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
+from autopar.calibrate_cold import COLD_PRODUCTS, products_size
+from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Probe, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
@@ -32,7 +33,7 @@ from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 14
+CALIBRATION_VERSION = 15
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
@@ -40,6 +41,7 @@ MOVING_BYTES = MESSAGE_BYTES[:-1]
 _PASSES = 4
 _OP_BUDGET_S = 0.008
 _PRODUCT_BUDGET_S = 0.1
+_COLD_BUDGET_S = 0.04
 _CLEARLY = 0.8  # of the time that torch's own way takes
 _MESSAGE_BUDGET_S = 0.008
 _MOST_REPEATS = 6  # of a pass: what differs is the passes
@@ -191,7 +193,7 @@ def _awaited(path: Path) -> Cluster:
 def measure(num_ranks: int, note: str = "") -> str:
     """Measure this machine with so many ranks at once and return the text of its cluster file."""
     description = f"{cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
-    steps = (len(all_probes(BLAS)) + len(_messages(num_ranks))) * _PASSES
+    steps = (len(all_probes(BLAS)) + len(COLD_PRODUCTS) + len(_messages(num_ranks))) * _PASSES
     with (
         _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,
         WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator") as pool,
@@ -199,10 +201,10 @@ def measure(num_ranks: int, note: str = "") -> str:
         pool.call("__init__", None)
         resident = max(pool.call("resident_bytes", None))
         library = _fastest_products(pool)
-        times, messages = _measured(pool, num_ranks, library, step)
+        times, cold, messages = _measured(pool, num_ranks, library, step)
     memory_bytes = usable_memory_bytes() // num_ranks
     reserve_bytes = min(resident + round(_OS_SHARE * memory_bytes), memory_bytes - 1)
-    machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library)
+    machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library, cold)
     dtypes = {time.row.removeprefix("dtype:"): time.seconds for time in times if time.row.startswith("dtype:")}
     return render_cluster(machine, times, dtypes, messages)
 
@@ -215,21 +217,48 @@ def _fastest_products(pool: WorkerPool) -> str:
     return best if seconds[best] < _CLEARLY * seconds[BLAS] else BLAS
 
 
-def _measured(pool: WorkerPool, num_ranks: int, library: str, step: Step) -> tuple[list[OpTime], list[MessageTime]]:
+def _measured(
+    pool: WorkerPool, num_ranks: int, library: str, step: Step
+) -> tuple[list[OpTime], list[Cold], list[MessageTime]]:
     """Ops and messages in turn, so that the passes of both span the whole time: a processor that is faster for half a
     minute, as shared ones are, then counts less."""
     probes = all_probes(library)
     ops: list[list[tuple[OpCost, list[float]]]] = [[] for _ in probes]
+    cold: dict[tuple[int, int], list[Cold]] = {}
     messages: dict[tuple[str, int, int], list[float]] = {}
     for _ in range(_PASSES):
         for index, probe in enumerate(probes):
             step(probe.label)
             ops[index].append(_op_seconds(pool, index, library))
+        for products in COLD_PRODUCTS:
+            step("calls behind {1} product(s) of {0}".format(*products))
+            cold.setdefault(products, []).append(_cold_seconds(pool, products, library))
         for key, seconds in _message_seconds(pool, num_ranks, step):
             messages.setdefault(key, []).append(seconds)
     crowding = max(1.0, num_ranks / usable_cores())
     times = [_op_time(probe, passes, crowding) for probe, passes in zip(probes, ops, strict=True)]
-    return times, [MessageTime(*key, statistics.median(seconds)) for key, seconds in messages.items()]
+    return (
+        times,
+        _cold_calls(cold),
+        [MessageTime(*key, statistics.median(seconds)) for key, seconds in messages.items()],
+    )
+
+
+def _cold_seconds(pool: WorkerPool, products: tuple[int, int], library: str) -> Cold:
+    """Of one pass, on the slowest rank."""
+    replies = pool.call("measure_cold", {"products": products, "library": library, "budget_s": _COLD_BUDGET_S})
+    between_s, op_s, view_s = map(max, zip(*replies, strict=True))
+    return between_s, op_s, view_s
+
+
+def _cold_calls(found: Mapping[tuple[int, int], Sequence[Cold]]) -> list[Cold]:
+    """Medians over passes; what stands between calls takes as long as all such products say."""
+    sizes = {products: products_size(*products) for products in found}
+    rate = statistics.median(sizes[products] / row[0] for products, rows in found.items() for row in rows)
+    return [
+        (sizes[products] / rate, statistics.median(row[1] for row in rows), statistics.median(row[2] for row in rows))
+        for products, rows in found.items()
+    ]
 
 
 def _op_seconds(pool: WorkerPool, index: int, library: str) -> tuple[OpCost, list[float]]:

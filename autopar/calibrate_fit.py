@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,12 @@ from cost_model.program import OpCost
 
 CAUSAL_BLOCK = 512
 """Keys that torch's flash attention for CPUs takes at once (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
+_LEAST_S = 1e-9  # where nothing was found
 _LEAST_SHARE = 0.1  # of an op's time that moving its bytes takes, where its overhead hides the rest
+
+
+Cold: TypeAlias = tuple[float, float, float]
+"""(seconds since the last call, by which an op takes longer, by which a view does)."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,14 @@ class MessageTime:
 @dataclass(frozen=True)
 class Machine:
     """What was measured where. memory_bytes: of one rank; reserve_bytes: taken by its interpreter and libraries;
-    products: what multiplies matrices of float32."""
+    products: what multiplies matrices of float32; cold: what calls take longer behind others."""
 
     description: str
     num_ranks: int
     memory_bytes: int
     reserve_bytes: int
     products: str
+    cold: Sequence[Cold] = ()
 
 
 def fit_gemm(times: Sequence[OpTime]) -> tuple[float, GemmRow]:
@@ -165,8 +172,15 @@ def _device_head(
         f"[device.memory]\ncapacity = {machine.memory_bytes}\nreserve = {machine.reserve_bytes}\n"
         f'bandwidth = {plain.points[-1][1]:.6g}\nsource = "measured"\n\n'
         f'[device.peak]\n{peaks}\nsource = "measured"\n\n'
-        f'[device.overhead]\nop = {plain.overhead_s:.6g}\nsource = "measured"\n'
+        f'[device.overhead]\nop = {plain.overhead_s:.6g}\n{_cold_lines(machine.cold)}source = "measured"\n'
     )
+
+
+def _cold_lines(cold: Sequence[Cold]) -> str:
+    """Both curves, where they were measured."""
+    names = ("cold_op", "cold_view") if cold else ()
+    curves = [", ".join(f"[{row[0]:.6g}, {max(row[i], _LEAST_S):.6g}]" for row in cold) for i in (1, 2)]
+    return "".join(f"{name} = [{curve}]\n" for name, curve in zip(names, curves, strict=False))
 
 
 def _gemm_section(kind: str, row: GemmRow, efficiency: float) -> str:

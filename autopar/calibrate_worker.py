@@ -133,6 +133,13 @@ class Calibrator:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 
+    def measure_cold(self, payload: Mapping[str, Any]) -> tuple[float, float, float]:
+        """Seconds of ``products``, and by which (an op, a view) takes longer behind them than in a row."""
+        from autopar.calibrate_cold import cold_s
+
+        dist.barrier()
+        return cold_s(payload["library"], payload["products"], payload["budget_s"])
+
     def product_s(self, budget_s: float) -> dict[str, float]:
         """CPU seconds of one product by each library that this build of torch has, all ranks at once."""
         from autopar.calibrate_probes import reference_product

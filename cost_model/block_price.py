@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cost_model.background import Streams
+from cost_model.cold_calls import ColdCalls, cold_seconds
 from cost_model.program import Block, Collective, Instruction, OpCost
 
 VIEW = "view"
@@ -35,12 +36,17 @@ def block_price(
     op_s: Callable[[OpCost], float],
     whole_s: Mapping[Collective, float],
     behind_s: Mapping[Collective, float],
+    cold_calls: Sequence[ColdCalls] = (),
 ) -> BlockPrice:
-    """whole_s: of each collective of the block; behind_s: what remains behind compute of those that begin there."""
+    """whole_s: of each collective of the block; behind_s: what remains behind compute of those that begin there;
+    cold_calls: of the devices of which they are known."""
     kinds: defaultdict[str, float] = defaultdict(float)
     compute = communication = 0.0
     streams, moving, completed = Streams(), dict[str, str](), dict[str, float]()
-    for instruction in block.instructions:
+    own_s = [_own_s(instruction, view_s, op_s) for instruction in block.instructions]
+    spent_s = [s + _waited_s(i, whole_s) for i, s in zip(block.instructions, own_s, strict=True)]
+    longer_s = cold_seconds(block, spent_s, cold_calls)
+    for instruction, warm_s, extra_s in zip(block.instructions, own_s, longer_s, strict=True):
         collective = instruction.collective
         if collective is not None and instruction.begins:
             streams.begin(instruction, whole_s[collective], behind_s[collective])
@@ -55,13 +61,25 @@ def block_price(
             communication += seconds
             kinds[moving[instruction.awaits]] += seconds
         if instruction.cost is not None or instruction.collective is None:
-            seconds = view_s if instruction.cost is None else op_s(instruction.cost)
+            seconds = warm_s + extra_s
             streams.spend(seconds)
             compute += seconds
             kinds[_kind(instruction)] += seconds
         if instruction.completes is not None:
             completed[instruction.completes] = streams.now_s
     return BlockPrice(compute, communication, dict(kinds), completed)
+
+
+def _own_s(instruction: Instruction, view_s: float, op_s: Callable[[OpCost], float]) -> float:
+    """Of its op, or of a view; nothing where it is a collective alone."""
+    if instruction.cost is not None:
+        return op_s(instruction.cost)
+    return view_s if instruction.collective is None else 0.0
+
+
+def _waited_s(instruction: Instruction, whole_s: Mapping[Collective, float]) -> float:
+    """Of its collective, where that ends with it."""
+    return 0.0 if instruction.collective is None or instruction.begins else whole_s[instruction.collective]
 
 
 def _kind(instruction: Instruction) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from cost_model.cold_calls import ColdCalls
 from cost_model.device_rows import ATTENTION_PRODUCTS, GemmRow, Row, StreamRow, Tiling
 from cost_model.errors import UnknownNameError, UnsupportedError
 from cost_model.hardware_file import Table, read_shipped, shipped_names
@@ -38,6 +39,7 @@ STREAM_KINDS = (
 )
 KINDS = GEMM_KINDS + STREAM_KINDS
 DEVICE_KINDS = ("cuda", "cpu")
+_COLD = ("cold_op", "cold_view")
 BLAS, ONEDNN = PRODUCT_LIBRARIES = ("blas", "onednn")
 
 
@@ -48,7 +50,7 @@ class Device:
     kind: "cuda" or "cpu". memory_bytes: what a program may be given; reserve_bytes: what the runtime around it
     takes (context, communication library, interpreter). peak_flops: by dtype; a dtype that is missing is one the
     device cannot compute in. op_overhead_s: the least time between the starts of two small ops; kernel_overhead_s: of
-    two kernels that a compiler made.
+    two kernels that a compiler made. cold_calls: what a call takes longer whose code has left the caches, if measured.
     rows: one per kind of ``KINDS``. ops: rows of single ops that were measured, by name in the op table; they come
     before that of their kind. products: of ``PRODUCT_LIBRARIES``, what multiplies matrices of float32 on a CPU: what
     torch itself calls, or oneDNN, which uses AVX-512 also where that does not. reported_as: names under which
@@ -66,6 +68,7 @@ class Device:
     rows: Mapping[str, Row] = field(hash=False)
     ops: Mapping[str, StreamRow] = field(default_factory=dict, hash=False)
     products: str = BLAS
+    cold_calls: ColdCalls | None = None
     reported_as: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
     path: str = field(default="its file", compare=False)
@@ -166,7 +169,7 @@ def device_from_table(table: Table) -> Device:
         table.fail("products", f"must be one of {', '.join(PRODUCT_LIBRARIES)}, not {products!r}")
     sources = {"device": table.text("source")}
     memory = _sourced(table, "memory", ("capacity", "reserve", "bandwidth"), sources)
-    overhead = _sourced(table, "overhead", ("op", "kernel"), sources)
+    overhead = _sourced(table, "overhead", ("op", "kernel", *_COLD), sources)
     peak = _sourced(table, "peak", DTYPE_BYTES, sources)
     bandwidth, op_overhead_s = memory.bandwidth("bandwidth"), overhead.seconds("op")
     if memory.nbytes("reserve") >= memory.nbytes("capacity"):
@@ -183,6 +186,7 @@ def device_from_table(table: Table) -> Device:
         rows=_rows(table.table("cost"), bandwidth, op_overhead_s, sources),
         ops=_ops(table.table("op"), bandwidth, op_overhead_s, sources) if table.has("op") else {},
         products=products,
+        cold_calls=_cold_calls(overhead),
         reported_as=table.texts("reported_as") if table.has("reported_as") else (),
         sources=sources,
         path=table.path,
@@ -206,6 +210,14 @@ def _sourced(table: Table, name: str, known: Mapping[str, int] | tuple[str, ...]
     part.only((*known, "source"))
     sources[part.key.removeprefix("device.")] = part.text("source")
     return part
+
+
+def _cold_calls(overhead: Table) -> ColdCalls | None:
+    """Both curves or neither."""
+    if not any(map(overhead.has, _COLD)):
+        return None
+    op, view = map(overhead.points, _COLD)
+    return ColdCalls(op, view)
 
 
 def _peaks(table: Table) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Protocol
 from cost_model.axes import is_inside_replica
 from cost_model.axis_groups import axis_groups, collective_stages
 from cost_model.block_price import BlockPrice, block_price
+from cost_model.cold_calls import ColdCalls
 from cost_model.crossing import Message
 from cost_model.errors import VerificationError
 from cost_model.program import Block, Collective, OpCost, Program, StageProgram
@@ -27,6 +28,9 @@ class PricedDevice(Protocol):
 
     @property
     def op_overhead_s(self) -> float: ...
+
+    @property
+    def cold_calls(self) -> ColdCalls | None: ...
 
     def op_time_s(self, cost: OpCost, /) -> float: ...
 
@@ -252,7 +256,8 @@ class _Pricer:
         key = (id(block), *map(id, devices), *whole_s.values(), *behind_s.values())
         if key not in self.blocks:
             view_s = max((device.op_overhead_s for device in devices if device.kind == "cpu"), default=0.0)
-            self.blocks[key] = block_price(block, view_s, op_s, whole_s, behind_s)
+            cold = [device.cold_calls for device in devices if device.cold_calls is not None]
+            self.blocks[key] = block_price(block, view_s, op_s, whole_s, behind_s, cold)
         return self.blocks[key]
 
     def _collectives(self, block: Block) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:

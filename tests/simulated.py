@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cost_model.cold_calls import ColdCalls
 from cost_model.program import Block, Chunk, Collective, Instruction, OpCost, Program, StageProgram, StepWork, Value
 from cost_model.shards import ParameterShard
 from cost_model.simulate import SimulationResult, simulate
@@ -19,6 +20,7 @@ class Device:
     kind: str = "cuda"
     op_overhead_s: float = 0.25
     slowness: float = 1.0
+    cold_calls: ColdCalls | None = None
 
     def op_time_s(self, cost: OpCost) -> float:
         return cost.flops * self.slowness

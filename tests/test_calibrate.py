@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from autopar import calibrate
-from autopar.calibrate_fit import Machine, MessageTime, OpTime, fit_gemm, fit_stream, mean_row, render_cluster
+from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, fit_gemm, fit_stream, mean_row, render_cluster
 from autopar.calibrate_operands import drawn
 from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, cpu_seconds, message_ranks
@@ -93,7 +93,7 @@ def test_the_row_of_a_kind_is_the_geometric_mean_of_its_ops() -> None:
     assert mean.points[0] == (1e6, pytest.approx(2e9)) and mean.overhead_s == pytest.approx(2e-6)
 
 
-def invented_text(num_ranks: int = 2, more: Sequence[OpTime] = ()) -> str:
+def invented_text(num_ranks: int = 2, more: Sequence[OpTime] = (), cold: Sequence[Cold] = ()) -> str:
     """The file of a machine whose products run at 90 Gflop/s and whose other ops stream at 10 GB/s."""
     gemm = GemmRow(1.0, 10.0, 10.0, 10.0, 0.0, 1e-6, 2e-6, 512.0)
     products = ("matmul", "batched_matmul", "convolution", "convolution_backward")
@@ -110,7 +110,7 @@ def invented_text(num_ranks: int = 2, more: Sequence[OpTime] = ()) -> str:
         for ranks in message_ranks(num_ranks)
         for nbytes in (1024, 2**20)
     ]
-    machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30, ONEDNN)
+    machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30, ONEDNN, cold)
     return render_cluster(machine, [*times, *more], {"float32": 1e-3, "float64": 2e-3}, messages)
 
 

@@ -1,0 +1,92 @@
+"""Calls whose code has left the caches: prices by hand, the curves of a file, and what is measured of them."""
+
+import dataclasses
+import math
+
+import pytest
+from simulated import issue, op
+from test_calibrate import invented_text
+
+from autopar.calibrate import _cold_calls
+from autopar.calibrate_cold import COLD_PRODUCTS, cold_s
+from cost_model.block_price import block_price
+from cost_model.cluster import Cluster
+from cost_model.cold_calls import ColdCalls
+from cost_model.device import BLAS
+from cost_model.errors import ClusterFileError
+from cost_model.program import Block, Collective, Instruction
+
+CALLS = ColdCalls(op=((1.0, 10.0), (math.e, 20.0)), view=((2.0, 5.0),))
+
+
+def named(name: str, seconds: float) -> Instruction:
+    return dataclasses.replace(op(seconds), op=name)
+
+
+def compute_s(instructions: tuple[Instruction, ...], *devices: ColdCalls, waited_s: float = 0.0) -> float:
+    """Of a block whose ops take their flops in seconds and its views half a second."""
+    whole_s = {i.collective: waited_s for i in instructions if i.collective is not None}
+    block = Block("forward", (), instructions, ())
+    return block_price(block, 0.5, lambda cost: cost.flops, whole_s, {}, devices).compute_s
+
+
+def test_a_curve_is_straight_in_the_logarithm_and_flat_outside() -> None:
+    found = [CALLS.longer_s(s, is_view=False) for s in (0.0, 0.99, 1.0, math.sqrt(math.e), math.e, 100.0)]
+    assert found == pytest.approx([0.0, 0.0, 10.0, 15.0, 20.0, 20.0])
+    assert [CALLS.longer_s(s, is_view=True) for s in (1.9, 2.0, 9.0)] == [0.0, 5.0, 5.0]
+
+
+def test_a_call_is_longer_by_what_ran_since_the_last_of_its_op() -> None:
+    block = (named("a", 0.25), named("a", 0.25), named("b", 3.0), named("a", 0.25), issue(None))
+    # a: 0.5 s behind the one at the end of the run before, then at once, then behind b; b: 1.25 s; the view: 3.75 s
+    longer_s = 0.0 + 0.0 + CALLS.longer_s(1.25, is_view=False) + 20.0 + 5.0
+    assert compute_s(block, CALLS) == pytest.approx(compute_s(block) + longer_s)
+
+
+def test_waiting_for_a_collective_is_time_too() -> None:
+    what = Collective("all_reduce", "tp", 8)
+    block = (named("a", 0.25), dataclasses.replace(issue(what), op="autopar.all_reduce"))
+    assert compute_s(block, CALLS, waited_s=0.5) == compute_s(block)
+    assert compute_s(block, CALLS, waited_s=9.0) == compute_s(block) + 20.0
+
+
+def test_the_slowest_device_counts() -> None:
+    block = (named("a", 0.25), named("b", 3.0))
+    assert compute_s(block, CALLS.faster(2.0), CALLS) == compute_s(block, CALLS)
+
+
+def test_a_device_twice_as_fast_takes_half_of_everything() -> None:
+    slow = (named("a", 0.5), named("b", 6.0), named("a", 1.0))
+    fast = (named("a", 0.25), named("b", 3.0), named("a", 0.5))
+    assert compute_s(fast, CALLS.faster(2.0)) == pytest.approx(compute_s(slow, CALLS) / 2)
+
+
+def test_a_file_gives_both_curves_or_neither() -> None:
+    plain = invented_text()
+    assert Cluster.from_toml(plain, "invented.toml").devices[0].cold_calls is None
+    old, curve = "[device.overhead]\n", "[[1e-3, 1e-5], [1e-2, 2e-5]]"
+    text = plain.replace(old, f"{old}cold_op = {curve}\ncold_view = {curve}\n")
+    points = ((1e-3, 1e-5), (1e-2, 2e-5))
+    assert Cluster.from_toml(text, "invented.toml").devices[0].cold_calls == ColdCalls(points, points)
+    with pytest.raises(ClusterFileError, match="cold_view"):
+        Cluster.from_toml(plain.replace(old, f"{old}cold_op = {curve}\n"), "invented.toml")
+
+
+def test_what_stands_between_calls_grows_whatever_single_passes_say() -> None:
+    passes = {(256, 1): [(2e-3, 0.0, 0.0)], (512, 1): [(1e-3, 1e-6, 0.0)], (512, 2): [(2e-3, 3e-6, 1e-6)] * 2}
+    found = _cold_calls(passes)
+    assert found == [pytest.approx(row) for row in ((1.25e-4, 0.0, 0.0), (1e-3, 1e-6, 0.0), (2e-3, 3e-6, 1e-6))]
+
+
+def test_measured_curves_are_written_and_read() -> None:
+    cold = ((1e-4, 0.0, 2e-6), (1e-3, 1e-5, 4e-6))
+    calls = Cluster.from_toml(invented_text(cold=cold), "invented.toml").devices[0].cold_calls
+    assert calls is not None
+    assert [calls.longer_s(1e-3, is_view=view) for view in (False, True)] == [1e-5, 4e-6]
+    assert calls.longer_s(1e-4, is_view=False) < 1e-8
+
+
+def test_calls_behind_products_take_longer_than_behind_none() -> None:
+    nothing_s, *_ = cold_s(BLAS, (8, 1), 0.01)
+    between_s, op_s, view_s = cold_s(BLAS, COLD_PRODUCTS[-1], 0.05)
+    assert between_s > 10 * nothing_s and op_s > 0 and view_s > 0
