@@ -91,10 +91,14 @@ class Specialiser:
 
 def twins(whole: ModelGraph, other: ModelGraph) -> dict[fx.Node, fx.Node]:
     """Every node of ``whole`` and the same node of ``other``; BatchMismatchError where they are not one graph."""
-    nodes, others = list(whole.graph.nodes), list(other.graph.nodes)
-    if [_identity(n) for n in nodes] != [_identity(n) for n in others]:
+    if not are_twins(whole, other):
         raise BatchMismatchError("the model runs different ops at different batch sizes")
-    return dict(zip(nodes, others, strict=True))
+    return dict(zip(whole.graph.nodes, other.graph.nodes, strict=True))
+
+
+def are_twins(whole: ModelGraph, other: ModelGraph) -> bool:
+    """Whether two graphs are of the same calls."""
+    return [_identity(n) for n in whole.graph.nodes] == [_identity(n) for n in other.graph.nodes]
 
 
 def _identity(node: fx.Node) -> tuple[Any, ...]:

@@ -34,6 +34,7 @@ from passes.mutations import Changed, changed_buffers, check_statistics
 from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
+from passes.specialise import are_twins
 from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
@@ -162,26 +163,33 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     check_hooks(wrapped.model)
     aliases = alias_map(wrapped.model)
     graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
-    other_size = _second_size(spec.size)
     notes = (
         *wrapped.watch.notes,
         *wrapped.functions.notes(),
         *wrapped.questions.notes(),
         *wrapped.awareness.notes(),
     )
-    other = None
-    if other_size is not None:
-        try:
-            with _stack_traces(False):
-                other, *_ = _export(wrapped, spec, other_size, aliases, folded=True)
-        except TraceError as error:
-            notes = (
-                *notes,
-                f"the batch cannot be split: the model does not trace at batch {other_size} ({error.args[0]})",
-            )
+    other, failures = _other(wrapped, spec, aliases, graph)
     graph, other = give_draws(graph, other)
     merge_equal([graph] if other is None else [graph, other])
-    return Traced(graph, other, aliases, constants, spec, notes, counters)
+    return Traced(graph, other, aliases, constants, spec, (*notes, *failures), counters)
+
+
+def _other(
+    wrapped: _WithLoss, spec: BatchSpec, aliases: Mapping[str, str], graph: ModelGraph
+) -> tuple[ModelGraph | None, tuple[str, ...]]:
+    """The graph at another batch size, of the same calls where a size has it; why there is none, as a note."""
+    other, failures = None, tuple[str, ...]()
+    for size in _other_sizes(spec.size):
+        try:
+            with _stack_traces(False):
+                other, *_ = _export(wrapped, spec, size, aliases, folded=True)
+        except TraceError as error:
+            failures = (f"the batch cannot be split: the model does not trace at batch {size} ({error.args[0]})",)
+        else:
+            if are_twins(graph, other):
+                return other, ()
+    return other, () if other is not None else failures
 
 
 @contextmanager
@@ -195,11 +203,16 @@ def _stack_traces(wanted: bool) -> Iterator[None]:
         fx_config.do_not_emit_stack_traces = before
 
 
-def _second_size(batch: int) -> int | None:
-    """A second batch size above 1 (size-1 dims look like broadcasts); None when the batch cannot be split."""
+def _other_sizes(batch: int) -> tuple[int, ...]:
+    """Batch sizes above 1 (size-1 dims look like broadcasts) to trace at, until one has the same calls.
+
+    The least, which costs least, then the largest part: what the model does for fewer samples than it was given (a
+    kernel chosen by the number of rows) one device does not do with the whole batch.
+    """
     if batch < 2:
-        return None
-    return next((d for d in range(2, batch) if batch % d == 0), 2 * batch)
+        return ()
+    parts = [d for d in range(2, batch) if batch % d == 0]
+    return tuple(dict.fromkeys((parts[0], parts[-1]))) if parts else (2 * batch,)
 
 
 @contextmanager

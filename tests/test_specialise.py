@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from models import example_gpt, hf_gpt2
 from odd_models import Net, inputs, net
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 from passes.graph import ModelGraph
@@ -42,6 +44,29 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
 def _traced(name: str) -> tuple[nn.Module, dict[str, Tensor], Traced]:
     model, given = MODELS[name]()
     return model, given, trace(model, given)
+
+
+def _nearest() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Distances of more than 25 rows are products, of fewer they are not."""
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        near = torch.cdist(self.a(x).view(-1, 1), self.b.weight[0].view(-1, 1)).square().mean(1)
+        return F.mse_loss(near.view(x.size(0), -1).sum(1), y[:, 0])
+
+    return net(forward), inputs()
+
+
+def test_what_few_samples_do_otherwise_is_traced_at_more() -> None:
+    model, given = _nearest()
+    traced = trace(model, given)
+    assert traced.other is not None and traced.other.batch == 4
+    assert specialise(traced, 2).batch == 2
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("pins", [{"dp": 2}, {"pp": 2, "microbatch_size": 2}], ids=str)
+def test_parts_do_what_the_whole_batch_does(pins: dict[str, int]) -> None:
+    check_parity(*_nearest(), 2, 1e-9, functools.partial(torch.optim.SGD, lr=0.1), **pins)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4])
