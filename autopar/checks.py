@@ -121,10 +121,11 @@ def _check_whole_shares(size: int, degrees: Sequence[int], batch: int) -> None:
     """ParallelismError where no replica's one microbatch is of this size. degrees: what dp may be."""
     shares = {dp: batch // dp for dp in degrees if batch % dp == 0}
     if shares and size not in shares.values():
-        possible = " or ".join(f"{share} samples under dp={dp}" for dp, share in shares.items())
+        under = " or ".join(f"{share} samples under dp={dp}" for dp, share in shares.items())
+        possible = under if len(degrees) > 1 else f"{batch // degrees[0]} samples"
         raise ParallelismError(
-            f"batch norm or the loss needs all samples of the batch at once, so each replica has one microbatch: "
-            f"{possible}, not {size}; leave microbatch_size None"
+            f"batch norm or the loss needs all samples of the batch at once, so each replica has one microbatch, of "
+            f"{possible}; leave microbatch_size None"
         )
 
 

@@ -69,8 +69,11 @@ def test_coupled_samples_of_a_replica_are_one_microbatch(pins: dict[str, int], s
 def test_sizes_that_cut_coupled_samples_are_refused_with_those_that_do_not() -> None:
     model, batch = COUPLED["contrastive"]()
     for pins, said in (
-        ({"microbatch_size": 2}, "8 samples under dp=1 or 4 samples under dp=2, not 2"),
-        ({"dp": 2, "microbatch_size": 2}, "one microbatch: 4 samples under dp=2, not 2; leave microbatch_size None"),
+        (
+            {"microbatch_size": 2},
+            "one microbatch, of 8 samples under dp=1 or 4 samples under dp=2; leave microbatch_size None",
+        ),
+        ({"dp": 2, "microbatch_size": 2}, "one microbatch, of 4 samples; leave microbatch_size None"),
     ):
         with pytest.raises(ParallelismError, match=said):
             autopar.estimate(model, cpu_cluster(2), batch, parallelism=autopar.Parallelism(**pins))
