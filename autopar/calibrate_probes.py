@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from autopar.calibrate_images import image_probes
 from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
 from autopar.calibrate_streams import stream_probes
 from autopar.calibrate_worker import Probe
@@ -31,7 +32,7 @@ _TINY = 8
 def all_probes(library: str) -> tuple[Probe, ...]:
     """All probes, in a fixed order, alike in number and names for all of ``PRODUCT_LIBRARIES``."""
     products = (*_products(library), *_batched_products())
-    return (*products, *_convolutions(), *_attentions(), *_dtypes(library), *stream_probes())
+    return (*products, *_convolutions(), *_attentions(), *_dtypes(library), *stream_probes(), *image_probes())
 
 
 def reference_product(library: str) -> Probe:

@@ -19,6 +19,7 @@ import torch
 
 from autopar import calibrate
 from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, fit_gemm, fit_stream, mean_row, render_cluster
+from autopar.calibrate_images import image_probes
 from autopar.calibrate_operands import drawn
 from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, cpu_seconds, message_ranks
@@ -185,6 +186,18 @@ def test_probes_write_into_no_memory_that_others_read() -> None:
         if probe.label.endswith(" 1 KiB"):
             probe.call()()
     assert numbers.sum(dtype=torch.float64) == before
+
+
+def test_probes_of_images_have_rows_of_their_own_whose_times_grow_with_their_bytes() -> None:
+    """Bytes of other ops of their kinds tell nothing of them: a maximum over windows takes ten times as long."""
+    costs: dict[str, list[float]] = {}
+    for probe in image_probes():
+        cost = probe.cost()
+        assert probe.row == ALONE and cost.op is not None
+        costs.setdefault(cost.op, []).append(cost.nbytes)
+    assert len(costs) == 8 and all(op.partition(".")[2].startswith(("max", "avg", "upsample")) for op in costs)
+    for sizes in costs.values():
+        assert sizes == sorted(set(sizes)) and sizes[0] < 4096 and sizes[-1] > 2**21
 
 
 def test_copies_of_a_probe_share_no_memory() -> None:
