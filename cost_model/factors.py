@@ -7,6 +7,7 @@ sharding rules; a dim may be a product of factors in row-major order, "(q c)", a
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -128,6 +129,24 @@ def parse_map(
 
     sizes: extents that the shapes alone do not tell, as of one factor of a product "(q c)".
     """
+    more = (tuple(halo.items()), tuple(addends), tuple(linear), tuple(sizes.items()))
+    return _parsed(notation, inputs, outputs, whole, inside, ordered, *more)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(
+    notation: str,
+    inputs: tuple[TensorMeta, ...],
+    outputs: tuple[TensorMeta, ...],
+    whole: str,
+    inside: str,
+    ordered: str,
+    halo: tuple[tuple[str, int], ...],
+    addends: tuple[int, ...],
+    linear: tuple[tuple[int, ...], ...],
+    sizes: tuple[tuple[str, int], ...],
+) -> FactorMap:
+    """What ``parse_map`` says; a deep model asks for the same many times."""
     left, right = notation.split("->")
     terms = [*(_terms(left) if inputs else []), *(_terms(right) if outputs else [])]
     metas = (*inputs, *outputs)
@@ -149,7 +168,7 @@ def parse_map(
         whole=frozenset(whole.split()) & used,
         inside=frozenset(inside.split()) & used,
         ordered=frozenset(ordered.split()) & used,
-        halo={name: least for name, least in halo.items() if name in used},
+        halo={name: least for name, least in halo if name in used},
         addends=frozenset(addends),
         linear=tuple(frozenset(group) for group in linear),
     )

@@ -204,6 +204,9 @@ class _Amount:
         return _Amount(saved, sum(live.values()), peak.peak_bytes, live)
 
 
+_NOTHING = _Amount()
+
+
 @dataclass(frozen=True)
 class _ChunkBlocks:
     """What each step of a chunk holds, computed once.
@@ -237,7 +240,7 @@ class _ChunkBlocks:
 
         def peak(block: Block | None, live_in: Mapping[str, int], held: Collection[str] = ()) -> _Amount:
             if block is None:
-                return _Amount()
+                return _NOTHING
             return _Amount.block(block_peak(block, live_in, round_bytes, held), {*ends.carried, *ends.kept})
 
         backward_in = {**ends.carried, **ends.gradient_in}
@@ -282,7 +285,7 @@ class _StageWalk:
         self.sending_backward: deque[SendBackward] = deque()
         self.outlived: set[SendForward] = set()
         self.best = -1
-        self.best_moment: tuple[Step | str, int, int, int, _Amount] = ("", 0, 0, 0, _Amount())
+        self.best_moment: tuple[Step | str, int, int, int, _Amount] = ("", 0, 0, 0, _NOTHING)
 
     def run(self, step: Step) -> None:
         blocks = self.blocks[step.chunk]
@@ -340,7 +343,7 @@ class _StageWalk:
 
     def _receive(self, step: Step, buffer: _Amount) -> None:
         self.buffers.add(buffer)
-        self._see(step, _Amount())
+        self._see(step, _NOTHING)
 
     def _send_forward(self, step: SendForward) -> None:
         self.sending_forward.append(step)

@@ -241,7 +241,12 @@ class Program:
 
     def ranks(self, stage: int) -> tuple[int, ...]:
         """The devices of a stage, in the order of its mesh."""
-        return tuple(self.devices[stage, dp, tp] for dp, tp in self.meshes[stage].cells())
+        return self._ranks[stage]
+
+    @cached_property
+    def _ranks(self) -> tuple[tuple[int, ...], ...]:
+        cells = enumerate(mesh.cells() for mesh in self.meshes)
+        return tuple(tuple(self.devices[stage, dp, tp] for dp, tp in own) for stage, own in cells)
 
     def tied_stages(self, name: str) -> tuple[int, ...]:
         """Stages with a parameter whose ``tied`` is this name."""

@@ -155,11 +155,12 @@ def _run_schedule(program: Program, prices: Sequence[StagePrice], receives: Rece
     ]
     for before in ranks[: pp if program.virtual_stages > 1 else pp - 1]:
         _link(before, ranks[(before.stage + 1) % pp])
-    awake = deque(range(pp))
+    awake = dict.fromkeys(range(pp))
     while awake:
-        stage = awake.popleft()
+        stage = next(iter(awake))
+        del awake[stage]
         if ranks[stage].advance():
-            awake.extend(near for near in dict.fromkeys(((stage - 1) % pp, (stage + 1) % pp)) if near not in awake)
+            awake |= dict.fromkeys(near for near in ((stage - 1) % pp, (stage + 1) % pp) if near not in awake)
     for rank in ranks:
         if not rank.finished():
             raise VerificationError("deadlock", f"stage {rank.stage} waits forever at {rank.steps[rank.position]}")

@@ -24,7 +24,7 @@ from passes import (  # noqa: F401  (with others add to REWRITES)
     restate_strided,
 )
 from passes.calls import schema_arguments
-from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, meta_of, source_of
+from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, drop_dead_calls, meta_of, source_of
 from passes.restate import HALF, REWRITES
 from passes.restate_masks import refuse_unknown_shape
 from passes.rewriter import GraphBuilder
@@ -96,7 +96,8 @@ class Cleaner:
         return self._plain(node)
 
     def _plain(self, node: fx.Node) -> Any:
-        if meta_of(node.meta.get("val")) is None:
+        meta = meta_of(node.meta.get("val"))
+        if meta is None:
             return _Number(node)
         if getattr(node.target, "__name__", "") == "getitem" and not isinstance(self.mapped[node.args[0]], fx.Node):  # type: ignore[index]
             return self.mapped[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -109,8 +110,6 @@ class Cleaner:
                 f"{node.target} draws random numbers in a way that does not divide among ranks ({source_of(node)}): "
                 "draw them outside the model and pass them as inputs, or make them of torch.rand"
             )
-        meta = meta_of(node.meta["val"])
-        assert meta is not None
         made = self.built.copy(node, self.mapped, meta)
         if "device" in made.kwargs:
             made.kwargs = {**made.kwargs, "device": torch.device("cpu")}
@@ -199,6 +198,6 @@ def clean(
     loss, graph = returned[output], run.built.graph
     values = {buffer: returned[number] for buffer, number in buffers.items()}
     graph.output((loss, *values.values()))
-    graph.eliminate_dead_code()
+    drop_dead_calls(graph)
     cleaned = ModelGraph(graph, run.built.metas, tuple(inputs), (loss.name,), batch)
     return write_buffers(cleaned, values) if values else cleaned

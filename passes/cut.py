@@ -9,7 +9,7 @@ from torch import fx
 
 from passes.batch import BatchAnalysis
 from passes.dependence import ancestors
-from passes.graph import GraphInput, ModelGraph
+from passes.graph import GraphInput, ModelGraph, drop_dead_calls
 from passes.pieces import AMBIENT
 from passes.rewriter import GraphBuilder
 from passes.segment import Segment, carried_values
@@ -56,7 +56,7 @@ def cut_stage(
         mapped[node] = copied
     outputs = tuple(mapped[node] for node in exits)
     built.graph.output(outputs)
-    built.graph.eliminate_dead_code()
+    drop_dead_calls(built.graph)
     return ModelGraph(built.graph, built.metas, inputs, tuple(n.name for n in outputs), model.batch)
 
 

@@ -94,19 +94,29 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
-def copied_node(graph: fx.Graph, node: fx.Node, mapped: Mapping[fx.Node, Any]) -> fx.Node:
-    """Append a copy of a node, meta and all, with operands replaced through ``mapped``, keeping its name where it is
-    free.
+def copied_node(graph: fx.Graph, node: fx.Node, mapped: Mapping[fx.Node, Any], name: str | None = None) -> fx.Node:
+    """Append a copy of a node, meta and all, with operands replaced through ``mapped``, keeping its name, or taking the
+    one given, where it is free.
 
     ``Graph.node_copy`` looks through all arguments of a call for symbolic numbers, which no graph here holds, and takes
     twice as long for it; a call that is given its arguments afterwards is not looked through.
     """
-    made = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+    made = graph.create_node(node.op, node.target, name=name or node.name, type_expr=node.type)
     made.args = fx.map_arg(node.args, mapped.__getitem__)
     if node.kwargs:
         made.kwargs = fx.map_arg(node.kwargs, mapped.__getitem__)
     made.meta.update(node.meta)
     return made
+
+
+def drop_dead_calls(graph: fx.Graph) -> None:
+    """Erase calls whose results nothing uses, but for those that do more than make them.
+
+    ``Graph.eliminate_dead_code`` checks the whole graph first and asks of every call what it may do, used or not.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not node.is_impure():
+            graph.erase_node(node)
 
 
 def source_of(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.dependence import active_nodes
-from passes.graph import ModelGraph
+from passes.graph import ModelGraph, drop_dead_calls
 
 
 def merge_equal(graphs: Sequence[ModelGraph]) -> None:
@@ -29,7 +29,7 @@ def merge_equal(graphs: Sequence[ModelGraph]) -> None:
             for node, kept in zip(same, first, strict=True):
                 node.replace_all_uses_with(kept)
     for graph in graphs:
-        graph.graph.eliminate_dead_code()
+        drop_dead_calls(graph.graph)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -21,12 +21,13 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode, track_tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from passes.flat import flat, whole
 from passes.hidden import Hidden
-from passes.templates import Recognised, Recorded, Ref, Template, UnlikeError, known_of
+from passes.templates import Recognised, Recorded, Ref, Template, UnlikeError, ghost_of, known_of
 from passes.vocabulary import define
 
 FEWEST = 3
@@ -62,8 +63,6 @@ class Repeats:
     @contextmanager
     def over(self) -> Iterator[None]:
         """Around the export. Errors: UnlikeError."""
-        global _current
-        before, _current = _current, self
         classes = dict.fromkeys(type(module) for module in self.modules)
         patches = [mock.patch.object(cls, "forward", self._forward(cls)) for cls in classes]
         for patch in patches:
@@ -72,7 +71,6 @@ class Repeats:
             with self.hidden.away():
                 yield
         finally:
-            _current = before
             for patch in patches:
                 patch.stop()
 
@@ -162,25 +160,35 @@ class Repeats:
         """The module's result, each tensor that it made replaced by one that a call of ``repeated`` makes."""
         number, made = self.templates.index(template), {}
         for place, tensor in enumerate(template.made):
-            out = torch.ops.autopar.repeated(values, number, run, place)
-            made[tensor] = out.requires_grad_(template.needs[tensor])
+            like = template.ghosts[tensor], template.needs[tensor]
+            made[tensor] = _call_of_repeated(*like, values, number, run, place)
         leaves = flat(result)[0]
         pairs = zip(leaves, template.results, strict=True)
         leaves = [made.get(known.number, own) if isinstance(known, Ref) else own for own, known in pairs]
         return whole(iter(leaves), template.spec)
 
 
-_current: Repeats | None = None
-
-
-@define("repeated(Tensor[] values, int template, int run, int place) -> Tensor")
+@define("repeated(Tensor[] values, int template, int run, int place) -> Tensor", torch.Tag.flexible_layout)
 def repeated(values: Sequence[Tensor], template: int, run: int, place: int) -> Tensor:
     """What a module of the template's kind returns; values: what it reads of the graph, and of the first run what it
     made."""
-    assert _current is not None
-    known = _current.templates[template]
-    ghost = known.ghosts[known.made[place]]
-    return torch.empty_strided(ghost.shape, ghost.stride(), dtype=ghost.dtype, device=ghost.device)
+    raise AssertionError("it is written into the graph, and never called")
+
+
+def _call_of_repeated(ghost: Tensor, needs_gradient: bool, *args: Any) -> Tensor:
+    """A tensor like ``ghost`` that a call of ``repeated`` in the tracer's graph makes.
+
+    Dispatched as other calls are, it would take the tracer ten times as long.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None and isinstance(mode.tracer, PythonKeyTracer)
+    tracer = mode.tracer
+    with torch._C.DisableTorchFunction():
+        made, known = ghost_of(ghost), pytree.tree_map(tracer.unwrap_proxy, args)
+        call = tracer.create_proxy("call_function", repeated, known, {}, name="repeated")
+        call.node.meta["val"] = made
+        track_tensor(made, call, constant=None, tracer=tracer)
+        return made.requires_grad_(needs_gradient)
 
 
 def repeated_modules(model: nn.Module) -> tuple[nn.Module, ...]:

@@ -27,7 +27,7 @@ from passes.batch import (
     analyse_batch,
     is_view,
 )
-from passes.graph import ModelGraph
+from passes.graph import ModelGraph, drop_dead_calls
 from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.rewriter import GraphBuilder
 from passes.trace import Traced
@@ -118,7 +118,7 @@ class _Exchange:
         if self.analysis.shares_loss:
             outs[0] = self._call(REPLICA_SHARE, outs[0], (1,), outs[0])
         self.built.graph.output(tuple(outs))
-        self.built.graph.eliminate_dead_code()
+        drop_dead_calls(self.built.graph)
         return replace(self.model, graph=self.built.graph, metas=self.built.metas, outputs=tuple(n.name for n in outs))
 
     def _summed(self, user: fx.Node, operand: fx.Node) -> fx.Node | None:

@@ -7,6 +7,7 @@ not stand in the way of cuts: they are carried along, whole on every rank, besid
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -236,6 +237,7 @@ def _fold(kinds: list[str]) -> list[tuple[int, int]]:
 
 def _segments(facts: _Facts, runs: list[list[fx.Node]]) -> tuple[Segment, ...]:
     segments: list[Segment] = []
+    targets = {i.node: i.target for i in facts.model.inputs if i.kind == "parameter"}
     last_run = {n.name: k for k, nodes in enumerate(runs) for o in nodes for n in o.all_input_nodes}
     alive: dict[str, None] = {}
     for number, nodes in enumerate(runs):
@@ -250,7 +252,7 @@ def _segments(facts: _Facts, runs: list[list[fx.Node]]) -> tuple[Segment, ...]:
                 nodes=tuple(n.name for n in nodes),
                 entry=entry,
                 exit=nodes[-1].name,
-                label=_label(nodes, facts.model),
+                label=_label(nodes, targets),
                 parameters=tuple(name for name in operands if name in facts.params),
                 carried=carried,
                 reads=tuple(name for name in operands if name in carried),
@@ -265,9 +267,8 @@ def _entry_text(facts: _Facts, entry: str | None) -> str:
     return "first" if entry is None else f"{facts.model.metas[entry]}{entry in facts.carried}"
 
 
-def _label(nodes: list[fx.Node], model: ModelGraph) -> str:
-    """The longest module path shared by the segment's parameters, else its first op."""
-    targets = {i.node: i.target for i in model.inputs if i.kind == "parameter"}
+def _label(nodes: list[fx.Node], targets: Mapping[str, str]) -> str:
+    """The longest module path shared by the segment's parameters, else its first op; targets: of parameters."""
     paths = [targets[o.name].split(".")[:-1] for n in nodes for o in n.all_input_nodes if o.name in targets]
     if not paths:
         return str(nodes[0].target)

@@ -19,7 +19,7 @@ from cost_model.strategies import MeshStrategy, parse_mesh_strategy, replicated
 from cost_model.tensor import TensorMeta
 from passes.calls import tensor_args
 from passes.dependence import active_nodes
-from passes.graph import Meta, ModelGraph, is_getitem
+from passes.graph import Meta, ModelGraph, drop_dead_calls, is_getitem
 from passes.localise import localise
 from passes.pieces import AMBIENT, segment_of
 from passes.redistribute import ambient_shard, redistribute
@@ -82,7 +82,7 @@ class _Shard:
         by_name = {n.name: n for n in self.model.graph.nodes}
         outs = (out, *(self.mapped[by_name[name]] for name in self.model.outputs[1:]))
         self.built.graph.output(outs)
-        self.built.graph.eliminate_dead_code()
+        drop_dead_calls(self.built.graph)
         inputs = self.model.inputs
         graph = ModelGraph(self.built.graph, self.built.metas, inputs, tuple(n.name for n in outs), self.model.batch)
         places = {n.name: self.places[n] for n in self.model.graph.nodes if n.op == "placeholder"}

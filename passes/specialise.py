@@ -74,19 +74,13 @@ class Specialiser:
         if other is None:
             notes = "; ".join(self.traced.notes)
             raise UnsupportedError(f"the batch of {whole.batch} cannot be split into parts of {batch}: {notes}")
-        return _Affine(whole, other, batch, self._twins)
-
-    @cached_property
-    def _twins(self) -> dict[fx.Node, fx.Node]:
-        assert self.traced.other is not None
-        return twins(self.traced.global_graph, self.traced.other)
+        return _Affine(whole, other, batch, self.traced.twins)
 
     @cached_property
     def _differences(self) -> frozenset[int]:
         """By how much the sizes in the graph differ between the two traces; every node is compared."""
-        survey = _Survey(self.traced.global_graph, self._affine(self._batch).other, self._batch, self._twins)
-        survey.run()
-        return frozenset(survey.differences)
+        survey = _Survey(self.traced.global_graph, self._affine(self._batch).other, self._batch, self.traced.twins)
+        return survey.differences()
 
 
 def twins(whole: ModelGraph, other: ModelGraph) -> dict[fx.Node, fx.Node]:
@@ -102,7 +96,7 @@ def are_twins(whole: ModelGraph, other: ModelGraph) -> bool:
 
 
 def _identity(node: fx.Node) -> tuple[Any, ...]:
-    return node.op, str(node.target), [n.name for n in node.all_input_nodes]
+    return node.op, node.target, [n.name for n in node.all_input_nodes]
 
 
 def changed_sizes(node: fx.Node, twin: fx.Node) -> list[str]:
@@ -122,6 +116,12 @@ def _name(node: fx.Node, position: int) -> str:
 def _is_size(node: fx.Node, name: str) -> bool:
     assert isinstance(node.target, torch._ops.OpOverload)
     return name in _sizes_of(node.target)
+
+
+def _has_constants(node: fx.Node) -> bool:
+    """Whether an op is given something beside results of other calls."""
+    values = (*node.args, *node.kwargs.values())
+    return isinstance(node.target, torch._ops.OpOverload) and not all(isinstance(each, fx.Node) for each in values)
 
 
 @functools.cache
@@ -167,13 +167,15 @@ class _Affine:
     def _copy(self, built: GraphBuilder, mapped: dict[fx.Node, Any], node: fx.Node, twin: fx.Node) -> fx.Node:
         made = built.copy(node, mapped, self._meta(node, twin))
         assert made.name == node.name
-        if any(not isinstance(value, fx.Node) for value in (*node.args, *node.kwargs.values())) and isinstance(
-            node.target, torch._ops.OpOverload
-        ):
-            pairs = enumerate(zip(made.args, twin.args, strict=True))
-            made.args = tuple(self._blend(a, b, _is_size(node, _name(node, i))) for i, (a, b) in pairs)
-            made.kwargs = {k: self._blend(v, twin.kwargs[k], _is_size(node, k)) for k, v in made.kwargs.items()}
+        if _has_constants(node):
+            made.args, made.kwargs = self._arguments(made, twin)
         return made
+
+    def _arguments(self, made: fx.Node, twin: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Those of a call, its operands as ``made`` has them."""
+        pairs = enumerate(zip(made.args, twin.args, strict=True))
+        args = tuple(self._blend(a, b, _is_size(made, _name(made, i))) for i, (a, b) in pairs)
+        return args, {k: self._blend(v, twin.kwargs[k], _is_size(made, k)) for k, v in made.kwargs.items()}
 
     def _meta(self, node: fx.Node, twin: fx.Node) -> Meta:
         a, b = self.whole.metas[node.name], self.other.metas[twin.name]
@@ -221,8 +223,16 @@ class _Survey(_Affine):
 
     def __init__(self, whole: ModelGraph, other: ModelGraph, batch: int, twins: dict[fx.Node, fx.Node]) -> None:
         super().__init__(whole, other, batch, twins)
-        self.differences: set[int] = set()
+        self._found: set[int] = set()
+
+    def differences(self) -> frozenset[int]:
+        for node, twin in self.twins.items():
+            if node.op != "output":
+                self._meta(node, twin)
+            if node.op == "call_function" and _has_constants(node):
+                self._arguments(node, twin)
+        return frozenset(self._found)
 
     def _size(self, a: int, b: int) -> int:
-        self.differences.add(a - b)
+        self._found.add(a - b)
         return a

@@ -117,7 +117,7 @@ class Recorded(TorchFunctionMode):
             if outside:
                 self.template.outside[number] = known_of(leaf)
             else:
-                self.template.ghosts[number] = _ghost(leaf)
+                self.template.ghosts[number] = ghost_of(leaf)
         return Ref(number)
 
 
@@ -190,7 +190,7 @@ def _is_equal(leaf: Any, before: Any) -> bool:
     return type(leaf) is type(before) and _is_constant(leaf) and repr(leaf) == repr(before)
 
 
-def _ghost(tensor: Tensor) -> Tensor:
+def ghost_of(tensor: Tensor) -> Tensor:
     """As large and of the same kind, unknown to the tracer."""
     with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
         shape, stride = tensor.shape, tensor.stride()

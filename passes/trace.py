@@ -34,7 +34,7 @@ from passes.mutations import Changed, changed_buffers, check_statistics
 from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
-from passes.specialise import are_twins
+from passes.specialise import are_twins, twins
 from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
@@ -65,6 +65,12 @@ class Traced:
     def segments(self) -> tuple[Segment, ...]:
         """The chain of segments, the same at every batch size."""
         return segment(self.global_graph, self.other)
+
+    @cached_property
+    def twins(self) -> dict[fx.Node, fx.Node]:
+        """Every node and the same node at the other batch size. Errors: BatchMismatchError."""
+        assert self.other is not None
+        return twins(self.global_graph, self.other)
 
 
 class _WithLoss(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
+from passes.graph import copied_node
 from passes.hidden import Hidden
 from passes.repeats import FIRST, HiddenError, Repeats, is_plain, repeated
 from passes.templates import UnlikeError
@@ -126,11 +127,8 @@ class _Unrolling:
         shift = self.repeats.shifts[_arguments(call).run]
         with self.graph.inserting_before(call):
             for node in self.bodies[number]:
-                args, kwargs = fx.map_arg(node.args, laid.__getitem__), fx.map_arg(node.kwargs, laid.__getitem__)
-                made = self.graph.create_node(
-                    "call_function", node.target, args, kwargs, name=_shifted(node.name, shift)
-                )
-                made.meta = {**node.meta, "nn_module_stack": _moved(node, self.firsts[number], call)}
+                made = copied_node(self.graph, node, laid, _shifted(node.name, shift))
+                made.meta["nn_module_stack"] = _moved(node, self.firsts[number], call)
                 laid[node] = made
         return laid
 

@@ -19,10 +19,10 @@ from torch.autograd import Function
 _LIBRARY = torch.library.Library("autopar", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def define(schema: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register an opaque op and return a decorator for its shape function."""
     name = schema.split("(")[0]
-    _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.define(schema, tags=tags)  # type: ignore[no-untyped-call]
 
     def register(shape_function: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.register_fake(f"autopar::{name}", shape_function, lib=_LIBRARY)

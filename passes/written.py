@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from cost_model.tensor import TensorMeta
 from passes.dependence import differentiable_nodes, receiving_nodes
-from passes.graph import ModelGraph
+from passes.graph import ModelGraph, drop_dead_calls
 from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.rewriter import GraphBuilder
 from passes.vocabulary import define, like
@@ -62,7 +62,7 @@ def write_buffers(model: ModelGraph, values: Mapping[fx.Node, fx.Node]) -> Model
         carrier.replace_all_uses_with(passed, lambda user, passed=passed: user is not passed)
         loss = passed if carrier is loss else loss
     next(n for n in model.graph.nodes if n.op == "output").args = ((loss,),)
-    model.graph.eliminate_dead_code()
+    drop_dead_calls(model.graph)
     return replace(model, metas=built.metas, outputs=(loss.name,))
 
 

@@ -95,10 +95,11 @@ def capture(
 
 
 def _probes(named_shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, nn.Parameter]:
-    """Parameters without memory that say they are on the CPU."""
+    """Parameters without memory that say they are on the CPU; each is its own, those of a shape of one stand-in."""
     with FakeTensorMode():
+        empty = functools.cache(lambda shape, dtype: torch.empty(shape, dtype=dtype))
         return {
-            name: nn.Parameter(torch.empty(tuple(shape), dtype=dtype), requires_grad=dtype.is_floating_point)
+            name: nn.Parameter(empty(tuple(shape), dtype), requires_grad=dtype.is_floating_point)
             for name, (shape, dtype) in named_shapes.items()
         }
 
