@@ -24,8 +24,9 @@ from planner_cases import CASES, DEPTHS, PUBLISHED, Case
 from autopar.options import DEFAULT_OPTIMIZER, Options
 from autopar.planner.chain import Chain
 from autopar.planner.configuration import ConfigurationSolver
+from autopar.planner.layouts import configurations
 from autopar.planner.least import least_costs
-from autopar.planner.search import Configuration, configurations, search
+from autopar.planner.search import Configuration, search
 from autopar.planner.segment import Price, Segment
 from autopar.planner.solution import Pins, Solution
 from autopar.planner.space import PinnedSpace

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from autopar.planner.factor_graph import COMPONENTS
-from autopar.planner.search import Chain, Configuration, Factor, FactorGraph, Floor, configurations
+from autopar.planner.layouts import configurations
+from autopar.planner.search import Chain, Configuration, Factor, FactorGraph, Floor
 from autopar.planner.solution import Pins, Solution
 
 DEVICES, BATCH, SEGMENTS = 2, 2, 3

@@ -17,7 +17,8 @@ from lp_reader import solved_elsewhere
 from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpace, Whole, assert_consistent, every_plan
 
 from autopar.planner.configuration import ConfigurationSolver
-from autopar.planner.search import Chain, Factor, FactorGraph, configurations, in_flight, search
+from autopar.planner.layouts import configurations
+from autopar.planner.search import Chain, Factor, FactorGraph, in_flight, search
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Infeasible, Pins, Progress, Solution
 from cost_model.errors import ParallelismError, UnknownNameError
@@ -124,10 +125,10 @@ def test_plans_above_a_cutoff_are_not_found_and_others_are(seed: int, tightness:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2))
-def test_ways_to_save_memory_are_taken_where_they_are_needed(seed: int, tightness: float) -> None:
+@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), tied=st.booleans())
+def test_ways_to_save_memory_are_taken_where_they_are_needed(seed: int, tightness: float, tied: bool) -> None:
     """One stage: what the search finds is the best of all plans that fit but for its gap, and it knows its bound."""
-    space, pins = SavingSpace(seed), Pins(pp=1)
+    space, pins = SavingSpace(seed, tied), Pins(pp=1)
     plans = every_plan(Whole(space), pins)
     least, most = min(need for _, need in plans), min(plans)[1]
     cap = int(least - 2 + tightness * (most - least + 4))

@@ -163,18 +163,27 @@ class ConfigurationSolver:
         chain = self.chain
         return min(chain.cut_s(i, label) for i in range(1, len(chain)) for label in chain.boundary_labels(i))
 
+    def bound(self, cutoff_s: float, within_s: float) -> Outcome:
+        """A bound: that of ``solve``, or less once some plan is known to take no longer than ``within_s``."""
+        return self._solved(cutoff_s, within_s)
+
     def solve(self, cutoff_s: float) -> Outcome:
         """The best choice, or only a bound once that is over the cutoff, or what memory is short."""
+        return self._solved(cutoff_s, None)
+
+    def _solved(self, cutoff_s: float, within_s: float | None) -> Outcome:
         limit_s = cutoff_s * (1 + CLOSE)
         spaces, best = self._start(limit_s)
         if not all(len(space.edges) for space in spaces):
             return self._nothing(limit_s)
-        found = self._refined(spaces, best, limit_s)
+        found = self._refined(spaces, best, limit_s, 0.0 if within_s is None else within_s)
         if not np.isfinite(found.proven.bound_s):
             return self._nothing(limit_s)
         if not found.pools:
             return Outcome(found.proven.bound_s)
         assert found.best, "a tiling that fits has columns that fit"
+        if within_s is not None:
+            return Outcome(found.proven.bound_s)
         pools, best = found.pools, found.best
         if self._gap(best, found.proven) > TOLERANCE and np.isfinite(self.cap_bytes):
             pools = self._mixed(found)
@@ -326,11 +335,16 @@ class ConfigurationSolver:
         held: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
         return held
 
-    def _refined(self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], cutoff_s: float) -> _Found:
-        """Add memory prices where the bound or the best columns hurt, until they meet or no price helps."""
+    def _refined(
+        self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], cutoff_s: float, within_s: float
+    ) -> _Found:
+        """Add memory prices where the bound or the best columns hurt, until they meet or no price helps, or the columns
+        take no longer than ``within_s``."""
         found = self._look(spaces, best, 0.0, cutoff_s)
         for _ in range(ROUNDS - 1):
-            if not found.pools or self._gap(found.best, found.proven) <= TOLERANCE:
+            if not found.pools or self._value(found.best) <= within_s:
+                break
+            if self._gap(found.best, found.proven) <= TOLERANCE:
                 break
             if not self.table.add(self._steeper(found)):
                 break

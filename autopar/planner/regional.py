@@ -19,10 +19,10 @@ from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain
 from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph
+from autopar.planner.layouts import configurations
 from autopar.planner.least import quick_bound_s
 from autopar.planner.placed_prices import Prices, Traffic, slowness
 from autopar.planner.placement import MAX_EXACT, Placed, Sketched, exactly, improved, sketched
-from autopar.planner.search import configurations
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Infeasible, Pins, Solution, Space
 from cost_model.cluster import Cluster, Level

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from autopar.planner.factor_graph import Factor, FloatArray
 from autopar.planner.mesh_strategies import MeshOp, MeshSpace
-from cost_model.ops import entry_of, price_of
+from cost_model.ops import WITHIN_BACKWARD, entry_of, price_of
 from passes.recompute import Flow, is_heavy, repeated
 
 RECOMPUTE = "recompute:"
@@ -110,7 +111,7 @@ class SegmentLevels:
     def __init__(
         self, space: MeshSpace, entry: tuple[str, int] | None, outside: frozenset[str], weights: set[str]
     ) -> None:
-        self.space, self.outside = space, outside
+        self.space, self.outside, self.weights = space, outside, frozenset(weights)
         self.by_output = {made: tensor for tensor, made in space.values.items()}
         self.views = {op.node for op in space.ops if price_of(op.call) is None}
         self.flow = self._flow(entry)
@@ -130,6 +131,36 @@ class SegmentLevels:
         """What the backward reads and a level does not keep, whole."""
         kept, _ = repeated(self.flow, name, self.needed, self.heavy)
         return sum(self.flow.nbytes[tensor] or 0 for tensor in self.needed - kept)
+
+    def gradient_bytes(self) -> int:
+        """The most that gradients of values take, whole, beyond what the backward has let go of by then: while that of
+        an op runs, those of its outputs and of its operands lie at once."""
+        savers: dict[str, int] = {}
+        for index, op in reversed(list(enumerate(self.space.ops))):
+            savers.update(dict.fromkeys(self._saved_by(op), index))
+        freed, most = 0, 0
+        for index, op in reversed(list(enumerate(self.space.ops))):
+            most = max(most, self._met_bytes(op) - freed)
+            freed += sum(self.flow.nbytes[name] or 0 for name, first in savers.items() if first == index)
+        return most
+
+    def _met_bytes(self, op: MeshOp) -> int:
+        """Gradients of an op's outputs and of the values it reads, and what its backward makes in between."""
+        entry = entry_of(op.call.op)
+        if entry is None or not entry.backward_price(op.call):
+            return 0
+        values = {o: m for o, m in zip(op.operands, op.call.inputs, strict=True) if o in self.differentiable}
+        made = WITHIN_BACKWARD[op.call.op](op.call) if op.call.op in WITHIN_BACKWARD else 0
+        return made + sum(meta.nbytes for meta in (*op.call.outputs, *values.values()) if meta.is_floating)
+
+    @cached_property
+    def differentiable(self) -> frozenset[str]:
+        """Values that come from the activation or from weights."""
+        found = {*self.weights, *self.flow.fixed}
+        for op in self.space.ops:
+            if any(o in found for o in op.operands) and any(meta.is_floating for meta in op.call.outputs):
+                found.update(self._outputs(op))
+        return frozenset(found - self.weights)
 
     def _level(self, name: str) -> Level:
         kept, again = repeated(self.flow, name, self.needed, self.heavy)
@@ -153,10 +184,15 @@ class SegmentLevels:
         """What the backward reads, by the op table."""
         found: set[str] = set()
         for op in self.space.ops:
-            for name in saves_of(op):
-                index = int(name.removeprefix("in").removeprefix("out"))
-                found.add(op.operands[index] if name.startswith("in") else self.output(op, index))
-        return frozenset(found & self.flow.operands.keys())
+            found |= self._saved_by(op)
+        return frozenset(found)
+
+    def _saved_by(self, op: MeshOp) -> set[str]:
+        found: set[str] = set()
+        for name in saves_of(op):
+            index = int(name.removeprefix("in").removeprefix("out"))
+            found.add(op.operands[index] if name.startswith("in") else self.output(op, index))
+        return found & self.flow.operands.keys()
 
     def _heavy(self, weights: set[str]) -> frozenset[str]:
         shown, heavy = set(weights), set[str]()

@@ -13,15 +13,17 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from autopar.planner.chain import Chain, Floor, in_flight
 from autopar.planner.columns import Column
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
+from autopar.planner.layouts import configurations, refused_because
 from autopar.planner.least import quick_bound_s
+from autopar.planner.nodes import Relaxed, Unit, Waiting
 from autopar.planner.segment import Segment, unproved
 from autopar.planner.solution import (
     INTERRUPTED,
@@ -34,9 +36,7 @@ from autopar.planner.solution import (
     is_interrupted,
     stage_solutions,
 )
-from cost_model.errors import ParallelismError, UnknownNameError
-from cost_model.parallelism import SCHEDULES
-from cost_model.schedule import refusal
+from cost_model.errors import ParallelismError
 
 __all__ = [
     "Chain", "Configuration", "Factor", "FactorGraph", "Floor", "Infeasible", "Pins", "Progress", "Solution",
@@ -46,6 +46,8 @@ MAX_CONFIRMATIONS = 8
 MOST_SHARED_LABELS = 256
 """Combinations of labels of shared variables that are tried one by one: those of four parameters of four labels."""
 WORTH_TIGHTENING = 0.01
+NEAR = 1.05
+GLANCES = 2
 HINTS = 4
 ALIKE = 0.2
 
@@ -84,62 +86,6 @@ def search(
         return run.interrupted()
 
 
-def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configuration]:
-    """All configurations that pins, devices and batch allow, in the order that breaks ties."""
-    if pins.schedule not in (None, *SCHEDULES):
-        raise UnknownNameError("schedule", pins.schedule, SCHEDULES)
-    for pp in _divisors(num_devices, pins.pp):
-        for tp in _divisors(num_devices // pp, pins.tp):
-            dp = num_devices // pp // tp
-            if pins.dp not in (None, dp) or batch % dp:
-                continue
-            for size in reversed(_divisors(batch // dp, pins.microbatch_size)):
-                schedule, window = pins.schedule or "1f1b", pins.window or 1
-                yield Configuration(dp, tp, pp, schedule, size, batch // dp // size, pins.parts, window)
-
-
-def _divisors(number: int, pinned: int | None) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0 and pinned in (None, d)]
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A configuration whose units are not made yet. order: breaks ties; bound_s: proven for all of them.
-
-    floor_s: of its chain; chain: once no floor kept the configuration from the front.
-    """
-
-    order: tuple[int, ...]
-    bound_s: float
-    configuration: Configuration
-    floor_s: float
-    chain: Chain | None = None
-
-
-@dataclass(eq=False)
-class _Unit:
-    """order: breaks ties; bound_s: proven; outcome: once solved; confirmations: how often it was too large.
-
-    capped: makes the solvers under the cap while ``solver`` knows of none; left_out: it made none. loose, tight: extra
-    bytes of its stages under which the plan found was too large, and under which there was none. nearest: the plan that
-    needed least.
-    """
-
-    order: tuple[int, ...]
-    solver: ConfigurationSolver
-    bound_s: float
-    capped: Callable[[], list[ConfigurationSolver]] | None = None
-    left_out: bool = False
-    outcome: Outcome | None = None
-    solution: Solution | None = None
-    confirmed: bool = False
-    confirmations: int = 0
-    loose: list[float] | None = None
-    tight: list[float] | None = None
-    nearest: Infeasible | None = None
-    notes: tuple[str, ...] = ()
-
-
 class _Search:
     def __init__(
         self,
@@ -160,8 +106,9 @@ class _Search:
         self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
         self.confirm, self.progress = confirm, progress
         self.segments: dict[FactorGraph, Segment] = {}
-        self.units: list[_Unit] = []
-        self.queue: list[tuple[float, tuple[int, ...], _Unit | _Waiting]] = []
+        self.units: list[Unit] = []
+        self.queue: list[tuple[float, tuple[int, ...], Unit | Waiting | Relaxed]] = []
+        self.hopeless: list[tuple[int, tuple[int, ...], Relaxed]] = []
         self.solved, self.floor_s = 0, 0.0
         self.hints_s: list[float] = []
         self.shortages: list[tuple[int, tuple[int, ...], Infeasible]] = []
@@ -170,8 +117,10 @@ class _Search:
         self._gather()
         while self.queue and self.queue[0][0] < self.cutoff_s:
             self.floor_s, _, unit = heapq.heappop(self.queue)
-            if isinstance(unit, _Waiting):
+            if isinstance(unit, Waiting):
                 self._open(unit)
+            elif isinstance(unit, Relaxed):
+                self._prove(unit)
             elif unit.solution is None:
                 self._solve(unit)
             elif self._fits(unit):
@@ -192,7 +141,7 @@ class _Search:
 
     def _known(self) -> int:
         """Units, and configurations whose units are not made yet."""
-        return len(self.units) + sum(isinstance(entry[2], _Waiting) for entry in self.queue)
+        return len(self.units) + sum(not isinstance(entry[2], Unit) for entry in self.queue)
 
     def _gather(self) -> None:
         """Put every possible configuration in the queue under its floor: stages as fast as each other."""
@@ -203,11 +152,11 @@ class _Search:
             if mesh not in floors:
                 floors[mesh] = self.space.floor(*mesh)
             floor = floors[mesh]
-            refused = _refused(c, floor)
+            refused = refused_because(c, floor)
             if refused is not None:
                 reasons.append(refused)
             elif floor is not None:
-                self._push(_Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
+                self._push(Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
         if not self.queue:
             raise ParallelismError(self._why(max(reasons, key=lambda each: each[0])[1] if reasons else None))
 
@@ -219,7 +168,7 @@ class _Search:
             f"{pinned}: {detail}. Next: pin fewer degrees, or change the batch"
         )
 
-    def _open(self, waiting: _Waiting) -> None:
+    def _open(self, waiting: Waiting) -> None:
         """Put a configuration back under a higher floor, or the quick bound of its chain, or make its units."""
         c = waiting.configuration
         if waiting.chain is not None:
@@ -238,19 +187,65 @@ class _Search:
     def _segments(self, chain: Chain) -> list[Segment]:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
 
-    def _add_units(self, c: Configuration, chain: Chain, waiting: _Waiting) -> None:
-        """A unit for each choice of labels of shared variables."""
-        choices, notes = self._shared_labels(c, chain)
-        for number, labels in enumerate(choices):
-            fixed = chain.fixed(labels)
-            solver = self.solver(fixed, self._segments(fixed), c, math.inf)
-            bound_s = max(waiting.bound_s, solver.quick_bound_s())
-            unit = _Unit((*waiting.order, number), solver, bound_s, notes=notes)
-            if math.isfinite(self.cap_bytes):
-                unit.capped = functools.partial(self._capped, c, fixed, labels)
+    def _add_units(self, c: Configuration, chain: Chain, waiting: Waiting) -> None:
+        """A unit for each choice of labels of shared variables; under a cap, all of them at once first."""
+        units = functools.partial(self._units, c, chain, waiting.order)
+        ways: Sequence[Chain] = ()
+        if math.isfinite(self.cap_bytes) and not self.flat and not self.fastest_only:
+            ways = self.space.saving_chains(c.dp, c.tp, c.microbatch_size)
+        if not ways or (len(ways) == 1 and not chain.shared_domains()):
+            self._put(units(), waiting.bound_s)
+            return
+        relaxed = replace(ways[-1], reserve_bytes=ways[0].reserve_bytes)
+        solver = self.solver(relaxed, self._segments(relaxed), c, self.cap_bytes)
+        self._push(Relaxed(waiting.order, solver, waiting.bound_s, units))
+
+    def _put(self, units: Iterable[Unit], bound_s: float) -> None:
+        """In the queue, no plan of which is faster than the bound."""
+        for unit in units:
+            unit.bound_s = max(unit.bound_s, bound_s, unit.solver.quick_bound_s())
             if math.isfinite(unit.bound_s):
                 self.units.append(unit)
                 self._push(unit)
+
+    def _units(self, c: Configuration, chain: Chain, order: tuple[int, ...]) -> list[Unit]:
+        choices, notes = self._shared_labels(c, chain)
+        found = []
+        for number, labels in enumerate(choices):
+            fixed = chain.fixed(labels)
+            unit = Unit((*order, number), self.solver(fixed, self._segments(fixed), c, math.inf), 0.0, notes=notes)
+            if math.isfinite(self.cap_bytes):
+                unit.capped = functools.partial(self._capped, c, fixed, labels)
+            found.append(unit)
+        return found
+
+    def _prove(self, node: Relaxed) -> None:
+        """Put a node back under a higher bound, or its units in its place.
+
+        At first its bound is raised by NEAR at most: that is quickly done where it is far too low, and a plan that is
+        known by then spares many nodes more.
+        """
+        if node.proven:
+            self._put(node.units(), node.bound_s)
+            return
+        node.solver.hints_s = tuple(self.hints_s)
+        if self._is_put_off(node):
+            return
+        cutoff_s, near_s = min(self._best_s(), self.cutoff_s) * (1 + 1e-12), node.bound_s * NEAR
+        if node.glances < GLANCES and near_s < cutoff_s:
+            outcome = node.solver.bound(near_s, near_s)
+            node.glances = GLANCES if outcome.bound_s < near_s else node.glances + 1
+        else:
+            outcome = node.solver.bound(cutoff_s, 0.0)
+            node.proven = True
+        self._learn(node.solver)
+        node.bound_s = max(node.bound_s, outcome.bound_s)
+        if outcome.shortage is not None:
+            self.hopeless.append((outcome.shortage.needed_bytes, node.order, node))
+        if math.isfinite(node.bound_s):
+            self._push(node)
+        node.solver.forget()
+        self._report(node.solver.configuration)
 
     def _shared_labels(self, c: Configuration, chain: Chain) -> tuple[Iterable[dict[str, str]], tuple[str, ...]]:
         """Choices of labels of shared variables, and a note where they are too many to try.
@@ -283,7 +278,7 @@ class _Search:
         fixed = [other.fixed(labels) for other in saving] or [chain]
         return [self.solver(each, self._segments(each), c, self.cap_bytes) for each in fixed]
 
-    def _under_cap(self, unit: _Unit) -> None:
+    def _under_cap(self, unit: Unit) -> None:
         """From now on the unit is solved under the cap, with further units for further ways to save memory."""
         if unit.capped is None:
             return
@@ -293,26 +288,26 @@ class _Search:
             return
         unit.solver, *others = solvers
         for number, solver in enumerate(others, start=1):
-            other = _Unit((*unit.order, number), solver, unit.bound_s)
+            other = Unit((*unit.order, number), solver, unit.bound_s)
             self.units.append(other)
             self._push(other)
 
-    def _key(self, unit: _Unit | _Waiting) -> float:
+    def _key(self, unit: Unit | Waiting | Relaxed) -> float:
         """Twelve digits: sums that differ in the last bits are ties."""
-        solution = unit.solution if isinstance(unit, _Unit) else None
+        solution = unit.solution if isinstance(unit, Unit) else None
         return float(f"{unit.bound_s if solution is None else solution.objective_s:.12g}")
 
-    def _push(self, unit: _Unit | _Waiting) -> None:
+    def _push(self, unit: Unit | Waiting | Relaxed) -> None:
         heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
 
     def _best_s(self) -> float:
         return min((unit.solution.objective_s for unit in self.units if unit.solution is not None), default=math.inf)
 
-    def _solve(self, unit: _Unit) -> None:
+    def _solve(self, unit: Unit) -> None:
         if unit.capped is not None and unit.solver.guess_bytes > self.cap_bytes:
             self._under_cap(unit)
         if unit.left_out:
-            self._report(unit)
+            self._report(unit.solver.configuration)
             return
         unit.solver.hints_s = tuple(self.hints_s)
         if self._is_put_off(unit):
@@ -333,9 +328,9 @@ class _Search:
         if math.isfinite(unit.bound_s) and not unit.left_out:
             self._push(unit)
         unit.solver.forget()
-        self._report(unit)
+        self._report(unit.solver.configuration)
 
-    def _is_put_off(self, unit: _Unit) -> bool:
+    def _is_put_off(self, unit: Unit | Relaxed) -> bool:
         """Whether a glance at what memory costs the unit says that another one comes before it."""
         if math.isinf(unit.solver.cap_bytes) or not self.hints_s:
             return False
@@ -356,19 +351,19 @@ class _Search:
                 learned_s
             ]
 
-    def _is_small(self, unit: _Unit, columns: Sequence[Column]) -> bool:
+    def _is_small(self, unit: Unit, columns: Sequence[Column]) -> bool:
         return max(unit.solver.needed_bytes(columns)) <= self.cap_bytes
 
-    def _report(self, unit: _Unit) -> None:
+    def _report(self, c: Configuration) -> None:
         self.solved += 1
         if self.progress is None:
             return
         best_s = self._best_s()
         bound_s = min((key for key, _, _ in self.queue), default=best_s)
         known = best_s if math.isfinite(best_s) else None
-        self.progress(Progress(self._known(), self.solved, known, bound_s, unit.solver.configuration))
+        self.progress(Progress(self._known(), self.solved, known, bound_s, c))
 
-    def _solution(self, unit: _Unit, outcome: Outcome) -> Solution:
+    def _solution(self, unit: Unit, outcome: Outcome) -> Solution:
         assert outcome.choice is not None
         choice = outcome.choice
         stages = stage_solutions(unit.solver, choice.columns)
@@ -377,7 +372,7 @@ class _Search:
         c = unit.solver.configuration
         return Solution(c, stages, choice.objective_s, unit.bound_s, gap, notes, ilp=outcome.ilp)
 
-    def _fits(self, unit: _Unit) -> bool:
+    def _fits(self, unit: Unit) -> bool:
         """Ask for exact peaks; over the cap, tighten those stages by what they need beyond their columns, and put the
         unit back."""
         assert unit.solution is not None and unit.outcome is not None and unit.outcome.choice is not None
@@ -405,7 +400,7 @@ class _Search:
             self._short(unit, found.needed_bytes, found.stage, stages)
         return False
 
-    def _tighten(self, unit: _Unit, wanted: list[float]) -> None:
+    def _tighten(self, unit: Unit, wanted: list[float]) -> None:
         """Solve again with so many extra bytes on each stage, less where that is known to leave nothing."""
         assert unit.loose is not None
         if unit.tight is not None:
@@ -416,7 +411,7 @@ class _Search:
         unit.notes = (f"the rewritten program needed more than the cap; its stages were tightened {times}",)
         self._push(unit)
 
-    def _loosened(self, unit: _Unit) -> bool:
+    def _loosened(self, unit: Unit) -> bool:
         """Whether a unit that was tightened until nothing fits is worth another look: plans differ in what they need
         beyond their columns, so that one that needs more there may need less in all."""
         if unit.loose is None or unit.confirmations >= MAX_CONFIRMATIONS:
@@ -428,12 +423,12 @@ class _Search:
         self._tighten(unit, unit.tight)
         return True
 
-    def _short(self, unit: _Unit, needed_bytes: int, stage: int, stages: tuple[StageSolution, ...]) -> None:
+    def _short(self, unit: Unit, needed_bytes: int, stage: int, stages: tuple[StageSolution, ...]) -> None:
         """Nothing fits; the plan that needs least, exactly where one was rewritten."""
         found = unit.nearest or Infeasible(needed_bytes, stage, unit.solver.configuration, stages)
         self.shortages.append((found.needed_bytes, unit.order, found))
 
-    def _final(self, unit: _Unit, notes: tuple[str, ...]) -> Solution:
+    def _final(self, unit: Unit, notes: tuple[str, ...]) -> Solution:
         assert unit.solution is not None
         found = unit.solution
         waiting = (other.bound_s for _, _, other in self.queue)
@@ -442,21 +437,23 @@ class _Search:
         return replace(found, bound_s=bound_s, gap=gap, notes=(*found.notes, *notes))
 
     def _infeasible(self) -> Infeasible:
+        self._look_at_hopeless()
         if not self.shortages:
             raise ParallelismError(self._why("every way to cut the model is forbidden"))
         return min(self.shortages, key=lambda row: row[:2])[2]
 
-
-def _refused(c: Configuration, floor: Floor | None) -> tuple[int, str] | None:
-    """Why a configuration cannot be, and how far it is from being possible: where none is, the one that is nearest
-    tells why, since another number of microbatches does not help a model that cannot be cut or sharded so."""
-    if floor is None:
-        return 0, f"dp={c.dp} tp={c.tp} microbatch_size={c.microbatch_size} cannot shard the model"
-    if c.pp * c.virtual_stages > floor.segments:
-        virtual = "" if c.virtual_stages == 1 else f" x virtual_stages={c.virtual_stages}"
-        return 1, f"pp={c.pp}{virtual} is more than the {floor.segments} segments the model can be cut into"
-    refused = refusal(c.schedule, c.pp, c.microbatches, c.virtual_stages)
-    return None if refused is None else (2, refused)
+    def _look_at_hopeless(self) -> None:
+        """What plans need of those nodes that may need less than what is known to do."""
+        for needed_bytes, _, node in sorted(self.hopeless, key=lambda row: row[:2]):
+            if any(known_bytes <= needed_bytes for known_bytes, _, _ in self.shortages):
+                return
+            for unit in node.units():
+                assert unit.capped is not None
+                for number, solver in enumerate(unit.capped()):
+                    short = solver.solve(math.inf).shortage
+                    if short is not None:
+                        way = Unit((*unit.order, number), solver, math.inf)
+                        self._short(way, short.needed_bytes, short.stage, stage_solutions(solver, short.columns))
 
 
 def _floor_s(c: Configuration, floor: Floor) -> float:

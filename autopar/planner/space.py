@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import overload
 
 from autopar.optimizer_price import OptimizerPrice
 from autopar.planner.chain import Chain, Floor
@@ -162,6 +163,9 @@ class ModelSpace:
             graphs.append(self._graph(local, part, prices, sequence).build(prices, saving))
         order = tuple(kinds[part.kind] for part in local.segments)
         inputs, moments = self._input_bytes // dp, self._momentary_bytes(local, sizes, saving, sequence)
+        if order.count(order[-1]) == 1:  # all that its stage saved is there while its backward runs
+            last = self._graphs[(local.model.batch, sizes, sequence, local.segments[-1].kind)]
+            moments[order[-1]] = max(moments[order[-1]], last.segment_levels.gradient_bytes() // math.prod(sizes))
 
         def reserve_bytes(first: int, last: int) -> int:
             return inputs + max(moments[kind] for kind in set(order[first:last]))
@@ -237,6 +241,34 @@ def renaming(representative: Segment, instance: Segment) -> Callable[[str], str]
 
 
 @dataclass(frozen=True)
+class _SavingChains(Sequence[Chain]):
+    """A chain for each of ``savings``, made when it is asked for."""
+
+    space: ModelSpace
+    dp: int
+    sizes: Sizes
+    microbatch_size: int
+    sequence: bool | None
+    savings: Sequence[Saving]
+
+    def __len__(self) -> int:
+        return len(self.savings)
+
+    @overload
+    def __getitem__(self, index: int) -> Chain: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Chain]: ...
+
+    def __getitem__(self, index: int | slice) -> Chain | list[Chain]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        chain = self.space.chain(self.dp, self.sizes, self.microbatch_size, self.savings[index], self.sequence)
+        assert chain is not None, "there are none where the model cannot run so"
+        return chain
+
+
+@dataclass(frozen=True)
 class PinnedSpace:
     """A space under pins; see ``autopar.planner.search.Space``. axes: those that tp consists of, if pinned."""
 
@@ -260,13 +292,12 @@ class PinnedSpace:
         saving = Saving((recompute,), self._zero(()))
         return self.space.chain(dp, self.sizes(tp), microbatch_size, saving, self.sequence)
 
-    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> list[Chain]:
+    def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
         """With all that is not pinned to choose from, up to each level: the higher ones hold more for a moment."""
         recompute = [RECOMPUTES[: i + 1] for i in range(3)] if self.recompute is None else [(self.recompute,)]
         zero = list(dict.fromkeys(self._zero(free) for free in ((0, 1), (0, 1, 2, 3)))) if dp > 1 else [(0,)]
         savings = [Saving(levels, known) for levels in recompute for known in zero]
-        found = [self.space.chain(dp, self.sizes(tp), microbatch_size, saving, self.sequence) for saving in savings]
-        return [chain for chain in found if chain is not None]
+        return _SavingChains(self.space, dp, self.sizes(tp), microbatch_size, self.sequence, savings)
 
     def _zero(self, free: tuple[int, ...]) -> tuple[int, ...]:
         if not self.space.divisible:

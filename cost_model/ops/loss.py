@@ -6,6 +6,7 @@ from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.norm import SOFTMAX_FLOPS
 from cost_model.ops.table import (
     INSIDE,
+    WITHIN_BACKWARD,
     Op,
     OpCall,
     backward_only,
@@ -82,6 +83,7 @@ register(
     )
 )
 INSIDE["autopar.cross_entropy_sum.default"] = _reductions
+WITHIN_BACKWARD["autopar.cross_entropy_sum.default"] = lambda call: call.inputs[0].nbytes  # of log probabilities
 register(
     Op(
         name="autopar.count_labels.default",

@@ -71,6 +71,10 @@ Asked with a rank's call and the number of replicas.
 """
 
 
+WITHIN_BACKWARD: dict[str, Callable[[OpCall], int]] = {}
+"""Bytes that backwards make on the way from the gradients of outputs to those of inputs, of ops where that is much."""
+
+
 def register(op: Op) -> None:
     assert op.name not in OPS, f"{op.name} is registered twice"
     OPS[op.name] = op
