@@ -184,6 +184,11 @@ def _nll_loss(nbytes: int) -> Made:
     )
 
 
+def _mse_loss(nbytes: int) -> Made:
+    shape = _matrix(nbytes, 2)
+    return aten.mse_loss.default, (drawn(*shape), drawn(*shape)), {}
+
+
 def _nll_loss_backward(nbytes: int) -> Made:
     rows, width = _matrix(nbytes, 1)
     labels = torch.randint(width, (rows,))
@@ -239,4 +244,5 @@ _STREAMS: tuple[tuple[str, Callable[[int], Made]], ...] = (
     (ALONE, _where),
     (ALONE, _masked_fill),
     (ALONE, _safe_softmax),
+    (ALONE, _mse_loss),
 )

@@ -70,7 +70,7 @@ class Probe:
         call = op_call(op, args, kwargs, op(*args, **kwargs))
         cost = price_of(call)
         assert cost is not None, self.label
-        return dataclasses.replace(cost, op=call.op)
+        return dataclasses.replace(cost, op=cost.op or call.op)
 
 
 def op_call(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> OpCall:

@@ -22,12 +22,14 @@ from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, fit_gemm, 
 from autopar.calibrate_images import image_probes
 from autopar.calibrate_operands import drawn
 from autopar.calibrate_probes import all_probes, reference_product
-from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, cpu_seconds, message_ranks
+from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, cpu_seconds, message_ranks, op_call
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
 from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, Device, attention_cost
 from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.errors import ConfigError, WorkerError
+from cost_model.ops import price_of
+from cost_model.ops.convolution import DEPTHWISE
 from cost_model.program import OpCost
 
 ROOT = Path(__file__).parents[1]
@@ -189,13 +191,13 @@ def test_probes_write_into_no_memory_that_others_read() -> None:
 
 
 def test_probes_of_images_have_rows_of_their_own_whose_times_grow_with_their_bytes() -> None:
-    """Bytes of other ops of their kinds tell nothing of them: a maximum over windows takes ten times as long."""
+    """Rows of their kinds tell nothing of them: maxima over windows take sixteen times as long as other reductions."""
     costs: dict[str, list[float]] = {}
     for probe in image_probes():
         cost = probe.cost()
         assert probe.row == ALONE and cost.op is not None
         costs.setdefault(cost.op, []).append(cost.nbytes)
-    assert len(costs) == 8 and all(op.partition(".")[2].startswith(("max", "avg", "upsample")) for op in costs)
+    assert len(costs) == 10 and set(DEPTHWISE.values()) < set(costs)
     for sizes in costs.values():
         assert sizes == sorted(set(sizes)) and sizes[0] < 4096 and sizes[-1] > 2**21
 
@@ -404,3 +406,28 @@ def test_messages_of_an_odd_number_of_ranks_are_measured() -> None:
         for kind, ranks in (("transfer", 2), ("all_reduce", 3)):
             payload = {"kind": kind, "ranks": ranks, "nbytes": 4096, "repeats": 2}
             assert 0 < max(pool.call("measure_message", payload)) < 5
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "transposed", "names"),
+    [
+        ((32, 1, 3, 3), 32, False, list(DEPTHWISE.values())),
+        ((32, 1, 3, 3), 32, True, list(DEPTHWISE.values())),
+        ((32, 1, 7, 7), 32, False, ["depthwise convolution", "aten.convolution_backward.default"]),
+        ((32, 2, 3, 3), 16, False, ["aten.convolution.default", "aten.convolution_backward.default"]),
+        ((64, 1, 3, 3), 32, False, ["aten.convolution.default", "aten.convolution_backward.default"]),
+    ],
+)
+def test_convolutions_whose_channels_do_not_meet_are_told_apart(
+    weight: tuple[int, ...], groups: int, transposed: bool, names: list[str]
+) -> None:
+    kernel = torch.zeros(weight)
+    image = torch.zeros(2, 32, 8, 8)
+    window: list[Any] = [[1, 1], [weight[-1] // 2] * 2, [1, 1], transposed, [0, 0], groups]
+    out = torch.ops.aten.convolution.default(image, kernel, None, *window)
+    forward = op_call(torch.ops.aten.convolution.default, (image, kernel, None, *window), {}, out)
+    args = (out, image, kernel, None, *window, [True, True, False])
+    gradients = torch.ops.aten.convolution_backward.default(*args)
+    backward = op_call(torch.ops.aten.convolution_backward.default, args, {}, gradients)
+    costs = [price_of(forward), price_of(backward)]
+    assert [cost and cost.op for cost in costs] == names

@@ -108,6 +108,9 @@ def _edges(local: OpCall, place: Shard, ranks: int) -> tuple[tuple[str, int], ..
 
 
 _BACKWARD = "convolution_backward"
+DEPTHWISE = {"convolution": "depthwise convolution", _BACKWARD: "depthwise convolution_backward"}
+"""Names of those whose channels do not meet: devices may have rows of their own for them, by bytes."""
+_NARROW = 3  # extent of windows up to which their backward is bound by bytes too; of wider ones by arithmetic
 
 
 def _setting(call: OpCall, name: str, dim: int) -> int:
@@ -124,7 +127,16 @@ def _gemm(weight: TensorMeta, groups: int, transposed: bool, positions: int) -> 
 
 
 def _cost(call: OpCall, gemm: tuple[int, int, int, int], nbytes: int, kind: str = "convolution") -> OpCost:
-    return OpCost(kind, 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm)
+    name = _depthwise(call.inputs[1], _groups(call), _is_transposed(call), kind)
+    return OpCost(kind, 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm, name)
+
+
+def _depthwise(weight: TensorMeta, groups: int, transposed: bool, kind: str) -> str | None:
+    """The name where a group has one channel, in and out."""
+    first, second, *kernel = weight.shape
+    outs, ins = (second, first // groups) if transposed else (first // groups, second)
+    is_narrow = kind != _BACKWARD or max(kernel) <= _NARROW
+    return DEPTHWISE[kind] if groups > 1 and outs == ins == 1 and is_narrow else None
 
 
 def _positions(call: OpCall) -> int:
@@ -166,6 +178,7 @@ def _traced_backward(call: OpCall) -> OpCost:
         max(nbytes, float(gradient.nbytes)),
         source.dtype,
         gemm,
+        _depthwise(weight, _groups(call), transposed, _BACKWARD),
     )
 
 
