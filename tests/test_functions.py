@@ -90,6 +90,47 @@ class Summed(torch.autograd.Function):
         return grad.flip(0)
 
 
+class Angle(torch.autograd.Function):
+    """A number for small ones alone, and a backward that is half of its derivative where that shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.acos(x.square().sum()) * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        square = x.square().sum()
+        return grad * torch.acos(square) - (grad * x).sum() * x / (1 - square.square()).sqrt()
+
+
+class Masked(torch.autograd.Function):
+    """Twice the gradient, but none where an integer mask says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        return x.tanh() * mask[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, mask = ctx.saved_tensors
+        return 2 * grad.flip(0) * (1 - x.tanh().square()) * mask[:, None], None
+
+
+class Nowhere(torch.autograd.Function):
+    """No number for any it is tried on: nothing is known of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.acos(x.abs() + 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * float("nan")
+
+
 CALLS = {
     "gelu": (lambda _, x: Gelu.apply(x), OWN),
     "sign": (lambda _, x: Sign.apply(x), SCALED),
@@ -120,11 +161,22 @@ def test_gradients_are_those_of_the_function(name: str, dp: int, tp: int) -> Non
     check_parity(Model(CALLS[name][0]), batch(), 2, 1e-4, SGD, dp=dp, tp=tp, pp=1)
 
 
-@pytest.mark.parametrize(("function", "kind"), [(Gelu, OWN), (Sign, SCALED), (Bounded, SCALED), (Summed, OTHER)])
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (Gelu, OWN),
+        (Sign, SCALED),
+        (Bounded, SCALED),
+        (Summed, OTHER),
+        (Angle, OTHER),
+        (Masked, OTHER),
+        (Nowhere, OTHER),
+    ],
+)
 def test_functions_are_told_apart(function: Any, kind: str) -> None:
     known = Functions()
     with pytest.raises(FunctionMet) as met:
-        known.apply(None, function, torch.zeros(40, 6))
+        known.apply(None, function, torch.zeros(40, 6), *([torch.ones(40).long()] if function is Masked else []))
     known.judge(met.value)
     assert list(known.known.values()) == [kind]
 
