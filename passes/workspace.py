@@ -38,10 +38,12 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
         first = [operand for operand in node.args if isinstance(operand, fx.Node)][-2]
         return _packing(*cost.gemm[1:], turned=not _value(first).is_contiguous())
     if node.target is aten.convolution.default:
-        return _convolution(_Convolution.of(node.args[0], node.args[1], node.args[3], node.args[8]), _value(node))
+        call = _Convolution.of(node.args[0], node.args[1], node.args[3], node.args[8])
+        return _convolution(call, _value(node)) + _straightened(call.source)
     if node.target is aten.convolution_backward.default:
         gradient, source, weight, _, stride, _, _, _, _, groups, wanted = node.args
-        return _backward(_Convolution.of(source, weight, stride, groups), _value(gradient), wanted)
+        call, above = _Convolution.of(source, weight, stride, groups), _value(gradient)
+        return _backward(call, above, wanted) + _straightened(call.source, above)
     return 0
 
 
@@ -151,6 +153,11 @@ def _backward(call: _Convolution, gradient: Tensor, wanted: Any) -> int:
         source = call.blocked(call.source)
         needs += [made + weights + source - _nbytes(call.source) - weight, source * call.copies - weight]
     return max(needs) + _BOOKKEEPING
+
+
+def _straightened(*images: Tensor) -> int:
+    """Copies of those that do not lie element after element, as the gradient of a mean over an image."""
+    return sum(_nbytes(image) for image in images if not image.is_contiguous())
 
 
 def _filled(channels: int) -> int:

@@ -88,6 +88,27 @@ def test_a_convolution_takes_what_is_said(name: str) -> None:
         assert peak - left <= said(call, *operands) <= peak - left + SLACK + (peak - left) // 50
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_images_that_lie_otherwise_are_copied_first(name: str) -> None:
+    """The gradient of a mean over an image is one number a channel; a transposed image is read as it is by nothing."""
+    batch, ins, outs, size, kernel, stride, groups = SHAPES[name]
+    source = torch.randn(batch, ins, size, size).transpose(2, 3)
+    weight = torch.randn(outs, ins // groups, kernel, kernel)
+    window = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
+
+    def forward(source: Tensor, weight: Tensor) -> Tensor:
+        made: Tensor = aten.convolution(source, weight, None, *window)
+        return made
+
+    def backward(gradient: Tensor, source: Tensor, weight: Tensor) -> Any:
+        return aten.convolution_backward(gradient, source, weight, [outs], *window, [ins > 3, True, True])
+
+    gradient = torch.randn(batch, outs, 1, 1).expand_as(forward(source, weight))
+    for call, operands in ((forward, (source, weight)), (backward, (gradient, source, weight))):
+        peak, left = peak_bytes(lambda call=call, operands=operands: call(*operands))
+        assert peak - left <= said(call, *operands) <= peak - left + SLACK + (peak - left) // 50
+
+
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 HAS_HALF_KERNELS = "avx512_bf16" in FLAGS and "amx_tile" not in FLAGS
 HALF_SHAPES = [
