@@ -14,7 +14,7 @@ from autopar.schedules import windows
 from autopar.uneven import fitted
 from cost_model.prices import Replicas, price_replicas
 from cost_model.program import Program
-from cost_model.replicas import LIKELY, slowest_first
+from cost_model.replicas import LIKELY, schedule_bound_s, slowest_first
 from cost_model.simulate import step_time_s
 
 if TYPE_CHECKING:
@@ -35,12 +35,14 @@ def fastest_placed(job: Job, pins: Pins, solution: Solution, limit_s: float) -> 
 def _fastest_schedule(job: Job, pins: Pins, solution: Solution, limit_s: float) -> tuple[float, Solution]:
     """The schedule is chosen by the replicas that are likely to take longest, and timed with all of them."""
     own, pinned, placed = solution.configuration, job.options.parallelism, PlacedPlan(job, solution)
+    if placed.bound_s > limit_s:
+        return math.inf, solution
     found = [(placed.least_s(placed.program), own)]
     if own.pp > 1 and own.schedule == "1f1b":
         wider = windows(placed.program, pinned, placed.least_s)
         found += [(seconds, replace(own, window=window)) for window, seconds in wider]
         if pins.schedule is None:
-            gpipe = replace(own, schedule="gpipe")
+            gpipe = replace(own, schedule="gpipe", window=1)
             found.append((placed.least_s(placed.under(gpipe)), gpipe))
     least_s, best = min(found, key=lambda each: each[0])
     timed = [(placed.step_s(placed.under(best), limit_s) if least_s <= limit_s else math.inf, best)]
@@ -78,14 +80,20 @@ class PlacedPlan:
         return slowest_first(price_replicas(self.program, self.job.cluster), self.program.microbatches)
 
     @cached_property
+    def bound_s(self) -> float:
+        """No schedule takes less."""
+        return schedule_bound_s(self._replicas, self.program.microbatches)
+
+    @cached_property
     def _caps(self) -> tuple[int, ...]:
         return self.job.stage_caps(self.job.plan(self.solution))
 
     def step_s(self, program: Program, limit_s: float = math.inf) -> float:
         """Seconds of a step of the program, under any schedule; infinite where it does not fit, or one replica takes
         longer than a limit."""
-        fits = self.job.has_room(program, self._caps)
-        return step_time_s(program, self._replicas, limit_s=limit_s) if fits else math.inf
+        if self.bound_s > limit_s or not self.job.has_room(program, self._caps):
+            return math.inf
+        return step_time_s(program, self._replicas, limit_s=limit_s)
 
     def least_s(self, program: Program) -> float:
         """Seconds of a step of the replicas that are likely to take longest."""

@@ -38,6 +38,7 @@ from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.schedules import WORTH
 from autopar.uneven import moved
+from autopar.whole_state import whole_state_gain_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
@@ -58,7 +59,6 @@ from passes.graph import torch_dtype
 from passes.precision import cast
 from passes.trace import Traced, trace
 from passes.verify import verify_priced
-from passes.zero import zero_key
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Job:
     ways: tuple[Precision, ...]
 
     def __post_init__(self) -> None:
+        self._model = fingerprint(self.traced.global_graph)
         self._linked: dict[Plan, Linked] = {}
         self._programs: dict[Plan, Program] = {}
         self._simulated: dict[Plan, SimulationResult] = {}
@@ -408,17 +409,19 @@ class Job:
         """On an uneven network: meshes are priced on its fastest links, placed, and simulated where they are."""
         usable = [self.device_cap_bytes(device) for device in range(self.cluster.num_devices)]
         caps = dict.fromkeys((min(usable), sum(usable) // len(usable)))  # more on larger devices makes room on smaller
-        views = [self.on(fastest_view(self.cluster, self.product_dtype, cap)) for cap in caps]
+        view = self.on(fastest_view(self.cluster, self.product_dtype))
+        space = view.pinned_space()  # made before it is shared
+        views = [view.under(self.options.parallelism, cap) for cap in caps]
 
         def searched(known: Pins, dp_inner: int) -> list[Solution | Infeasible]:
-            ways = [view._in_groups(dp_inner) for view in views]
-            found = [way._searched_under(known) for way in ways]
-            again = [way._undivided() for way, each in zip(ways, found, strict=True) if way._divides(each)]
-            return [*found, *(way._searched_under(known) for way in again)]
+            return [way._in_groups(dp_inner)._searched_under(known) for way in views]
 
-        volumes, simulate = self, functools.partial(fastest_placed, self, pins)
-        space = views[0].pinned_space()
-        found = search_placed(self.cluster, space, self.batch, pins, volumes, searched, simulate)
+        def whole(known: Pins, placed: Sequence[Solution], least_s: float) -> list[Solution | Infeasible]:
+            gains = any(self._whole_state_gain_s(each) >= least_s for each in placed)
+            return [way._undivided()._searched_under(known) for way in views if gains]
+
+        simulate = functools.partial(fastest_placed, self, pins)
+        found = search_placed(self.cluster, space, self.batch, pins, self, searched, whole, simulate)
         return found if isinstance(found, Infeasible) else moved(self, found, functools.partial(timed_s, self))
 
     def _in_groups(self, dp_inner: int) -> Job:
@@ -430,12 +433,13 @@ class Job:
         """With parameters and state that are whole on each replica."""
         return self.under(replace(self.options.parallelism, zero=0), self.options.memory_cap_bytes)
 
-    def _divides(self, found: Solution | Infeasible) -> bool:
-        """Whether the planner chose to split state over replicas, by the price of the fastest links: what splits it
-        over all of them may take longer on the others than sums by region."""
-        if self.options.parallelism.zero is not None or isinstance(found, Infeasible):
-            return False
-        return any(key.startswith(zero_key("")) for stage in self.plan(found).stages for key in stage.choices)
+    def _whole_state_gain_s(self, placed: Solution) -> float:
+        """What a step of a placed plan could gain if it split no state over replicas, as the planner may have chosen by
+        the price of the fastest links; nothing where that is pinned."""
+        if self.options.parallelism.zero is not None:
+            return 0.0
+        plan = self.plan(placed)
+        return whole_state_gain_s(plan, self.program(plan), self.cluster)
 
     def sent_bytes(self, microbatch_size: int) -> float:
         """The largest activation between segments, as it is sent."""
@@ -540,7 +544,7 @@ class Job:
         pinned = self.options.parallelism.placement
         placement = pinned or solution.placement or tuple(range(self.cluster.num_devices))
         plan = Plan(
-            model=fingerprint(self.traced.global_graph),
+            model=self._model,
             cluster=self.cluster.fingerprint(),
             batch=self.batch,
             dp=of_stages([mesh.dp for mesh in meshes]),

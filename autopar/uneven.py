@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from autopar.planner.placed_prices import FloatArray, IntArray
 from autopar.planner.solution import Solution
 from autopar.planner.virtual import shortest_ends
 from cost_model.block_price import BlockPrice
 from cost_model.plan import Plan
 from cost_model.prices import StagePrice, price_replicas
-from cost_model.replicas import slowest_first
+from cost_model.replicas import LIKELY, ReplicaSums, slowest_first
 from cost_model.simulate import step_time_s
 
 if TYPE_CHECKING:
     from autopar.planning import Job
 
 MAX_TIGHTENINGS, TIE = 6, 1e-6
-MOST_MOVES, MOST_DEVICES = 16, 128
-"""So many cuts of a plan that was chosen are tried, on clusters of up to so many devices, where that is quick."""
-SLACK = 0.03
-"""A cut is rewritten and timed unless a sketch of it is slower than the plan by more than this, as sketches may err."""
+MOST_SKETCHED, MOST_TIMED, MOST_REWRITTEN, MOST_DEVICES = 24, 2, 4, 128
+"""So many cuts next to a plan are sketched, so many of the fastest are rewritten, so many times, on clusters of up to
+so many devices, where that is quick."""
 
 
 def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
@@ -56,27 +59,22 @@ def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
 
 def moved(job: Job, solution: Solution, timed_s: Callable[[Solution, float], float]) -> Solution:
     """The solution with ends of stages moved by a segment while that is faster: what a step costs once (gradients that
-    go round, the optimizer) is no part of what made stages equally long."""
-    c, tried = solution.configuration, 0
-    if c.virtual_stages > 1 or job.cluster.num_devices > MOST_DEVICES:
+    go round, the optimizer) is no part of what made stages equally long.
+
+    Cuts are sketched from the prices of the plan's own, and only those that sketches find fastest are rewritten and
+    timed, again from there while they are faster.
+    """
+    c = solution.configuration
+    if c.pp == 1 or c.virtual_stages > 1 or job.cluster.num_devices > MOST_DEVICES:
         return solution
-    best, best_s, at = solution, timed_s(solution, math.inf), 0
-    sketch: CutSketch | None = None
-    moves = [(stage, by) for stage in range(c.pp - 1) for by in (1, -1)]
-    while tried < min(MOST_MOVES, at + len(moves)):
-        stage, by = moves[tried % len(moves)]
-        tried += 1
-        ends = [part.last for part in best.stages]
-        ends[stage] += by
-        if not 0 < ends[stage] - (ends[stage - 1] if stage else 0) or ends[stage] >= ends[stage + 1]:
-            continue
-        other = cut_at(best, tuple(ends))
-        if sketch is None:
-            sketch = CutSketch(job, best)
-        if not sketch.is_within(other, SLACK):
-            continue
-        if (other_s := timed_s(other, best_s)) < best_s * (1 - TIE):
-            best, best_s, at, sketch = other, other_s, tried, None
+    best, best_s = solution, timed_s(solution, math.inf)
+    for _ in range(MOST_REWRITTEN):
+        for other in CutSketch(job, best).better(best):
+            if (other_s := timed_s(other, best_s)) < best_s * (1 - TIE):
+                best, best_s = other, other_s
+                break
+        else:
+            return best
     return best
 
 
@@ -85,24 +83,65 @@ class CutSketch:
 
     def __init__(self, job: Job, solution: Solution) -> None:
         self._program = job.program(job.plan(solution))
-        self._replicas = slowest_first(price_replicas(self._program, job.cluster), self._program.microbatches)
-        self._own_s = [sum(stage.segments_s) for stage in solution.stages]
-        self._once_bytes = [max(1, sum(c.nbytes for c in stage.step.collectives)) for stage in self._program.stages]
-        self._base_s = step_time_s(self._program, self._replicas)
+        self._replicas = price_replicas(self._program, job.cluster)
+        self._own_s = np.array([sum(stage.segments_s) for stage in solution.stages])
+        self._upto_s = np.cumsum([0.0, *(seconds for stage in solution.stages for seconds in stage.segments_s)])
+        self._once_bytes = np.array([max(1, sum(c.nbytes for c in s.step.collectives)) for s in self._program.stages])
+        self._sums = ReplicaSums(self._replicas, self._program.microbatches)
 
-    def is_within(self, solution: Solution, slack: float) -> bool:
-        """Whether other stages take no more than so much longer than those of the plan."""
-        return math.isfinite(self.seconds(solution, self._base_s * (1 + slack)))
+    def better(self, solution: Solution) -> list[Solution]:
+        """The fastest of the cuts on the way from one to where no segment is better in another stage, by sums, or of
+        those next to it where there is no way; as far as simulated sketches are faster too, the fastest first."""
+        own_s, found = self.seconds(solution), list[tuple[float, int, Solution]]()
+        own = np.array([stage.last for stage in solution.stages])
+        for number, ends in enumerate(list(self._way(own)) or self._nearest(own)):
+            other = cut_at(solution, tuple(ends.tolist()))
+            found.append((self.seconds(other, own_s), number, other))
+        worth = sorted(each for each in found if each[0] < own_s * (1 - TIE))
+        return [other for _, _, other in worth[:MOST_TIMED]]
 
     def seconds(self, solution: Solution, limit_s: float = math.inf) -> float:
-        """Of a step, infinite over a limit. What a stage does once a step, per byte as now, is of as many more bytes as
-        it has more segments, by what these have on the stage with the least: an embedding stays where it is."""
-        shares = [sum(s.segments_s) / own for s, own in zip(solution.stages, self._own_s, strict=True)]
-        least = min(self._once_bytes)
-        once = [1.0 + (share - 1.0) * least / own for share, own in zip(shares, self._once_bytes, strict=True)]
-        cut = [list(map(_cut, prices, shares, once)) for prices in self._replicas]
-        found = step_time_s(self._program, cut, limit_s=limit_s)
+        """Of a step, by the replicas that are likely to take longest; infinite over a limit."""
+        shares, once = self._shares(np.array([[stage.last for stage in solution.stages]]))
+        cut = [list(map(_cut, own, shares[0].tolist(), once[0].tolist())) for own in self._replicas]
+        count = self._program.microbatches
+        found = step_time_s(self._program, slowest_first(cut, count)[:LIKELY], limit_s=limit_s)
         return found if found <= limit_s else math.inf
+
+    def _way(self, best: IntArray) -> Iterator[IntArray]:
+        """Ends of stages, one segment from one stage to another each time, where that helps most."""
+        best_s = float(self._summed_s(best[None])[0])
+        while len(tried := _next_to(best)):
+            tried_s = self._summed_s(tried)
+            if not tried_s.min() < best_s * (1 - TIE):
+                return
+            best, best_s = tried[tried_s.argmin()], float(tried_s.min())
+            yield best
+
+    def _nearest(self, ends: IntArray) -> Iterator[IntArray]:
+        """With one segment in another stage, those that take least by sums."""
+        near = _next_to(ends)
+        yield from near[np.argsort(self._summed_s(near), kind="stable")[:MOST_SKETCHED]]
+
+    def _summed_s(self, ends: IntArray) -> FloatArray:
+        """[cut] from [cut, stage]"""
+        return self._sums.steps_s(*self._shares(ends))
+
+    def _shares(self, ends: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[cut, stage] how many times its own segments a stage has, in seconds, and how many times what it does once a
+        step: of as many more bytes as it has more segments, per byte as now, by what these have on the stage with the
+        least: an embedding stays where it is."""
+        shares: FloatArray = np.diff(self._upto_s[ends], axis=1, prepend=0.0) / self._own_s
+        once: FloatArray = 1.0 + (shares - 1.0) * self._once_bytes.min() / self._once_bytes
+        return shares, once
+
+
+def _next_to(ends: IntArray) -> IntArray:
+    """[cut, stage] Ends of stages with one segment in another stage."""
+    stages = range(len(ends))
+    moves = [[(b <= s < a) - (a <= s < b) for s in stages] for a, b in itertools.permutations(stages, 2)]
+    found: IntArray = ends + np.array(moves)
+    return found[(np.diff(found, axis=1, prepend=0) > 0).all(axis=1)]
 
 
 def _cut(price: StagePrice, share: float, once: float) -> StagePrice:

@@ -18,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autopar
 from autopar.options import Options
-from autopar.planning import Planned, plan_model
+from autopar.planning import Job, Planned, plan_model
 from cost_model.background import Streams, check_waited
+from cost_model.cluster import Cluster
 from cost_model.errors import InfeasiblePlanError, VerificationError
 from cost_model.parallelism import Parallelism
 from cost_model.plan import Plan
+from cost_model.prices import hidable_s
 from cost_model.program import Block, Collective, Instruction, StageProgram, Value
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
@@ -46,6 +48,25 @@ def planned(overlap: bool = True, **pins: Any) -> Planned:
 
 def stage_of(overlap: bool = True, **pins: Any) -> StageProgram:
     return planned(overlap, **pins).linked.program.stages[0]
+
+
+# --- What they gain
+
+
+@pytest.mark.parametrize("pins", [{"dp": 4, "zero": 2}, {"dp": 4, "zero": 3}, {"dp": 2, "tp": 2, "zero": 3}])
+def test_no_more_is_gained_than_can_be_hidden(pins: dict[str, int]) -> None:
+    """On GPUs, whose links move bytes while they compute; nor is it more than all collectives take."""
+    model, batch = example_gpt()
+    parallelism = Parallelism(**{"tp": 1, "pp": 1, **pins}, overlap=False)
+    options, cluster = (
+        Options.of(None, ADAMW, parallelism, None, None, None),
+        Cluster.load("dgx2-v100-32gb", num_devices=4),
+    )
+    job = Job.of(model, cluster, batch, options)
+    plain = job.plan(job.solve())
+    most_s, step = hidable_s(job.program(plain), cluster), job.simulated(plain)
+    assert 0 < step.step_time_s - job.step_s(replace(plain, overlap=True)) <= most_s
+    assert most_s <= (step.breakdown.communication_s + step.breakdown.reduction_s) * (1 + 1e-9)
 
 
 # --- Where collectives begin and end

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import autopar
-from autopar.planner.placed_prices import Prices, Traffic
+from autopar.planner.placed_prices import Places, Prices, Traffic
 from autopar.planner.placement import Placed, place
 from cost_model.cluster import Cluster
 from cost_model.device import Device
@@ -50,7 +50,7 @@ def traffic(pp: int, dp: int, tp: int = 1, *, sent: float = 1e6, reduced: float 
 
 
 def brute_force_s(cluster: Cluster, what: Traffic) -> float:
-    prices = Prices(cluster, what)
+    prices = Prices(Places(cluster), what)
     orders = itertools.permutations(range(cluster.num_devices))
     return min(prices.cost_s(np.array(order).reshape(what.pp, what.dp, what.tp)) for order in orders)
 
@@ -67,7 +67,7 @@ def test_small_clusters_are_placed_exactly(nodes: list[tuple[str, str]], sent: f
         found = place(cluster, what)
         assert found.exact and sorted(found.devices) == list(range(len(nodes)))
         assert found.cost_s == pytest.approx(brute_force_s(cluster, what), rel=1e-12)
-        assert Prices(cluster, what).bound_s() <= found.cost_s * (1 + 1e-12)
+        assert Prices(Places(cluster), what).bound_s() <= found.cost_s * (1 + 1e-12)
 
 
 def regions_of(found: Placed, cluster: Cluster, shape: tuple[int, int]) -> list[list[str]]:
@@ -89,7 +89,7 @@ def test_what_sends_more_stays_in_a_region() -> None:
 def test_large_clusters_lie_between_the_bound_and_placements_by_hand(number: int, pp: int, dp: int, tp: int) -> None:
     cluster = Cluster.load(f"dtfm-case{number}")
     what = traffic(pp, dp, tp, sent=8e6, reduced=4e8)
-    prices, found = Prices(cluster, what), place(cluster, what)
+    prices, found = Prices(Places(cluster), what), place(cluster, what)
     assert sorted(found.devices) == list(range(64)) and not found.exact
     assert found.cost_s == pytest.approx(prices.cost_s(np.array(found.devices).reshape(pp, dp, tp)))
     assert found == place(cluster, what)
@@ -104,7 +104,7 @@ def test_a_slow_device_slows_its_replica_alone() -> None:
     cluster = sites(("a", "a100-sxm-40gb"), ("a", "v100-sxm2-16gb"), ("a", "a100-sxm-40gb"), ("a", "v100-sxm2-16gb"))
     what = replace(traffic(2, 2, sent=0.0, reduced=0.0), stage_s=1.0)
     slow = cluster.devices[1].product_s() / cluster.devices[0].product_s()
-    schedule, _ = Prices(cluster, what).parts_s(np.array([[0, 1], [2, 3]]).reshape(2, 2, 1))
+    schedule = Prices(Places(cluster), what).parts_s(np.array([[0, 1], [2, 3]]).reshape(1, 2, 2, 1))[0][0]
     assert schedule[1] / schedule[0] == pytest.approx(slow, rel=0.05)
     assert Device.load("a100-sxm-40gb").product_s() < Device.load("v100-sxm2-16gb").product_s()
 
@@ -116,7 +116,7 @@ def test_messages_to_both_neighbours_share_a_rate() -> None:
     costs = []
     for shared in ("true", "false"):
         cluster = Cluster.from_toml(text.format(shared, nodes=nodes), "sites.toml")
-        prices = Prices(cluster, traffic(3, 1, sent=1e9))
+        prices = Prices(Places(cluster), traffic(3, 1, sent=1e9))
         costs.append(prices.cost_s(np.arange(3).reshape(3, 1, 1)))
     assert costs[0] - costs[1] == pytest.approx(7 * 1.0)  # a second more for each microbatch but the first
 
@@ -127,9 +127,9 @@ def test_groups_of_shards_are_priced_where_they_are() -> None:
     node += 'bandwidth = "100 GB/s"\nsource = "a test"\n'
     text = REGIONS.replace('source = "a test"\n[transport]', 'source = "a test"\nshared_egress = true\n[transport]')
     cluster = Cluster.from_toml(text.format(nodes=node * 2), "sites.toml")
-    prices = Prices(cluster, replace(traffic(1, 2, 2, reduced=0.0), stage_s=0.0, exchanged_bytes=1e9))
+    prices = Prices(Places(cluster), replace(traffic(1, 2, 2, reduced=0.0), stage_s=0.0, exchanged_bytes=1e9))
     together, apart = (np.array(cells).reshape(1, 2, 2) for cells in ([0, 1, 2, 3], [0, 2, 1, 3]))
-    per_microbatch = [prices.parts_s(cells)[0].max() / 8 for cells in (together, apart)]
+    per_microbatch = [prices.parts_s(cells[None])[0].max() / 8 for cells in (together, apart)]
     assert per_microbatch == pytest.approx([0.01, 2.0])
 
 

@@ -37,7 +37,7 @@ class Traffic:
     """What cells do and send. stage_s: forward and backward of one microbatch on the fastest device, of one of equal
     stages, exchanges within it left out; sent_bytes: the activation of one microbatch, and its gradient, of one shard;
     reduced_bytes: gradients of one (stage, shard); exchanged_bytes: what a shard sends to the others of its stage for
-    one microbatch; dtype: of its products, None where each device has its fastest.
+    one microbatch.
     """
 
     pp: int
@@ -48,81 +48,22 @@ class Traffic:
     sent_bytes: float
     reduced_bytes: float
     exchanged_bytes: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The devices that cells may lie on, told apart once for all meshes.
+
+    dtype: of products, None where each device has its fastest.
+    """
+
+    cluster: Cluster
     dtype: str | None = None
 
-
-class Prices:
-    """The price of placements, as arrays [stage, replica, shard] of devices."""
-
-    def __init__(self, cluster: Cluster, traffic: Traffic) -> None:
-        assert cluster.network is not None
-        self.network: Network = cluster.network
-        self.traffic = traffic
-        self.shape = (traffic.pp, traffic.dp, traffic.tp)
-        self.slowness = slowness(cluster, traffic.dtype)
-        self.delay_s = self.network.awaited_delays_s if cluster.rendezvous else self.network.delays_s
-
-    def cost_s(self, cells: IntArray) -> float:
-        replicas, groups = self.parts_s(cells)
-        return float(replicas.max() + groups.max())
-
-    def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """[replica] seconds of the schedule, [stage, shard] of the reduction."""
-        along, slowest = self._pipeline_s(cells)
-        schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
-        return schedule, self._rings_s(cells)
-
-    def window(self, cells: IntArray) -> int:
-        """The narrowest window of 1f1b that keeps the slowest stage or channel busy: the first stage sends as many
-        microbatches on their way as fit into the time that one takes to come back."""
-        if self.traffic.pp == 1:
-            return 1
-        along, slowest = self._pipeline_s(cells)
-        return max(1, math.ceil(float((along / slowest).max() - 1) / (self.traffic.pp - 1)))
-
-    def _pipeline_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """[replica] seconds once through all stages and messages, there and back; those of the slowest of these."""
-        slow = self.slowness[cells].max(axis=2)
-        fast = 1.0 / slow.max(axis=1, keepdims=True)
-        busy = self.traffic.stage_s * slow * fast / fast.mean() + self._exchanges_s(cells)
-        there, back = (cells[:-1], cells[1:]), (cells[1:], cells[:-1])
-        sent_there, sent_back = self.busy_s(*there), self.busy_s(*back)
-        along = busy.sum(axis=0) + (self.delay_s[there] + sent_there).max(axis=2).sum(axis=0)
-        along += (self.delay_s[back] + sent_back).max(axis=2).sum(axis=0)
-        slowest = busy.max(axis=0)
-        if len(cells) > 1:
-            slowest = np.maximum(slowest, np.maximum(sent_there, sent_back).max(axis=(0, 2)))
-        if len(cells) > 2 and self.network.shares_egress:
-            both = np.where(self._share(cells), sent_there[1:] + sent_back[:-1], 0.0)
-            slowest = np.maximum(slowest, both.max(axis=(0, 2)))
-        return along, slowest
-
-    def bound_s(self) -> float:
-        """No placement has a lower price: either some replica spans two regions, or each group of replicas does."""
-        t, best = self.traffic, float(self.slowness.min())
-        (inside, inside_busy), (across, across_busy) = self._fastest_hops_s()
-        stage_s = t.stage_s * best
-        alone = t.pp * stage_s + (t.microbatches - 1) * stage_s
-        crossing = math.inf
-        if t.pp > 1:
-            near = min(inside, across)
-            crossing = t.pp * stage_s + 2 * (t.pp - 2) * near + 2 * across
-            crossing += (t.microbatches - 1) * max(stage_s, across_busy)
-            alone = t.pp * stage_s + 2 * (t.pp - 1) * inside + (t.microbatches - 1) * max(stage_s, inside_busy)
-        sizes = Counter(self.region.tolist())
-        rooms = sorted((size // (t.pp * t.tp) for size in sizes.values()), reverse=True)
-        groups = sorted((size // t.tp for size in sizes.values()), reverse=True)
-        bounds = []
-        if sum(rooms) >= t.dp:
-            bounds.append(alone + self._ring_bound_s(_fewest(rooms, t.dp)))
-        if t.pp > 1 and len(sizes) > 1:
-            bounds.append(crossing + self._ring_bound_s(_fewest(groups, t.dp)))
-        return float(min(bounds, default=(t.pp + t.microbatches - 1) * stage_s))
-
-    def busy_s(self, sources: IntArray, targets: IntArray) -> FloatArray:
-        """Seconds for which messages keep their channels busy."""
-        seconds: FloatArray = self.traffic.sent_bytes * self.network.shared_s_per_byte[sources, targets]
-        return seconds
+    @property
+    def network(self) -> Network:
+        assert self.cluster.network is not None
+        return self.cluster.network
 
     @property
     def region(self) -> IntArray:
@@ -135,11 +76,37 @@ class Prices:
         return self.network.nodes_by_device
 
     @cached_property
+    def slowness(self) -> FloatArray:
+        """[device] how much longer a large product takes than on the fastest."""
+        devices, dtype = self.cluster.devices, self.dtype
+        times = {key: device.product_s(dtype) for key, device in {id(device): device for device in devices}.items()}
+        fastest = min(times.values())
+        return np.array([times[id(device)] / fastest for device in devices])
+
+    @cached_property
+    def delay_s(self) -> FloatArray:
+        """[device, device] of an empty message."""
+        return self.network.awaited_delays_s if self.cluster.rendezvous else self.network.delays_s
+
+    @cached_property
+    def sizes(self) -> IntArray:
+        """[node] devices."""
+        return np.array(self.network.sizes)
+
+    @cached_property
+    def shares_nodes(self) -> bool:
+        """Whether devices of a node share what it sends."""
+        return self.network.shares_egress and int(self.sizes.max()) > 1
+
+    @cached_property
+    def region_sizes(self) -> tuple[int, ...]:
+        return tuple(Counter(self.region.tolist()).values())
+
+    @cached_property
     def classes(self) -> IntArray:
         """Devices of one class may be exchanged: alone on a node of one region, and as fast."""
-        sizes = Counter(self.network.node_of)
         keys = [
-            (int(self.region[d]), float(self.slowness[d]), -1 if sizes[node] == 1 else node)
+            (int(self.region[d]), float(self.slowness[d]), -1 if self.sizes[node] == 1 else node)
             for d, node in enumerate(self.network.node_of)
         ]
         order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
@@ -152,90 +119,178 @@ class Prices:
         logarithm = math.lgamma(len(self.classes) + 1) - sum(math.lgamma(n + 1) for n in counts.values())
         return math.exp(min(logarithm, MOST))
 
-    def every(self) -> Iterator[IntArray]:
-        """One placement for each way to spread the classes over the cells."""
+    def every(self) -> Iterator[tuple[int, ...]]:
+        """One order of the devices for each way to spread the classes."""
         members = {int(c): [int(d) for d in np.flatnonzero(self.classes == c)] for c in np.unique(self.classes)}
         for spread in _spreads(Counter(self.classes.tolist()), len(self.classes)):
             left = {c: iter(devices) for c, devices in members.items()}
-            yield np.array([next(left[c]) for c in spread]).reshape(self.shape)
+            yield tuple(next(left[c]) for c in spread)
+
+
+class Prices:
+    """The prices of placements: arrays [placement, stage, replica, shard] of devices, many at once, since one by one
+    most of the time is that of calling numpy."""
+
+    def __init__(self, places: Places, traffic: Traffic) -> None:
+        self.places, self.network, self.traffic = places, places.network, traffic
+        self.shape = (traffic.pp, traffic.dp, traffic.tp)
+
+    def cost_s(self, cells: IntArray) -> float:
+        """Of one placement, [stage, replica, shard]."""
+        return float(self.costs_s(cells[None])[0])
+
+    def costs_s(self, cells: IntArray) -> FloatArray:
+        """[placement]"""
+        replicas, groups = self.parts_s(cells)
+        found: FloatArray = replicas.max(axis=-1) + groups.max(axis=(-2, -1))
+        return found
+
+    def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[placement, replica] seconds of the schedule, [placement, stage, shard] of the reduction."""
+        along, slowest = self._pipeline_s(cells)
+        schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
+        return schedule, self._rings_s(cells)
+
+    def window(self, cells: IntArray) -> int:
+        """The narrowest window of 1f1b that keeps the slowest stage or channel of one placement busy: the first stage
+        sends as many microbatches on their way as fit into the time that one takes to come back."""
+        if self.traffic.pp == 1:
+            return 1
+        along, slowest = self._pipeline_s(cells[None])
+        return max(1, math.ceil(float((along / slowest).max() - 1) / (self.traffic.pp - 1)))
+
+    def _pipeline_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[placement, replica] seconds once through all stages and messages, there and back; those of the slowest of
+        these."""
+        slow = self.places.slowness[cells].max(axis=-1)
+        fast = 1.0 / slow.max(axis=-1, keepdims=True)
+        busy = self.traffic.stage_s * slow * fast / fast.mean(axis=-2, keepdims=True) + self._exchanges_s(cells)
+        there, back = (cells[:, :-1], cells[:, 1:]), (cells[:, 1:], cells[:, :-1])
+        sent_there, sent_back = self.busy_s(*there), self.busy_s(*back)
+        delay_s = self.places.delay_s
+        along = busy.sum(axis=-2) + (delay_s[there] + sent_there).max(axis=-1).sum(axis=-2)
+        along += (delay_s[back] + sent_back).max(axis=-1).sum(axis=-2)
+        slowest = busy.max(axis=-2)
+        if self.traffic.pp > 1:
+            slowest = np.maximum(slowest, np.maximum(sent_there, sent_back).max(axis=(-3, -1)))
+        if self.traffic.pp > 2 and self.network.shares_egress:
+            both = np.where(self._share(cells), sent_there[:, 1:] + sent_back[:, :-1], 0.0)
+            slowest = np.maximum(slowest, both.max(axis=(-3, -1)))
+        return along, slowest
+
+    def bound_s(self) -> float:
+        """No placement has a lower price: either some replica spans two regions, or each group of replicas does."""
+        t, best, sizes = self.traffic, float(self.places.slowness.min()), self.places.region_sizes
+        (inside, inside_busy), (across, across_busy) = self._fastest_hops_s()
+        stage_s = t.stage_s * best
+        alone = t.pp * stage_s + (t.microbatches - 1) * stage_s
+        crossing = math.inf
+        if t.pp > 1:
+            near = min(inside, across)
+            crossing = t.pp * stage_s + 2 * (t.pp - 2) * near + 2 * across
+            crossing += (t.microbatches - 1) * max(stage_s, across_busy)
+            alone = t.pp * stage_s + 2 * (t.pp - 1) * inside + (t.microbatches - 1) * max(stage_s, inside_busy)
+        rooms = sorted((size // (t.pp * t.tp) for size in sizes), reverse=True)
+        groups = sorted((size // t.tp for size in sizes), reverse=True)
+        bounds = []
+        if sum(rooms) >= t.dp:
+            bounds.append(alone + self._ring_bound_s(_fewest(rooms, t.dp)))
+        if t.pp > 1 and len(sizes) > 1:
+            bounds.append(crossing + self._ring_bound_s(_fewest(groups, t.dp)))
+        return float(min(bounds, default=(t.pp + t.microbatches - 1) * stage_s))
+
+    def busy_s(self, sources: IntArray, targets: IntArray) -> FloatArray:
+        """Seconds for which messages keep their channels busy."""
+        seconds: FloatArray = self.traffic.sent_bytes * self.network.shared_s_per_byte[sources, targets]
+        return seconds
 
     def _share(self, cells: IntArray) -> npt.NDArray[np.bool_]:
-        """[inner stage, replica, shard] whether messages to both neighbours share a rate."""
-        here, channels = cells[1:-1], self.network.channels
-        after = channels[here, cells[2:]]
-        shared: npt.NDArray[np.bool_] = (after == channels[here, cells[:-2]]) & (after >= 0)
+        """[placement, inner stage, replica, shard] whether messages to both neighbours share a rate."""
+        here, channels = cells[:, 1:-1], self.network.channels
+        after = channels[here, cells[:, 2:]]
+        shared: npt.NDArray[np.bool_] = (after == channels[here, cells[:, :-2]]) & (after >= 0)
         return shared
 
     def _exchanges_s(self, cells: IntArray) -> FloatArray | float:
-        """[stage, replica] around the shards."""
+        """[placement, stage, replica] around the shards."""
         t = self.traffic
         if t.tp == 1 or not t.exchanged_bytes:
             return 0.0
-        after = np.roll(cells, -1, axis=2)
-        users = self._users(cells, 2)
-        found: FloatArray = (t.exchanged_bytes / self.network.bandwidths[cells, after] * users).max(axis=2)
+        after = np.roll(cells, -1, axis=-1)
+        users = self._users(cells, -1)
+        found: FloatArray = (t.exchanged_bytes / self.network.bandwidths[cells, after] * users).max(axis=-1)
         return found
 
     def _rings_s(self, cells: IntArray) -> FloatArray:
-        """[stage, shard] all_reduce over the replicas, in groups of a region first where that is faster: the slowest
-        link in every round, each latency as often as a message passes it."""
-        found, grouped = self._ring_s(cells), self._grouped(cells)
-        return grouped[1] if grouped is not None and grouped[1].max() < found.max() else found
+        """[placement, stage, shard] all_reduce over the replicas, in groups of a region first where that is faster: the
+        slowest link in every round, each latency as often as a message passes it."""
+        return self._reduced(cells)[1]
 
     def dp_inner(self, cells: IntArray) -> int:
-        """Replicas of a group in which gradients are best summed first; 1 where they are not."""
-        grouped = self._grouped(cells)
-        return grouped[0] if grouped is not None and grouped[1].max() < self._ring_s(cells).max() else 1
+        """Replicas of a group in which gradients of one placement are best summed first; 1 where they are not."""
+        return int(self._reduced(cells[None])[0][0])
 
-    def _grouped(self, cells: IntArray) -> tuple[int, FloatArray] | None:
-        """Size of the largest groups that lie in one region each, and [stage, shard] sums by them."""
+    def _reduced(self, cells: IntArray) -> tuple[IntArray, FloatArray]:
+        """[placement] replicas of a group, the largest groups that lie in one region each, 1 where one ring is as fast;
+        [placement, stage, shard] seconds."""
+        found, sizes = self._ring_s(cells), np.ones(len(cells), dtype=np.int64)
+        open_ = np.ones(len(cells), dtype=bool)
         for size in self._group_sizes:
-            grid = cells.reshape(cells.shape[0], -1, size, cells.shape[2])
-            region = self.region[grid]
-            if (region == region[:, :, :1]).all():
-                return size, self._groups_s(grid)
-        return None
+            grid = cells.reshape(len(cells), self.traffic.pp, -1, size, self.traffic.tp)
+            region = self.places.region[grid]
+            inside = open_ & (region == region[:, :, :, :1]).all(axis=(-4, -3, -2, -1))
+            open_ &= ~inside
+            grouped = self._groups_s(grid[inside])
+            better = grouped.max(axis=(-2, -1)) < found[inside].max(axis=(-2, -1))
+            chosen = np.flatnonzero(inside)[better]
+            found[chosen], sizes[chosen] = grouped[better], size
+            if not open_.any():
+                break
+        return sizes, found
 
     @cached_property
     def _group_sizes(self) -> tuple[int, ...]:
         """Of groups of replicas, the largest first; none where there is one region."""
-        sizes = range(self.traffic.dp // 2, 1, -1) if len(set(self.region.tolist())) > 1 else ()
+        sizes = range(self.traffic.dp // 2, 1, -1) if len(self.places.region_sizes) > 1 else ()
         return tuple(size for size in sizes if self.traffic.dp % size == 0)
 
     def _groups_s(self, grid: IntArray) -> FloatArray:
-        """[stage, shard] of [stage, group, replica, shard]: around each group, a part around the groups, and back."""
-        part, (count, size) = self.traffic.reduced_bytes / grid.shape[2], grid.shape[1:3]
-        total = np.zeros((grid.shape[0], grid.shape[3]))
-        for axis, ranks, nbytes in ((2, size, self.traffic.reduced_bytes), (1, count, part)):
+        """[placement, stage, shard] of [placement, stage, group, replica, shard]: around each group, a part around the
+        groups, and back."""
+        count, size = grid.shape[-3:-1]
+        total = np.zeros((len(grid), self.traffic.pp, self.traffic.tp))
+        for axis, ranks, nbytes in (
+            (-2, size, self.traffic.reduced_bytes),
+            (-3, count, self.traffic.reduced_bytes / size),
+        ):
             after = np.roll(grid, -1, axis=axis)
             slowest = (self._users(grid, axis) / self.network.bandwidths[grid, after]).max(axis=axis)
             latencies = self.network.latencies_s[grid, after].sum(axis=axis)
             seconds: FloatArray = 2 * (ranks - 1) / ranks * (nbytes * slowest + latencies)
-            total += seconds.max(axis=1)
+            total += seconds.max(axis=-2)
         return total
 
     def _ring_s(self, cells: IntArray) -> FloatArray:
-        """[stage, shard] all_reduce around all replicas."""
+        """[placement, stage, shard] all_reduce around all replicas."""
         dp = self.traffic.dp
         if dp == 1:
-            return np.zeros((self.traffic.pp, self.traffic.tp))
-        after = np.roll(cells, -1, axis=1)
-        slowest = (self._users(cells, 1) / self.network.bandwidths[cells, after]).max(axis=1)
-        latencies = self.network.latencies_s[cells, after].sum(axis=1)
+            return np.zeros((len(cells), self.traffic.pp, self.traffic.tp))
+        after = np.roll(cells, -1, axis=-2)
+        slowest = (self._users(cells, -2) / self.network.bandwidths[cells, after]).max(axis=-2)
+        latencies = self.network.latencies_s[cells, after].sum(axis=-2)
         rounds = 2 * (dp - 1)
         found: FloatArray = rounds * (self.traffic.reduced_bytes / dp * slowest + latencies / dp)
         return found
 
     def _users(self, cells: IntArray, axis: int) -> FloatArray | float:
         """Of each link around an axis: how many groups like its own share its sender's node (see ``Network``)."""
-        sizes = np.array(self.network.sizes)
-        if not self.network.shares_egress or sizes.max() == 1:
+        if not self.places.shares_nodes:
             return 1.0
-        nodes = self.node[cells]
+        nodes = self.places.node[cells]
         leaving = nodes != np.roll(nodes, -1, axis=axis)
         beside = np.moveaxis(nodes, axis, -1)
         same = (beside[..., :, None] == beside[..., None, :]).sum(axis=-1)
-        sharing = np.maximum(1, sizes[beside] // same)
+        sharing = np.maximum(1, self.places.sizes[beside] // same)
         found: FloatArray = np.where(leaving, np.moveaxis(sharing, -1, axis), 1)
         return found
 
@@ -258,13 +313,6 @@ class Prices:
         sent = 2 * self.traffic.reduced_bytes / dp
         across_s = 0.0 if regions == 1 else (regions - 1) * sent / network.bandwidths_out[regions - 1]
         return float(max((dp - 1) * sent / network.fastest_bandwidth, across_s))
-
-
-def slowness(cluster: Cluster, dtype: str | None = None) -> FloatArray:
-    """[device] how much longer a large product takes than on the fastest."""
-    times = {id(device): device.product_s(dtype) for device in cluster.devices}
-    fastest = min(times.values())
-    return np.array([times[id(device)] / fastest for device in cluster.devices])
 
 
 def _fewest(rooms: Sequence[int], wanted: int) -> int:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.planner.placed_prices import IntArray, Prices, Traffic
+from autopar.planner.placed_prices import FloatArray, IntArray, Places, Prices, Traffic
 from cost_model.cluster import Cluster
 
 MAX_EXACT = 3000
 OTHERS, NEAR = 7, 1.2
-EXCHANGES = 1500
+EXCHANGES, AT_ONCE = 3072, 16
+MOST_CELLS = 1 << 15  # priced at once
 KEPT_BLOCKS = 3
 FIRST_REGIONS = 8
 TIE = 1e-3  # of the means beside the largest, so that what is not the slowest yet counts a little
@@ -58,32 +59,34 @@ class Sketched:
 
 def sketched(prices: Prices, bound_s: float) -> Sketched:
     """Layouts of cells on devices, and what they cost."""
-    tried = [
-        (_tied_s(prices, _along(prices, order, block)), index, (order, block))
-        for index, (order, block) in enumerate(itertools.product(_orders(prices), _blocks(prices.traffic)))
-    ]
-    best = tuple(layout for _, _, layout in sorted(tried)[:KEPT_BLOCKS])
-    return Sketched(prices, prices.cost_s(_along(prices, *best[0])), bound_s, best)
+    orders, blocks = _orders(prices), _blocks(prices.traffic)
+    layouts = [(order, block) for block in blocks for order in orders]
+    costs_s = np.concatenate([_tied_s(prices, _along(prices, orders, block)) for block in blocks])
+    best = tuple(layouts[index] for index in np.argsort(costs_s, kind="stable")[:KEPT_BLOCKS])
+    order, block = best[0]
+    return Sketched(prices, prices.cost_s(_along(prices, [order], block)[0]), bound_s, best)
 
 
 def place(cluster: Cluster, traffic: Traffic) -> Placed:
     """The best placement that was found. The cluster has a network, and one device for each cell."""
-    prices = Prices(cluster, traffic)
-    return exactly(prices) if prices.distinct <= MAX_EXACT else improved(sketched(prices, prices.bound_s()))
+    prices = Prices(Places(cluster), traffic)
+    return exactly(prices) if prices.places.distinct <= MAX_EXACT else improved(sketched(prices, prices.bound_s()))
 
 
 def exactly(prices: Prices) -> Placed:
     """The best of all."""
-    every = ((prices.cost_s(cells), tuple(cells.ravel().tolist())) for cells in prices.every())
-    (cost_s, best), *others = heapq.nsmallest(1 + OTHERS, every)
+    orders = list(prices.places.every())
+    costs_s = prices.costs_s(np.array(orders).reshape(-1, *prices.shape))
+    cost_s, best = min(zip(costs_s.tolist(), orders, strict=True))
+    others = heapq.nsmallest(1 + OTHERS, zip(costs_s.tolist(), orders, strict=True))[1:]
     return Placed(best, cost_s, cost_s, True, tuple(devices for _, devices in others))
 
 
 def improved(sketched: Sketched) -> Placed:
     """The best of the layouts, with regions and then devices exchanged."""
     prices = sketched.prices
-    laid_out = [_reordered(prices, *layout) for layout in sketched.layouts]
-    cells = _exchanged(prices, min(laid_out, key=lambda each: _tied_s(prices, each)))
+    laid_out = np.stack([_reordered(prices, *layout) for layout in sketched.layouts])
+    cells = _exchanged(prices, laid_out[_tied_s(prices, laid_out).argmin()])
     cost_s, devices = prices.cost_s(cells), np.arange(cells.size)
     t = prices.traffic
     by_hand = (devices.reshape(t.pp, t.dp, t.tp), devices.reshape(t.dp, t.pp, t.tp).transpose(1, 0, 2))
@@ -91,10 +94,16 @@ def improved(sketched: Sketched) -> Placed:
     return Placed(tuple(cells.ravel().tolist()), cost_s, sketched.bound_s, False, near)
 
 
-def _tied_s(prices: Prices, cells: IntArray) -> float:
-    """The price, with a little of all that is not the slowest."""
-    replicas, groups = prices.parts_s(cells)
-    return float(replicas.max() + groups.max() + TIE * (replicas.mean() + groups.mean()))
+def _tied_s(prices: Prices, cells: IntArray) -> FloatArray:
+    """[placement] The price, with a little of all that is not the slowest."""
+    found = np.empty(len(cells))
+    step = max(1, MOST_CELLS // cells[0].size)
+    for first in range(0, len(cells), step):
+        replicas, groups = prices.parts_s(cells[first : first + step])
+        most_s = replicas.max(axis=-1) + groups.max(axis=(-2, -1))
+        mean_s = replicas.mean(axis=-1) + groups.mean(axis=(-2, -1))
+        found[first : first + step] = most_s + TIE * mean_s
+    return found
 
 
 def _blocks(traffic: Traffic) -> list[tuple[int, int]]:
@@ -109,8 +118,8 @@ def _powers(size: int) -> list[int]:
 
 def _orders(prices: Prices) -> list[tuple[int, ...]]:
     """From each region on to the nearest that is left; of many regions, from a few."""
-    regions = [int(r) for r in np.unique(prices.region)]
-    first = {r: int(np.flatnonzero(prices.region == r)[0]) for r in regions}
+    regions = [int(r) for r in np.unique(prices.places.region)]
+    first = {r: int(np.flatnonzero(prices.places.region == r)[0]) for r in regions}
     orders = []
     for start in regions[:FIRST_REGIONS]:
         order, left = [start], [r for r in regions if r != start]
@@ -124,53 +133,52 @@ def _orders(prices: Prices) -> list[tuple[int, ...]]:
 
 def _hop_s(prices: Prices, source: int, target: int) -> float:
     busy_s = prices.traffic.sent_bytes * prices.network.shared_s_per_byte[source, target]
-    return float(prices.delay_s[source, target] + busy_s)
+    return float(prices.places.delay_s[source, target] + busy_s)
 
 
-def _along(prices: Prices, order: Sequence[int], block: tuple[int, int]) -> IntArray:
-    """Devices in the order of their regions, put into cells block by block; a block stage by stage."""
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[list(order)] = np.arange(len(order))
-    devices = np.lexsort((np.arange(len(prices.region)), prices.slowness, rank[prices.region]))
+def _along(prices: Prices, orders: Sequence[tuple[int, ...]], block: tuple[int, int]) -> IntArray:
+    """[order, stage, replica, shard] Devices in each order of their regions, put into cells block by block; a block
+    stage by stage."""
+    places, count = prices.places, len(prices.places.region)
+    rank = np.empty((len(orders), len(orders[0])), dtype=np.int64)
+    np.put_along_axis(rank, np.array(orders), np.arange(len(orders[0]))[None], axis=1)
+    alike = np.broadcast_to(places.slowness, (len(orders), count))
+    devices = np.lexsort((alike, rank[:, places.region]), axis=1)
     stages, replicas, shards = np.indices(prices.shape).reshape(3, -1)
     keys = (shards, replicas % block[1], stages % block[0], replicas // block[1], stages // block[0])
-    cells = np.empty(len(devices), dtype=np.int64)
-    cells[np.lexsort(keys)] = devices
-    return cells.reshape(prices.shape)
+    cells = np.empty_like(devices)
+    cells[:, np.lexsort(keys)] = devices
+    return cells.reshape(-1, *prices.shape)
 
 
 def _reordered(prices: Prices, order: tuple[int, ...], block: tuple[int, int]) -> IntArray:
-    """Pairs of regions exchanged in the order while that helps."""
-    best, cost_s = order, _tied_s(prices, _along(prices, order, block))
-    improved = True
-    while improved:
-        improved = False
-        for a, b in itertools.combinations(range(len(order)), 2):
-            tried = list(best)
-            tried[a : b + 1] = reversed(tried[a : b + 1])
-            tried_s = _tied_s(prices, _along(prices, tried, block))
-            if tried_s < cost_s * (1 - 1e-9):
-                best, cost_s, improved = tuple(tried), tried_s, True
-    return _along(prices, best, block)
+    """Parts of the order of regions turned round, the best of all each time, while that helps."""
+    best: IntArray = _along(prices, [order], block)[0]
+    cost_s = float(_tied_s(prices, best[None])[0])
+    pairs = list(itertools.combinations(range(len(order)), 2))
+    while pairs:
+        orders = [(*order[:a], *reversed(order[a : b + 1]), *order[b + 1 :]) for a, b in pairs]
+        tried = _along(prices, orders, block)
+        tried_s = _tied_s(prices, tried)
+        least = int(tried_s.argmin())
+        if not tried_s[least] < cost_s * (1 - 1e-9):
+            break
+        order, best, cost_s = orders[least], tried[least], float(tried_s[least])
+    return best
 
 
 def _exchanged(prices: Prices, cells: IntArray) -> IntArray:
-    """Two devices, two replicas or two stages exchanged at random, kept where that helps."""
+    """Two devices, two replicas or two stages exchanged at random, the best of a few each time, where that helps."""
     draw = np.random.default_rng(SEED)
-    best, cost_s = cells, _tied_s(prices, cells)
-    for _ in range(EXCHANGES):
-        tried = best.copy()
-        axis = int(draw.integers(3))
-        if axis == 2:
-            a, b = draw.integers(tried.size, size=2)
-            flat = tried.reshape(-1)
-            flat[[a, b]] = flat[[b, a]]
-        else:
-            a, b = draw.integers(tried.shape[axis], size=2)
-            index = np.arange(tried.shape[axis])
-            index[[a, b]] = index[[b, a]]
-            tried = np.take(tried, index, axis=axis)
+    best, cost_s = cells, float(_tied_s(prices, cells[None])[0])
+    for _ in range(EXCHANGES // AT_ONCE):
+        tried = np.repeat(best[None], AT_ONCE, axis=0)
+        for each, (kind, first, second) in zip(tried, draw.integers(1 << 30, size=(AT_ONCE, 3)), strict=True):
+            rows = (each, each.swapaxes(0, 1), each.reshape(-1))[kind % 3]
+            a, b = first % len(rows), second % len(rows)
+            rows[[a, b]] = rows[[b, a]]
         tried_s = _tied_s(prices, tried)
-        if tried_s < cost_s * (1 - 1e-12):
-            best, cost_s = tried, tried_s
+        least = int(tried_s.argmin())
+        if tried_s[least] < cost_s * (1 - 1e-12):
+            best, cost_s = tried[least], float(tried_s[least])
     return best

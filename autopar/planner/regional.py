@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph
 from autopar.planner.layouts import configurations
 from autopar.planner.least import quick_bound_s
-from autopar.planner.placed_prices import Prices, Traffic, slowness
+from autopar.planner.placed_prices import Places, Prices, Traffic
 from autopar.planner.placement import MAX_EXACT, Placed, Sketched, exactly, improved, sketched
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Infeasible, Pins, Solution, Space
@@ -31,14 +31,19 @@ from cost_model.network import Network
 
 FINALISTS, FINALISTS_OF_FEW, FEW = 4, 8, 8  # the latter on clusters of so many devices, where each takes no time
 IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
-SLACK = 0.04
-"""On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's.
-A tenth finds a plan 5 % faster in one of DT-FM's fifteen cases, in twice the time (docs/slow_networks.md)."""
+SLACK = 0.1
+"""On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's; prices
+err by less, but for what a few sums do not see (docs/slow_networks.md)."""
+WORTH = 0.01
+"""Of a step, what whole state must be able to save to be planned for."""
 MAX_MICROBATCH, MAX_WINDOW = 16, 8
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
-Search = Callable[[Pins, int], Sequence[Solution | Infeasible]]
+Answers = Sequence[Solution | Infeasible]
+Search = Callable[[Pins, int], Answers]
 """Of a mesh, with room for gradients that are summed in groups of so many replicas first."""
+Whole = Callable[[Pins, Sequence[Solution], float], Answers]
+"""Of a mesh with whole state on each replica; none where no placed plan could gain as much as a least by that."""
 Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 
@@ -71,16 +76,16 @@ class Candidate:
     bound_s: float
 
 
-def fastest_view(cluster: Cluster, dtype: str, usable: int | None = None) -> Cluster:
-    """As many devices as the cluster has, all as fast as its fastest, in equal nodes of as many as the cluster can be
-    divided into, and as near as its nearest.
+def fastest_view(cluster: Cluster, dtype: str) -> Cluster:
+    """As many devices as the cluster has, all as fast as its fastest and with as much memory as the one with the least,
+    in equal nodes of as many as the cluster can be divided into, and as near as its nearest.
 
-    dtype: in which devices are compared; usable: bytes of each, the least of all unless given.
+    dtype: in which devices are compared.
     """
     network = cluster.network
     assert network is not None
-    device = cluster.devices[int(slowness(cluster, dtype).argmin())]
-    usable = min(device.usable_bytes for device in cluster.devices) if usable is None else usable
+    device = cluster.devices[int(Places(cluster, dtype).slowness.argmin())]
+    usable = min(device.usable_bytes for device in cluster.devices)
     fastest = device.with_memory(usable + device.reserve_bytes)
     inner, count = _largest_group(network), cluster.num_devices
     levels = [_level("between", network, count, ~network.same_node if inner > 1 else ~np.eye(count, dtype=bool))]
@@ -102,16 +107,23 @@ def _level(name: str, network: Network, size: int, chosen: np.typing.NDArray[np.
 
 
 def search_placed(
-    cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes, search: Search, simulate: Simulate
+    cluster: Cluster,
+    space: Space,
+    batch: int,
+    pins: Pins,
+    volumes: Volumes,
+    search: Search,
+    whole: Whole,
+    simulate: Simulate,
 ) -> Solution | Infeasible:
     """The fastest plan with its placement. ``space`` is that of the fastest view.
 
-    search: plans a mesh in full, with room for gradients summed in groups, under the least memory and where devices
-    differ in it, under more; simulate: the seconds of a placed plan, infinite where it does not fit or is slower than a
-    limit, and it as its devices run it best.
+    search, whole: plan a mesh in full, under the least memory and where devices differ in it, under more; simulate: the
+    seconds of a placed plan, infinite where it does not fit or is slower than a limit, and it as its devices run it
+    best.
     """
     found, bound_s = _candidates(cluster, space, batch, pins, volumes)
-    race = _Race(pins, search, simulate, bound_s, few=cluster.num_devices <= FEW)
+    race = _Race(pins, search, whole, simulate, bound_s, few=cluster.num_devices <= FEW)
     plain = (pins.window, 1)
     for candidate, placed in found:
         if placed.cost_s <= race.worth_s:
@@ -126,10 +138,12 @@ def search_placed(
 
 @dataclass(eq=False)
 class _Race:
-    """Plans of the best meshes, the fastest so far. worth_s: no plan is made of meshes of a higher price."""
+    """Plans of the best meshes, the fastest so far. worth_s: no plan is made of meshes of a higher price; known: those
+    that were simulated, each by its mesh and stages."""
 
     pins: Pins
     search: Search
+    whole: Whole
     simulate: Simulate
     bound_s: float
     few: bool
@@ -138,27 +152,46 @@ class _Race:
     winner: tuple[Candidate, Placed] | None = None
     short: Infeasible | None = None
     worth_s: float = math.inf
+    known: list[Solution] = field(default_factory=list)
 
     def run(self, candidate: Candidate, placed: Placed, room: tuple[int | None, int]) -> None:
-        """Plans of a mesh on its placements, with room for a window and for groups of replicas."""
-        for answer in _different(self._searched(candidate.configuration, *room)):
-            if isinstance(answer, Infeasible):
-                fewer = self.short is None or answer.needed_bytes < self.short.needed_bytes
-                self.short = answer if fewer else self.short
-                continue
-            for devices in dict.fromkeys((placed.devices, *placed.others)):
-                step_s, solution = self.simulate(replace(answer, placement=devices), self.best_s)
-                if step_s < self.best_s:
-                    self._leads(step_s, solution, (candidate, placed))
+        """Plans of a mesh on its placements, with room for a window and for groups of replicas; then with whole state,
+        where that could gain something."""
+        window, dp_inner = room
+        answers = self._searched(lambda known: self.search(known, dp_inner), candidate.configuration, window)
+        placed_plans = [each for answer in answers for each in self._timed(answer, candidate, placed)]
+        least_s = WORTH * self.best_s
+        answers = self._searched(
+            lambda known: self.whole(known, placed_plans, least_s), candidate.configuration, window
+        )
+        for answer in answers:
+            self._timed(answer, candidate, placed)
 
-    def _searched(self, c: Configuration, window: int | None, dp_inner: int) -> Sequence[Solution | Infeasible]:
+    def _timed(self, answer: Solution | Infeasible, candidate: Candidate, placed: Placed) -> list[Solution]:
+        """A plan on each of the placements, simulated there; none where it was before."""
+        if isinstance(answer, Infeasible):
+            fewer = self.short is None or answer.needed_bytes < self.short.needed_bytes
+            self.short = answer if fewer else self.short
+            return []
+        if any(_is_same(answer, other) for other in self.known):
+            return []
+        self.known.append(answer)
+        found = []
+        for devices in dict.fromkeys((placed.devices, *placed.others)):
+            step_s, solution = self.simulate(replace(answer, placement=devices), self.best_s)
+            found.append(solution)
+            if step_s < self.best_s:
+                self._leads(step_s, solution, (candidate, placed))
+        return found
+
+    def _searched(self, search: Callable[[Pins], Answers], c: Configuration, window: int | None) -> Answers:
         """In a window of half the size, and half of that, where nothing fits."""
         known = replace(self.pins, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size, window=window)
-        found = self.search(known, dp_inner)
+        found = search(known)
         narrower = window // 2 if window is not None and self.pins.window is None else 1
-        if narrower < 2 or any(isinstance(answer, Solution) for answer in found):
+        if narrower < 2 or not found or any(isinstance(answer, Solution) for answer in found):
             return found
-        return self._searched(c, narrower, dp_inner)
+        return self._searched(search, c, narrower)
 
     def _leads(self, step_s: float, solution: Solution, winner: tuple[Candidate, Placed]) -> None:
         cost_s = winner[1].cost_s
@@ -167,15 +200,9 @@ class _Race:
         self.worth_s = math.inf if self.few else cost_s * (1 + SLACK)
 
 
-def _different(answers: Sequence[Solution | Infeasible]) -> Iterator[Solution | Infeasible]:
-    """Each plan once."""
-    known: list[Solution] = []
-    for answer in answers:
-        if isinstance(answer, Infeasible):
-            yield answer
-        elif all(answer.stages != other.stages for other in known):
-            known.append(answer)
-            yield answer
+def _is_same(one: Solution, other: Solution) -> bool:
+    """Whether two plans differ in no more than their window, which is chosen again once they are placed."""
+    return replace(one.configuration, window=1) == replace(other.configuration, window=1) and one.stages == other.stages
 
 
 def _room(candidate: Candidate, placed: Placed, pins: Pins) -> tuple[int | None, int]:
@@ -205,7 +232,7 @@ def _candidates(
     for candidate in queue:
         if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > sorted(r[0] for r in laid_out)[wanted - 1]:
             break
-        exact = candidate.prices.distinct <= MAX_EXACT
+        exact = candidate.prices.places.distinct <= MAX_EXACT
         found = exactly(candidate.prices) if exact else sketched(candidate.prices, candidate.bound_s)
         laid_out.append((found.cost_s, candidate.order, candidate, found))
     best = sorted(laid_out, key=lambda row: row[:2])[: IMPROVED * wanted]
@@ -218,7 +245,7 @@ def _candidates(
 def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
     """Every mesh that may be, with the price that none of its placements is under."""
     whole_s = _whole_seconds(space, volumes)
-    view = fastest_view(cluster, volumes.product_dtype)
+    view, places = fastest_view(cluster, volumes.product_dtype), Places(cluster, volumes.product_dtype)
     for number, c in enumerate(configurations(cluster.num_devices, batch, pins)):
         if c.pp > volumes.segments or (pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH):
             continue
@@ -226,7 +253,7 @@ def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Vo
             continue
         if not math.isfinite(whole_s(c.dp, c.tp, c.microbatch_size)):
             continue
-        prices = Prices(cluster, _traffic(view, c, whole_s, volumes))
+        prices = Prices(places, _traffic(view, c, whole_s, volumes))
         yield Candidate(number, c, prices, prices.bound_s())
 
 
@@ -275,7 +302,6 @@ def _traffic(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Vo
         volumes.sent_bytes(size),
         volumes.reduced_bytes / c.pp / c.tp,
         exchanged / c.pp,
-        volumes.product_dtype,
     )
 
 
