@@ -61,7 +61,10 @@ def check_figures(found: Comparison, steps: int) -> None:
 
 @pytest.mark.parametrize(
     "pins",
-    [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"pp": 2, "microbatch_size": 2}, {"dp": 2, "microbatch_size": 2}],
+    [
+        *({"tp": 2}, {"pp": 2, "microbatch_size": 2}, {"dp": 2, "microbatch_size": 2}),
+        *(pytest.param(pins, marks=pytest.mark.slow) for pins in ({"dp": 2}, {"pp": 2})),  # in one microbatch
+    ],
     ids=str,
 )
 def test_real_ranks(pins: dict[str, int]) -> None:

@@ -105,7 +105,7 @@ def test_a_worker_killed_while_checkpoints_are_written_leaves_the_last_whole_one
     assert loss == pytest.approx(expected[exe.steps - 1], rel=1e-4, abs=1e-7)
 
 
-@pytest.mark.parametrize("pins", [{"dp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("pins", [pytest.param({"dp": 2}, marks=pytest.mark.slow), {"pp": 2}], ids=str)
 def test_a_stuck_worker_ends_the_step_after_the_timeout(pins: dict[str, int]) -> None:
     before = workers()
     parallelism = autopar.Parallelism(**pins)
@@ -118,7 +118,7 @@ def test_a_stuck_worker_ends_the_step_after_the_timeout(pins: dict[str, int]) ->
         assert all_gone(started)
 
 
-@pytest.mark.parametrize("pins", [{"dp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("pins", [{"dp": 2}, pytest.param({"pp": 2}, marks=pytest.mark.slow)], ids=str)
 def test_an_error_in_generated_code_shows_the_line(pins: dict[str, int]) -> None:
     model, batch = example_gpt(n_layer=1, tied=False)
     wrong = {**batch, "idx": batch["idx"].clone()}

@@ -412,7 +412,7 @@ def test_an_estimate_carries_plan_and_figures() -> None:
     assert estimate.peak_bytes == max(stage.peak_bytes for stage in estimate.stages) > 0
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", [pytest.param("gpipe", marks=pytest.mark.slow), "1f1b"])
 def test_64_stages_of_512_microbatches_take_about_a_second(schedule: str) -> None:
     block = [op(1e-4 * (i % 7), f"kind{i % 5}") for i in range(300)]
     stages = [stage_program(i, 64, block, block * 2) for i in range(64)]

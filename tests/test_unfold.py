@@ -72,9 +72,16 @@ BETWEEN: dict[str, Callable[[], Model]] = {
 }
 
 
+LONG = {("lstm", 2, 1), ("gru", 1, 2)}
+"""Recurrent layers are many calls each; every time the one is cut along tp, the other along the batch."""
+CASES = [
+    pytest.param(*case, marks=pytest.mark.slow) if case in LONG else case
+    for case in ((name, *degrees) for name in BETWEEN for degrees in ((2, 1), (1, 2)))
+]
+
+
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize(("name", "dp", "tp"), CASES)
 def test_what_calls_are_made_of_runs_as_on_one_device(name: str, dp: int, tp: int) -> None:
     batch = {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)}
     check_parity(BETWEEN[name](), batch, 2, 1e-4, SGD, dp=dp, tp=tp, pp=1)
