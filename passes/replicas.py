@@ -152,8 +152,9 @@ class _Exchange:
 
     def _call(self, target: str, operand: fx.Node, rest: tuple[int, ...], like: fx.Node) -> fx.Node:
         op = getattr(torch.ops.autopar, target.split(".")[1]).default
-        known = self.whole.metas if target == REPLICA_GATHER else self.built.metas
-        made: fx.Node = self.built.call(op, (operand, *rest), known[operand.name], like=like)
+        # what is made of all samples takes names too, so that the operand may have another than it had
+        meta = self.whole.metas[like.name] if target == REPLICA_GATHER else self.built.metas[operand.name]
+        made: fx.Node = self.built.call(op, (operand, *rest), meta, like=like)
         return made
 
 
