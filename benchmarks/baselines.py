@@ -17,7 +17,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner_cases import CASES, DEPTHS, PUBLISHED, Case
 
@@ -62,6 +62,7 @@ class Grids:
         self.segments: dict[object, Segment] = {}
         self.hints_s: tuple[float, ...] = ()
         self.known = 0
+        self._hopeless: dict[Configuration, bool] = {}
 
     def quicker(self, step_s: float) -> Iterator[Grid]:
         """Those whose stages may take less on average. One replica has nothing to split over replicas."""
@@ -107,23 +108,34 @@ class Grids:
         """Whether a plan of the grid that fits once it is rewritten may take less, under any schedule."""
         c = grid.configuration
         within_s = step_s * (c.microbatches + c.pp - 1) / c.microbatches
-        return self._is_offered(grid, within_s) and self._fits(grid, within_s)
+        if c not in self._hopeless:
+            self._hopeless[c] = not self._any_is_offered(c, within_s)
+        return not self._hopeless[c] and self._is_offered(grid, within_s) and self._fits(grid, within_s)
+
+    def _any_is_offered(self, c: Configuration, within_s: float) -> bool:
+        """Whether columns of any grid of a configuration that fit may be fast enough: each segment has all ways to save
+        memory, for what the least of them reserves."""
+        ways = self._under(Parallelism()).saving_chains(c.dp, c.tp, c.microbatch_size)
+        return self._is_within(replace(ways[-1], reserve_bytes=ways[0].reserve_bytes), c, within_s)
 
     def _is_offered(self, grid: Grid, within_s: float) -> bool:
         """Whether columns that fit are fast enough."""
-        shared = grid.chain.shared_domains()
-        for labels in itertools.product(*shared.values()):
-            chain = grid.chain.fixed(dict(zip(shared, labels, strict=True)))
-            solver = ConfigurationSolver(chain, self._ready(chain), grid.configuration, self.job.cap_bytes)
-            solver.hints_s = self.hints_s
-            if self.hints_s and solver.glance_s() >= within_s:
-                continue
-            offered = solver.solve(within_s).bound_s < within_s
-            learned_s = solver.learned_s()
-            self.hints_s = self.hints_s if learned_s is None else (learned_s,)
-            if offered:
-                return True
-        return False
+        c, shared = grid.configuration, grid.chain.shared_domains()
+        if shared and not self._is_within(grid.chain, c, within_s):
+            return False
+        labels = (dict(zip(shared, each, strict=True)) for each in itertools.product(*shared.values()))
+        return any(self._is_within(grid.chain.fixed(each), c, within_s) for each in labels)
+
+    def _is_within(self, chain: Chain, c: Configuration, within_s: float) -> bool:
+        """Whether the bound of a chain under the cap is."""
+        solver = ConfigurationSolver(chain, self._ready(chain), c, self.job.cap_bytes)
+        solver.hints_s = self.hints_s
+        if self.hints_s and solver.glance_s() >= within_s:
+            return False
+        bound_s = solver.bound(within_s, within_s).bound_s
+        learned_s = solver.learned_s()
+        self.hints_s = self.hints_s if learned_s is None else (learned_s,)
+        return bound_s < within_s
 
     def _fits(self, grid: Grid, within_s: float) -> bool:
         """Whether a program that fits may be fast enough, by the bound of what was found."""
