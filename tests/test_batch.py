@@ -247,7 +247,6 @@ WHOLE: dict[str, tuple[Case, str]] = {
 }  # fmt: skip
 
 REFUSED = {
-    "columns picked by the batch's size": "different ops",
     "numbered columns": "made for the batch's size",
     "other ops for other sizes": "different ops",
     "a loss without the batch": "does not depend on the batch",

@@ -245,7 +245,7 @@ class _Search:
         if math.isfinite(node.bound_s):
             self._push(node)
         node.solver.forget()
-        self._report(node.solver.configuration)
+        self._report(node.solver.configuration, solved=0)
 
     def _shared_labels(self, c: Configuration, chain: Chain) -> tuple[Iterable[dict[str, str]], tuple[str, ...]]:
         """Choices of labels of shared variables, and a note where they are too many to try.
@@ -354,8 +354,8 @@ class _Search:
     def _is_small(self, unit: Unit, columns: Sequence[Column]) -> bool:
         return max(unit.solver.needed_bytes(columns)) <= self.cap_bytes
 
-    def _report(self, c: Configuration) -> None:
-        self.solved += 1
+    def _report(self, c: Configuration, solved: int = 1) -> None:
+        self.solved += solved
         if self.progress is None:
             return
         best_s = self._best_s()
