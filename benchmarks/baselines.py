@@ -104,13 +104,12 @@ class Grids:
     def _ready(self, chain: Chain) -> list[Segment]:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
 
-    def may_take(self, grid: Grid, step_s: float) -> bool:
-        """Whether a plan of the grid that fits once it is rewritten may take less, under any schedule."""
-        c = grid.configuration
-        within_s = step_s * (c.microbatches + c.pp - 1) / c.microbatches
+    def is_offered(self, grid: Grid, step_s: float) -> bool:
+        """Whether columns of the grid that fit may take less, under any schedule."""
+        c, within_s = grid.configuration, _within_s(grid, step_s)
         if c not in self._hopeless:
             self._hopeless[c] = not self._any_is_offered(c, within_s)
-        return not self._hopeless[c] and self._is_offered(grid, within_s) and self._fits(grid, within_s)
+        return not self._hopeless[c] and self._is_offered(grid, within_s)
 
     def _any_is_offered(self, c: Configuration, within_s: float) -> bool:
         """Whether columns of any grid of a configuration that fit may be fast enough: each segment has all ways to save
@@ -137,8 +136,9 @@ class Grids:
         self.hints_s = self.hints_s if learned_s is None else (learned_s,)
         return bound_s < within_s
 
-    def _fits(self, grid: Grid, within_s: float) -> bool:
-        """Whether a program that fits may be fast enough, by the bound of what was found."""
+    def fits(self, grid: Grid, step_s: float) -> bool:
+        """Whether a plan of the grid that fits once it is rewritten may take less, by the bound of what was found."""
+        within_s = _within_s(grid, step_s)
         p, job = grid.pins, self.job.under(grid.pins, self.job.options.memory_cap_bytes)
 
         def confirm(found: Solution) -> Sequence[int]:
@@ -153,6 +153,12 @@ class Grids:
         except TooSlow:
             return False
         return isinstance(found, Solution)
+
+
+def _within_s(grid: Grid, step_s: float) -> float:
+    """What 1f1b may take at most where some schedule takes less than a step."""
+    c = grid.configuration
+    return step_s * (c.microbatches + c.pp - 1) / c.microbatches
 
 
 def main() -> int:
@@ -179,13 +185,14 @@ def holds(case: Case, schedule: str | None) -> bool:
     print(f"{case.name} on {case.devices}, cap {job.cap_bytes / 2**30:.2f} GiB: {_text(best, best_s)}", flush=True)
     grids = Grids(job, schedule)
     quick = sorted(grids.quicker(best_s), key=lambda grid: grid.bound_s)
-    left = [grid for grid in quick if grids.may_take(grid, best_s)]
-    print(
-        f"{case.name}: {grids.known} grids, {grids.known - len(quick)} ruled out by what stages take on average, "
-        f"{len(quick) - len(left)} by what they take and hold, {len(left)} searched and simulated; "
-        f"processor {time.process_time() - own:.0f} s",
-        flush=True,
-    )
+    out = f"{grids.known - len(quick)} of {grids.known} grids ruled out by what stages take on average"
+    print(f"{case.name}: {out}; processor {time.process_time() - own:.0f} s", flush=True)
+    offered = [grid for grid in quick if grids.is_offered(grid, best_s)]
+    out = f"{len(quick) - len(offered)} by what columns take and hold"
+    print(f"{case.name}: {out}; processor {time.process_time() - own:.0f} s", flush=True)
+    left = [grid for grid in offered if grids.fits(grid, best_s)]
+    out = f"{len(offered) - len(left)} by what programs hold, {len(left)} searched and simulated"
+    print(f"{case.name}: {out}; processor {time.process_time() - own:.0f} s", flush=True)
     ways = [(str(grid), grid.pins) for grid in left] + list(PUBLISHED.get(case.name, ()))
     failures = [name for name, pins in ways if not _is_beaten(job, name, pins, best_s)]
     print(f"{case.name}: {len(failures)} faster, or over the cap; processor {time.process_time() - own:.0f} s")
