@@ -4,10 +4,11 @@
 
 Each grid is the best plan that its pins leave (shardings, stage boundaries and, unless pinned, the schedule), under the
 same cap and by the same simulator. Ruled out are those whose stages take longer on average than the automatic plan's
-step, and those of which no plan within the cap is fast enough for any schedule, by the search's proven bound: 1f1b
-takes at most (microbatches + pp - 1) / microbatches times as long as a schedule that never waits. Both bounds count
-collectives where they are due, none behind compute. Prints what is left, and how many there are of each kind. The exit
-code is 1 where a plan is faster than the automatic one, or exceeds the cap.
+step, and those of which no plan within the cap is fast enough for any schedule, by the search's proven bound, of all
+grids of a degree and microbatch size at once and of each: 1f1b takes at most (microbatches + pp - 1) / microbatches
+times as long as a schedule that never waits. Both bounds count collectives where they are due, none behind compute.
+Prints what is left, and how many there are of each kind. The exit code is 1 where a plan is faster than the automatic
+one, or exceeds the cap.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from planner_cases import CASES, DEPTHS, PUBLISHED, Case
 
 from autopar.options import DEFAULT_OPTIMIZER, Options
-from autopar.planner.chain import Chain
+from autopar.planner.chain import Chain, at_once
 from autopar.planner.configuration import ConfigurationSolver
 from autopar.planner.layouts import configurations
 from autopar.planner.least import least_costs
@@ -115,7 +116,7 @@ class Grids:
         """Whether columns of any grid of a configuration that fit may be fast enough: each segment has all ways to save
         memory, for what the least of them reserves."""
         ways = self._under(Parallelism()).saving_chains(c.dp, c.tp, c.microbatch_size)
-        return self._is_within(replace(ways[-1], reserve_bytes=ways[0].reserve_bytes), c, within_s)
+        return self._is_within(at_once(ways), c, within_s)
 
     def _is_offered(self, grid: Grid, within_s: float) -> bool:
         """Whether columns that fit are fast enough."""

@@ -165,30 +165,32 @@ class ConfigurationSolver:
 
     def bound(self, cutoff_s: float, within_s: float) -> Outcome:
         """A bound: that of ``solve``, or less once some plan is known to take no longer than ``within_s``."""
-        return self._solved(cutoff_s, within_s)
+        found = self._found(cutoff_s * (1 + CLOSE), within_s)
+        return found if isinstance(found, Outcome) else Outcome(found.proven.bound_s)
 
     def solve(self, cutoff_s: float) -> Outcome:
         """The best choice, or only a bound once that is over the cutoff, or what memory is short."""
-        return self._solved(cutoff_s, None)
-
-    def _solved(self, cutoff_s: float, within_s: float | None) -> Outcome:
-        limit_s = cutoff_s * (1 + CLOSE)
-        spaces, best = self._start(limit_s)
-        if not all(len(space.edges) for space in spaces):
-            return self._nothing(limit_s)
-        found = self._refined(spaces, best, limit_s, 0.0 if within_s is None else within_s)
-        if not np.isfinite(found.proven.bound_s):
-            return self._nothing(limit_s)
-        if not found.pools:
-            return Outcome(found.proven.bound_s)
-        assert found.best, "a tiling that fits has columns that fit"
-        if within_s is not None:
-            return Outcome(found.proven.bound_s)
+        found = self._found(cutoff_s * (1 + CLOSE), 0.0)
+        if isinstance(found, Outcome):
+            return found
         pools, best = found.pools, found.best
         if self._gap(best, found.proven) > TOLERANCE and np.isfinite(self.cap_bytes):
             pools = self._mixed(found)
             best = self._incumbent(pools, best)
         return self._chosen(pools, best, found.proven)
+
+    def _found(self, limit_s: float, within_s: float) -> _Found | Outcome:
+        """What ``_refined`` finds; the outcome where that is no choice of columns."""
+        spaces, best = self._start(limit_s)
+        if not all(len(space.edges) for space in spaces):
+            return self._nothing(limit_s)
+        found = self._refined(spaces, best, limit_s, within_s)
+        if not np.isfinite(found.proven.bound_s):
+            return self._nothing(limit_s)
+        if not found.pools:
+            return Outcome(found.proven.bound_s)
+        assert found.best, "a tiling that fits has columns that fit"
+        return found
 
     def _nothing(self, limit_s: float) -> Outcome:
         """No tiling within the limit fits: without a limit none does at all."""

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from autopar.planner.chain import Chain, Floor, in_flight
+from autopar.planner.chain import Chain, Floor, at_once, in_flight
 from autopar.planner.columns import Column
 from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
@@ -196,7 +196,7 @@ class _Search:
         if not ways or (len(ways) == 1 and not chain.shared_domains()):
             self._put(units(), waiting.bound_s)
             return
-        relaxed = replace(ways[-1], reserve_bytes=ways[0].reserve_bytes)
+        relaxed = at_once(ways)
         solver = self.solver(relaxed, self._segments(relaxed), c, self.cap_bytes)
         self._push(Relaxed(waiting.order, solver, waiting.bound_s, units))
 

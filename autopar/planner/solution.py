@@ -27,7 +27,8 @@ class Space(Protocol):
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:
         """Chains with choices that trade time for memory as well, each with the reserve that its choices need; no plan
-        of theirs is faster than the fastest of ``chain``. None where there are no such choices."""
+        of theirs is faster than the fastest of ``chain``. The first reserves least, the last has the choices of all.
+        None where there are no such choices."""
 
 
 @dataclass(frozen=True)
