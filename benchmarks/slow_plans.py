@@ -1,9 +1,11 @@
 """Estimated against measured steps on slow networks of one machine (namespaces, ``slow_network.py``), over gloo.
 
     python benchmarks/slow_plans.py [--nodes 3] [--rates 10 50 200] [--delays 0 5 20] [--compare] [--wire bf16]
+    python benchmarks/slow_plans.py --link 0 1 10 50 --link 1 0 200 2 --width 256 --layers 9 --batch 1024
 
 A pipeline of one stage a node, under GPipe and 1F1B, in 1, 2 and 4 microbatches, and under 1F1B in windows. --compare:
-the automatic plan against data parallelism and ZeRO 3 instead. Products are priced as this machine is measured
+the automatic plan against data parallelism and ZeRO 3 instead. --link: from a node to another, a rate and a delay of
+their own, the same in all networks. Products are priced as this machine is measured
 (``Cluster.local``), with as many ranks at once as it has cores; under --compare, where all compute at once, with all.
 Needs root.
 """
@@ -22,13 +24,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slow_network import SlowNetwork, why_not
+from slow_network import HEADER_BYTES, MTU_BYTES, Links, SlowNetwork, why_not
 
 import autopar
 from autopar.calibrate import cache_path, usable_cores
 
 RANK_FILE = Path(__file__).resolve().parent / "slow_rank.py"
-_PAYLOAD = 0.97  # of frames: headers of Ethernet, IP and TCP in packets of 8,000 bytes, and acknowledgements
+_TCP_BYTES = 52  # headers of IP and TCP with time stamps
+# Of a link that is busy both ways: a full packet, and the acknowledgement of one that goes the other way.
+_PAYLOAD = (MTU_BYTES - _TCP_BYTES) / (MTU_BYTES + HEADER_BYTES + _TCP_BYTES + HEADER_BYTES)
 # What a transfer and a collective cost two processes that are waiting for it.
 _CLUSTER = """\
 schema = 1
@@ -42,15 +46,19 @@ start = "0.5 ms"
 efficiency = {payload}
 source = "headers of Ethernet, IP and TCP"
 
+[between]
+{between}
+"""
+_NODE = """
 [[nodes]]
-region = "here"
-count = {nodes}
+region = "{region}"
 {device}
-
-[within]
-latency = {latency}
-bandwidth = {bandwidth}
-source = "slow_network.py"
+"""
+_LINK = """
+[[links]]
+regions = ["{source}", "{target}"]
+one_way = true
+{link}
 """
 
 
@@ -101,11 +109,17 @@ def _free_port() -> int:
         return port
 
 
-def cluster_text(nodes: int, bits_per_s: float, delay_s: float, device: str) -> str:
-    """The network's own settings as a cluster file."""
-    return _CLUSTER.format(
-        nodes=nodes, payload=_PAYLOAD, device=device, latency=delay_s + 2e-4, bandwidth=bits_per_s / 8
-    )
+def cluster_text(nodes: int, bits_per_s: float, delay_s: float, device: str, others: Links | None = None) -> str:
+    """The network's own settings as a cluster file; a region for each node, so that pairs may have their own links."""
+    parts = [_CLUSTER.format(payload=_PAYLOAD, between=_link(bits_per_s, delay_s))]
+    parts += [_NODE.format(region=f"node {node}", device=device) for node in range(nodes)]
+    for (source, target), link in (others or {}).items():
+        parts.append(_LINK.format(source=f"node {source}", target=f"node {target}", link=_link(*link)))
+    return "".join(parts)
+
+
+def _link(bits_per_s: float, delay_s: float) -> str:
+    return f'latency = {delay_s + 2e-4}\nbandwidth = {bits_per_s / 8}\nsource = "slow_network.py"'
 
 
 def measured_device(ranks: int) -> str:
@@ -127,22 +141,23 @@ def plans() -> Iterator[dict[str, Any]]:
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     cores = max(1, round(usable_cores()))
+    others = {(int(a), int(b)): (mbit * 1e6, ms * 1e-3) for a, b, mbit, ms in options.link}
     device = measured_device(options.nodes if options.compare else min(options.nodes, cores))
     with SlowNetwork(options.nodes) as network, tempfile.TemporaryDirectory() as folder:
-        network.shape(1e9, 0.0)
         ranks = SlowRanks(network)
         for mbit, ms in itertools.product(options.rates, options.delays):
-            network.shape(mbit * 1e6, ms * 1e-3)
+            network.shape(mbit * 1e6, ms * 1e-3, others)
             path = Path(folder) / f"{mbit}-{ms}.toml"
-            path.write_text(cluster_text(options.nodes, mbit * 1e6, ms * 1e-3, device))
-            told = {"cluster": str(path), "width": 512, "layers": options.nodes * 2, "steps": options.steps}
+            path.write_text(cluster_text(options.nodes, mbit * 1e6, ms * 1e-3, device, others))
+            layers = options.layers or 2 * options.nodes
+            told = {"cluster": str(path), "width": options.width, "layers": layers, "steps": options.steps}
             for name, pins, batch in _cases(options):
                 ranks.tell({**told, "batch": batch, "pins": pins, "precision": {"wire": options.wire}})
                 yield {"rate": mbit, "delay": ms, "plan": name, **ranks.answers()[0]}
 
 
 def _cases(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], int]]:
-    nodes, batch = options.nodes, 256
+    nodes, batch = options.nodes, options.batch
     if options.compare:
         yield "automatic", {}, batch * nodes
         yield "data parallel", {"dp": nodes, "tp": 1, "pp": 1, "zero": 0}, batch * nodes
@@ -180,6 +195,12 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--rates", nargs="*", type=float, default=[10, 50, 200], help="Mbit/s")
     parser.add_argument("--delays", nargs="*", type=float, default=[0, 5, 20], help="ms")
+    parser.add_argument(
+        "--link", nargs=4, type=float, action="append", default=[], metavar=("FROM", "TO", "RATE", "DELAY")
+    )
+    parser.add_argument("--width", type=int, default=512, help="of each layer")
+    parser.add_argument("--layers", type=int, help="two a node where left out")
+    parser.add_argument("--batch", type=int, default=256, help="samples; under --compare of each node")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--wire", choices=["bf16", "fp16", "auto"], help="what stages send each other")

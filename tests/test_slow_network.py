@@ -22,22 +22,23 @@ sys.path.remove(str(FOLDER))
 REASON = slow_network.why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no slow networks here: {REASON}")
 
-SINK = """
+SINK = r"""
 import socket
 with socket.create_server(("", 5000)) as listener:
     print("up", flush=True)
     peer, _ = listener.accept()
+    print(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).strip(b"\0").decode(), flush=True)
     while head := peer.recv(8, socket.MSG_WAITALL):
         left = int.from_bytes(head, "big")
         while left:
             left -= len(peer.recv(min(left, 1 << 20)))
         peer.sendall(b"k")
 """
-SOURCE = """
+SOURCE = r"""
 import socket, sys, time
 peer = socket.create_connection((sys.argv[1], 5000))
 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-print("up", flush=True)
+print(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).strip(b"\0").decode(), flush=True)
 for line in sys.stdin:
     start = time.perf_counter()
     peer.sendall(int(line).to_bytes(8, "big") + b"x" * int(line))
@@ -57,16 +58,27 @@ def test_a_network_is_as_slow_as_it_says_and_leaves_nothing() -> None:
         sink = network.start(0, [sys.executable, "-c", SINK], {})
         assert sink.stdout is not None and sink.stdout.readline() == "up\n"
         source = network.start(1, [sys.executable, "-c", SOURCE, network.address(0)], {})
-        assert source.stdout is not None and source.stdout.readline() == "up\n"
-        for bits_per_s, delay_s, nbytes in ((50e6, 0.0, 10**6), (20e6, 0.03, 10**5), (20e6, 0.03, 1)):
+        assert source.stdout is not None and source.stdout.readline() == sink.stdout.readline() == "reno\n"
+        for bits_per_s, delay_s, nbytes in (
+            (50e6, 0.0, 10**6),
+            (20e6, 0.03, 10**5),
+            (20e6, 0.03, 1),
+            (1e6, 0.0, 16000),
+        ):
             network.shape(bits_per_s, delay_s)
-            asked(source, nbytes)
-            seconds = min(float(asked(source, nbytes)) for _ in range(3))
-            expected = nbytes * 8 / bits_per_s + 2 * delay_s
-            assert 0.9 * expected <= seconds <= 1.2 * expected + 0.02, (bits_per_s, delay_s, nbytes)
+            check_exchange(source, nbytes, nbytes * 8 / bits_per_s + 2 * delay_s)
+        network.shape(50e6, 0.01, {(1, 0): (10e6, 0.03)})
+        check_exchange(source, 10**6, 0.8 + 0.03 + 0.01)
         assert slow_network.namespaces_of(os.getpid())
     assert not slow_network.namespaces_of(os.getpid())
     assert sink.poll() is not None and source.poll() is not None
+
+
+def check_exchange(source: Any, nbytes: int, expected_s: float) -> None:
+    """A message that follows a pause, and one byte in reply; no byte of it is free."""
+    asked(source, nbytes)
+    seconds = min(float(asked(source, nbytes)) for _ in range(3))
+    assert expected_s <= seconds <= 1.2 * expected_s + 0.02, (seconds, expected_s, nbytes)
 
 
 OWNER = f"""
