@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import platformdirs
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autopar.calibrate_cold import COLD_PRODUCTS, products_size
 from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
+from autopar.calibrate_rate import usual_seconds
 from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Probe, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import BEHIND, TRANSFER, Cluster, cluster_names
@@ -33,18 +35,18 @@ from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 17
+CALIBRATION_VERSION = 18
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
 MOVING_BYTES = MESSAGE_BYTES[:-1]
-_PASSES = 4
-_OP_BUDGET_S = 0.008
+_PASSES = 6
+_OP_BUDGET_S = 0.004
 _PRODUCT_BUDGET_S = 0.1
 _COLD_BUDGET_S = 0.04
 _CLEARLY = 0.8  # of the time that torch's own way takes
 _MESSAGE_BUDGET_S = 0.008
-_MOST_REPEATS = 6  # of a pass: what differs is the passes
+_MOST_REPEATS = 4  # of a pass: what differs is the passes
 _OS_SHARE = 0.05  # of memory, left to the system and its file cache
 _RANK_WAIT_S = 900.0
 _POLL_S = 0.2
@@ -236,12 +238,8 @@ def _measured(
         for key, seconds in _message_seconds(pool, num_ranks, step):
             messages.setdefault(key, []).append(seconds)
     crowding = max(1.0, num_ranks / usable_cores())
-    times = [_op_time(probe, passes, crowding) for probe, passes in zip(probes, ops, strict=True)]
-    return (
-        times,
-        _cold_calls(cold),
-        [MessageTime(*key, statistics.median(seconds)) for key, seconds in messages.items()],
-    )
+    times = _op_times(probes, ops, crowding)
+    return times, _cold_calls(cold), _message_times(messages)
 
 
 def _cold_seconds(pool: WorkerPool, products: tuple[int, int], library: str) -> Cold:
@@ -267,13 +265,26 @@ def _op_seconds(pool: WorkerPool, index: int, library: str) -> tuple[OpCost, lis
     return _cost(replies[0]), [reply["seconds"] for reply in replies]
 
 
-def _op_time(probe: Probe, passes: Sequence[tuple[OpCost, list[float]]], crowding: float) -> OpTime:
-    """The median over passes of what the slowest rank took: a step meets what is usual, not the best, and all ranks
-    wait for the slowest of them. On a shared machine one core is slower than another for seconds at a time.
+def _op_times(
+    probes: Sequence[Probe], passes: Sequence[Sequence[tuple[OpCost, list[float]]]], crowding: float
+) -> list[OpTime]:
+    """What each op usually takes where all ranks wait for the slowest, from its cost and times of each pass.
 
     crowding: ranks per core; CPU time does not see that ranks take turns on a core.
     """
-    return OpTime(probe.row, passes[0][0], crowding * statistics.median(max(seconds) for _, seconds in passes))
+    seconds = crowding * usual_seconds(np.array([[by_rank for _, by_rank in taken] for taken in passes]))
+    return [
+        OpTime(probe.row, taken[0][0], float(usual))
+        for probe, taken, usual in zip(probes, passes, seconds, strict=True)
+    ]
+
+
+def _message_times(found: Mapping[tuple[str, int, int], Sequence[float]]) -> list[MessageTime]:
+    """From what the slowest rank took in each pass."""
+    if not found:
+        return []
+    seconds = usual_seconds(np.array(list(found.values()))[:, :, None])
+    return [MessageTime(*key, float(usual)) for key, usual in zip(found, seconds, strict=True)]
 
 
 def _cost(reply: Mapping[str, Any]) -> OpCost:
