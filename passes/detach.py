@@ -1,8 +1,9 @@
 """Detach: state where gradients stop, before functionalisation forgets it.
 
 Functionalising inlines no_grad regions and drops in-place detaches, and gradients would flow where the model
-stops them. So the values that leave a no_grad region are detached explicitly, inputs of the graph that it writes to
-(buffers) are for all that comes after it, and ``h.detach_()`` becomes ``h.detach()`` for all that comes after it.
+stops them, and values that were written to without gradients would have those of what was written. So the values
+that leave a no_grad region are detached explicitly, inputs of the graph that it writes to (buffers) are for all that
+comes after it, ``h.detach_()`` becomes ``h.detach()`` for all that comes after it, and other such writes are refused.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def detach(module: fx.GraphModule) -> fx.GraphModule:
             elif node.target is aten.detach_.default and node.args[0].target not in _LIFTED:
                 _detach_from_here(node)
                 changed = True
+            else:
+                _check_written(node)
     if changed:
         module.recompile()
     return module
@@ -97,17 +100,63 @@ def _written_outside(region: fx.GraphModule, operands: Sequence[Any]) -> list[fx
     return list(found)
 
 
+def _check_written(node: fx.Node) -> None:
+    """UnsupportedError from a write through ``h.detach()`` or ``h.data`` where ``h`` is read later.
+
+    Its gradient is that of what ``h`` was, its value what was written, which no functional graph says.
+    """
+    for written in _written(node):
+        source = next((n.args[0] for n in _lineage(written) if n.target is aten.detach.default), None)
+        if not isinstance(source, fx.Node) or _lineage(source)[-1].op == "placeholder":
+            continue
+        if any(_is_read_after(alias, node) for alias in _lineage(source)):
+            raise UnsupportedError(
+                f"the model changes a tensor through .detach() or .data ({node.target}) and reads it afterwards; "
+                "assign a new tensor, or change it outside of forward"
+            )
+
+
+def _is_read_after(value: fx.Node, place: fx.Node) -> bool:
+    """Whether a value is read with its gradient after a place, by itself or through views."""
+    views = [user for user in value.users if user.target is not aten.detach.default and value in _lineage(user)[1:]]
+    readers = value.users.keys() - {user for user in value.users if value in _lineage(user)[1:]}
+    return any(reader > place for reader in readers) or any(_is_read_after(view, place) for view in views)
+
+
+def _lineage(value: fx.Node) -> list[fx.Node]:
+    """A value and what it is a view of, nearest first."""
+    found = [value]
+    while isinstance(found[-1].target, torch._ops.OpOverload) and _aliases(found[-1].target):
+        source = found[-1].args[0]
+        if not isinstance(source, fx.Node) or _storage(source) != _storage(found[-1]):
+            break
+        found.append(source)
+    return found
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
 def _roots_written(node: fx.Node) -> Iterator[fx.Node]:
     """The tensors that a call writes to, by itself or through views."""
+    for root in _written(node):
+        while isinstance(root.target, torch._ops.OpOverload) and _aliases(root.target):
+            source = root.args[0]
+            if not isinstance(source, fx.Node):
+                break
+            root = source
+        yield root
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """The operands that a call writes to."""
     if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
         return
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             root = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            while (
-                isinstance(root, fx.Node) and isinstance(root.target, torch._ops.OpOverload) and _aliases(root.target)
-            ):
-                root = root.args[0]
             if isinstance(root, fx.Node):
                 yield root
 

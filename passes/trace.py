@@ -39,7 +39,7 @@ from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
 from passes.unroll import unroll
-from passes.watch import ValueWatch, casts_of_modules, check_hooks, own_backwards
+from passes.watch import ValueWatch, casts_of_modules, check_hooks, data_of_tensors, own_backwards
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -268,7 +268,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with own_backwards(module.functions), casts_of_modules():
+        with own_backwards(module.functions), casts_of_modules(), data_of_tensors():
             exported = _folded(module, args, kwargs, mode) if folded else None
             exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:

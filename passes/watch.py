@@ -100,6 +100,23 @@ def casts_of_modules() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def data_of_tensors() -> Iterator[None]:
+    """While a model is traced: ``tensor.data`` is the tensor without its gradient, UnsupportedError where it is set.
+
+    Tracers do not see what torch itself returns: calls on it would be left out, or made once for all steps.
+    """
+
+    def refuse(tensor: torch.Tensor, _: torch.Tensor) -> NoReturn:
+        raise UnsupportedError(
+            f"forward gives a tensor {list(tensor.shape)} other data, which is lost when a model is traced: assign a "
+            "new tensor, keep what changes in a buffer, or change parameters outside of forward"
+        )
+
+    with mock.patch.object(torch.Tensor, "data", property(torch.Tensor.detach, refuse)):
+        yield
+
+
 class ValueWatch:
     """Python values that forward changes or draws, as notes. torch.export puts changed attributes back, so that the
     traced function itself has to look."""

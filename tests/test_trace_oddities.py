@@ -71,6 +71,43 @@ def test_what_ranks_cannot_do_alike_is_refused(build: Any, forward: Any, said: s
         trace(net(forward, build), inputs())
 
 
+def _halved(h: Tensor) -> Tensor:
+    h.data.mul_(0.5)
+    return h
+
+
+def _first_column_dropped(h: Tensor) -> Tensor:
+    made = h * 1
+    made.view(-1, 2).detach()[:, 0] = 0.0
+    return made.relu()
+
+
+def _other_data(h: Tensor) -> Tensor:
+    h.data = h.data * 2
+    return h
+
+
+@pytest.mark.parametrize("changed", [_halved, _first_column_dropped, _other_data])
+def test_values_written_behind_the_back_of_gradients_are_refused(changed: Callable[[Tensor], Tensor]) -> None:
+    """They had the gradients of what was written, or were what they had been."""
+    with pytest.raises(UnsupportedError, match=r"through .detach\(\) or .data .* reads it afterwards|other data"):
+        trace(_Odd(lambda _, h: changed(h)), (torch.zeros(8, 4),))
+
+
+def test_data_of_a_tensor_is_the_tensor_without_its_gradient() -> None:
+    """Of torch's own, no tracer knows: rounding with the gradient of the identity became a constant."""
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h + (h.round() - h).data
+        noise = h.detach().mul_(0.5)  # h is read no more
+        return F.mse_loss(noise * self.b.weight.data.norm(), y)
+
+    called = [str(node.target) for node in trace(net(forward), inputs()).global_graph.nodes()]
+    assert called.index("aten.round.default") < called.index("aten.detach.default") and "aten.mul.Tensor" in called
+    assert not isinstance(vars(torch.Tensor).get("data"), property)
+
+
 class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
