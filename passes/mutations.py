@@ -51,6 +51,11 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
             statistics[name] = norms
         elif (step := _increment(made, held)) is not None:
             counters[name] = step
+        elif not made.meta["val"].is_floating_point():
+            raise UnsupportedError(
+                f"forward gives {name!r}, a buffer of {made.meta['val'].dtype}, a value other than its own plus a "
+                "number: keep it as floating-point numbers, or change it outside of forward"
+            )
         else:
             written[name] = places[output]
     return Changed(statistics, counters, written)

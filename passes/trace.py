@@ -29,6 +29,7 @@ from passes.draws import give_draws
 from passes.experts import traceable_experts
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
+from passes.holding import Holding
 from passes.merge import merge_equal
 from passes.mutations import Changed, changed_buffers, check_statistics
 from passes.questions import Questions
@@ -39,7 +40,7 @@ from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
 from passes.unroll import unroll
-from passes.watch import ValueWatch, casts_of_modules, check_hooks, data_of_tensors, own_backwards
+from passes.watch import ValueWatch, casts_of_modules, check_hooks, gradients_as_written, own_backwards
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -80,7 +81,7 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model = model
         self._loss_fn, self._spec = loss_fn, spec
-        self.watch = ValueWatch()
+        self.watch, self.holding = ValueWatch(), Holding()
         self.repeats: Repeats | None = None
         self.functions = Functions()
         self.questions = Questions()
@@ -95,7 +96,7 @@ class _WithLoss(nn.Module):
 
     def _loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with nullcontext() if self.repeats is None else self.repeats.between():
-            with self.watch.over(self.model):
+            with self.watch.over(self.model), self.holding.over(self.model):
                 outputs = self.model(*args, **kwargs)
             if self._loss_fn is None:
                 return find_loss(outputs)
@@ -171,6 +172,7 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
     notes = (
         *wrapped.watch.notes,
+        *wrapped.holding.notes,
         *wrapped.functions.notes(),
         *wrapped.questions.notes(),
         *wrapped.awareness.notes(),
@@ -268,7 +270,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with own_backwards(module.functions), casts_of_modules(), data_of_tensors():
+        with own_backwards(module.functions), casts_of_modules(), gradients_as_written():
             exported = _folded(module, args, kwargs, mode) if folded else None
             exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:
@@ -282,6 +284,7 @@ def _export(
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
         exported = functional(exported)
     changed = changed_buffers(exported)
+    module.holding.check(exported)
     graph, constants = _to_model_graph(exported, spec, size, aliases, changed)
     return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}
 
@@ -314,10 +317,11 @@ def _folded(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Functionalise graphs that mutate, and state what ``torch.vmap`` makes of calls in batched ones.
 
-    Most graphs need neither, and the second trace it costs takes longer than the first.
+    So are the casts of autocast regions. Most graphs need none of it, and the second trace it costs takes longer than
+    the first.
     """
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    retraced = any(_mutates(n) or _is_of_vmap(n) for graph in graphs for n in graph.nodes)
+    retraced = any(_mutates(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
     detach(exported.graph_module)
     return exported.run_decompositions({}) if retraced else exported
 
@@ -329,6 +333,19 @@ def _mutates(node: fx.Node) -> bool:
 
 def _is_of_vmap(node: fx.Node) -> bool:
     return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
+
+
+def _is_autocast(node: fx.Node) -> bool:
+    """Whether a region casts. UnsupportedError where it does so on devices of another kind than the traced ones."""
+    if str(node.target) != "wrap_with_autocast" or not node.args[2]:
+        return False
+    values = (arg.meta.get("val") for arg in node.all_input_nodes)
+    if all(value.device.type == node.args[0] for value in values if isinstance(value, torch.Tensor)):
+        return True
+    raise UnsupportedError(
+        f"forward casts by torch.autocast({node.args[0]!r}), which does nothing on the devices that the model lies on: "
+        "pass precision=autopar.Precision(compute=...) instead"
+    )
 
 
 def _to_model_graph(

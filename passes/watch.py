@@ -6,10 +6,11 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -101,19 +102,50 @@ def casts_of_modules() -> Iterator[None]:
 
 
 @contextmanager
-def data_of_tensors() -> Iterator[None]:
-    """While a model is traced: ``tensor.data`` is the tensor without its gradient, UnsupportedError where it is set.
+def gradients_as_written() -> Iterator[None]:
+    """While a model is traced: ways to say that gradients stop, which a tracer does not see, as ways that it sees.
 
-    Tracers do not see what torch itself returns: calls on it would be left out, or made once for all steps.
+    ``tensor.data`` is the tensor without its gradient (calls on torch's own would be left out, or made once for all
+    steps), inference mode is no_grad. UnsupportedError where data is set, where a parameter's gradient is switched on
+    or off (what is called in between would be as before), and where forward runs a backward.
     """
 
-    def refuse(tensor: torch.Tensor, _: torch.Tensor) -> NoReturn:
+    def refuse_data(tensor: torch.Tensor, _: torch.Tensor) -> NoReturn:
         raise UnsupportedError(
             f"forward gives a tensor {list(tensor.shape)} other data, which is lost when a model is traced: assign a "
             "new tensor, keep what changes in a buffer, or change parameters outside of forward"
         )
 
-    with mock.patch.object(torch.Tensor, "data", property(torch.Tensor.detach, refuse)):
+    def require(tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
+        if isinstance(tensor, nn.Parameter) and tensor.requires_grad != requires_grad:
+            raise UnsupportedError(
+                f"forward switches the gradient of a parameter {list(tensor.shape)} "
+                f"{'on' if requires_grad else 'off'}, which is lost when a model is traced: call the module with "
+                "detached parameters (torch.func.functional_call), or switch it before the model is compiled"
+            )
+        return plain(tensor, requires_grad)
+
+    def refuse_backward(*_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(
+            "forward runs a backward, which is lost when a model is traced: return the loss, and state gradients "
+            "that enter it with torch.func.jvp, or by hand"
+        )
+
+    def enter(region: torch.inference_mode) -> None:
+        regions.append(torch.no_grad() if region.mode else nullcontext())
+        regions[-1].__enter__()
+
+    plain, regions = torch.Tensor.requires_grad_, list[AbstractContextManager[None]]()
+    with ExitStack() as patched:
+        for owner, name, instead in (
+            (torch.Tensor, "data", property(torch.Tensor.detach, refuse_data)),
+            (torch.Tensor, "requires_grad_", require),
+            (torch.Tensor, "backward", refuse_backward),
+            (torch.autograd, "grad", refuse_backward),
+            (torch.inference_mode, "__enter__", enter),
+            (torch.inference_mode, "__exit__", lambda _, *how: regions.pop().__exit__(*how)),
+        ):
+            patched.enter_context(mock.patch.object(owner, name, instead))
         yield
 
 
@@ -127,7 +159,7 @@ class ValueWatch:
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
         """Around one run of forward."""
-        before, drawn = _numbers(model), random.getstate()
+        before, drawn, state = _numbers(model), random.getstate(), _numpy_state()
         yield
         found = [
             f"forward changes the number {name!r}: every step uses the value it had when the model was traced"
@@ -136,7 +168,13 @@ class ValueWatch:
         ]
         if random.getstate() != drawn:
             found.append("forward draws from Python's random: every step uses what was drawn when it was traced")
+        if _numpy_state() != state:
+            found.append("forward draws from numpy.random: every step uses what was drawn when it was traced")
         self.notes = tuple(found)
+
+
+def _numpy_state() -> str:
+    return repr([part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()])
 
 
 def _numbers(model: nn.Module) -> dict[str, bool | int | float]:

@@ -256,16 +256,16 @@ def test_in_place_ops_are_functionalised() -> None:
     assert "aten.relu.default" in targets(graph)
 
 
-def test_disabled_autocast_is_inlined_and_enabled_autocast_refused() -> None:
+def test_casts_of_autocast_regions_are_calls() -> None:
     def forward(self: Any, x: Tensor, y: Tensor, on: bool) -> Tensor:
-        with torch.autocast("cpu", enabled=on):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
             hidden = self.a(x)
-        return F.mse_loss(self.b(hidden), y)
+        return F.mse_loss(self.b(hidden.float()), y)
 
-    graph = trace(net(forward), {**inputs(), "on": False}).global_graph
-    assert targets(graph).count("aten.linear.default") == 2
-    with pytest.raises(UnsupportedError, match="autocast"):
-        trace(net(forward), {**inputs(), "on": True})
+    for on in (False, True):
+        graph = trace(net(forward).float(), {**{k: v.float() for k, v in inputs().items()}, "on": on}).global_graph
+        linears = [n for n in graph.nodes() if str(n.target) == "aten.linear.default"]
+        assert [graph.tensor(n.name).dtype for n in linears] == ["bfloat16" if on else "float32", "float32"]
 
 
 def test_a_learned_attention_mask_keeps_its_gradient() -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,91 @@ def test_data_of_a_tensor_is_the_tensor_without_its_gradient() -> None:
     assert not isinstance(vars(torch.Tensor).get("data"), property)
 
 
+def _frozen(model: Any, h: Tensor) -> Tensor:
+    model.inner.weight.requires_grad_(False)
+    made = model.inner(h)
+    model.inner.weight.requires_grad_(True)
+    return made
+
+
+def _penalised(model: Any, h: Tensor) -> Tensor:
+    given = h.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model.inner(given).sum(), given, create_graph=True)
+    return h + gradient
+
+
+def _ran_backward(_: Any, h: Tensor) -> Tensor:
+    h.sum().backward(retain_graph=True)
+    return h
+
+
+def _clamped_anew(model: Any, h: Tensor) -> Tensor:
+    model.inner.weight = nn.Parameter(model.inner.weight.detach().clamp(-0.1, 0.1))
+    return h
+
+
+def _cast_elsewhere(model: Any, h: Tensor) -> Tensor:
+    with torch.autocast("xpu", torch.bfloat16):
+        return model.inner(h).float()
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (_frozen, r"switches the gradient of a parameter \[4, 4\] off"),
+        (_penalised, "runs a backward"),
+        (_ran_backward, "runs a backward"),
+        (_clamped_anew, "in the place of the parameter 'inner.weight'"),
+        (_cast_elsewhere, r"torch.autocast\('xpu'\)"),
+    ],
+)
+def test_gradients_that_a_trace_would_lose_are_refused(odd: Any, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        trace(_Odd(odd), (torch.zeros(8, 4),))
+
+
+def test_inference_mode_stops_gradients() -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        with torch.inference_mode():
+            gate = self.a(x)
+        return F.mse_loss(self.b(x) * gate.clone(), y)
+
+    graph = trace(net(forward), inputs()).global_graph
+    assert [str(n.target) for n in graph.nodes()].count("aten.detach.default") == 1
+
+
+def _in_an_attribute(model: Any, h: Tensor) -> Tensor:
+    h = h + model.state
+    model.state = h.detach().mean(0)
+    return h
+
+
+def _in_a_list(model: Any, h: Tensor) -> Tensor:
+    h = h + model.states[-1]
+    model.states.append(h.detach().mean(0))
+    return h
+
+
+@pytest.mark.parametrize(("odd", "name"), [(_in_an_attribute, "state"), (_in_a_list, "states")])
+def test_tensors_that_one_step_keeps_for_the_next_are_refused(odd: Any, name: str) -> None:
+    """An exporter puts back what was there before."""
+    model = _Odd(odd)
+    model.state, model.states = torch.zeros(4), [torch.zeros(4)]
+    with pytest.raises(UnsupportedError, match=f"forward reads '{name}' .*register_buffer"):
+        trace(model, (torch.zeros(8, 4),))
+
+
+def test_tensors_that_are_kept_and_not_read_are_no_matter() -> None:
+    def keep(model: Any, h: Tensor) -> Tensor:
+        model.last, model.first = h.detach(), h.detach()
+        return h
+
+    model = _Odd(keep)
+    model.last, model.first = torch.zeros(4), None
+    (note,) = trace(model, (torch.zeros(8, 4),)).notes
+    assert "forward keeps a tensor in 'first', where there was none" in note
+
+
 class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -189,4 +275,6 @@ def test_values_that_forward_changes_are_noted() -> None:
     notes = trace(_Odd(_counted), (torch.zeros(8, 4),)).notes
     assert any("'calls'" in note for note in notes)
     assert any("random" in note for note in trace(_Odd(lambda _, h: h * random.random()), (torch.zeros(8, 4),)).notes)
+    noted = trace(_Odd(lambda _, h: h * np.random.beta(1, 1)), (torch.zeros(8, 4),)).notes
+    assert any("numpy.random" in note for note in noted)
     assert not trace(_Odd(lambda _, h: h), (torch.zeros(8, 4),)).notes

@@ -14,7 +14,8 @@ from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
 import autopar
-from cost_model.errors import ParallelismError
+from cost_model.errors import ParallelismError, UnsupportedError
+from passes.trace import trace
 
 
 def _power(self: Any) -> None:
@@ -70,6 +71,20 @@ def _queued(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
 
 
+def _assigned(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Buffers that get other tensors, one of them the tensor of another, and a count."""
+    made = self.body(x)
+    self.last, self.mean = self.mean, 0.9 * self.mean + 0.1 * made.detach().mean(0)
+    self.steps = self.steps + 1
+    return F.mse_loss(made - self.mean - self.last, y)
+
+
+def _assignable(self: Any) -> None:
+    _average(self)
+    self.register_buffer("last", torch.ones(12, dtype=torch.float64))
+    self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "power iteration": lambda: net(lambda self, x, y: F.mse_loss(self.body(x), y), _power),
     "moving average": lambda: net(_centred, _average),
@@ -78,9 +93,32 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "changed last": lambda: net(_left_behind, _average),
     "moving codes": lambda: net(_nearest_code, _codes),
+    "assigned": lambda: net(_assigned, _assignable),
     "queue": lambda: net(_queued, _queue),
 }
 DP, TP, PP = {"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}, {"dp": 1, "tp": 1, "pp": 2}
+
+
+def test_a_place_in_a_queue_is_refused() -> None:
+    def build(self: Any) -> None:
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        self.place.copy_((self.place + len(x)) % 16)
+        return F.mse_loss(self.body(x), y)
+
+    with pytest.raises(UnsupportedError, match="'place', a buffer of torch.int64"):
+        trace(net(forward, build), inputs())
+
+
+def test_a_buffer_that_is_read_and_given_another_shape_is_refused() -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        made = self.body(x) + self.mean.mean()
+        self.mean = torch.cat([self.mean, made.detach().mean(0)])
+        return F.mse_loss(made, y)
+
+    with pytest.raises(UnsupportedError, match="forward reads 'mean' .* keeps its shape"):
+        trace(net(forward, _average), inputs())
 
 
 @pytest.mark.usefixtures("thread_ranks")
