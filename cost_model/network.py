@@ -7,7 +7,7 @@ two regions. A matrix is the case of one device a node and one node a region.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_model.collectives import FLAT, Link, chain_s, ring_s, slowest, tree_s
+from cost_model.gloo_ring import all_reduce_s
 
 Rows = tuple[tuple[float, ...], ...]
 FloatArray = npt.NDArray[np.float64]
@@ -100,20 +101,40 @@ class Network:
     def collective_s(self, kind: str, nbytes: float, devices: tuple[int, ...], backend: str) -> float:
         """Seconds of a collective, with groups like this one at work on the other devices of its nodes.
 
-        A ring in the order of the group; gloo's broadcast is a tree, its reduce_scatter an exchange of parts (as
-        autopar runs it); NCCL may reduce or gather along a tree where that is faster, and broadcasts along a chain
-        where that is.
+        A ring in the order of the group. NCCL may reduce or gather along a tree where that is faster, and broadcasts
+        along a chain where that is. gloo moves what its receiver has asked for: its all_reduce goes round the other way
+        in segments, its gather (as autopar runs it) asks in every round, its broadcast is a tree, and its
+        reduce_scatter (as autopar runs it) and all_to_all exchange parts.
         """
-        if kind == "all_to_all" or (kind == "reduce_scatter" and backend == "gloo"):
+        if backend == "gloo":
+            return self.start_s + self._asked_s(kind, nbytes, devices)
+        if kind == "all_to_all":
             return self.start_s + self._exchange_s(nbytes, devices)
         links = self._ring(devices)
         if kind == "broadcast":
             along_s = tree_s(len(devices), nbytes, slowest(links))
-            return self.start_s + (along_s if backend == "gloo" else min(along_s, chain_s(links[:-1], nbytes)))
+            return self.start_s + min(along_s, chain_s(links[:-1], nbytes))
         by_tree_s = FLAT[kind](len(devices), nbytes, slowest(links))
         rounds = (2 if kind == "all_reduce" else 1) * (len(devices) - 1)
-        around_s = ring_s(links, nbytes / len(devices), rounds)
-        return self.start_s + (around_s if backend == "gloo" else min(around_s, by_tree_s))
+        return self.start_s + min(ring_s(links, nbytes / len(devices), rounds), by_tree_s)
+
+    def _asked_s(self, kind: str, nbytes: float, devices: tuple[int, ...]) -> float:
+        """Seconds of one of gloo's collectives."""
+        if kind in ("all_to_all", "reduce_scatter"):
+            return self._exchange_s(nbytes, devices, asked=True)
+        if kind == "all_reduce":
+            devices = devices[::-1]
+        links, asking_s = self._ring(devices), tuple(self._asking_s(a, b) for a, b in _around(devices))
+        if kind == "all_reduce":
+            return all_reduce_s(links, asking_s, nbytes)
+        if kind == "broadcast":
+            return max(asking_s) + tree_s(len(devices), nbytes, slowest(links))
+        awaited = [Link(x.latency_s + s, x.bandwidth_bytes_per_s) for x, s in zip(links, asking_s, strict=True)]
+        return ring_s(awaited, nbytes / len(devices), len(devices) - 1)
+
+    def _asking_s(self, source: int, target: int) -> float:
+        """Until a sender knows that it is awaited."""
+        return self.link(target, source).latency_s
 
     @cached_property
     def uniform(self) -> bool:
@@ -239,11 +260,11 @@ class Network:
         """Links to the next of the group. Where its nodes have further devices, those are in groups like it."""
         inside = Counter(self.node_of[device] for device in devices)
         beside = {node: max(1, self._sizes[node] // count) for node, count in inside.items()}
-        pairs = zip(devices, (*devices[1:], devices[0]), strict=True)
-        return tuple(self.link(a, b, beside[self.node_of[a]]) for a, b in pairs)
+        return tuple(self.link(a, b, beside[self.node_of[a]]) for a, b in _around(devices))
 
-    def _exchange_s(self, nbytes: float, devices: tuple[int, ...]) -> float:
-        """All parts leave at once: a sender's own take turns on its link, or on what they share."""
+    def _exchange_s(self, nbytes: float, devices: tuple[int, ...], *, asked: bool = False) -> float:
+        """All parts leave at once: a sender's own take turns on its link, or on what they share. asked: once the sender
+        knows that they are awaited."""
         part, latest = nbytes / len(devices), 0.0
         for source in devices:
             busy: Counter[Channel | None] = Counter()
@@ -251,10 +272,16 @@ class Network:
                 if source != target:
                     link = self.link(source, target)
                     busy[self.channel(source, target)] += part / link.bandwidth_bytes_per_s  # type: ignore[assignment]
-                    latest = max(latest, link.latency_s + max(busy.values()))
+                    delay_s = link.latency_s + (self._asking_s(source, target) if asked else 0.0)
+                    latest = max(latest, delay_s + max(busy.values()))
         return latest
 
     @cached_property
     def _sizes(self) -> Counter[int]:
         """Devices of each node."""
         return Counter(self.node_of)
+
+
+def _around(devices: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Each with the next, the last with the first."""
+    return zip(devices, (*devices[1:], devices[0]), strict=True)
