@@ -37,13 +37,15 @@ def unmutate(graph: fx.Graph) -> None:
     mark_storages(graph)
     written = [(node, _plain(node.target)) for node in graph.nodes]
     changed = [(node, plain) for node, plain in written if plain is not None]
+    stale = False  # storages of what is not written to any more
     for node, plain in changed:
+        if stale and node.args[0].target in _PARTS:
+            _propagate(graph)
         if not _write_part(graph, node):
             _check_last_use(graph, node)
-        node.target = plain
+        node.target, stale = plain, True
     if changed:
         _propagate(graph)
-        mark_storages(graph)
 
 
 def _plain(target: Any) -> Any:
@@ -58,22 +60,30 @@ def _plain(target: Any) -> Any:
 
 
 def _write_part(graph: fx.Graph, node: fx.Node) -> bool:
-    """A write into a slice of a value: who reads either later reads the slice, or a value with it laid into."""
-    part = node.args[0]
-    assert isinstance(part, fx.Node)
-    scatter, whole = _PARTS.get(part.target), part.args[0] if part.args else None
-    if scatter is None or not isinstance(whole, fx.Node) or is_view(whole):
+    """A write into a part of a value: who reads either later reads the part, or a value with it laid into.
+
+    A part of a part is laid into that, and that into the whole.
+    """
+    parts = [node.args[0]]
+    while isinstance(parts[-1], fx.Node) and parts[-1].target in _PARTS:
+        parts.append(parts[-1].args[0])
+    whole = parts.pop()
+    if not parts or not isinstance(whole, fx.Node) or is_view(whole):
         return False
     nodes = list(graph.nodes)
     later = set(nodes[nodes.index(node) + 1 :])
-    others = {n for n in nodes if _root(n) is whole} - {whole, part, node} - later
+    others = {n for n in nodes if _root(n) is whole} - {whole, *parts, node} - later
     if any(reader in later for other in others for reader in other.users):
         return False
-    with graph.inserting_after(node):
-        laid = graph.call_function(scatter, (whole, node, *part.args[1:]), dict(part.kwargs))
-    laid.meta = dict(whole.meta)
-    whole.replace_all_uses_with(laid, delete_user_cb=lambda user: user in later)
-    part.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+    made = node
+    for part in parts:
+        assert isinstance(part, fx.Node)
+        source = part.args[0]
+        with graph.inserting_after(made):
+            laid = graph.call_function(_PARTS[part.target], (source, made, *part.args[1:]), dict(part.kwargs))
+        part.replace_all_uses_with(made, delete_user_cb=lambda user: user in later)
+        made = laid
+    whole.replace_all_uses_with(made, delete_user_cb=lambda user: user in later)
     return True
 
 
@@ -98,7 +108,7 @@ def _root(node: Any) -> Any:
 
 
 def _propagate(graph: fx.Graph) -> None:
-    """New fake values, which share memory as those of the changed calls do."""
+    """New fake values and storages, shared as the changed calls share memory."""
     values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
     mode = next(leaf.fake_mode for leaf in values if isinstance(leaf, torch._subclasses.FakeTensor))
     with mode, torch.no_grad():
@@ -106,3 +116,4 @@ def _propagate(graph: fx.Graph) -> None:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
                 node.meta["val"] = node.target(*args, **kwargs)
+    mark_storages(graph)

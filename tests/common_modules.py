@@ -107,6 +107,20 @@ class Mapped(nn.Module):
         return F.cross_entropy(self.head(h), labels)
 
 
+class Circular(nn.Module):
+    """Convolutions that go round: torch writes parts of the image, and parts of those, into an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.row = nn.Conv1d(10, 12, 3, padding=1, padding_mode="circular")
+        self.image = nn.Conv2d(12, 6, 3, padding=(1, 2), padding_mode="circular")
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        rows = self.row(self.lift(x))
+        return F.cross_entropy(self.head(self.image(rows.unflatten(2, (4, 4))).flatten(2)[..., :16].mean(1)), labels)
+
+
 class Contrastive(nn.Module):
     """InfoNCE between two views."""
 
@@ -183,6 +197,6 @@ def _named(*kinds: type[nn.Module]) -> dict[str, Build]:
     return {kind.__name__.lower(): _built(kind) for kind in kinds}
 
 
-COMMON = _named(Attention, Transformer, BothWays, Parametrized, Complex, Mapped)
+COMMON = _named(Attention, Transformer, BothWays, Parametrized, Complex, Mapped, Circular)
 COUPLED = _named(Contrastive, Placed, Decorrelated, RootMean, Balanced)
 """Whose samples depend on each other, or whose losses are not linear in sums over them: replicas exchange either."""

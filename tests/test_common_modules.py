@@ -17,7 +17,7 @@ from cost_model.errors import ParallelismError
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 DP, TP, PP = {"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}, {"dp": 1, "tp": 1, "pp": 2}
 GRIDS = {"dp2": DP, "tp2": TP, "pp2": PP, "zero3": {**DP, "zero": 3}}
-QUICK = [("mapped", "dp2"), ("parametrized", "tp2"), ("attention", "pp2")]
+QUICK = [("mapped", "dp2"), ("parametrized", "tp2"), ("attention", "pp2"), ("circular", "dp2")]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -64,6 +64,19 @@ def test_calls_that_write_become_calls_that_return() -> None:
     assert torch.equal(fx.GraphModule({}, graph)(x), first.sigmoid() + (second.tanh() + 1))
 
 
+@pytest.mark.parametrize("given", [(4, 6), (2, 4, 6)])
+def test_parts_that_are_written_one_after_the_other_are_laid_into_the_whole(given: tuple[int, ...]) -> None:
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x * 2, (1, 2) * (len(given) - 1), mode="circular") * 3
+
+    with torch._subclasses.FakeTensorMode():
+        graph = torch.fx.experimental.proxy_tensor.make_fx(padded)(torch.empty(given)).graph
+    assert any("copy_" in str(node.target) for node in graph.nodes)
+    unmutate(graph)
+    x = torch.randn(given)
+    assert torch.equal(fx.GraphModule({}, graph)(x), padded(x))
+
+
 def test_an_alias_that_is_read_after_a_write_is_refused() -> None:
     def whole(x: torch.Tensor) -> torch.Tensor:
         y = x * 2
