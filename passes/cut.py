@@ -107,7 +107,9 @@ def _scale_shared(
         if fraction != 1 and (node.name, operand.name) in analysis.shared:
             source = mapped[operand]
             with built.graph.inserting_before(copied):
-                scaled = built.call(torch.ops.aten.mul.Tensor, (source, fraction), built.metas[source.name], like=node)
+                name = f"share_of_{operand.name}_in_{node.name}"  # none that a call of the model takes later on
+                times, meta = torch.ops.aten.mul.Tensor, built.metas[source.name]
+                scaled = built.call(times, (source, fraction), meta, like=node, name=name)
             scaled.meta["segment"] = copied.meta["segment"]
             copied.replace_input_with(source, scaled)
 

@@ -23,10 +23,17 @@ class GraphBuilder:
         return node
 
     def call(
-        self, target: Any, args: tuple[Any, ...], meta: Meta, *, like: fx.Node | None = None, **kwargs: Any
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        meta: Meta,
+        *,
+        like: fx.Node | None = None,
+        name: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Append a call; ``like`` lends its source annotations."""
-        node = self.graph.call_function(target, args, kwargs)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.metas[node.name] = meta
         if like is not None:
             node.meta.update({k: v for k, v in like.meta.items() if k in SOURCE_KEYS})

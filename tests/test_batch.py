@@ -20,6 +20,7 @@ from autopar.planning import Job
 from cost_model.errors import ParallelismError
 from passes.batch import BatchAnalysis, analyse_batch
 from passes.constant import check_constant
+from passes.cut import cut_stage
 from passes.trace import trace
 
 Case = Callable[[], tuple[nn.Module, dict[str, Tensor]]]
@@ -371,6 +372,23 @@ def test_counts_are_made_once_per_step() -> None:
 def test_weights_of_all_samples_are_sliced() -> None:
     analysis = analysed(*SPLIT["softmax of weights over the batch"]())
     assert analysis.sliced == frozenset(analysis.hoisted) == {"softmax"}
+
+
+def test_a_share_takes_no_name_that_a_later_call_has() -> None:
+    """Choices of a plan are by name: the calls behind it had those of others."""
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        made = self.body(x)
+        decay = 1e-3 * sum(p.square().sum() for p in self.parameters())
+        return F.mse_loss(made, y) + decay + made.square().mean()
+
+    traced = trace(*_forward(forward)())
+    graph, analysis = traced.global_graph, analyse_batch(traced.global_graph, traced.other)
+    half = cut_stage(graph, traced.segments, 0, len(traced.segments), analysis, 2 * graph.batch)
+    numbers = {n.name: [a for a in n.args if isinstance(a, float)] for n in graph.nodes()}
+    found = {n.name: [a for a in n.args if isinstance(a, float)] for n in half.nodes()}
+    assert [found[name] for name in found.keys() - numbers.keys()] == [[0.5]]
+    assert all(found[name] == numbers[name] for name in found.keys() & numbers.keys())
 
 
 def test_terms_without_a_batch_are_shared_out() -> None:
