@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.calibrate_worker import ALONE
+from autopar.calibrate_worker import ALONE, NARROW
 from cost_model.device import GEMM_KINDS, STREAM_KINDS
 from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.hardware_file import SCHEMA
@@ -118,6 +118,21 @@ def fit_stream(times: Sequence[OpTime]) -> StreamRow:
     return StreamRow(points, overhead_s)
 
 
+def with_rows(row: StreamRow, wide: OpTime, narrow: OpTime) -> StreamRow:
+    """A curve whose points have as many rows a byte as ``wide``, where finding each row takes a time of its own.
+
+    It is by what ``narrow``, with more rows, takes longer than as many bytes of the curve.
+    """
+    density = wide.cost.rows / wide.cost.nbytes
+    more = narrow.cost.rows - density * narrow.cost.nbytes
+    assert more > 0, "rows that are no narrower"
+    per_row_s = max(0.0, narrow.seconds - row.seconds(narrow.cost.nbytes)) / more
+    moving = [(nbytes, nbytes / rate) for nbytes, rate in row.points]
+    rest = [max(taken - density * nbytes * per_row_s, _LEAST_SHARE * taken) for nbytes, taken in moving]
+    points = tuple((nbytes, nbytes / left) for (nbytes, _), left in zip(moving, rest, strict=True))
+    return StreamRow(points, row.overhead_s, per_row_s)
+
+
 def mean_row(rows: Sequence[StreamRow]) -> StreamRow:
     """The geometric mean of rows that were taken at like sizes: the row of a kind from those of its ops."""
     points = tuple(
@@ -136,7 +151,11 @@ def render_cluster(
         kind: {op: fit_stream(list(group)) for op, group in _by_op(time for time in times if time.row == kind)}
         for kind in (*STREAM_KINDS, ALONE)
     }
-    streams = {kind: rows[kind] for kind in STREAM_KINDS}
+    streams = {kind: dict(rows[kind]) for kind in STREAM_KINDS}
+    for narrow in (time for time in times if time.row == NARROW):
+        others = [time for time in times if time.cost.op == narrow.op and time != narrow]
+        wide = max(others, key=lambda time: time.cost.nbytes)
+        rows[wide.row][wide.op] = with_rows(rows[wide.row][wide.op], wide, narrow)
     peak = max(rate for rate, _ in rates.values())
     sections = [
         _head(machine),
@@ -194,7 +213,8 @@ def _gemm_section(kind: str, row: GemmRow, efficiency: float) -> str:
 
 def _stream_section(key: str, row: StreamRow) -> str:
     curve = ", ".join(f"[{nbytes:.0f}, {rate:.6g}]" for nbytes, rate in row.points)
-    return f'[device.{key}]\ncurve = [{curve}]\noverhead = {row.overhead_s:.6g}\nsource = "measured"\n'
+    per_row = f"per_row = {row.per_row_s:.6g}\n" if row.per_row_s else ""
+    return f'[device.{key}]\ncurve = [{curve}]\noverhead = {row.overhead_s:.6g}\n{per_row}source = "measured"\n'
 
 
 def _level_sections(messages: Sequence[MessageTime]) -> list[str]:

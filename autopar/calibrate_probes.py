@@ -13,7 +13,8 @@ import torch
 
 from autopar.calibrate_images import image_probes
 from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
-from autopar.calibrate_streams import stream_probes
+from autopar.calibrate_orders import order_probes
+from autopar.calibrate_streams import narrow_probes, stream_probes
 from autopar.calibrate_worker import Probe
 from autopar.runtime import kernels
 from cost_model.device import ONEDNN
@@ -32,7 +33,16 @@ _TINY = 8
 def all_probes(library: str) -> tuple[Probe, ...]:
     """All probes, in a fixed order, alike in number and names for all of ``PRODUCT_LIBRARIES``."""
     products = (*_products(library), *_batched_products())
-    return (*products, *_convolutions(), *_attentions(), *_dtypes(library), *stream_probes(), *image_probes())
+    return (
+        *products,
+        *_convolutions(),
+        *_attentions(),
+        *_dtypes(library),
+        *stream_probes(),
+        *narrow_probes(),
+        *image_probes(),
+        *order_probes(),
+    )
 
 
 def reference_product(library: str) -> Probe:
@@ -83,12 +93,23 @@ def _product(library: str, role: str, m: int, n: int, k: int) -> Probe:
 
 
 def _batched_products() -> Iterator[Probe]:
-    """What explicit attention is made of."""
-    for batch, t, d in ((32, 128, 64), (64, 128, 32), (32, 64, 64), (16, 256, 64)):
+    """What explicit attention is made of, large ones, many small ones, and such as their overhead hides."""
+    for batch, t, d in _BATCHES:
         for transposed in (False, True):
             yield Probe(
                 "batched_matmul", f"{batch} products of {t} x {d}", functools.partial(_bmm, batch, t, d, transposed)
             )
+
+
+_BATCHES = (
+    (32, 128, 64),
+    (64, 128, 32),
+    (32, 64, 64),
+    (16, 256, 64),
+    (1024, 16, 32),
+    (2, 512, 512),
+    (4, _TINY, _TINY),
+)
 
 
 def _bmm(batch: int, t: int, d: int, transposed: bool) -> Made:
@@ -116,6 +137,8 @@ _CONVOLUTIONS = (
     (8, 256, 256, 8, 3),
     (2, 96, 96, 28, 3),
     (4, 48, 96, 28, 1),
+    (8, 32, 3, 32, 3),
+    (8, 128, 384, 8, 1),
 )
 
 

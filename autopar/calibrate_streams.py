@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
-from autopar.calibrate_worker import ALONE, Probe
+from autopar.calibrate_worker import ALONE, NARROW, Probe
 from autopar.runtime import draws, kernels
 from autopar.runtime.accumulation import Add
 from passes import random_vocabulary, vocabulary
@@ -21,6 +21,7 @@ _UPDATE_BYTES = (128 * 2**20,)
 TINY_BYTES = 2**10
 """At this size an op takes no longer than its overhead."""
 _VOCABULARY = 4096
+_NARROW_ROWS, _NARROW_WIDTH = 8192, 8
 _DEPTH = 64  # of a head
 
 
@@ -154,6 +155,16 @@ def _embedding_backward(nbytes: int) -> Made:
     vocabulary = min(rows, _VOCABULARY)
     ids = torch.randint(vocabulary, (rows,))
     return aten.embedding_dense_backward.default, (drawn(rows, width), ids, vocabulary, -1, False), {}
+
+
+def narrow_probes() -> Iterator[Probe]:
+    """Lookups and gradients of rows of half a cache line."""
+    table, ids = (_NARROW_ROWS, _NARROW_WIDTH), functools.partial(torch.randint, _NARROW_ROWS, (_NARROW_ROWS,))
+    yield Probe(NARROW, "narrow embedding", lambda: (aten.embedding.default, (drawn(*table), ids()), {}))
+    backward = aten.embedding_dense_backward.default
+    yield Probe(
+        NARROW, "narrow embedding backward", lambda: (backward, (drawn(*table), ids(), _NARROW_ROWS, -1, False), {})
+    )
 
 
 def _transposed_copy(nbytes: int) -> Made:

@@ -38,6 +38,8 @@ COLD_BYTES = 64 * 2**20
 _LINK = TRANSFER
 ALONE = "alone"
 """The row of a probe whose op is unlike the others of its kind: its time tells that of the op and nothing else."""
+NARROW = "narrow"
+"""The row of a probe that looks up rows so narrow that finding each takes its time, not its bytes."""
 _BETWEEN = 512  # width of the product between two messages: some milliseconds
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
 MOVING_KINDS = tuple(kind + BEHIND for kind in BEHIND_KINDS)
@@ -129,7 +131,7 @@ class Calibrator:
         calls += [probe.call() for _ in range(_copies(_held_bytes(calls[0])) - 1)]
         dist.barrier()
         seconds = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s)
-        if probe.row in (*STREAM_KINDS, ALONE) and probe.row != "optimizer" and len(calls) > 1:
+        if probe.row in (*STREAM_KINDS, ALONE, NARROW) and probe.row != "optimizer" and len(calls) > 1:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 

@@ -95,7 +95,7 @@ class Device:
             raise UnknownNameError("op kind", cost.kind, self.rows)
         row = self.ops.get(cost.op, row) if cost.op else row
         if isinstance(row, StreamRow):
-            return row.seconds(cost.nbytes)
+            return row.seconds(cost.nbytes, cost.rows)
         return row.seconds(cost, self.peak(cost.dtype), self.memory_bandwidth_bytes_per_s)
 
     def _kernel_s(self, cost: OpCost) -> float:
@@ -112,7 +112,7 @@ class Device:
         row = self.rows[cost.kind]
         row = self.ops.get(cost.op, row) if cost.op else row
         assert isinstance(row, StreamRow)
-        return max(0.0, row.moving_s(cost.nbytes) - self._moving_s(cost.nbytes))
+        return max(0.0, row.moving_s(cost.nbytes, cost.rows) - self._moving_s(cost.nbytes))
 
     @property
     def slowing(self) -> float:
@@ -289,11 +289,12 @@ def _is_tile(shape: object) -> bool:
 
 def _stream_row(table: Table, kind: str, bandwidth: float, op_overhead_s: float, sources: dict[str, str]) -> StreamRow:
     """A measured curve, or a share of the memory bandwidth at every size."""
-    row = _sourced(table, kind, ("efficiency", "curve", "overhead"), sources)
+    row = _sourced(table, kind, ("efficiency", "curve", "overhead", "per_row"), sources)
     if row.has("efficiency") and row.has("curve"):
         row.fail("curve", "give either efficiency or curve, not both")
     points = row.points("curve") if row.has("curve") else ((1.0, bandwidth * _fraction(row)),)
-    return StreamRow(points, row.seconds("overhead") if row.has("overhead") else op_overhead_s)
+    overhead_s = row.seconds("overhead") if row.has("overhead") else op_overhead_s
+    return StreamRow(points, overhead_s, row.seconds("per_row") if row.has("per_row") else 0.0)
 
 
 def _fraction(row: Table, name: str = "efficiency") -> float:

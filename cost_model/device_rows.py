@@ -100,7 +100,7 @@ class GemmRow:
 
 @dataclass(frozen=True)
 class StreamRow:
-    """Time of an op that moves bytes: overhead + nbytes / rate(nbytes).
+    """Time of an op that moves bytes: overhead + nbytes / rate(nbytes) + rows x per_row, of rows found one by one.
 
     points: (nbytes of the op, bytes per second), sizes growing; between them the rate is interpolated in the
     logarithms of both, outside them it is that of the nearest.
@@ -108,16 +108,17 @@ class StreamRow:
 
     points: tuple[tuple[float, float], ...]
     overhead_s: float
+    per_row_s: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.points and all(a[0] < b[0] for a, b in zip(self.points, self.points[1:], strict=False))
 
-    def seconds(self, nbytes: float) -> float:
-        return self.overhead_s + self.moving_s(nbytes)
+    def seconds(self, nbytes: float, rows: int = 0) -> float:
+        return self.overhead_s + self.moving_s(nbytes, rows)
 
-    def moving_s(self, nbytes: float) -> float:
+    def moving_s(self, nbytes: float, rows: int = 0) -> float:
         """Without the overhead."""
-        return nbytes / interpolate(self.points, nbytes)
+        return nbytes / interpolate(self.points, nbytes) + rows * self.per_row_s
 
     @property
     def slowing(self) -> float:

@@ -26,6 +26,7 @@ class OpCost:
     gemm: (batch, m, n, k) of a matrix multiplication; (batch x heads, queries, keys, width) of fused attention.
     op: its name in the op table, where known; a measured device has rows of their own for some ops.
     parts: of a compiled kernel: the costs of its ops as each would run alone; its own are those of the whole.
+    rows: of a table that are looked up or added to one by one.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class OpCost:
     gemm: tuple[int, int, int, int] | None = None
     op: str | None = None
     parts: tuple[OpCost, ...] = ()
+    rows: int = 0
 
 
 @dataclass(frozen=True)

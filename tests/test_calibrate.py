@@ -18,12 +18,23 @@ import pytest
 import torch
 
 from autopar import calibrate
-from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, fit_gemm, fit_stream, mean_row, render_cluster
+from autopar.calibrate_fit import (
+    Cold,
+    Machine,
+    MessageTime,
+    OpTime,
+    fit_gemm,
+    fit_stream,
+    mean_row,
+    render_cluster,
+    with_rows,
+)
 from autopar.calibrate_images import image_probes
 from autopar.calibrate_operands import drawn
+from autopar.calibrate_orders import order_probes
 from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_rate import usual_seconds
-from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, cpu_seconds, message_ranks, op_call
+from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, NARROW, cpu_seconds, message_ranks, op_call
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
 from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, Device, attention_cost
@@ -174,6 +185,27 @@ def test_ops_keep_their_rows_and_costs_and_take_turns_on_cores() -> None:
     assert calibrate._op_times([probe], [passes], 2.0) == [OpTime("copy", cost, pytest.approx(2e-3))]
 
 
+def test_narrow_rows_take_the_time_of_finding_them() -> None:
+    """Lookups of 2 KiB a row and of 32 bytes a row, at 10 GB/s and 50 ns a row besides: both are priced as measured."""
+    name, overhead_s, per_row_s = "aten.embedding.default", 3e-6, 5e-8
+
+    def lookup(row: str, rows: int, width: int) -> OpTime:
+        cost = OpCost("gather", 0.0, float(rows * width), "float32", op=name, rows=rows)
+        return OpTime(row, cost, overhead_s + rows * per_row_s + cost.nbytes / 1e10)
+
+    wide = [lookup("gather", rows, 2**11) for rows in (0, 2**6, 2**9, 2**14)]
+    text = invented_text(more=[*(time for time in wide[1:]), lookup(NARROW, 2**13, 2**5)])
+    row = with_rows(
+        fit_stream([dataclasses.replace(t, cost=t.cost) for t in wide]), wide[-1], lookup(NARROW, 2**13, 2**5)
+    )
+    assert row.per_row_s == pytest.approx(per_row_s, rel=0.01)
+    assert row.seconds(2**12 * 2**11, 2**12) == pytest.approx(lookup("gather", 2**12, 2**11).seconds, rel=0.01)
+    device = Cluster.from_toml(text, "invented.toml").devices[0]
+    found = device.op_time_s(lookup(NARROW, 2**12, 2**4).cost)
+    assert found > 0.8 * 2**12 * per_row_s
+    assert device.op_time_s(OpCost("gather", 0.0, 1e6, "float32", op="aten.index.Tensor")) < 4e-4
+
+
 def test_transfers_that_were_measured_take_their_ranks_to_handle() -> None:
     plain = Cluster.from_toml(invented_text(), "invented.toml")
     assert plain.handling_time_s(2**20, 0, 1) == 0.0
@@ -203,6 +235,7 @@ def test_every_kind_has_probes_that_the_op_table_prices_as_that_kind(library: st
         *GEMM_KINDS,
         *STREAM_KINDS,
         ALONE,
+        NARROW,
     }
 
 
@@ -225,6 +258,17 @@ def test_probes_of_images_have_rows_of_their_own_whose_times_grow_with_their_byt
         assert probe.row == ALONE and cost.op is not None
         costs.setdefault(cost.op, []).append(cost.nbytes)
     assert len(costs) == 10 and set(DEPTHWISE.values()) < set(costs)
+    for sizes in costs.values():
+        assert sizes == sorted(set(sizes)) and sizes[0] < 4096 and sizes[-1] > 2**21
+
+
+def test_probes_of_order_have_rows_of_their_own_whose_times_grow_with_their_bytes() -> None:
+    costs: dict[str, list[float]] = {}
+    for probe in order_probes():
+        cost = probe.cost()
+        assert probe.row == ALONE and cost.op is not None
+        costs.setdefault(cost.op, []).append(cost.nbytes)
+    assert {name.split(".")[1] for name in costs} == {"sort", "topk", "cumsum", "var_mean"}
     for sizes in costs.values():
         assert sizes == sorted(set(sizes)) and sizes[0] < 4096 and sizes[-1] > 2**21
 

@@ -295,6 +295,22 @@ def test_flops_are_those_torch_counts(case: Case) -> None:
     assert sum(c.flops for c in costs if c.kind in ("matmul", "batched_matmul")) == counter.get_total_flops()
 
 
+def test_a_batch_of_one_is_priced_as_what_multiplies_batches() -> None:
+    """Single products may go to a faster library; what a batch goes to does not depend on its size."""
+    kinds = [price_of(case_of("aten.bmm.default", torch.rand(b, 5, 12), torch.rand(b, 12, 7)).call) for b in (1, 2)]
+    assert [cost.kind for cost in kinds if cost is not None] == ["batched_matmul"] * 2
+
+
+def test_lookups_and_their_gradients_say_how_many_rows_they_find() -> None:
+    case = case_of("aten.embedding.default", torch.rand(100, 8), torch.arange(30).view(5, 6))
+    cost = price_of(case.call)
+    (planned,) = OPS[case.name].backward_price(case.call)
+    args = (torch.rand(5, 6, 8), torch.arange(30).view(5, 6), 100, -1, False)
+    run = price_of(case_of("aten.embedding_dense_backward.default", *args).call)
+    assert cost is not None and cost.rows == 30
+    assert planned == run and planned.rows == 30
+
+
 def test_attention_flops_are_those_torch_counts() -> None:
     case = case_of("aten.scaled_dot_product_attention.default", *[torch.rand(2, 3, 8, 4)] * 3)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

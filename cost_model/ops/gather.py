@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.table import (
     Op,
@@ -17,6 +19,7 @@ from cost_model.ops.table import (
     sweep,
 )
 from cost_model.program import OpCost
+from cost_model.tensor import TensorMeta
 
 SOURCE = ((0,),)
 """What is taken from a sum is the sum of what is taken."""
@@ -43,14 +46,24 @@ def _embedding_price(call: OpCall) -> OpCost:
     weight, ids = call.inputs
     (out,) = call.outputs
     read = min(out.nbytes, weight.nbytes)
-    return OpCost("gather", 0.0, float(ids.nbytes + read + out.nbytes), out.dtype)
+    return OpCost("gather", 0.0, float(ids.nbytes + read + out.nbytes), out.dtype, rows=ids.numel)
 
 
 def _embedding_backward(call: OpCall) -> tuple[OpCost, ...]:
     """Fills the weight's gradient with zeros, then adds each row of the output's gradient."""
     weight, ids = call.inputs
     (out,) = call.outputs
-    return (sweep("scatter", out, ids, weight, flops=out.numel),)
+    return (_added_rows(weight, out, ids),)
+
+
+def _added_rows(filled: TensorMeta, gradient: TensorMeta, ids: TensorMeta) -> OpCost:
+    """Zeros everywhere, then a row of the gradient to that which each id names."""
+    cost = sweep("scatter", filled, gradient, ids, flops=gradient.numel)
+    return replace(cost, op="aten.embedding_dense_backward.default", rows=ids.numel)
+
+
+def _embedding_backward_price(call: OpCall) -> OpCost:
+    return _added_rows(call.outputs[0], *call.inputs)
 
 
 def _index_terms(call: OpCall) -> list[object]:
@@ -260,7 +273,8 @@ register(Op("aten.repeat_interleave.self_int", _repeated_factors, pass_of("copy"
 register(Op("aten.repeat.default", _tiled_factors, pass_of("copy", 0.0), _summed_back, saves_nothing))
 
 register_priced(
-    """aten.embedding_dense_backward.default aten.index_put_.default aten.scatter_.value aten.scatter_.src
+    """aten.index_put_.default aten.scatter_.value aten.scatter_.src
     aten.scatter_add_.default aten.index_add_.default""",
     _scatter_price,
 )
+register_priced("aten.embedding_dense_backward.default", _embedding_backward_price)

@@ -10,10 +10,15 @@ from cost_model.ops.table import Op, OpCall, bytes_moved, register, register_pri
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
+_BATCHED = ("aten.bmm.default", "aten.baddbmm.default")
+
 
 def gemm_cost(call: OpCall, batch: int, m: int, n: int, k: int) -> OpCost:
-    """2 b m n k flops; every operand moved once."""
-    flops, kind = 2.0 * batch * m * n * k, "matmul" if batch == 1 else "batched_matmul"
+    """2 b m n k flops; every operand moved once.
+
+    What multiplies batches does so for a batch of one too: devices may have a faster way for single products.
+    """
+    flops, kind = 2.0 * batch * m * n * k, "matmul" if batch == 1 and call.op not in _BATCHED else "batched_matmul"
     return OpCost(kind, flops, float(bytes_moved(call)), call.outputs[0].dtype, (batch, m, n, k))
 
 
