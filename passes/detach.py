@@ -84,19 +84,23 @@ def _insert_detach(source: fx.Node, after: fx.Node) -> fx.Node:
 
 
 def _written_outside(region: fx.GraphModule, operands: Sequence[Any]) -> list[fx.Node]:
-    """Inputs of the graph that a no_grad region writes to; UnsupportedError where it does what no detaching says."""
+    """Inputs of the graph that a no_grad region writes to, and views of them through which it does.
+
+    UnsupportedError where it does what no detaching says.
+    """
     given = dict(zip((n for n in region.graph.nodes if n.op == "placeholder"), operands, strict=True))
     found: dict[fx.Node, None] = {}
     for node in region.graph.nodes:
         if _is_switch(node):
             raise UnsupportedError("the model nests torch.enable_grad in torch.no_grad; end no_grad before it")
         for root in _roots_written(node):
-            if root in given and given[root].op != "placeholder":
+            lineage = _lineage(given[root]) if root in given else []
+            if lineage and lineage[-1].op != "placeholder":
                 raise UnsupportedError(
                     f"the model changes a tensor from outside in torch.no_grad ({node.target}); assign a new tensor, "
                     "or change it outside of forward"
                 )
-            found.update({given[root]: None} if root in given else {})
+            found.update(dict.fromkeys(lineage))
     return list(found)
 
 
@@ -126,12 +130,28 @@ def _is_read_after(value: fx.Node, place: fx.Node) -> bool:
 def _lineage(value: fx.Node) -> list[fx.Node]:
     """A value and what it is a view of, nearest first."""
     found = [value]
-    while isinstance(found[-1].target, torch._ops.OpOverload) and _aliases(found[-1].target):
-        source = found[-1].args[0]
-        if not isinstance(source, fx.Node) or _storage(source) != _storage(found[-1]):
-            break
+    while (source := _source(found[-1])) is not None:
         found.append(source)
     return found
+
+
+def _source(value: fx.Node) -> fx.Node | None:
+    """What a value is a view of; of what a region hands on, the operand of the region that it is."""
+    operand: Any = value.args[0] if value.args else None
+    if is_getitem(value) and _is_region(operand):
+        return _handed_on(operand, value.args[1])
+    if not (isinstance(value.target, torch._ops.OpOverload) and _aliases(value.target)):
+        return None
+    return operand if isinstance(operand, fx.Node) and _storage(operand) == _storage(value) else None
+
+
+def _handed_on(region: Any, index: Any) -> fx.Node | None:
+    """The operand of a region that one of its outputs is, by itself, through views or by a write to it."""
+    inner = getattr(region.graph.owning_module, region.args[1].target).graph
+    result = inner.output_node().args[0][index]
+    same = {*_roots_written(result), _lineage(result)[-1]}
+    given = zip(inner.find_nodes(op="placeholder"), region.args[2:], strict=True)
+    return next((operand for name, operand in given if name in same), None)
 
 
 def _storage(node: fx.Node) -> int | None:
