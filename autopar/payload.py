@@ -325,7 +325,7 @@ def groups(linked: Linked) -> dict[str, list[list[int]]]:
         made[f"tied:{name}"] = [list(g) for g in axis_groups(program, f"tied:{name}", stage)]
     everyone = list(range(program.num_devices))
     if len(everyone) > 1:
-        made["world"] = [everyone]
+        made["world"] = [list(group) for group in axis_groups(program, "world", 0)]
     if program.pp > 1:
         wraps = ("", WRAP) if program.virtual_stages > 1 else ("",)
         made.update({f"{way}{wrap}": [list(everyone)] for wrap in wraps for way in ("forward", "backward")})

@@ -191,3 +191,15 @@ def test_the_plan_says_what_is_where() -> None:
     text = plan_text(plan_model(Deep(16, 4), cpu_sites(), {"x": torch.randn(8, 16)}, options), cpu_sites())
     rows = [line.split() for line in text.split("Placement")[1].splitlines()[3:5]]
     assert rows == [["a", "0", "0..1"], ["b", "1", "0..1"]]
+
+
+def test_sums_over_all_ranks_go_round_them_as_they_are_placed() -> None:
+    """Where they are priced: a ring in the order of ranks may cross slow links that the stages keep off."""
+    from autopar.options import Options
+    from autopar.payload import groups
+    from autopar.planning import plan_model
+
+    pins = autopar.Parallelism(pp=4, dp=1, tp=1, placement=(0, 2, 3, 1))
+    options = Options.of(None, SGD, pins, None, None, None)
+    linked = plan_model(Deep(16, 4), cpu_sites(), {"x": torch.randn(8, 16)}, options).linked
+    assert groups(linked)["world"] == [[0, 2, 3, 1]]

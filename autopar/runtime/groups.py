@@ -13,12 +13,13 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_pg_timeout
 def make_groups(described: Mapping[str, list[list[int]]], rank: int) -> dict[str, tuple[list[int], Any]]:
     """name -> (ranks, process group) of this rank; every rank makes every group, in the same order.
 
-    "world" is the default group, which torch.distributed calls None.
+    "world" is the default group, which torch.distributed calls None, unless a placement reorders its ranks.
     """
     mine: dict[str, tuple[list[int], Any]] = {}
     for name, members in described.items():
         for ranks in members:
-            group = _new_group(ranks) if len(ranks) > 1 and name != "world" else None
+            is_default = name == "world" and ranks == sorted(ranks)
+            group = _new_group(ranks) if len(ranks) > 1 and not is_default else None
             if rank in ranks:
                 mine[name] = (ranks, group)
     return mine
