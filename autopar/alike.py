@@ -12,6 +12,7 @@ from torch import fx
 
 from cost_model.plan import Plan
 from passes.batch import BatchAnalysis
+from passes.calls import Plain
 from passes.graph import ModelGraph
 from passes.segment import Segment
 from passes.trace import Traced
@@ -105,12 +106,5 @@ class _Ambient:
             item = self.view.inputs[node.name]
             target = item.target if item.kind == "batch" else ""
             return f"{item.kind} {target} {item.trainable} {item.batched} {item.changes} {meta}"
-        args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Plain(self._name(n)))
+        args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Plain(self._name(n)))
         return f"{node.target}{args} {meta}"
-
-
-class _Plain(str):
-    """Prints without quotes inside containers."""
-
-    def __repr__(self) -> str:
-        return str(self)

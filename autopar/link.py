@@ -17,7 +17,7 @@ from cost_model.axes import Axes
 from cost_model.device import BLAS
 from cost_model.errors import UnsupportedError
 from cost_model.mesh import Mesh
-from cost_model.placement import placements_text, split_axes
+from cost_model.placement import Placements, placements_text, split_axes
 from cost_model.plan import Plan, StagePlan
 from cost_model.program import Chunk, Collective, Program, StageProgram, StepWork, Value
 from cost_model.schedule import splits_backward
@@ -28,6 +28,7 @@ from passes.batch import BatchAnalysis
 from passes.cut import cut_stage, prologue
 from passes.graph import ModelGraph
 from passes.group import Worth
+from passes.lengthen import priced_code
 from passes.schedule_code import render_prologue
 from passes.segment import Segment
 from passes.specialise import specialise
@@ -35,6 +36,7 @@ from passes.stage import StageCode, build_stage, reduce_axis
 from passes.stitch import Templates
 from passes.trace import Traced
 from passes.verify import verify_cuts
+from passes.zero import make_buckets
 
 _LOSS_BYTES = 8  # one float64
 
@@ -115,7 +117,8 @@ class Linker:
         keys = [self._key(plan, index, shared, exact) for index in range(len(plan.stages))]
         for index, key in enumerate(keys):
             if key not in self._codes:
-                self._codes[key] = self._code(plan, index)
+                has_names = exact is not None and index % plan.pp == exact
+                self._codes[key] = self._code(plan, index) if has_names else self._priced(plan, index)
         codes = tuple(self._codes[key] for key in keys)
         targets = {i.target for i in self.traced.global_graph.inputs if i.node in shared}
         if any(names & targets for names in _unreached(codes).values()):
@@ -161,10 +164,36 @@ class Linker:
         price, has_optimizer = replace(price, costs=costs, workspace_bytes=workspace), self.optimizer is not None
         return _stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
 
+    def _priced(self, plan: Plan, index: int) -> StageCode:
+        """The code of a stage as prices see it: of many equal blocks a few are rewritten, and repeated."""
+        whole, stage, mesh = self._cut(plan, index), plan.stages[index], plan.mesh(index % plan.pp)
+        degrees, shared = (mesh.dp, plan.axes_of(index % plan.pp)), _held_by_several(self.traced.segments, plan)
+
+        def buckets(
+            order: Sequence[str],
+            model: ModelGraph,
+            places: Mapping[str, Placements],
+            metas: Mapping[str, TensorMeta],
+        ) -> tuple[Bucket, ...]:
+            suffix, precision = _suffix(plan, index), plan.precision
+            return make_buckets(order, model, places, metas, stage.choices, degrees, shared, suffix, precision)
+
+        def build(cut: ModelGraph) -> StageCode:
+            return self._rewritten(plan, index, cut)
+
+        return priced_code(whole, stage.choices, stage.recompute_levels, build, buckets)
+
     def _code(self, plan: Plan, index: int, zeros: frozenset[str] = frozenset()) -> StageCode:
-        stage, whole, segments = plan.stages[index], self.traced.global_graph.batch, self.traced.segments
+        return self._rewritten(plan, index, self._cut(plan, index), zeros)
+
+    def _cut(self, plan: Plan, index: int) -> ModelGraph:
+        stage, whole = plan.stages[index], self.traced.global_graph.batch
         model, mesh = self._model(plan.samples(index % plan.pp)), plan.mesh(index % plan.pp)
-        cut = cut_stage(model, segments, stage.first_segment, stage.last_segment, self.analysis, whole, mesh.dp)
+        first, last = stage.first_segment, stage.last_segment
+        return cut_stage(model, self.traced.segments, first, last, self.analysis, whole, mesh.dp)
+
+    def _rewritten(self, plan: Plan, index: int, cut: ModelGraph, zeros: frozenset[str] = frozenset()) -> StageCode:
+        stage, segments, mesh = plan.stages[index], self.traced.segments, plan.mesh(index % plan.pp)
         return build_stage(
             cut,
             stage.choices,
@@ -175,7 +204,7 @@ class Linker:
             recompute=stage.recompute_levels,
             dp=mesh.dp,
             shared=_held_by_several(segments, plan),
-            suffix=f"_{index // plan.pp}" if plan.virtual_stages > 1 else "",
+            suffix=_suffix(plan, index),
             splits_backward=splits_backward(plan.schedule, index % plan.pp),
             precision=plan.precision,
             accumulates=plan.accumulates,
@@ -210,6 +239,11 @@ class Linker:
 def joins_replicas(segment: Segment, analysis: BatchAnalysis) -> bool:
     """Whether the activation before a segment can go from so many replicas to another number of them."""
     return segment.entry in analysis.in_rows and not segment.carried
+
+
+def _suffix(plan: Plan, index: int) -> str:
+    """What tells the functions of virtual stages apart."""
+    return f"_{index // plan.pp}" if plan.virtual_stages > 1 else ""
 
 
 def _program(plan: Plan, stages: tuple[StageProgram, ...]) -> Program:

@@ -67,3 +67,10 @@ def _map(value: Any, refer: Any) -> object:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value
+
+
+class Plain(str):
+    """Prints without quotes inside containers."""
+
+    def __repr__(self) -> str:
+        return str(self)

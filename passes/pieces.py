@@ -25,9 +25,8 @@ class Pieces:
 
 def cut_pieces(model: ModelGraph) -> Pieces:
     """Cut at segments; a stage in which more than one value crosses between segments is one piece."""
-    numbers = sorted({segment_of(n) for n in model.nodes()} - {AMBIENT})
-    of = {n: segment_of(n) for n in model.nodes()}
-    if not _is_chain(model, of, numbers):
+    numbers, of = segments_of(model), {n: segment_of(n) for n in model.nodes()}
+    if not is_chain(model):
         of = {n: s if s == AMBIENT else numbers[0] for n, s in of.items()}
         numbers = numbers[:1]
     chain = tuple(_piece(model, of, s, s == numbers[-1]) for s in numbers)
@@ -39,9 +38,15 @@ def segment_of(node: fx.Node) -> int:
     return int(node.meta.get("segment", AMBIENT))
 
 
-def _is_chain(model: ModelGraph, of: dict[fx.Node, int], numbers: list[int]) -> bool:
+def segments_of(model: ModelGraph) -> list[int]:
+    """The segments of a stage's calls, in order."""
+    return sorted({segment_of(n) for n in model.nodes()} - {AMBIENT})
+
+
+def is_chain(model: ModelGraph) -> bool:
     """Every segment takes one value, from the segment right before (the first: what is received); ambient values take
     none."""
+    numbers, of = segments_of(model), {n: segment_of(n) for n in model.nodes()}
     received = {i.node for i in model.inputs if i.kind == "activation"}
     if any(o.name in received and s != numbers[0] for n, s in of.items() for o in n.all_input_nodes):
         return False

@@ -153,7 +153,7 @@ def build_stage(
     degrees, places = (dp, mesh), sharded.placements
     buckets = given
     if buckets is None:
-        buckets = make_buckets(graphs, inputs, places, metas, choices, degrees, shared, suffix, precision)
+        buckets = make_buckets(finished(graphs), model, places, metas, choices, degrees, shared, suffix, precision)
     scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:

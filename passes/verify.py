@@ -26,7 +26,10 @@ from passes.stage import StageCode
 def verify_priced(linked: Program, priced: Program) -> None:
     """Stage by stage the same work on the same bytes, names aside; VerificationError for the first that differs."""
     for a, b in zip(linked.stages, priced.stages, strict=True):
-        if _work(a) != _work(b):
+        blocks = [
+            (x, y) for c, d in zip(a.chunks, b.chunks, strict=True) for x, y in zip(c.blocks, d.blocks, strict=True)
+        ]
+        if _work(a) != _work(b) or not all(_is_renamed(x, y) for x, y in blocks):
             raise VerificationError(
                 "priced stage", f"stage {a.stage} runs another program than the one that was priced"
             )
@@ -51,10 +54,29 @@ def _work(stage: StageProgram) -> list[object]:
         for block in blocks
     ]
     work += [[(v.meta, v.storage_bytes) for v in block.inputs] for block in blocks]
-    work += [(c.segments, len(c.saved), c.sent, c.received) for c in stage.chunks]
+    work += [(c.segments, len(c.saved), len(c.kept), c.sent, c.received) for c in stage.chunks]
+    work += [sorted({v.storage: v.storage_bytes for v in c.constants}.values()) for c in stage.chunks]
     work += [(s.meta, s.placement, s.trainable, s.reduce_axis, s.tied) for s in stage.parameters]
     work += [[(v.meta, v.storage_bytes) for v in stage.persistent], stage.step]
     return work
+
+
+def _is_renamed(block: Block, other: Block) -> bool:
+    """Whether blocks that do the same work read, make and free the same values, each under one name of its own."""
+    pairs = list(zip(_names(block), _names(other), strict=True))
+    renamed = dict(pairs)
+    alone = len(set(pairs)) == len(renamed) == len({name for _, name in pairs})
+    return alone and {renamed["value", name][1] for name in block.outputs} == set(other.outputs)
+
+
+def _names(block: Block) -> list[tuple[str, str]]:
+    """Of all values and storages, as they come."""
+    found = [name for v in block.inputs for name in (("value", v.name), ("storage", v.storage))]
+    for line in block.instructions:
+        found += [("value", name) for name in line.inputs]
+        found += [name for v in line.outputs for name in (("value", v.name), ("storage", v.storage))]
+        found += [("storage", name) for name in line.frees]
+    return found
 
 
 class RecordingComm:

@@ -22,7 +22,7 @@ from cost_model.shards import Bucket
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
 from passes.fuse import ACCUMULATIONS, parameter_of, product
-from passes.graph import GraphInput, torch_dtype
+from passes.graph import GraphInput, ModelGraph, torch_dtype
 from passes.pieces import segment_of
 from passes.split import SplitGraphs, inputs_first
 from passes.storage import renamed, storage_of
@@ -45,8 +45,8 @@ def scatters(node: str, choices: Mapping[str, str], dp: int) -> bool:
 
 
 def make_buckets(
-    graphs: SplitGraphs,
-    inputs: Sequence[GraphInput],
+    order: Sequence[str],
+    model: ModelGraph,
     placements: Mapping[str, Placements],
     metas: Mapping[str, TensorMeta],
     choices: Mapping[str, str],
@@ -57,18 +57,19 @@ def make_buckets(
 ) -> tuple[Bucket, ...]:
     """Buckets of parameters with one level, dtype and way to be reduced; from level 2 on, of the same segments too.
 
-    choices: as in ``StagePlan``. degrees: dp and the mesh of a replica. shared: parameters, by node, that other stages
+    order: that in which gradients are finished. model: the graph that the inputs belong to. choices: as in
+    ``StagePlan``. degrees: dp and the mesh of a replica. shared: parameters, by node, that other stages
     hold too; each has a bucket of its own with its name, so that its parts lie alike in all of them. suffix: of other
     buckets' names, which no two virtual stages of a stage have in common. Without a gradient a parameter is split at
     level 3 only.
     """
     dp, mesh = degrees
-    order = {name: index for index, name in enumerate(finished(graphs))}
-    used = _segments_of(graphs)
+    places = {name: index for index, name in enumerate(order)}
+    used = _segments_of(model)
     members: dict[tuple[int, tuple[int, ...], str, bool, str, str | None], list[GraphInput]] = {}
-    for item in sorted(inputs, key=lambda i: order.get(i.target, -1)):
+    for item in sorted(model.inputs, key=lambda i: places.get(i.target, -1)):
         level = int(choices.get(zero_key(item.node), "0"))
-        trainable = item.target in order
+        trainable = item.target in places
         if item.kind == "parameter" and dp > 1 and (level == 3 or (level and trainable)):
             varying = varying_name(placements[item.node], mesh) if trainable else ""
             tied = item.target if item.node in shared else None
@@ -107,14 +108,10 @@ def finished(graphs: SplitGraphs) -> tuple[str, ...]:
     return tuple(reversed(dict.fromkeys(reversed(names))))
 
 
-def _segments_of(graphs: SplitGraphs) -> dict[str, tuple[int, ...]]:
-    """Placeholder -> segments that use it."""
-    found: dict[str, set[int]] = {}
-    for graph in (graphs.forward, *graphs.backwards):
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                found.setdefault(node.name, set()).update(segment_of(u) for u in node.users if u.op != "output")
-    return {name: tuple(sorted(segments)) for name, segments in found.items()}
+def _segments_of(model: ModelGraph) -> dict[str, tuple[int, ...]]:
+    """Input -> segments that use it."""
+    inputs = (n for n in model.graph.nodes if n.op == "placeholder")
+    return {n.name: tuple(sorted({segment_of(u) for u in n.users if u.op != "output"})) for n in inputs}
 
 
 # --- What the blocks say

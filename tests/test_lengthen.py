@@ -1,0 +1,146 @@
+"""Stages of many equal blocks: a few are rewritten, and the others' price is theirs, value for value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from parity import SGD, cpu_cluster
+from torch import Tensor, nn
+
+from autopar.options import Options
+from autopar.planning import Job
+from cost_model.parallelism import Parallelism
+from passes.families import Families, UnlikeError
+from passes.verify import verify_priced
+
+BLOCKS = 11
+
+
+class Layer(nn.Module):
+    """A residual block. mask: whether it reads a buffer of its own; drop: whether it drops some of what it adds."""
+
+    def __init__(self, width: int = 16, mask: bool = False, drop: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, width), nn.Linear(width, 8)
+        self.drop = nn.Dropout(drop)
+        if mask:
+            self.register_buffer("mask", torch.ones(8, 8).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.down(torch.relu(self.up(self.norm(x))))
+        if hasattr(self, "mask"):
+            made = made @ self.mask[:, :8]
+        return x + self.drop(made)
+
+
+class Statistics(nn.Module):
+    """A block whose buffers a step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.norm(self.linear(x)))
+
+
+class Deep(nn.Module):
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.first, self.layers, self.last = nn.Linear(4, 8), nn.ModuleList(layers), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return (self.last(x) ** 2).mean()
+
+
+def priced(layers: list[nn.Module], **pins: Any) -> Job:
+    """A deep model under pins, after its program has been held against what was priced."""
+    found = Parallelism(**{"dp": 1, "tp": 1, "pp": 1, "microbatch_size": 2, "schedule": "1f1b", **pins})
+    assert isinstance(found.dp, int) and isinstance(found.tp, int) and found.pp
+    cluster = cpu_cluster(found.dp * found.tp * found.pp)
+    job = Job.of(Deep(layers), cluster, {"x": torch.ones(8, 4)}, Options.of(None, SGD, found, None, None, None))
+    plan = job.decide(0.0).plan
+    linked, program = job.linked(plan).program, job.program(plan)
+    verify_priced(linked, program)
+    peaks = [[peak.memory for peak in job._program_peaks(each)] for each in (linked, program)]
+    assert peaks[0] == peaks[1]
+    return job
+
+
+def repeats(job: Job) -> list[bool]:
+    """Of each stage that was priced, whether it was made from a few of its blocks: it has no text, then."""
+    return [not code.functions for code in job._linker._codes.values()]
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {},
+        {"dp": 2, "zero": 1},
+        {"dp": 2, "zero": 2},
+        {"dp": 2, "zero": 3},
+        {"tp": 2, "recompute": "selective"},
+        {"dp": 2, "tp": 2, "zero": 3, "recompute": "full"},
+    ],
+)
+def test_blocks_left_out_cost_what_they_cost_when_made(pins: dict[str, Any]) -> None:
+    job = priced([Layer() for _ in range(BLOCKS)], **pins)
+    assert repeats(job) == [True]
+
+
+@pytest.mark.parametrize("pins", [{"schedule": "zero_bubble"}, {"schedule": "interleaved", "virtual_stages": 2}])
+def test_blocks_of_several_stages(pins: dict[str, Any]) -> None:
+    parts = 2 * pins.get("virtual_stages", 1)
+    job = priced([Layer() for _ in range(parts * BLOCKS)], pp=2, zero=0, **pins)
+    assert all(repeats(job))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_blocks_of_two_kinds_by_turns_or_one_after_the_other(tp: int) -> None:
+    assert repeats(priced([Layer(16 + 8 * (n % 2)) for n in range(2 * BLOCKS)], tp=tp)) == [True]
+    assert repeats(priced([Layer(16 + 8 * (n >= BLOCKS)) for n in range(2 * BLOCKS)], tp=tp)) == [True]
+
+
+@pytest.mark.parametrize("layer", [lambda: Layer(mask=True), lambda: Layer(drop=0.5), Statistics])
+def test_blocks_with_buffers_and_draws_of_their_own(layer: Any) -> None:
+    assert repeats(priced([layer() for _ in range(BLOCKS)], dp=2, microbatch_size=4)) == [True]
+
+
+def test_one_that_is_different_is_made_as_it_is() -> None:
+    """In the middle of what would be left out."""
+    layers: list[nn.Module] = [Layer(24 if n == BLOCKS // 2 else 16) for n in range(BLOCKS)]
+    assert repeats(priced(layers)) == [False]
+
+
+def test_blocks_that_share_parameters_are_priced_right() -> None:
+    """One layer used many times, and two layers by turns."""
+    one, two = Layer(), Layer()
+    priced([one] * BLOCKS)
+    priced([one, two] * BLOCKS)
+
+
+def test_few_blocks_are_made_as_they_are() -> None:
+    assert repeats(priced([Layer() for _ in range(4)])) == [False]
+
+
+def test_names_move_on_block_by_block() -> None:
+    """Three blocks left out between b and c; what a block reads of the one before moves with it."""
+    names = Families(3)
+    names.link(("a", "b", "c"))
+    assert [names.renamed(by)("b") for by in range(5)] == ["b", "b~1", "b~2", "b~3", "c"]
+    assert [names.renamed(by)("a") for by in range(5)] == ["a", "b", "b~1", "b~2", "b~3"]
+    assert names.renamed(2)("of no block") == "of no block"
+    assert [names.beside()(name) for name in "abc"] == ["a", "b", "c"]
+
+
+def test_names_that_do_not_move_on_together_are_refused() -> None:
+    names = Families(3)
+    names.link(("a", "b", "c"))
+    for row in (("a", "b", "d"), ("a", "a", "b"), ("c", "b", "a"), ("b", "b", "b")):
+        with pytest.raises(UnlikeError):
+            names.copy().link(row)
