@@ -24,7 +24,7 @@ from planner_cases import CASES, DEPTHS, PUBLISHED, Case
 
 from autopar.options import DEFAULT_OPTIMIZER, Options
 from autopar.planner.chain import Chain, at_once
-from autopar.planner.configuration import ConfigurationSolver
+from autopar.planner.configuration_solver import ConfigurationSolver
 from autopar.planner.layouts import configurations
 from autopar.planner.least import least_costs
 from autopar.planner.search import Configuration, search

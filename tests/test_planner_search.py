@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lp_reader import solved_elsewhere
 from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpace, Whole, assert_consistent, every_plan
 
-from autopar.planner.configuration import ConfigurationSolver
+from autopar.planner.configuration_solver import ConfigurationSolver
 from autopar.planner.layouts import configurations
 from autopar.planner.search import Chain, Factor, FactorGraph, in_flight, search
 from autopar.planner.segment import Segment

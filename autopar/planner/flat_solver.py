@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.planner.configuration import ConfigurationSolver, Outcome, Shortage
+from autopar.planner.configuration_solver import ConfigurationSolver, Outcome, Shortage
 from autopar.planner.flat import Problem, count_variables
 from autopar.planner.flat_choice import flat_choice, least_columns
 from cost_model.errors import ProblemSizeError

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autopar.planner.chain import Chain
-from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
+from autopar.planner.configuration import Configuration
+from autopar.planner.configuration_solver import ConfigurationSolver, Outcome
 from autopar.planner.solution import Infeasible, Solution
 
 

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 from autopar.planner.chain import Chain, Floor, at_once, in_flight
 from autopar.planner.columns import Column
-from autopar.planner.configuration import Configuration, ConfigurationSolver, Outcome
+from autopar.planner.configuration import Configuration
+from autopar.planner.configuration_solver import ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.layouts import configurations, refused_because

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from autopar.planner.chain import Chain, Floor
 from autopar.planner.columns import Column, RangeTable
-from autopar.planner.configuration import Configuration, ConfigurationSolver
+from autopar.planner.configuration import Configuration
+from autopar.planner.configuration_solver import ConfigurationSolver
 from autopar.planner.solvers import Program
 from cost_model.mesh import Mesh
 
