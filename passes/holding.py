@@ -52,15 +52,17 @@ class Holding:
 
     def check(self, exported: torch.export.ExportedProgram) -> None:
         """UnsupportedError where a graph reads what was replaced, or holds what only the tracer had."""
-        made = next((value for value in exported.constants.values() if isinstance(value, FakeTensor)), None)
+        buffers = exported.graph_signature.inputs_to_buffers.values()  # of models on the meta device
+        held = (value for name, value in exported.constants.items() if name not in buffers)
+        made = next((value for value in held if isinstance(value, FakeTensor)), None)
         if made is not None:
             raise UnsupportedError(
                 f"forward makes a tensor {list(made.shape)} in a way that is not seen when a model is traced: state "
                 "what it is made of with ordinary calls, gradients with torch.func.jvp or by hand"
             )
-        held = exported.graph_signature.inputs_to_buffers
+        names = exported.graph_signature.inputs_to_buffers
         nodes = exported.graph_module.graph.find_nodes(op="placeholder")
-        read = {held[n.name].removeprefix("model."): bool(n.users) for n in nodes if n.name in held}
+        read = {names[n.name].removeprefix("model."): bool(n.users) for n in nodes if n.name in names}
         for name, before in self.replaced:
             if read.get(name, any(value is before for value in exported.constants.values())):
                 raise UnsupportedError(

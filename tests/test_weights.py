@@ -191,6 +191,8 @@ class CountedFile:
 @pytest.mark.usefixtures("thread_ranks")
 def test_ranks_read_their_shards_of_files_alone(plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = FAMILIES["gpt2"]()
+    if plan == "tp2":  # three samples are not split, so parameters are
+        batch = {name: value[:3] for name, value in batch.items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
