@@ -30,6 +30,7 @@ from passes.experts import traceable_experts
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.holding import Holding
+from passes.in_place import state_writes, writes
 from passes.merge import merge_equal
 from passes.mutations import Changed, changed_buffers, check_statistics
 from passes.questions import Questions
@@ -315,20 +316,17 @@ def _folded(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> 
 
 
 def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Functionalise graphs that mutate, and state what ``torch.vmap`` makes of calls in batched ones.
+    """Functionalise graphs that write to what is read elsewhere, and state what ``torch.vmap`` makes of calls and what
+    autocast regions cast.
 
-    So are the casts of autocast regions. Most graphs need none of it, and the second trace it costs takes longer than
-    the first.
+    Most graphs need none of it, and the second trace it costs takes longer than the first.
     """
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    retraced = any(_mutates(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
+    for graph in graphs:
+        state_writes(graph)
+    retraced = any(writes(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
     detach(exported.graph_module)
     return exported.run_decompositions({}) if retraced else exported
-
-
-def _mutates(node: fx.Node) -> bool:
-    is_op = isinstance(node.target, torch._ops.OpOverload)
-    return is_op and node.target._schema.is_mutable and "detach_" not in str(node.target)  # type: ignore[union-attr]
 
 
 def _is_of_vmap(node: fx.Node) -> bool:

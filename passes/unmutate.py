@@ -41,7 +41,7 @@ def unmutate(graph: fx.Graph) -> None:
     for node, plain in changed:
         if stale and node.args[0].target in _PARTS:
             _propagate(graph)
-        if not _write_part(graph, node):
+        if not write_part(graph, node):
             _check_last_use(graph, node)
         node.target, stale = plain, True
     if changed:
@@ -59,10 +59,11 @@ def _plain(target: Any) -> Any:
     return plain
 
 
-def _write_part(graph: fx.Graph, node: fx.Node) -> bool:
+def write_part(graph: fx.Graph, node: fx.Node) -> bool:
     """A write into a part of a value: who reads either later reads the part, or a value with it laid into.
 
-    A part of a part is laid into that, and that into the whole.
+    A part of a part is laid into that, and that into the whole. Returns whether it is such a write, to which nothing
+    else stands in the way; what is laid has no meta yet.
     """
     parts = [node.args[0]]
     while isinstance(parts[-1], fx.Node) and parts[-1].target in _PARTS:

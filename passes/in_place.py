@@ -1,0 +1,103 @@
+"""In place: calls of an exported graph that write into a value which nothing else reads become calls that return it.
+
+``x += y`` and ``relu_`` of fresh values are most of what models write to; to state them so takes no second trace.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from passes.storage import mark_storages
+from passes.unmutate import write_part
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a call changes one of its operands."""
+    is_op = isinstance(node.target, torch._ops.OpOverload)
+    return is_op and node.target._schema.is_mutable and "detach_" not in str(node.target)  # type: ignore[union-attr]
+
+
+def state_writes(graph: fx.Graph) -> None:
+    """Change those calls of a graph whose value, and all that shares its memory, is read through them alone from then
+    on, and that keep its type and layout; and those that write into a part of a fresh value."""
+    found = [node for node in graph.nodes if writes(node)]
+    if not found:
+        return
+    mark_storages(graph)
+    known = _Memory(graph)
+    for node in found:
+        plain, written = _plain(node.target), node.args[0] if node.args else None
+        if plain is None or not isinstance(written, fx.Node) or known.root(written).op != "call_function":
+            continue
+        if known.is_read_through(node, written) and _keeps_kind(node, written):
+            node.target = plain
+        elif _keeps_dtype(node, written) and write_part(graph, node):
+            node.target = plain
+            _describe(graph)
+            known = _Memory(graph)
+
+
+class _Memory:
+    """Which nodes of a graph lie in the memory of which."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {node: at for at, node in enumerate(graph.nodes)}
+        self._roots: dict[fx.Node, fx.Node] = {}
+        self._families: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            own = _storages(node)
+            source = next((o for o in node.all_input_nodes if own & _storages(o)), None)
+            self._roots[node] = node if source is None else self._roots[source]
+            self._families.setdefault(self._roots[node], []).append(node)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node that made the memory."""
+        return self._roots[node]
+
+    def is_read_through(self, call: fx.Node, written: fx.Node) -> bool:
+        """Whether nothing reads what lies in some memory after a call but through this."""
+        earlier = [other for other in self._families[self.root(written)] if self.order[other] < self.order[call]]
+        return not any(self.order[user] > self.order[call] for other in earlier for user in other.users)
+
+
+def _plain(target: Any) -> Any:
+    """aten.add.Tensor for aten.add_.Tensor; None for what has no such form, or draws."""
+    name, overload = target.overloadpacket.__name__, target._overloadname
+    if target.namespace != "aten" or not name.endswith("_") or torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    plain = getattr(getattr(torch.ops.aten, name[:-1], None), overload, None)
+    if plain is None or plain._schema.is_mutable:
+        return None
+    names = [[(a.name, str(a.type)) for a in op._schema.arguments] for op in (plain, target)]
+    return plain if names[0] == names[1] else None
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """Of a node's values."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _describe(graph: fx.Graph) -> None:
+    """Values of calls that have none yet."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+            with args[0].fake_mode, torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _keeps_dtype(node: fx.Node, written: fx.Node) -> bool:
+    value = written.meta["val"]
+    others = [o.meta.get("val") for o in node.all_input_nodes]
+    return all(isinstance(other, torch.Tensor) and other.dtype in (value.dtype, torch.bool) for other in others)
+
+
+def _keeps_kind(node: fx.Node, written: fx.Node) -> bool:
+    """Whether the call would return what it is given in dtype, shape and layout."""
+    value = written.meta["val"]
+    return _keeps_dtype(node, written) and value.is_contiguous()
