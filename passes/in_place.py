@@ -39,6 +39,19 @@ def state_writes(graph: fx.Graph) -> None:
             node.target = plain
             _describe(graph)
             known = _Memory(graph)
+    for node in found:
+        if not writes(node):
+            _name_anew(graph, node)
+
+
+def _name_anew(graph: fx.Graph, node: fx.Node) -> None:
+    """A call by what it calls now."""
+    with graph.inserting_before(node):
+        name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        made = graph.create_node(node.op, node.target, node.args, node.kwargs, name)
+    made.meta = node.meta
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 class _Memory:
