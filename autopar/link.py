@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
@@ -166,6 +167,8 @@ class Linker:
 
     def _priced(self, plan: Plan, index: int) -> StageCode:
         """The code of a stage as prices see it: of many equal blocks a few are rewritten, and repeated."""
+        if self.worth is not None:  # kernels are made of neighbours, whatever block they are of
+            return self._code(plan, index)
         whole, stage, mesh = self._cut(plan, index), plan.stages[index], plan.mesh(index % plan.pp)
         degrees, shared = (mesh.dp, plan.axes_of(index % plan.pp)), _held_by_several(self.traced.segments, plan)
 
@@ -178,9 +181,7 @@ class Linker:
             suffix, precision = _suffix(plan, index), plan.precision
             return make_buckets(order, model, places, metas, stage.choices, degrees, shared, suffix, precision)
 
-        def build(cut: ModelGraph) -> StageCode:
-            return self._rewritten(plan, index, cut)
-
+        build = functools.partial(self._rewritten, plan, index)
         return priced_code(whole, stage.choices, stage.recompute_levels, build, buckets)
 
     def _code(self, plan: Plan, index: int, zeros: frozenset[str] = frozenset()) -> StageCode:

@@ -27,10 +27,11 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 Link = tuple[float, float]
 """Bits per second, and the delay one way in seconds."""
@@ -81,9 +82,12 @@ class SlowNetwork:
         self._name = f"{PREFIX}-{os.getpid()}"
         self._relay: subprocess.Popen[str] | None = None
         self._started: list[subprocess.Popen[str]] = []
+        self._on_end: Any = None
 
     def __enter__(self) -> SlowNetwork:
         remove_left_over()
+        if threading.current_thread() is threading.main_thread():
+            self._on_end = signal.signal(signal.SIGTERM, _leave)
         try:
             self._build()
         except BaseException:
@@ -97,6 +101,8 @@ class SlowNetwork:
             process.wait()
         for node in (*range(self.nodes), "middle"):
             remove(self.namespace(node))
+        if self._on_end is not None:
+            signal.signal(signal.SIGTERM, self._on_end)
 
     def namespace(self, node: int | str) -> str:
         return f"{self._name}-{node}"
@@ -207,6 +213,11 @@ def _run(*command: str) -> None:
 
 def _quiet(*command: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(command, capture_output=True, check=False)
+
+
+def _leave(number: int, _: object) -> None:
+    """Ends the process by way of what tidies up."""
+    raise SystemExit(128 + number)
 
 
 def _die_with_parent() -> None:
