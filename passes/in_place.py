@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from passes.storage import mark_storages
@@ -27,17 +28,19 @@ def state_writes(graph: fx.Graph) -> None:
     found = [node for node in graph.nodes if writes(node)]
     if not found:
         return
-    mark_storages(graph)
     known = _Memory(graph)
     for node in found:
         plain, written = _plain(node.target), node.args[0] if node.args else None
         if plain is None or not isinstance(written, fx.Node) or known.root(written).op != "call_function":
             continue
-        if known.is_read_through(node, written) and _keeps_kind(node, written):
+        value, made = written.meta["val"], _value(plain, node)
+        if (made.dtype, made.shape) != (value.dtype, value.shape):
+            continue
+        if made.stride() == value.stride() and known.is_read_through(node, written):
             node.target = plain
-        elif _keeps_dtype(node, written) and write_part(graph, node):
+        elif write_part(graph, node):
             node.target = plain
-            _describe(graph)
+            _describe(graph, _storages(written))
             known = _Memory(graph)
     for node in found:
         if not writes(node):
@@ -55,9 +58,10 @@ def _name_anew(graph: fx.Graph, node: fx.Node) -> None:
 
 
 class _Memory:
-    """Which nodes of a graph lie in the memory of which."""
+    """Which nodes of a graph lie in the memory of which; that is marked, too."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        mark_storages(graph)
         self.order = {node: at for at, node in enumerate(graph.nodes)}
         self._roots: dict[fx.Node, fx.Node] = {}
         self._families: dict[fx.Node, list[fx.Node]] = {}
@@ -95,22 +99,19 @@ def _storages(node: fx.Node) -> set[int]:
     return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
-def _describe(graph: fx.Graph) -> None:
-    """Values of calls that have none yet."""
+def _value(target: Any, node: fx.Node) -> Any:
+    """What a target makes of a call's operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    leaves = pytree.tree_leaves((args, kwargs))
+    with next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _describe(graph: fx.Graph, memory: set[int]) -> None:
+    """Values of calls that have none yet, and of views of these that lay in a memory before."""
+    made: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-            with args[0].fake_mode, torch.no_grad():
-                node.meta["val"] = node.target(*args, **kwargs)
-
-
-def _keeps_dtype(node: fx.Node, written: fx.Node) -> bool:
-    value = written.meta["val"]
-    others = [o.meta.get("val") for o in node.all_input_nodes]
-    return all(isinstance(other, torch.Tensor) and other.dtype in (value.dtype, torch.bool) for other in others)
-
-
-def _keeps_kind(node: fx.Node, written: fx.Node) -> bool:
-    """Whether the call would return what it is given in dtype, shape and layout."""
-    value = written.meta["val"]
-    return _keeps_dtype(node, written) and value.is_contiguous()
+        moved = not made.isdisjoint(node.all_input_nodes) and not memory.isdisjoint(_storages(node))
+        if node.op == "call_function" and (moved or "val" not in node.meta):
+            node.meta["val"] = _value(node.target, node)
+            made.add(node)
