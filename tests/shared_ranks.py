@@ -1,4 +1,8 @@
-"""Real ranks that stay up between tests: workers start once for each number of ranks, programs are loaded anew."""
+"""Real ranks that stay up between tests: workers start once for each number of ranks, programs are loaded anew.
+
+To start a rank takes two seconds of a core, to load it with another program some milliseconds. Tests of starting,
+ending and losing ranks use ``autopar.ranks.LocalRanks`` itself.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from torch import Tensor
 import autopar.ranks
 from autopar.runtime.pool import WorkerPool
 
+KEPT = 4
+"""Pools of more ranks end with their module."""
 _POOLS: dict[int, WorkerPool] = {}
 
 
@@ -38,15 +44,24 @@ class SharedRanks:
 
 
 @pytest.fixture(scope="module")
-def shared_ranks() -> Iterator[None]:
-    """Executables of this module's tests share their workers."""
+def shared_ranks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Executables of this module's tests share workers, with those of other modules too while they are few."""
+    request.session.addfinalizer(end_ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autopar.ranks, "LocalRanks", SharedRanks)
         yield
+    end_ranks(more_than=KEPT)
+
+
+@pytest.fixture
+def fresh_ranks(shared_ranks: None) -> Iterator[None]:
+    """As ``shared_ranks``, on workers that no other test has used or will use."""
+    end_ranks()
+    yield
     end_ranks()
 
 
-def end_ranks() -> None:
-    """The next program starts ranks of its own."""
-    while _POOLS:
-        _POOLS.popitem()[1].close()
+def end_ranks(more_than: int = 0) -> None:
+    """The next program on so many ranks starts workers of its own."""
+    for size in [size for size in _POOLS if size > more_than]:
+        _POOLS.pop(size).close()

@@ -10,11 +10,13 @@ import pytest
 import torch
 from parity import SGD
 from regression import BATCH, TWO, Regression
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from torch import Tensor
 
 import autopar
 from cost_model.errors import BatchError, ClosedError, ConfigError
 
+pytestmark = pytest.mark.usefixtures("shared_ranks")
 PLAIN_VALUES = {"factor": 2, "options": {"scale": (0.5, None), "name": "plain"}}
 
 
@@ -44,7 +46,7 @@ def test_what_an_executable_without_a_batch_or_after_close_can_do() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Iterator[tuple[autopar.Executable, dict[str, Any]]]:
+def trained(shared_ranks: None) -> Iterator[tuple[autopar.Executable, dict[str, Any]]]:  # noqa: F811
     """An executable whose batch holds numbers, None and nested containers."""
     batch = {**BATCH, **PLAIN_VALUES}
     with autopar.compile(Options(), TWO, batch, optimizer=SGD, parallelism=autopar.Parallelism(dp=2)) as exe:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import example_gpt, hf_gpt2
 from parity import ADAMW, SGD, cpu_cluster
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 
 import autopar
 from autopar.comparison import PHASES, Comparison, Pair, comparison, event_kinds, op_events
@@ -24,6 +25,7 @@ from autopar.runtime.measure import OTHER, OUTSIDE, held_bytes, op_kind
 from cost_model.errors import ConfigError
 from cost_model.parallelism import Parallelism
 
+pytestmark = pytest.mark.usefixtures("shared_ranks")
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_LOW, MEMORY_HIGH = 0.0, 0.10
 """How far a peak may be estimated under and over what is measured on CPU."""

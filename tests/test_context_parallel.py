@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES
 from models import example_gpt
 from parity import check_parity, cpu_cluster
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import nn
 
@@ -67,7 +68,7 @@ def _attentions(plan: autopar.Plan) -> set[str]:
     }
 
 
-@pytest.mark.usefixtures("cheap_queries")
+@pytest.mark.usefixtures("cheap_queries", "shared_ranks")
 def test_gpt_on_real_ranks() -> None:
     model, batch = _gpt()
     assert _attentions(check_parity(model, batch, 2, 1e-9, tp=2)) == {str(QUERIES)}

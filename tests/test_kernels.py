@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import example_gpt
 from parity import ADAMW, SGD, cpu_cluster, largest_error, reference
-from shared_ranks import end_ranks, shared_ranks  # noqa: F401  (a fixture)
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn, ops
 

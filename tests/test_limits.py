@@ -11,7 +11,7 @@ from models import example_gpt
 from parity import ADAMW, cpu_cluster
 from processes import descendants
 from regression import BATCH, Regression
-from shared_ranks import end_ranks, shared_ranks  # noqa: F401  (a fixture)
+from shared_ranks import end_ranks, fresh_ranks, shared_ranks  # noqa: F401  (fixtures)
 
 import autopar
 from autopar import Parallelism, Precision
@@ -60,7 +60,7 @@ def train_within(cap_bytes: int, model: Any, batch: Any, **keywords: Any) -> lis
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.usefixtures("fresh_ranks")
 def test_what_fits_a_cap_runs_in_it_and_plain_data_parallel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "WORKER_ENVIRONMENT", {**pool.WORKER_ENVIRONMENT, **GIVES_BACK})
     model, batch = example_gpt(n_embd=384, n_layer=6, n_head=6, vocab_size=2048, block_size=128, tied=True)
@@ -87,7 +87,7 @@ def test_what_fits_a_cap_runs_in_it_and_plain_data_parallel_does_not(monkeypatch
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.usefixtures("fresh_ranks")
 def test_two_hundred_steps_take_no_more_memory(precision: Precision, pins: dict[str, int]) -> None:
     model, batch = example_gpt(tied=True)
     parallelism = Parallelism(**{"dp": 1, "tp": 1, "pp": 1, **pins})
@@ -100,6 +100,5 @@ def test_two_hundred_steps_take_no_more_memory(precision: Precision, pins: dict[
         for _ in range(200):
             exe.step(batch)
         late = [resident_bytes(pid) for pid in workers()]
-    end_ranks()
     growth = [b - a for a, b in zip(early, late, strict=True)]
     assert max(growth) < MIB // 2, growth

@@ -8,6 +8,10 @@ import pytest
 import torch
 from models import example_gpt, hf_gpt2
 from parity import ADAMW, check_parity
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.usefixtures("shared_ranks")
 
 GRIDS = [
     {"dp": 2, "tp": 1, "pp": 1},
@@ -33,11 +37,17 @@ def _grids(*quick: str) -> list[Any]:
     return [pins if _name(pins) in quick else pytest.param(pins, marks=pytest.mark.slow) for pins in GRIDS]
 
 
-@pytest.mark.parametrize("pins", _grids("dp2-tp1-pp1", "dp2-tp2-pp2"), ids=_name)
+@pytest.mark.parametrize("pins", _grids("dp2-tp1-pp1", "dp1-tp2-pp2"), ids=_name)
 def test_example_gpt_in_double_precision(pins: dict[str, int]) -> None:
     model, batch = example_gpt(torch.float64)
     plan = check_parity(model, batch, _devices(pins), 1e-9, **pins)
     assert (plan.dp, plan.tp, plan.pp) == (pins["dp"], pins["tp"], pins["pp"])
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_three_axes_on_threads() -> None:
+    model, batch = example_gpt(torch.float64)
+    check_parity(model, batch, 8, 1e-9, dp=2, tp=2, pp=2)
 
 
 @pytest.mark.parametrize("pins", _grids("dp1-tp2-pp1"), ids=_name)

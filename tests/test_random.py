@@ -27,7 +27,9 @@ from passes.trace import trace
 sys.path.append(str(Path(__file__).parent))
 from masks import dropout_given, key_of, mask, word_at
 from parity import SGD, check_parity, cpu_cluster
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 
+pytestmark = pytest.mark.usefixtures("shared_ranks")
 SEED = 7
 
 

@@ -20,7 +20,9 @@ from cost_model.placement import Shard
 sys.path.append(str(Path(__file__).parent))
 import user_ops
 from parity import check_parity, cpu_cluster
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 
+pytestmark = pytest.mark.usefixtures("shared_ranks")
 PROJECT, NOTATION = "user_ops::project", "b s d, e d -> b s e"
 
 
