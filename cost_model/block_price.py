@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cost_model.background import Streams
-from cost_model.cold_calls import ColdCalls, cold_seconds
 from cost_model.program import Block, Collective, Instruction, OpCost
 
 VIEW = "view"
@@ -36,17 +36,15 @@ def block_price(
     op_s: Callable[[OpCost], float],
     whole_s: Mapping[Collective, float],
     behind_s: Mapping[Collective, float],
-    cold_calls: Sequence[ColdCalls] = (),
+    longer_s: Sequence[float] | None = None,
 ) -> BlockPrice:
     """whole_s: of each collective of the block; behind_s: what remains behind compute of those that begin there;
-    cold_calls: of the devices of which they are known."""
+    longer_s: what each instruction takes beyond its price."""
     kinds: defaultdict[str, float] = defaultdict(float)
     compute = communication = 0.0
     streams, moving, completed = Streams(), dict[str, str](), dict[str, float]()
-    own_s = [_own_s(instruction, view_s, op_s) for instruction in block.instructions]
-    spent_s = [s + _waited_s(i, whole_s) for i, s in zip(block.instructions, own_s, strict=True)]
-    longer_s = cold_seconds(block, spent_s, cold_calls)
-    for instruction, warm_s, extra_s in zip(block.instructions, own_s, longer_s, strict=True):
+    extra = longer_s or itertools.repeat(0.0, len(block.instructions))
+    for instruction, extra_s in zip(block.instructions, extra, strict=True):
         collective = instruction.collective
         if collective is not None and instruction.begins:
             streams.begin(instruction, whole_s[collective], behind_s[collective])
@@ -61,13 +59,20 @@ def block_price(
             communication += seconds
             kinds[moving[instruction.awaits]] += seconds
         if instruction.cost is not None or instruction.collective is None:
-            seconds = warm_s + extra_s
+            seconds = _own_s(instruction, view_s, op_s) + extra_s
             streams.spend(seconds)
             compute += seconds
             kinds[_kind(instruction)] += seconds
         if instruction.completes is not None:
             completed[instruction.completes] = streams.now_s
     return BlockPrice(compute, communication, dict(kinds), completed)
+
+
+def spent_seconds(
+    block: Block, view_s: float, op_s: Callable[[OpCost], float], whole_s: Mapping[Collective, float]
+) -> list[float]:
+    """On each instruction, waiting for its collective included."""
+    return [_own_s(i, view_s, op_s) + _waited_s(i, whole_s) for i in block.instructions]
 
 
 def _own_s(instruction: Instruction, view_s: float, op_s: Callable[[OpCost], float]) -> float:

@@ -48,19 +48,29 @@ class ColdCalls:
         return ColdCalls(op, view)
 
 
-def cold_seconds(block: Block, own_s: Sequence[float], devices: Sequence[ColdCalls]) -> Iterator[float]:
-    """What each instruction takes longer than ``own_s``, on the slowest of the devices of which that is known."""
-    if not devices:
-        yield from itertools.repeat(0.0, len(own_s))
-        return
-    for instruction, since_s in zip(block.instructions, _since_last(block, own_s), strict=True):
-        yield max(device.longer_s(since_s, is_view=instruction.cost is None) for device in devices)
+def cold_seconds(
+    blocks: Sequence[Block], spent_s: Sequence[Sequence[float]], between_s: float, devices: Sequence[ColdCalls]
+) -> Iterator[list[float]]:
+    """What each instruction of each block takes longer than a call in a row, on the slowest of the devices.
+
+    The blocks run one behind the other, over and over; spent_s: on each of their instructions; between_s: from the end
+    of the last to the beginning of the first.
+    """
+    since_s = _since_last(blocks, spent_s, between_s)
+    for block in blocks:
+        yield [
+            max(device.longer_s(seconds, is_view=instruction.cost is None) for device in devices)
+            for instruction, seconds in zip(block.instructions, since_s, strict=False)
+        ]
 
 
-def _since_last(block: Block, own_s: Sequence[float]) -> Iterator[float]:
-    """For each instruction, seconds since its op ran last, where the block runs over and over."""
-    ends = list(itertools.accumulate(own_s))
-    last = {i.op: end - ends[-1] for i, end in zip(block.instructions, ends, strict=True)}
-    for instruction, seconds, end in zip(block.instructions, own_s, ends, strict=True):
-        yield end - seconds - last[instruction.op]
-        last[instruction.op] = end
+def _since_last(blocks: Sequence[Block], spent_s: Sequence[Sequence[float]], between_s: float) -> Iterator[float]:
+    """For each instruction, seconds since its op ran last."""
+    ops = [instruction.op for block in blocks for instruction in block.instructions]
+    taken = list(itertools.chain(*spent_s))
+    ends = list(itertools.accumulate(taken))
+    round_s = between_s + (ends[-1] if ends else 0.0)
+    last = {op: end - round_s for op, end in zip(ops, ends, strict=True)}
+    for op, seconds, end in zip(ops, taken, ends, strict=True):
+        yield end - seconds - last[op]
+        last[op] = end

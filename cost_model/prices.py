@@ -5,61 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from cost_model.axes import is_inside_replica
 from cost_model.axis_groups import axis_groups, collective_stages
-from cost_model.block_price import BlockPrice, block_price
-from cost_model.cold_calls import ColdCalls
+from cost_model.block_price import BlockPrice, block_price, spent_seconds
+from cost_model.cold_calls import ColdCalls, cold_seconds
 from cost_model.crossing import Message
 from cost_model.errors import VerificationError
+from cost_model.priced import PricedCluster, PricedDevice
 from cost_model.program import Block, Collective, OpCost, Program, StageProgram
 from cost_model.tensor import DTYPE_BYTES
 
 BEHIND_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 """Collectives that can move behind compute."""
-
-
-class PricedDevice(Protocol):
-    """What pricing asks of a device: seconds of an op, its fixed overhead included."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def op_overhead_s(self) -> float: ...
-
-    @property
-    def cold_calls(self) -> ColdCalls | None: ...
-
-    def op_time_s(self, cost: OpCost, /) -> float: ...
-
-
-class PricedCluster(Protocol):
-    """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``.
-
-    uneven: whether devices or links differ, so that replicas may take times of their own. rendezvous: whether a message
-    leaves only once its sender knows that it is awaited, beyond what transfers count.
-    """
-
-    @property
-    def devices(self) -> Sequence[PricedDevice]: ...
-
-    @property
-    def uneven(self) -> bool: ...
-
-    @property
-    def rendezvous(self) -> bool: ...
-
-    def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
-
-    def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
-
-    def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None, /) -> float: ...
-
-    def handling_time_s(self, nbytes: int, source: int, target: int, /) -> float: ...
-
-    def senders(self, pairs: Sequence[tuple[int, int]], /) -> Sequence[int]: ...
 
 
 @dataclass(frozen=True)
@@ -181,25 +139,31 @@ class _Pricer:
         self.collective_prices: dict[tuple[object, ...], float] = {}
         self.asked: dict[tuple[object, ...], float] = {}
         self.blocks: dict[tuple[object, ...], BlockPrice] = {}
+        self.longer: dict[tuple[object, ...], Mapping[int, Sequence[float]]] = {}
         self.moved: dict[int, tuple[tuple[Collective, ...], tuple[Collective, ...]]] = {}
         self.users = {step: self._users(step) for step in (1, -1)}
         self.groups: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = {}
         self.devices: dict[tuple[object, ...], tuple[PricedDevice, ...]] = {}
 
     def stage(self, stage: int, dps: Sequence[int]) -> StagePrice:
-        own, op_s = self.program.stages[stage], self._op_price(stage, dps)
-        optimizer: defaultdict[str, float] = defaultdict(float)
-        for cost in own.step.optimizer_costs:
-            optimizer[cost.kind] += op_s(cost)
+        own, optimizer = self.program.stages[stage], self._optimizer(stage, dps)
         return StagePrice(
             chunks=tuple(self._chunk(stage, dps, number) for number in range(len(own.chunks))),
             step_collectives_s=tuple(self._collective_s(stage, dps, c) for c in own.step.collectives),
             step_gathers_s=tuple(self._blocking_s(stage, dps, "the step", c) for c in own.step.gathers),
             optimizer_s=sum(optimizer.values()),
-            optimizer_kinds_s=dict(optimizer),
+            optimizer_kinds_s=optimizer,
             shares_egress=self._shares_egress(stage, dps),
             step_behind_s=tuple(self._behind_s(stage, dps, c) for c in own.step.collectives),
         )
+
+    def _optimizer(self, stage: int, dps: Sequence[int]) -> dict[str, float]:
+        """The update, by kind."""
+        found: defaultdict[str, float] = defaultdict(float)
+        op_s = self._op_price(stage, dps)
+        for cost in self.program.stages[stage].step.optimizer_costs:
+            found[cost.kind] += op_s(cost)
+        return dict(found)
 
     def backward_s(self, stage: int) -> float:
         """Of one microbatch, on the slowest rank."""
@@ -249,16 +213,43 @@ class _Pricer:
     def _block(self, stage: int, dps: Sequence[int], block: Block) -> BlockPrice:
         """Blocks that stages share are gone through once where their devices are alike and their collectives take as
         long."""
-        devices, op_s = self._devices(stage, dps), self._op_price(stage, dps)
+        devices, op_s, view_s = self._devices(stage, dps), self._op_price(stage, dps), self._view_s(stage, dps)
         every, begun = self._collectives(block)
         whole_s = {c: self._blocking_s(stage, dps, block.name, c) for c in every}
         behind_s = {c: self._behind_s(stage, dps, c) for c in begun}
-        key = (id(block), *map(id, devices), *whole_s.values(), *behind_s.values())
+        longer_s = self._longer(stage, dps).get(id(block))
+        key = (id(block), id(longer_s), *map(id, devices), *whole_s.values(), *behind_s.values())
         if key not in self.blocks:
-            view_s = max((device.op_overhead_s for device in devices if device.kind == "cpu"), default=0.0)
-            cold = [device.cold_calls for device in devices if device.cold_calls is not None]
-            self.blocks[key] = block_price(block, view_s, op_s, whole_s, behind_s, cold)
+            self.blocks[key] = block_price(block, view_s, op_s, whole_s, behind_s, longer_s)
         return self.blocks[key]
+
+    def _view_s(self, stage: int, dps: Sequence[int]) -> float:
+        """A view costs a call on devices that wait for it."""
+        return max((d.op_overhead_s for d in self._devices(stage, dps) if d.kind == "cpu"), default=0.0)
+
+    def _longer(self, stage: int, dps: Sequence[int]) -> Mapping[int, Sequence[float]]:
+        """What the instructions of each block of a stage take longer as their code has left the caches, by the block's
+        id: in the mean of its microbatches, of which the first follows on what is done once per step."""
+        if (stage, dps) not in self.longer:
+            cold = [device.cold_calls for device in self._devices(stage, dps) if device.cold_calls is not None]
+            self.longer[stage, dps] = self._cycle(stage, dps, cold) if cold else {}
+        return self.longer[stage, dps]
+
+    def _cycle(self, stage: int, dps: Sequence[int], cold: Sequence[ColdCalls]) -> dict[int, Sequence[float]]:
+        chunks, step = self.program.stages[stage].chunks, self.program.stages[stage].step
+        blocks = [*(c.forward for c in chunks), *(b for c in reversed(chunks) for b in c.backwards)]
+        op_s, view_s, spent_s = self._op_price(stage, dps), self._view_s(stage, dps), []
+        for block in blocks:
+            whole_s = {c: self._blocking_s(stage, dps, block.name, c) for c in self._collectives(block)[0]}
+            spent_s.append(spent_seconds(block, view_s, op_s, whole_s))
+        once_s = sum(self._collective_s(stage, dps, c) for c in (*step.collectives, *step.gathers))
+        once_s += sum(self._optimizer(stage, dps).values())
+        first, others = (cold_seconds(blocks, spent_s, between_s, cold) for between_s in (once_s, 0.0))
+        share = 1 / self.program.microbatches
+        return {
+            id(block): [share * a + (1 - share) * b for a, b in zip(*both, strict=True)]
+            for block, *both in zip(blocks, first, others, strict=True)
+        }
 
     def _collectives(self, block: Block) -> tuple[tuple[Collective, ...], tuple[Collective, ...]]:
         """The distinct ones of a block, and those that begin there to be awaited later."""

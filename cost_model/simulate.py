@@ -20,7 +20,8 @@ from cost_model.errors import VerificationError
 from cost_model.estimate import Estimate, MemoryBreakdown, StageEstimate, TimeBreakdown
 from cost_model.memory import allocator_rounding, stage_memory
 from cost_model.plan import Plan
-from cost_model.prices import PricedCluster, Replicas, StagePrice, price_replicas
+from cost_model.priced import PricedCluster
+from cost_model.prices import Replicas, StagePrice, price_replicas
 from cost_model.program import Collective, Program
 from cost_model.rank_clock import BEHIND, STREAMS, Event, Link, Rank, Receives
 from cost_model.schedule import (

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cost_model.prices import PricedCluster, price_stages
+from cost_model.priced import PricedCluster
+from cost_model.prices import price_stages
 from cost_model.program import Block, Chunk, Instruction, Program
 from cost_model.schedule import splits_backward
 from cost_model.simulate import step_time_s

@@ -4,16 +4,18 @@ import dataclasses
 import math
 
 import pytest
-from simulated import issue, op
+from simulated import Cluster as Simulated
+from simulated import Device, issue, op, program, stage_program
 from test_calibrate import invented_text
 
 from autopar.calibrate import _cold_calls
 from autopar.calibrate_cold import COLD_PRODUCTS, cold_s
-from cost_model.block_price import block_price
+from cost_model.block_price import spent_seconds
 from cost_model.cluster import Cluster
-from cost_model.cold_calls import ColdCalls
+from cost_model.cold_calls import ColdCalls, cold_seconds
 from cost_model.device import BLAS
 from cost_model.errors import ClusterFileError
+from cost_model.prices import price_stages
 from cost_model.program import Block, Collective, Instruction
 
 CALLS = ColdCalls(op=((1.0, 10.0), (math.e, 20.0)), view=((2.0, 5.0),))
@@ -23,11 +25,15 @@ def named(name: str, seconds: float) -> Instruction:
     return dataclasses.replace(op(seconds), op=name)
 
 
-def compute_s(instructions: tuple[Instruction, ...], *devices: ColdCalls, waited_s: float = 0.0) -> float:
-    """Of a block whose ops take their flops in seconds and its views half a second."""
+def compute_s(
+    instructions: tuple[Instruction, ...], *devices: ColdCalls, waited_s: float = 0.0, between_s: float = 0.0
+) -> float:
+    """Of a block whose ops take their flops in seconds and its views half a second, run over and over."""
     whole_s = {i.collective: waited_s for i in instructions if i.collective is not None}
     block = Block("forward", (), instructions, ())
-    return block_price(block, 0.5, lambda cost: cost.flops, whole_s, {}, devices).compute_s
+    own_s = sum(spent_seconds(block, 0.5, lambda cost: cost.flops, dict.fromkeys(whole_s, 0.0)))
+    spent_s = spent_seconds(block, 0.5, lambda cost: cost.flops, whole_s)
+    return own_s + sum(*cold_seconds([block], [spent_s], between_s, devices)) if devices else own_s
 
 
 def test_a_curve_is_straight_in_the_logarithm_and_flat_outside() -> None:
@@ -48,6 +54,31 @@ def test_waiting_for_a_collective_is_time_too() -> None:
     block = (named("a", 0.25), dataclasses.replace(issue(what), op="autopar.all_reduce"))
     assert compute_s(block, CALLS, waited_s=0.5) == compute_s(block)
     assert compute_s(block, CALLS, waited_s=9.0) == compute_s(block) + 20.0
+
+
+def test_what_runs_between_two_runs_of_a_block_is_time_too() -> None:
+    block = (named("a", 0.25), named("b", 0.25), named("a", 0.25))
+    # a, b and a again: 0.25 + 9, 0.5 + 9 and 0.25 s behind their last calls
+    assert compute_s(block, CALLS) == compute_s(block)
+    assert compute_s(block, CALLS, between_s=9.0) == compute_s(block) + 20.0 + 20.0
+
+
+def cycle_s(microbatches: int, forward: str, backward: str, *, optimizer_s: float) -> tuple[float, float]:
+    """Seconds of (forward, backward) blocks of one op of a quarter of a second each, and one of nothing in both."""
+    own = stage_program(0, 1, [named(forward, 0.25)], [named(backward, 0.25)], optimizer_s=optimizer_s)
+    device = Device(cold_calls=CALLS)
+    (price,) = price_stages(program([own], microbatches, "1f1b"), Simulated((device,)))
+    return price.chunks[0].forward.total_s, price.chunks[0].backward.total_s
+
+
+def test_a_step_is_one_round_of_its_blocks_and_of_what_is_done_once() -> None:
+    assert cycle_s(1, "a", "a", optimizer_s=9.0) == (0.25 + 2 * 20.0, 0.25)
+    assert cycle_s(1, "a", "b", optimizer_s=9.0) == (0.25 + 2 * 20.0, 0.25 + 20.0)
+    assert cycle_s(1, "a", "b", optimizer_s=0.25) == (0.25, 0.25)
+
+
+def test_only_the_first_microbatch_follows_on_what_is_done_once() -> None:
+    assert cycle_s(4, "a", "b", optimizer_s=9.0) == (0.25 + 2 * 5.0, 0.25 + 5.0)
 
 
 def test_the_slowest_device_counts() -> None:
