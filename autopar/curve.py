@@ -35,13 +35,17 @@ class CurvePoint:
         return {"cap_bytes": self.cap_bytes, **figures}
 
 
+def check_points(points: int) -> None:
+    """ConfigError unless there is a curve of so many points, or none is wanted."""
+    if points < 2 and points != 0:
+        raise ConfigError(f"a curve has at least 2 points, not {points}; use points=0 for none")
+
+
 def curve(job: Job, pins: Parallelism, free: Estimate, points: int) -> Iterator[CurvePoint]:
     """From what the plan without a cap takes down to what the plan that needs least takes, one point at a time.
 
     A point may be given a plan of a lower cap: what fits under less fits under more.
     """
-    if points < 2:
-        raise ConfigError(f"a curve has at least 2 points, not {points}; use points=0 for none")
     least = job.under(pins, 0).attempt()
     assert isinstance(least, int)
     yield CurvePoint(free.peak_bytes, free)

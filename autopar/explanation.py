@@ -12,7 +12,7 @@ from rich.console import Group
 from torch import Tensor, nn
 
 from autopar.binding import COMPUTING, savings
-from autopar.curve import POINTS, CurvePoint, curve, curve_table, falling, plot_curve
+from autopar.curve import POINTS, CurvePoint, check_points, curve, curve_table, falling, plot_curve
 from autopar.kernel_calls import with_kernel_calls
 from autopar.kinds import AUTOMATIC, CHOSEN, NO_CAP_BYTES, UNLIMITED, Candidate, Kind, candidate, kinds, without_degrees
 from autopar.options import COLUMNS, DEFAULT_OPTIMIZER, EAGER, OptimizerFactory, Options
@@ -145,6 +145,7 @@ def explain(
     node, or by a parameter or module they use. Ctrl-C leaves out what has not been searched yet, and says so.
     Errors: as for ``compile``, and UnknownNameError for an op.
     """
+    check_points(points)
     start = time.perf_counter()
     options = Options.of(loss_fn, optimizer, parallelism, memory_cap, precision, plan, solver=solver, backend=backend)
     cluster = with_kernel_calls(cluster, options)

@@ -355,7 +355,7 @@ def test_parameters_stay_whole_under_an_optimizer_that_is_not_elementwise() -> N
 CAPPED: dict[str, tuple[int, dict[str, Any]]] = {
     "one device": (1, {}),
     "automatic": (4, {}),
-    "tp": (2, {"tp": 2}),
+    "tp": (2, {"tp": 2, "microbatch_size": 4}),
     "dp": (2, {"dp": 2}),
     "pp": (2, {"pp": 2}),
     "gpipe": (2, {"pp": 2, "schedule": "gpipe", "microbatch_size": 2}),

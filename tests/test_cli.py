@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 
 import autopar
 from autopar.cli import loaded, main
@@ -129,9 +130,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def tree_of(capsys: pytest.CaptureFixture[str], *line: str) -> dict[str, Any]:
-    """What a command that must succeed prints with --json."""
+    """What a command that must succeed prints with --json: JSON alone, whatever the user's code prints."""
     assert main([*line, "--json"]) == 0
-    tree = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    tree = json.loads(shown.out)
+    assert "building" in shown.err
     assert isinstance(tree, dict)
     return tree
 
@@ -190,6 +193,7 @@ def test_a_model_in_a_package_with_a_loss(folder: Path, capsys: pytest.CaptureFi
     assert tree["step_time_s"] > 0 and tree["plan"]["batch"] == 8
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_compare_on_real_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ("compare", "tagger.py:factory", "--cluster", "bench.toml", "--dp", "2", "--steps", "2")
     tree = tree_of(capsys, *line)
@@ -277,7 +281,11 @@ def test_one_device_has_one_kind(folder: Path, capsys: pytest.CaptureFixture[str
         (("plan", "tagger.py:factory", *SHIPPED, "--dp", "3"), "ParallelismError", "dp=3"),
         (("plan", "tagger.py:factory", *SHIPPED, "--schedule", "wave"), "ParallelismError", "schedule must be one of"),
         (("plan", "tagger.py:factory", *SHIPPED, "--memory-cap", "3 bags"), "ConfigError", "unknown unit 'bags'"),
-        (("plan", "tagger.py:factory", *SHIPPED, "--memory-cap", "1KiB"), "InfeasiblePlanError", "the smallest cap"),
+        (
+            ("plan", "tagger.py:factory", *SHIPPED, "--tp", "2", "--microbatch-size", "8", "--memory-cap", "1KiB"),
+            "InfeasiblePlanError",
+            "the smallest cap",
+        ),
         (("plan", "tagger.py:factory", *SHIPPED, "--plan", "no.json"), "ConfigError", "cannot read the plan 'no.json'"),
         (
             ("plan", "tagger.py:factory", *SHIPPED, "--plan", "bench.toml"),
@@ -358,18 +366,13 @@ COMMAND = [sys.executable, "-m", "autopar.cli", "plan", "tagger.py:factory", "--
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.mark.parametrize(("extra", "code"), [((), 0), (("--pp", "5"), 2)])
-def test_as_a_process(folder: Path, extra: tuple[str, ...], code: int) -> None:
-    """Only JSON on standard output, whatever the user's code prints; an error is one message."""
-    line = [*COMMAND, *extra]
+def test_an_error_of_a_process_is_one_message(folder: Path) -> None:
+    """Only JSON on standard output, whatever the user's code prints."""
+    line = [*COMMAND, "--pp", "5"]
     done = subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code
-    tree = json.loads(done.stdout)
-    assert "building" in done.stderr and "Traceback" not in done.stderr
-    if code:
-        assert tree["error"] == "ParallelismError" and "autopar: pp=5" in done.stderr
-    else:
-        assert tree["plan"]["batch"] == 8
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"] == "ParallelismError"
+    assert "building" in done.stderr and "Traceback" not in done.stderr and "autopar: pp=5" in done.stderr
 
 
 def test_a_reader_that_leaves_is_no_error(folder: Path) -> None:

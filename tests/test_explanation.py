@@ -32,6 +32,11 @@ def explained(**keywords: Any) -> autopar.Explanation:
 
 
 @functools.cache
+def of_four_points() -> autopar.Explanation:
+    return explained(points=4)
+
+
+@functools.cache
 def gpt_job() -> Job:
     model, batch = example_gpt(n_layer=1)
     pins = Parallelism(tp=2, microbatch_size=4)
@@ -48,7 +53,7 @@ def test_what_binds_is_what_would_save_most_if_it_were_faster(bandwidth: float, 
 
 
 def test_the_curve_falls_and_its_plans_fit() -> None:
-    found = explained(points=4)
+    found = of_four_points()
     caps, steps = zip(*((p.cap_bytes, p.estimate.step_time_s) for p in found.curve if p.estimate), strict=True)
     assert len(found.curve) == 4 and list(caps) == sorted(caps) and list(steps) == sorted(steps, reverse=True)
     assert all(p.estimate is None or p.estimate.peak_bytes <= p.cap_bytes for p in found.curve)
@@ -62,13 +67,14 @@ def test_the_curve_falls_and_its_plans_fit() -> None:
 
 
 def test_a_curve_of_one_point_is_refused() -> None:
+    """Before anything is searched."""
     with pytest.raises(ConfigError, match="at least 2 points, not 1"):
-        explained(points=1)
+        autopar.explain(Regression(), cpu_cluster(2), {}, points=1)
 
 
 def test_the_curve_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = explained(points=2)
+    found = of_four_points()
     found.plot(tmp_path / "curve.svg")
     assert "memory cap" in (tmp_path / "curve.svg").read_text() or (tmp_path / "curve.svg").stat().st_size > 1000
     for name in ("no/curve.png", "curve.xyz"):
@@ -80,7 +86,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'autopar\[plot\]'"):
-        explained(points=2).plot(tmp_path / "curve.png")
+        of_four_points().plot(tmp_path / "curve.png")
 
 
 def test_the_chosen_placement_of_an_op_is_the_fastest_and_the_others_say_what_they_cost() -> None:
