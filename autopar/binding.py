@@ -36,6 +36,9 @@ class _Fast:
     def op_time_s(self, cost: OpCost, /) -> float:
         return self.device.op_time_s(cost) / FACTOR
 
+    def call_overhead_s(self, cost: OpCost, /) -> float:
+        return self.device.call_overhead_s(cost) / FACTOR
+
 
 @dataclass(frozen=True)
 class _Hastened:

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autopar.calibrate_cold import COLD_PRODUCTS, products_size
-from autopar.calibrate_fit import Cold, Machine, MessageTime, OpTime, render_cluster
+from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_rate import usual_seconds
-from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Probe, message_ranks
+from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Cold, Probe, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import BEHIND, TRANSFER, Cluster, cluster_names
 from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 19
+CALIBRATION_VERSION = 20
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
@@ -245,8 +245,8 @@ def _measured(
 def _cold_seconds(pool: WorkerPool, products: tuple[int, int], library: str) -> Cold:
     """Of one pass, on the slowest rank."""
     replies = pool.call("measure_cold", {"products": products, "library": library, "budget_s": _COLD_BUDGET_S})
-    between_s, op_s, view_s = map(max, zip(*replies, strict=True))
-    return between_s, op_s, view_s
+    between_s, op_s, view_s, product_s = map(max, zip(*replies, strict=True))
+    return between_s, op_s, view_s, product_s
 
 
 def _cold_calls(found: Mapping[tuple[int, int], Sequence[Cold]]) -> list[Cold]:
@@ -254,7 +254,7 @@ def _cold_calls(found: Mapping[tuple[int, int], Sequence[Cold]]) -> list[Cold]:
     sizes = {products: products_size(*products) for products in found}
     rate = statistics.median(sizes[products] / row[0] for products, rows in found.items() for row in rows)
     return [
-        (sizes[products] / rate, statistics.median(row[1] for row in rows), statistics.median(row[2] for row in rows))
+        (sizes[products] / rate, *(statistics.median(longer_s) for longer_s in list(zip(*rows, strict=True))[1:]))
         for products, rows in found.items()
     ]
 

@@ -12,7 +12,7 @@ import torch
 
 from autopar.calibrate_operands import drawn
 from autopar.calibrate_streams import TINY_BYTES, stream_probes
-from autopar.calibrate_worker import Call
+from autopar.calibrate_worker import Call, Cold
 from autopar.runtime import kernels
 from cost_model.device import BLAS
 
@@ -20,8 +20,10 @@ aten = torch.ops.aten
 
 COLD_PRODUCTS = ((256, 1), (512, 1), (512, 2), (512, 4), (512, 8))
 """What stands between calls: (extent, number) of square products."""
-_KINDS = ("elementwise", "transcendental", "softmax", "norm", "reduction", "copy")
+COLD_KINDS = ("elementwise", "transcendental", "softmax", "norm", "reduction", "copy")
 """Of the ops that are called: one of each."""
+_SMALL = 16
+"""Extent of a product of which nothing but its call is left."""
 _ROUNDS = (9, 40)
 """The least and the most."""
 
@@ -31,35 +33,37 @@ def products_size(extent: int, number: int) -> float:
     return float(number * extent**3)
 
 
-def cold_s(library: str, products: tuple[int, int], budget_s: float) -> tuple[float, float, float]:
-    """Seconds of such products, and by which (an op, a view) takes longer behind them than in a row; means of several.
+def cold_s(library: str, products: tuple[int, int], budget_s: float) -> Cold:
+    """Seconds of such products, and by which (an op, a view, a product) takes longer behind them than in a row; means
+    of several ops and views.
 
     Views and ops stand in turn, as in programs: what one brings back into the caches, the next finds there.
     """
-    calls = [*itertools.chain(*zip(_views(), _ops(), strict=True))]
+    calls = [*itertools.chain(*zip(_views(), _ops(), strict=True)), _products(library, _SMALL, 1)]
     between = _products(library, *products)
     alone, (between_s, *behind) = _seconds(calls, budget_s), _seconds([between, *calls], budget_s)
     longer = [max(0.0, cold - warm) for cold, warm in zip(behind, alone, strict=True)]
-    return between_s, statistics.fmean(longer[1::2]), statistics.fmean(longer[::2])
+    *others, product_s = longer
+    return between_s, statistics.fmean(others[1::2]), statistics.fmean(others[::2]), product_s
 
 
 def _seconds(calls: Sequence[Call], budget_s: float) -> list[float]:
-    """Of each call, the median of rounds of all of them."""
+    """CPU time of each call, the median of rounds of all: others who take turns on the core are no part of it."""
     least, most = _ROUNDS
     samples: list[list[float]] = [[] for _ in calls]
     deadline = time.monotonic() + budget_s
     while len(samples[0]) < least or (len(samples[0]) < most and time.monotonic() < deadline):
         for call, taken in zip(calls, samples, strict=True):
-            start = time.perf_counter()
+            start = time.thread_time()
             call()
-            taken.append(time.perf_counter() - start)
+            taken.append(time.thread_time() - start)
     return [statistics.median(taken) for taken in samples]
 
 
 def _ops() -> list[Call]:
     """The first op of each kind, on tensors so small that only its overhead is left."""
     tiny = [probe for probe in stream_probes() if probe.label.endswith(f", {TINY_BYTES / 2**10:,.0f} KiB")]
-    return [next(probe for probe in tiny if probe.row == kind).call() for kind in _KINDS]
+    return [next(probe for probe in tiny if probe.row == kind).call() for kind in COLD_KINDS]
 
 
 def _views() -> list[Call]:

@@ -7,12 +7,12 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.calibrate_worker import ALONE, NARROW
+from autopar.calibrate_cold import COLD_KINDS
+from autopar.calibrate_worker import ALONE, NARROW, Cold
 from cost_model.device import GEMM_KINDS, STREAM_KINDS
 from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.hardware_file import SCHEMA
@@ -22,10 +22,6 @@ CAUSAL_BLOCK = 512
 """Keys that torch's flash attention for CPUs takes at once (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp)."""
 _LEAST_S = 1e-9  # where nothing was found
 _LEAST_SHARE = 0.1  # of an op's time that moving its bytes takes, where its overhead hides the rest
-
-
-Cold: TypeAlias = tuple[float, float, float]
-"""(seconds since the last call, by which an op takes longer, by which a view does)."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ def render_cluster(
     peak = max(rate for rate, _ in rates.values())
     sections = [
         _head(machine),
-        _device_head(machine, peak, dtypes, streams["elementwise"]),
+        _device_head(machine, peak, dtypes, {kind: mean_row(list(ops.values())) for kind, ops in streams.items()}),
         *(_gemm_section(kind, row, rate / peak) for kind, (rate, row) in rates.items()),
         *(_stream_section(f"cost.{kind}", mean_row(list(ops.values()))) for kind, ops in streams.items()),
         *(_stream_section(f'op."{op}"', row) for ops in rows.values() for op, row in ops.items()),
@@ -179,11 +175,9 @@ def _head(machine: Machine) -> str:
     )
 
 
-def _device_head(
-    machine: Machine, peak: float, dtypes: Mapping[str, float], elementwise: Mapping[str, StreamRow]
-) -> str:
+def _device_head(machine: Machine, peak: float, dtypes: Mapping[str, float], kinds: Mapping[str, StreamRow]) -> str:
     """Rates of other dtypes stand to float32's as their products' times do."""
-    plain = mean_row(list(elementwise.values()))
+    plain, own_s = kinds["elementwise"], statistics.fmean(kinds[kind].overhead_s for kind in COLD_KINDS)
     peaks = "\n".join(f"{name} = {peak * dtypes['float32'] / seconds:.6g}" for name, seconds in dtypes.items())
     return (
         f'[device]\nname = "{machine.description}"\nkind = "cpu"\nproducts = "{machine.products}"\n'
@@ -191,15 +185,20 @@ def _device_head(
         f"[device.memory]\ncapacity = {machine.memory_bytes}\nreserve = {machine.reserve_bytes}\n"
         f'bandwidth = {plain.points[-1][1]:.6g}\nsource = "measured"\n\n'
         f'[device.peak]\n{peaks}\nsource = "measured"\n\n'
-        f'[device.overhead]\nop = {plain.overhead_s:.6g}\n{_cold_lines(machine.cold)}source = "measured"\n'
+        f'[device.overhead]\nop = {plain.overhead_s:.6g}\n{_cold_lines(machine.cold, own_s)}source = "measured"\n'
     )
 
 
-def _cold_lines(cold: Sequence[Cold]) -> str:
-    """Both curves, where they were measured."""
-    names = ("cold_op", "cold_view") if cold else ()
-    curves = [", ".join(f"[{row[0]:.6g}, {max(row[i], _LEAST_S):.6g}]" for row in cold) for i in (1, 2)]
-    return "".join(f"{name} = [{curve}]\n" for name, curve in zip(names, curves, strict=False))
+def _cold_lines(cold: Sequence[Cold], overhead_s: float) -> str:
+    """All curves, where they were measured, and the overhead of the ops that they were measured with."""
+    if not cold:
+        return ""
+    since_s, *columns = zip(*cold, strict=True)
+    lines = []
+    for name, longer_s in zip(("cold_op", "cold_view", "cold_product"), columns, strict=True):
+        points = zip(since_s, longer_s, strict=True)
+        lines.append(f"{name} = [{', '.join(f'[{x:.6g}, {max(y, _LEAST_S):.6g}]' for x, y in points)}]")
+    return "\n".join([*lines, f"cold_overhead = {overhead_s:.6g}", ""])
 
 
 def _gemm_section(kind: str, row: GemmRow, efficiency: float) -> str:

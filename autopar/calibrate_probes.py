@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from autopar.calibrate_elements import element_probes
 from autopar.calibrate_images import image_probes
 from autopar.calibrate_operands import HEADS, WIDTH, Kernel, Made, Tensor, drawn
 from autopar.calibrate_orders import order_probes
@@ -42,6 +43,7 @@ def all_probes(library: str) -> tuple[Probe, ...]:
         *narrow_probes(),
         *image_probes(),
         *order_probes(),
+        *element_probes(),
     )
 
 
@@ -62,6 +64,7 @@ def _products(library: str) -> Iterator[Probe]:
 
 
 _LINEARS = (
+    (128, 128, 128),
     (256, 512, 2048),
     (512, 128, 512),
     (1024, 192, 576),

@@ -33,6 +33,8 @@ from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
 Call: TypeAlias = Callable[[], object]
+Cold: TypeAlias = tuple[float, float, float, float]
+"""(seconds since the last call, by which an op takes longer, by which a view does, a product)."""
 COLD_BYTES = 64 * 2**20
 """Operands that rotate over so many bytes are found in memory, not in a cache (which ranks share)."""
 _LINK = TRANSFER
@@ -135,8 +137,8 @@ class Calibrator:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 
-    def measure_cold(self, payload: Mapping[str, Any]) -> tuple[float, float, float]:
-        """Seconds of ``products``, and by which (an op, a view) takes longer behind them than in a row."""
+    def measure_cold(self, payload: Mapping[str, Any]) -> Cold:
+        """Seconds of ``products``, and by which (an op, a view, a product) takes longer behind them than in a row."""
         from autopar.calibrate_cold import cold_s
 
         dist.barrier()

@@ -12,8 +12,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from cost_model.program import Block
+from cost_model.program import Block, OpCost
 
 Points = tuple[tuple[float, float], ...]
 
@@ -22,34 +23,62 @@ Points = tuple[tuple[float, float], ...]
 class ColdCalls:
     """Seconds that a call takes longer than one right behind another of the same op.
 
-    op, view: (seconds since that call, seconds longer), the first growing; straight between points in the logarithm of
-    the first, nothing below the first point, and no more than at the last.
+    op, view, product: (seconds since that call, seconds longer), the first growing; straight between points in the
+    logarithm of the first, nothing below the first point, and no more than at the last. product: of ops that are priced
+    by their arithmetic. overhead_s: of the calls that ``op`` was measured with.
+
+    An op whose overhead is another brings back as much code as the square root of it says: one that calls many others
+    runs most of that code for each. Measured behind two products of 512 on two cores of an EPYC 9004 that others
+    shared, (overhead, longer) in microseconds: addition 3, 66; softmax 6, 65; layer norm 10, 81; lookup 9, 164; binary
+    cross entropy 16, 173; a mask of dropout, of 25 calls, 119 and 8 times an addition's.
     """
 
     op: Points
     view: Points
+    product: Points
+    overhead_s: float
 
     def __post_init__(self) -> None:
-        for points in (self.op, self.view):
+        assert self.overhead_s > 0
+        for points in (self.op, self.view, self.product):
             assert points and all(a[0] < b[0] for a, b in zip(points, points[1:], strict=False))
 
-    def longer_s(self, since_s: float, *, is_view: bool) -> float:
-        """Of one call, so long after the last of its op."""
-        points = self.view if is_view else self.op
-        right = bisect.bisect_right(points, since_s, key=lambda point: point[0])
-        if right in (0, len(points)):
-            return points[-1][1] if right else 0.0
-        (x0, y0), (x1, y1) = points[right - 1], points[right]
-        return y0 + (y1 - y0) * math.log(since_s / x0) / math.log(x1 / x0)
+    def longer_s(self, since_s: float, cost: OpCost | None, overhead_s: float) -> float:
+        """Of one call, so long after the last of its op; no cost: of a view. overhead_s: of the op."""
+        if cost is None:
+            return _at(self.view, since_s)
+        if cost.gemm is not None:
+            return _at(self.product, since_s)
+        return _at(self.op, since_s) * math.sqrt(overhead_s / self.overhead_s)
 
     def faster(self, factor: float) -> ColdCalls:
         """Those of a device that does everything in 1 / factor of the time."""
-        op, view = (tuple((x / factor, y / factor) for x, y in points) for points in (self.op, self.view))
-        return ColdCalls(op, view)
+
+        def sooner(points: Points) -> Points:
+            return tuple((x / factor, y / factor) for x, y in points)
+
+        return ColdCalls(sooner(self.op), sooner(self.view), sooner(self.product), self.overhead_s / factor)
+
+
+class Cooled(Protocol):
+    """A device of which it may be known."""
+
+    @property
+    def cold_calls(self) -> ColdCalls | None: ...
+
+    def call_overhead_s(self, cost: OpCost, /) -> float: ...
+
+
+def _at(points: Points, since_s: float) -> float:
+    right = bisect.bisect_right(points, since_s, key=lambda point: point[0])
+    if right in (0, len(points)):
+        return points[-1][1] if right else 0.0
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * math.log(since_s / x0) / math.log(x1 / x0)
 
 
 def cold_seconds(
-    blocks: Sequence[Block], spent_s: Sequence[Sequence[float]], between_s: float, devices: Sequence[ColdCalls]
+    blocks: Sequence[Block], spent_s: Sequence[Sequence[float]], between_s: float, devices: Sequence[Cooled]
 ) -> Iterator[list[float]]:
     """What each instruction of each block takes longer than a call in a row, on the slowest of the devices.
 
@@ -59,9 +88,14 @@ def cold_seconds(
     since_s = _since_last(blocks, spent_s, between_s)
     for block in blocks:
         yield [
-            max(device.longer_s(seconds, is_view=instruction.cost is None) for device in devices)
+            max(_longer_s(device, seconds, instruction.cost) for device in devices)
             for instruction, seconds in zip(block.instructions, since_s, strict=False)
         ]
+
+
+def _longer_s(device: Cooled, since_s: float, cost: OpCost | None) -> float:
+    assert device.cold_calls is not None
+    return device.cold_calls.longer_s(since_s, cost, 0.0 if cost is None else device.call_overhead_s(cost))
 
 
 def _since_last(blocks: Sequence[Block], spent_s: Sequence[Sequence[float]], between_s: float) -> Iterator[float]:

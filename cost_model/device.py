@@ -39,7 +39,7 @@ STREAM_KINDS = (
 )
 KINDS = GEMM_KINDS + STREAM_KINDS
 DEVICE_KINDS = ("cuda", "cpu")
-_COLD = ("cold_op", "cold_view")
+_COLD = ("cold_op", "cold_view", "cold_product", "cold_overhead")
 BLAS, ONEDNN = PRODUCT_LIBRARIES = ("blas", "onednn")
 
 
@@ -90,13 +90,21 @@ class Device:
         """Seconds of one call of this cost. Errors: UnknownNameError (kind), UnsupportedError (dtype)."""
         if cost.parts:
             return self._kernel_s(cost)
-        row = self.rows.get(cost.kind)
-        if row is None:
-            raise UnknownNameError("op kind", cost.kind, self.rows)
-        row = self.ops.get(cost.op, row) if cost.op else row
+        row = self._row(cost)
         if isinstance(row, StreamRow):
             return row.seconds(cost.nbytes, cost.rows)
         return row.seconds(cost, self.peak(cost.dtype), self.memory_bandwidth_bytes_per_s)
+
+    def call_overhead_s(self, cost: OpCost) -> float:
+        """The part of that which a call takes whatever its tensors' size. Errors: UnknownNameError (kind)."""
+        return self.kernel_overhead_s if cost.parts else self._row(cost).overhead_s
+
+    def _row(self, cost: OpCost) -> Row:
+        """Of its op, or of its kind."""
+        row = self.rows.get(cost.kind)
+        if row is None:
+            raise UnknownNameError("op kind", cost.kind, self.rows)
+        return self.ops.get(cost.op, row) if cost.op else row
 
     def _kernel_s(self, cost: OpCost) -> float:
         """Seconds of a kernel compiled from several ops: its bytes move once, as fast as an elementwise op moves them;
@@ -213,11 +221,11 @@ def _sourced(table: Table, name: str, known: Mapping[str, int] | tuple[str, ...]
 
 
 def _cold_calls(overhead: Table) -> ColdCalls | None:
-    """Both curves or neither."""
+    """All figures or none."""
     if not any(map(overhead.has, _COLD)):
         return None
-    op, view = map(overhead.points, _COLD)
-    return ColdCalls(op, view)
+    op, view, product, own = _COLD
+    return ColdCalls(overhead.points(op), overhead.points(view), overhead.points(product), overhead.seconds(own))
 
 
 def _peaks(table: Table) -> dict[str, float]:

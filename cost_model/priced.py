@@ -23,6 +23,8 @@ class PricedDevice(Protocol):
 
     def op_time_s(self, cost: OpCost, /) -> float: ...
 
+    def call_overhead_s(self, cost: OpCost, /) -> float: ...
+
 
 class PricedCluster(Protocol):
     """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cost_model.axes import is_inside_replica
 from cost_model.axis_groups import axis_groups, collective_stages
 from cost_model.block_price import BlockPrice, block_price, spent_seconds
-from cost_model.cold_calls import ColdCalls, cold_seconds
+from cost_model.cold_calls import cold_seconds
 from cost_model.crossing import Message
 from cost_model.errors import VerificationError
 from cost_model.priced import PricedCluster, PricedDevice
@@ -231,11 +231,11 @@ class _Pricer:
         """What the instructions of each block of a stage take longer as their code has left the caches, by the block's
         id: in the mean of its microbatches, of which the first follows on what is done once per step."""
         if (stage, dps) not in self.longer:
-            cold = [device.cold_calls for device in self._devices(stage, dps) if device.cold_calls is not None]
+            cold = [device for device in self._devices(stage, dps) if device.cold_calls is not None]
             self.longer[stage, dps] = self._cycle(stage, dps, cold) if cold else {}
         return self.longer[stage, dps]
 
-    def _cycle(self, stage: int, dps: Sequence[int], cold: Sequence[ColdCalls]) -> dict[int, Sequence[float]]:
+    def _cycle(self, stage: int, dps: Sequence[int], cold: Sequence[PricedDevice]) -> dict[int, Sequence[float]]:
         chunks, step = self.program.stages[stage].chunks, self.program.stages[stage].step
         blocks = [*(c.forward for c in chunks), *(b for c in reversed(chunks) for b in c.backwards)]
         op_s, view_s, spent_s = self._op_price(stage, dps), self._view_s(stage, dps), []

@@ -25,6 +25,9 @@ class Device:
     def op_time_s(self, cost: OpCost) -> float:
         return cost.flops * self.slowness
 
+    def call_overhead_s(self, cost: OpCost) -> float:
+        return self.op_overhead_s
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from autopar import calibrate
+from autopar.calibrate_elements import element_probes
 from autopar.calibrate_fit import (
-    Cold,
     Machine,
     MessageTime,
     OpTime,
@@ -34,7 +34,7 @@ from autopar.calibrate_operands import drawn
 from autopar.calibrate_orders import order_probes
 from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_rate import usual_seconds
-from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, NARROW, cpu_seconds, message_ranks, op_call
+from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, NARROW, Cold, cpu_seconds, message_ranks, op_call
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
 from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, Device, attention_cost
@@ -271,6 +271,18 @@ def test_probes_of_order_have_rows_of_their_own_whose_times_grow_with_their_byte
     assert {name.split(".")[1] for name in costs} == {"sort", "topk", "cumsum", "var_mean"}
     for sizes in costs.values():
         assert sizes == sorted(set(sizes)) and sizes[0] < 4096 and sizes[-1] > 2**21
+
+
+def test_probes_of_single_elements_have_rows_of_their_own_and_say_how_many_they_find() -> None:
+    """A lookup of 8 numbers a row finds as many rows, one of numbers as many numbers."""
+    probes = {probe.label: probe for probe in element_probes()}
+    names = {probe.cost().op for probe in probes.values() if probe.label.endswith(" 128 KiB") and probe.row == ALONE}
+    assert len(names) == len(probes.keys() - {label for label in probes if label.startswith("narrow")}) // 3
+    found = {label: probe.cost().rows for label, probe in probes.items() if probe.row == NARROW}
+    assert {found[f"narrow {name}"] for name in ("layer norm", "layer norm backward", "sum", "variance", "mask")} == {
+        8192
+    }
+    assert set(found.values()) == {8192, 65536}
 
 
 def test_copies_of_a_probe_share_no_memory() -> None:

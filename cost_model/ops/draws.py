@@ -28,10 +28,12 @@ def _dropout_factors(call: OpCall) -> FactorMap:
 
 
 def _drawn_price(call: OpCall) -> OpCost:
-    """Words are made in cache, where they are read once more than they are written, and the result is written."""
+    """Words are made in cache, where they are read once more than they are written, and the result is written; each row
+    has one of its own, that those of its elements are mixed with."""
     (out,) = call.outputs
     words = TensorMeta(out.shape, BITS)
-    return OpCost("random", MIXING_FLOPS * out.numel, sweep("random", words, words, out).nbytes, "float32")
+    rows = out.numel // max(1, out.shape[-1]) if out.shape else 1
+    return OpCost("random", MIXING_FLOPS * out.numel, sweep("random", words, words, out).nbytes, "float32", rows=rows)
 
 
 def _drop_price(call: OpCall) -> OpCost:

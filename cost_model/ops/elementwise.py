@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.rows import alike
 from cost_model.ops.table import (
     Op,
     OpCall,
@@ -153,7 +154,9 @@ def _scalar_pow_kind(call: OpCall) -> str:
 
 def _pow_price(call: OpCall) -> OpCost:
     kind = _scalar_pow_kind(call)
-    return pass_of(kind, TRANSCENDENTAL_FLOPS if kind == "transcendental" else 1.0)(call)
+    if kind == "elementwise":
+        return alike("aten.mul.Tensor", pass_of(kind))(call)
+    return pass_of(kind, TRANSCENDENTAL_FLOPS)(call)
 
 
 def _pow_backward(call: OpCall) -> tuple[OpCost, ...]:
@@ -163,12 +166,18 @@ def _pow_backward(call: OpCall) -> tuple[OpCost, ...]:
 
 
 def elementwise(
-    names: str, kind: str, linear: Linear, backward: Backward, saves: Saves = saves_nothing, flops: float = 1.0
+    names: str,
+    kind: str,
+    linear: Linear,
+    backward: Backward,
+    saves: Saves = saves_nothing,
+    flops: float = 1.0,
+    like: str | None = None,
 ) -> None:
-    """Entries of elementwise ATen ops, given by name and overload."""
-    work = TRANSCENDENTAL_FLOPS if kind == "transcendental" else flops
+    """Entries of elementwise ATen ops, given by name and overload. like: the op whose kernel takes as long."""
+    price = pass_of(kind, TRANSCENDENTAL_FLOPS if kind == "transcendental" else flops)
     for name in names.split():
-        register(Op(f"aten.{name}", aligned(linear), pass_of(kind, work), backward, saves))
+        register(Op(f"aten.{name}", aligned(linear), alike(like, price) if like else price, backward, saves))
 
 
 elementwise("add.Tensor", "elementwise", _jointly, gradient_of(""))
@@ -192,8 +201,12 @@ elementwise("log.default", "transcendental", nowhere_linear, gradient_of("ooo"),
 elementwise("tanh.default sigmoid.default", "transcendental", nowhere_linear, gradient_of("ooo"), saving("out0"))
 elementwise("gelu.default silu.default", "transcendental", nowhere_linear, gradient_of("tooo"), saving("in0"))
 elementwise("erf.default", "transcendental", nowhere_linear, gradient_of("oo oo too oo ooo"), saving("in0"))
-elementwise("cos.default", "transcendental", nowhere_linear, gradient_of("too oo ooo"), saving("in0"))
-elementwise("sin.default", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0"))
+elementwise(
+    "cos.default", "transcendental", nowhere_linear, gradient_of("too oo ooo"), saving("in0"), like="aten.cos.default"
+)
+elementwise(
+    "sin.default", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0"), like="aten.cos.default"
+)
 elementwise(
     "where.self where.ScalarOther where.ScalarSelf where.Scalar masked_fill.Scalar masked_fill.Tensor",
     "elementwise",
@@ -203,7 +216,14 @@ elementwise(
 )
 elementwise(
     """eq.Tensor eq.Scalar ne.Tensor ne.Scalar lt.Tensor lt.Scalar le.Tensor le.Scalar gt.Tensor gt.Scalar
-    ge.Tensor ge.Scalar logical_and.default logical_or.default logical_not.default bitwise_not.default
+    ge.Tensor ge.Scalar""",
+    "elementwise",
+    nowhere_linear,
+    no_backward,
+    like="aten.eq.Tensor",
+)
+elementwise(
+    """logical_and.default logical_or.default logical_not.default bitwise_not.default
     bitwise_and.Tensor bitwise_and.Scalar bitwise_or.Tensor bitwise_or.Scalar
     __and__.Tensor __and__.Scalar __or__.Tensor __or__.Scalar""",
     "elementwise",

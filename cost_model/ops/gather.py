@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.rows import alike, counting, looked_up, strided_elements
 from cost_model.ops.table import (
     Op,
     OpCall,
@@ -100,13 +102,26 @@ def _index_price(call: OpCall) -> OpCost:
     return OpCost("gather", 0.0, float(sum(m.nbytes for m in call.inputs[1:]) + 2 * out.nbytes), out.dtype)
 
 
+def _found(call: OpCall) -> int:
+    return looked_up(_index_terms(call), call.inputs[0], call.inputs)
+
+
 def _index_backward(call: OpCall) -> tuple[OpCost, ...]:
     """Zeros of the source's size, then one addition per element taken."""
     source, *indices = call.inputs
     (out,) = call.outputs
     if not source.is_floating:
         return ()
-    return sweep("copy", source), sweep("scatter", source, source, out, *indices, flops=out.numel)
+    put = sweep("scatter", source, source, out, *indices, flops=out.numel)
+    name, rows = _WRITERS.get(call.op, (None, lambda call: 0))
+    return sweep("copy", source), replace(put, op=name, rows=rows(call))
+
+
+_WRITERS: dict[str, tuple[str | None, Callable[[OpCall], int]]] = {
+    "aten.index.Tensor": ("aten.index_put.default", _found),
+    "aten.gather.default": ("aten.scatter_add.default", strided_elements),
+}
+"""What writes the gradient of a lookup, and how many pieces it finds."""
 
 
 def _scatter_price(call: OpCall) -> OpCost:
@@ -120,7 +135,7 @@ def _indices(call: OpCall) -> tuple[str, ...]:
 
 
 register(Op("aten.embedding.default", _embedding_factors, _embedding_price, _embedding_backward, _indices))
-register(Op("aten.index.Tensor", _index_factors, _index_price, _index_backward, _indices))
+register(Op("aten.index.Tensor", _index_factors, counting(_index_price, _found), _index_backward, _indices))
 
 
 def _named(call: OpCall, rank: int) -> tuple[list[str], int]:
@@ -261,20 +276,21 @@ def _summed_back(call: OpCall) -> tuple[OpCost, ...]:
     return (sweep("reduction", source, out, flops=out.numel),) if source.is_floating and out != source else ()
 
 
-register(Op("aten.gather.default", _pointed_factors, _index_price, _index_backward, _indices))
+_gathered_price = counting(_index_price, strided_elements)
+_scattered_price = alike("aten.scatter_add.default", counting(_scatter_price, strided_elements))
+_put_price = alike("aten.index_put.default", counting(_scatter_price, _found))
+register(Op("aten.gather.default", _pointed_factors, _gathered_price, _index_backward, _indices))
 register(Op("aten.index_select.default", _taken_factors, _index_price, _index_backward, _indices))
 for _name in "scatter.value scatter.src scatter_add.default".split():
-    register(Op(f"aten.{_name}", _scattered_factors, _scatter_price, _scatter_backward, saving("in1")))
+    register(Op(f"aten.{_name}", _scattered_factors, _scattered_price, _scatter_backward, saving("in1")))
 for _name in "index_add.default index_copy.default index_fill.int_Scalar index_fill.int_Tensor".split():
     register(Op(f"aten.{_name}", _filled_factors, _scatter_price, _scatter_backward, saving("in1")))
-register(Op("aten.index_put.default", _put_factors, _scatter_price, _scatter_backward, saving("in1", "in2")))
+register(Op("aten.index_put.default", _put_factors, _put_price, _scatter_backward, saving("in1", "in2")))
 register(Op("aten.one_hot.default", _one_hot_factors, pass_of("scatter", 0.0), no_backward, saves_nothing))
 register(Op("aten.repeat_interleave.self_int", _repeated_factors, pass_of("copy", 0.0), _summed_back, saves_nothing))
 register(Op("aten.repeat.default", _tiled_factors, pass_of("copy", 0.0), _summed_back, saves_nothing))
 
-register_priced(
-    """aten.index_put_.default aten.scatter_.value aten.scatter_.src
-    aten.scatter_add_.default aten.index_add_.default""",
-    _scatter_price,
-)
+register_priced("aten.index_put_.default", _put_price)
+register_priced("aten.scatter_.value aten.scatter_.src aten.scatter_add_.default", _scattered_price)
+register_priced("aten.index_add_.default", _scatter_price)
 register_priced("aten.embedding_dense_backward.default", _embedding_backward_price)

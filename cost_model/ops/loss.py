@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.norm import SOFTMAX_FLOPS
+from cost_model.ops.rows import alike
 from cost_model.ops.table import (
     INSIDE,
     WITHIN_BACKWARD,
@@ -11,6 +12,7 @@ from cost_model.ops.table import (
     OpCall,
     backward_only,
     no_backward,
+    pass_of,
     register,
     register_priced,
     saves_nothing,
@@ -115,7 +117,7 @@ def _pointwise_factors(call: OpCall) -> FactorMap | None:
 
 def _pointwise_backward(call: OpCall) -> tuple[OpCost, ...]:
     out = call.inputs[0]
-    return (sweep("loss_backward", out, out, *call.inputs, flops=4 * out.numel),) if out.is_floating else ()
+    return (sweep("elementwise", out, out, *call.inputs, flops=4 * out.numel),) if out.is_floating else ()
 
 
 def _pointwise_price(call: OpCall) -> OpCost:
@@ -127,12 +129,13 @@ POINTWISE = (
     "soft_margin_loss poisson_nll_loss margin_ranking_loss hinge_embedding_loss"
 )
 """Losses of one number an element, with an argument ``reduction``."""
+_PLAIN = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+"""Those without a logarithm."""
 for _name in POINTWISE.split():
-    register(
-        Op(f"aten.{_name}.default", _pointwise_factors, _pointwise_price, _pointwise_backward, saving("in0", "in1"))
-    )
+    _price = alike("aten.mse_loss.default", _pointwise_price) if _name in _PLAIN else _pointwise_price
+    register(Op(f"aten.{_name}.default", _pointwise_factors, _price, _pointwise_backward, saving("in0", "in1")))
 register_priced(
     """aten.binary_cross_entropy_backward.default aten.mse_loss_backward.default aten.smooth_l1_loss_backward.default
     aten.huber_loss_backward.default aten.soft_margin_loss_backward.default""",
-    _pointwise_price,
+    pass_of("elementwise", 4.0),
 )

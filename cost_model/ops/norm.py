@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.elementwise import gradient_passes
+from cost_model.ops.rows import alike, counting, softmax_rows
 from cost_model.ops.table import (
     BETWEEN_REPLICAS,
     Op,
@@ -40,6 +43,10 @@ def _norm_factors(call: OpCall) -> FactorMap:
     return parse_map(f"{operands} -> {outs}", call.inputs, call.outputs, whole=names)
 
 
+def _norm_rows(call: OpCall) -> int:
+    return math.prod(call.inputs[0].shape[: len(call.inputs[0].shape) - _normalised_rank(call)])
+
+
 def _statistics(call: OpCall, count: int) -> list[TensorMeta]:
     """``count`` float32-or-wider values a row, which the composite op keeps for its backward."""
     rows = call.inputs[0].shape[: len(call.inputs[0].shape) - _normalised_rank(call)]
@@ -54,7 +61,7 @@ def _norm_price(count: int) -> Callable[[OpCall], OpCost]:
         work = NORM_FLOPS * call.outputs[0].numel
         return sweep("norm", *call.outputs, *call.inputs, *_statistics(call, count), flops=work)
 
-    return price
+    return counting(price, _norm_rows)
 
 
 def _norm_backward(count: int) -> Callable[[OpCall], tuple[OpCost, ...]]:
@@ -94,7 +101,9 @@ def softmax_factors(call: OpCall) -> FactorMap:
 def _softmax_backward(call: OpCall) -> tuple[OpCost, ...]:
     """Reads gradient and result, writes the input's gradient."""
     (out,) = call.outputs
-    return (sweep("softmax_backward", out, out, *call.inputs, flops=4 * out.numel),)
+    cost = sweep("softmax_backward", out, out, *call.inputs, flops=4 * out.numel)
+    kernel = "_log_softmax" if "log_softmax" in call.op else "_softmax"
+    return (replace(cost, op=f"aten.{kernel}_backward_data.default", rows=softmax_rows(call)),)
 
 
 def _register_norm(name: str, statistics: int, hidden: int, *saved: str) -> None:
@@ -106,21 +115,24 @@ _register_norm("aten.layer_norm.default", 2, 2, "in0", "in1")
 _register_norm("aten.native_layer_norm.default", 2, 0, "in0", "in1", "out1", "out2")
 register(Op("aten.rms_norm.default", _norm_factors, _rms_price, _rms_backward, saving("in0", "in1")))
 _register_norm("aten._fused_rms_norm.default", 1, 0, "in0", "in1", "out1")
-for _name in (
-    "aten.softmax.int",
-    "aten._softmax.default",
-    "aten._safe_softmax.default",
-    "aten.log_softmax.int",
-    "aten._log_softmax.default",
+_softmax_price = counting(pass_of("softmax", SOFTMAX_FLOPS), softmax_rows)
+for _name, _kernel in (
+    ("softmax.int", "_softmax.default"),
+    ("_softmax.default", "_softmax.default"),
+    ("_safe_softmax.default", "_safe_softmax.default"),
+    ("log_softmax.int", "_log_softmax.default"),
+    ("_log_softmax.default", "_log_softmax.default"),
 ):
-    register(Op(_name, softmax_factors, pass_of("softmax", SOFTMAX_FLOPS), _softmax_backward, saving("out0")))
+    _price = alike(f"aten.{_kernel}", _softmax_price)
+    register(Op(f"aten.{_name}", softmax_factors, _price, _softmax_backward, saving("out0")))
 
 register_priced(
     "aten.native_layer_norm_backward.default aten._fused_rms_norm_backward.default",
-    pass_of("norm_backward", 2 * NORM_FLOPS),
+    counting(pass_of("norm_backward", 2 * NORM_FLOPS), _norm_rows),
 )
 register_priced(
-    "aten._softmax_backward_data.default aten._log_softmax_backward_data.default", pass_of("softmax_backward", 4.0)
+    "aten._softmax_backward_data.default aten._log_softmax_backward_data.default",
+    counting(pass_of("softmax_backward", 4.0), softmax_rows),
 )
 
 
@@ -162,6 +174,14 @@ def _channel_price(call: OpCall) -> OpCost:
     return sweep("norm", source, *call.inputs, *call.outputs, flops=NORM_FLOPS * source.numel)
 
 
+def _native_batch_norm_price(call: OpCall) -> OpCost:
+    """With statistics that are given it is one scale and one shift a channel."""
+    if call.args["training"]:
+        return _channel_price(call)
+    cost = sweep("elementwise", *call.inputs, call.outputs[0], flops=2 * call.inputs[0].numel)
+    return replace(cost, op="aten.mul.Tensor")
+
+
 def _channel_backward(call: OpCall) -> tuple[OpCost, ...]:
     source = call.inputs[0]
     moved = [source] * 5 + list(call.inputs[1:]) * 2
@@ -185,10 +205,8 @@ def _statistics_bytes(call: OpCall, replicas: int) -> tuple[tuple[str, int], ...
 
 BETWEEN_REPLICAS["autopar.batch_norm.default"] = _statistics_bytes
 register(Op("autopar.batch_norm.default", _channel_factors, _channel_price, _channel_backward, saving("in0", "in1")))
-register_priced(
-    """aten.native_group_norm.default aten.native_batch_norm.default""",
-    _channel_price,
-)
+register_priced("aten.native_group_norm.default", _channel_price)
+register_priced("aten.native_batch_norm.default", _native_batch_norm_price)
 register_priced(
     "aten.native_group_norm_backward.default aten.native_batch_norm_backward.default",
     pass_of("norm_backward", 2 * NORM_FLOPS),

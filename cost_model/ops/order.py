@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.elementwise import gradient_passes
+from cost_model.ops.norm import SOFTMAX_FLOPS
+from cost_model.ops.rows import alike, counting, reduced_rows
 from cost_model.ops.table import (
     Op,
     OpCall,
@@ -53,6 +55,16 @@ def _statistic_backward(call: OpCall) -> tuple[OpCost, ...]:
     return gradient_passes(call.inputs[0], "oo ooo oo") if call.outputs[0].is_floating else ()
 
 
+def _statistic_price(call: OpCall) -> OpCost:
+    return sweep("reduction", *call.outputs, *call.inputs, flops=3 * call.inputs[0].numel)
+
+
+def _logsumexp_price(call: OpCall) -> OpCost:
+    """A softmax but for what it writes."""
+    (source,) = call.inputs
+    return sweep("softmax", source, source, *call.outputs, flops=SOFTMAX_FLOPS * source.numel)
+
+
 def _register(
     names: str, price: Callable[[OpCall], OpCost], backward: Callable[..., tuple[OpCost, ...]], *saved: str
 ) -> None:
@@ -62,13 +74,11 @@ def _register(
 
 _register("topk.default sort.default sort.stable", pass_of("reduction", SORT_FLOPS), _placed_back, "out1")
 _register("argsort.default argsort.stable", pass_of("reduction", SORT_FLOPS), no_backward)
-_register("max.dim min.dim median.dim mode.default kthvalue.default", pass_of("reduction"), _placed_back, "out1")
+_placed = alike("aten.max.dim", pass_of("reduction"))
+_register("max.dim min.dim", _placed, _placed_back, "out1")
+_register("median.dim mode.default kthvalue.default", pass_of("reduction"), _placed_back, "out1")
 _register("cummax.default cummin.default", pass_of("reduction"), _placed_back, "out1")
-_register(
-    "argmin.default",
-    lambda call: sweep("reduction", *call.outputs, *call.inputs, flops=call.inputs[0].numel),
-    no_backward,
-)
+_register("argmin.default", _placed, no_backward)
 _register(
     "amin.default max.default min.default median.default",
     lambda call: sweep("reduction", *call.outputs, *call.inputs, flops=call.inputs[0].numel),
@@ -77,14 +87,21 @@ _register(
     "out0",
 )
 _register(
-    """prod.default prod.dim_int var.correction var.dim var.default std.correction std.dim std.default
-    var_mean.correction std_mean.correction logsumexp.default linalg_vector_norm.default norm.ScalarOpt_dim
-    norm.Scalar""",
-    lambda call: sweep("reduction", *call.outputs, *call.inputs, flops=3 * call.inputs[0].numel),
+    "prod.default prod.dim_int linalg_vector_norm.default norm.ScalarOpt_dim norm.Scalar",
+    _statistic_price,
     _statistic_backward,
     "in0",
     "out0",
 )
+_register(
+    """var.correction var.dim var.default std.correction std.dim std.default var_mean.correction
+    std_mean.correction""",
+    alike("aten.var_mean.correction", counting(_statistic_price, reduced_rows)),
+    _statistic_backward,
+    "in0",
+    "out0",
+)
+_register("logsumexp.default", _logsumexp_price, _statistic_backward, "in0", "out0")
 _register("cumprod.default logcumsumexp.default", pass_of("reduction"), _statistic_backward, "in0", "out0")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.elementwise import gradient_passes
+from cost_model.ops.rows import alike, counting, reduced_rows
 from cost_model.ops.table import (
     Op,
     OpCall,
@@ -116,15 +117,18 @@ def _diff_backward(call: OpCall) -> tuple[OpCost, ...]:
 
 
 def _register_sum(name: str) -> None:
-    register(Op(name, _sum_factors, _reduction_price, no_backward, saves_nothing))
+    register(Op(name, _sum_factors, counting(_reduction_price, reduced_rows), no_backward, saves_nothing))
 
 
 for _name in ("aten.sum.default", "aten.sum.dim_IntList"):
     _register_sum(_name)
+_mean_price = alike("aten.sum.dim_IntList", counting(_reduction_price, reduced_rows))
 for _name in ("aten.mean.default", "aten.mean.dim"):
-    register(Op(_name, _mean_factors, _reduction_price, _mean_backward, saves_nothing))
+    register(Op(_name, _mean_factors, _mean_price, _mean_backward, saves_nothing))
 register(Op("aten.amax.default", _extremum_factors, _reduction_price, _extremum_backward, saving("in0", "out0")))
-for _name in ("aten.argmax.default", "aten.any.default", "aten.any.dim", "aten.all.default", "aten.all.dim"):
+_argmax_price = alike("aten.max.dim", _reduction_price)
+register(Op("aten.argmax.default", _extremum_factors, _argmax_price, no_backward, saves_nothing))
+for _name in ("aten.any.default", "aten.any.dim", "aten.all.default", "aten.all.dim"):
     register(Op(_name, _extremum_factors, _reduction_price, no_backward, saves_nothing))
 register(Op("aten.histc.default", _histogram_factors, _reduction_price, no_backward, saves_nothing))
 register(Op("aten.cumsum.default", _scan_factors, _reduction_price, _scan_backward, saves_nothing))
