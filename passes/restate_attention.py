@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,12 +48,18 @@ def _attention(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
 
 
 def _additive(run: Cleaner, node: fx.Node, mask: fx.Node | None, dtype: str) -> fx.Node | None:
-    """A boolean mask as what kernels take: 0 where attention is allowed, -inf elsewhere."""
-    if mask is None or run.tensor(mask).dtype != "bool":
-        return mask
-    shape = run.tensor(mask).shape
-    made = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), TensorMeta(shape, "float32"), like=node)
-    return run.cast(node, made, dtype)
+    """A mask as kernels take it: of 2 or 4 dims, if boolean 0 where attention is allowed and -inf elsewhere."""
+    if mask is None:
+        return None
+    meta = run.tensor(mask)
+    if len(meta.shape) not in (2, 4):
+        rank = 2 if len(meta.shape) < 2 else 4
+        shape = (1,) * (rank - len(meta.shape)) + meta.shape
+        meta = TensorMeta(shape, meta.dtype)
+        mask = run.call(aten.reshape.default, (mask, list(shape)), meta, like=node)
+    if meta.dtype == "bool":
+        mask = run.call(aten.where.Scalar, (mask, 0.0, float("-inf")), replace(meta, dtype="float32"), like=node)
+    return run.cast(node, mask, dtype)
 
 
 def _repeat_heads(run: Cleaner, node: fx.Node, x: fx.Node, repeat: int) -> fx.Node:

@@ -138,6 +138,19 @@ def _index_add(d: Draw) -> tuple[Any, ...]:
     return x, dim, index, d.normal(*shape)
 
 
+def _scatter_reduce(d: Draw) -> tuple[Any, ...]:
+    return *_scatter(d, False), d.pick("sum", "mean", "prod", "amax", "amin"), {"include_self": d.pick(True, False)}
+
+
+def _index_reduce(d: Draw) -> tuple[Any, ...]:
+    return *_index_add(d), d.pick("mean", "prod", "amax", "amin"), {"include_self": d.pick(True, False)}
+
+
+def _diagonal_scatter(d: Draw) -> tuple[Any, ...]:
+    x = d.any(2, 3)
+    return x, d.normal(*x.diagonal(0, 0, -1).shape), 0, 0, -1
+
+
 def _index_fill(d: Draw, value: Any) -> tuple[Any, ...]:
     x, dim, index, _ = _index_add(d)
     return x, dim, index, value
@@ -356,6 +369,8 @@ MORE: list[Drawn] = [
     ("scatter.value", 8, lambda d: _scatter(d, True)),
     ("scatter.src scatter_add.default", 8, lambda d: _scatter(d, False)),
     ("index_add.default index_copy.default", 8, _index_add),
+    ("scatter_reduce.two", 12, _scatter_reduce),
+    ("index_reduce.default", 8, _index_reduce),
     ("index_fill.int_Scalar", 6, lambda d: _index_fill(d, 2.0)),
     ("index_fill.int_Tensor", 6, lambda d: _index_fill(d, torch.tensor(2.0, dtype=torch.float64))),
     ("index_put.default", 8, _index_put),
@@ -368,6 +383,7 @@ MORE: list[Drawn] = [
     ("movedim.int", 6, lambda d: (d.any(3, 4), d.pick(0, 2), d.pick(-1, 0))),
     ("numpy_T.default", 4, lambda d: (d.any(1, 3),)),
     ("diagonal.default", 6, lambda d: (d.any(2, 3), 0, 0, -1)),
+    ("diagonal_scatter.default", 6, _diagonal_scatter),
     ("unfold.default", 6, lambda d: (d.normal(*d.shape(1, 2), 6), -1, 2, 2)),
     ("linspace.default", 4, lambda d: (0.0, 1.0, d.pick(4, 6))),
     ("eye.default", 4, lambda d: (d.pick(4, 6),)),

@@ -284,6 +284,18 @@ def test_a_learned_attention_mask_keeps_its_gradient() -> None:
     assert "autopar.attention.default" in targets(fixed)
 
 
+@pytest.mark.parametrize("shape", [(3, 3), (2, 1, 3), (1, 3, 3), (1, 2, 3, 3)])
+def test_masks_reach_the_kernels_of_attention_with_two_or_four_dims(shape: tuple[int, ...]) -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        heads = self.a(x).view(x.size(0), 3, 2, 2).transpose(1, 2)
+        allowed = torch.ones(shape, dtype=torch.bool).tril()
+        return F.mse_loss(F.scaled_dot_product_attention(heads, heads, heads, allowed).transpose(1, 2).flatten(1), y)
+
+    graph = trace(net(forward), inputs()).global_graph
+    (attention,) = [n for n in graph.nodes() if n.target is torch.ops.autopar.attention.default]
+    assert len(graph.tensor(attention.args[3].name).shape) in (2, 4)
+
+
 def test_means_of_half_types_are_summed_in_single_precision() -> None:
     model = Net().to(torch.bfloat16)
     batch = {k: v.to(torch.bfloat16) for k, v in inputs().items()}

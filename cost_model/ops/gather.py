@@ -28,8 +28,12 @@ SOURCE = ((0,),)
 
 
 def _written(call: OpCall) -> tuple[tuple[int, ...], ...]:
-    """Writing values over or onto a tensor is linear in both; a number is written once by every rank."""
-    return ((0, 2),) if len(call.inputs) == 3 else ()
+    """Writing values over or onto a tensor is linear in both, not so keeping the largest or a product.
+
+    A number is written once by every rank.
+    """
+    is_linear = call.args.get("reduce", "sum") in ("sum", "mean")
+    return ((0, 2),) if len(call.inputs) == 3 and is_linear else ()
 
 
 def _embedding_factors(call: OpCall) -> FactorMap | None:
@@ -230,6 +234,20 @@ def _scatter_backward(call: OpCall) -> tuple[OpCost, ...]:
     return sweep("scatter", out, out), sweep("gather", values, values)
 
 
+def _reduced_saves(call: OpCall) -> tuple[str, ...]:
+    """Sums and means go back by the index alone; which value was kept, or the other factors, is looked up."""
+    if call.args["reduce"] in ("sum", "mean"):
+        return saving("in1")(call)
+    return saving("in0", "in1", "in2", "out0")(call)
+
+
+def _reduced_backward(call: OpCall) -> tuple[OpCost, ...]:
+    """As a scatter's, after the places that were written to are counted."""
+    (out,), index = call.outputs, call.inputs[1]
+    counted = (sweep("scatter", out, index),) if out.is_floating else ()
+    return (*counted, *_scatter_backward(call))
+
+
 def _one_hot_factors(call: OpCall) -> FactorMap:
     return parse_map("... -> ... classes", call.inputs, call.outputs, whole="classes")
 
@@ -285,6 +303,8 @@ for _name in "scatter.value scatter.src scatter_add.default".split():
     register(Op(f"aten.{_name}", _scattered_factors, _scattered_price, _scatter_backward, saving("in1")))
 for _name in "index_add.default index_copy.default index_fill.int_Scalar index_fill.int_Tensor".split():
     register(Op(f"aten.{_name}", _filled_factors, _scatter_price, _scatter_backward, saving("in1")))
+register(Op("aten.scatter_reduce.two", _scattered_factors, _scattered_price, _reduced_backward, _reduced_saves))
+register(Op("aten.index_reduce.default", _filled_factors, _scatter_price, _reduced_backward, _reduced_saves))
 register(Op("aten.index_put.default", _put_factors, _put_price, _scatter_backward, saving("in1", "in2")))
 register(Op("aten.one_hot.default", _one_hot_factors, pass_of("scatter", 0.0), no_backward, saves_nothing))
 register(Op("aten.repeat_interleave.self_int", _repeated_factors, pass_of("copy", 0.0), _summed_back, saves_nothing))

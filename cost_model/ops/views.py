@@ -353,10 +353,21 @@ def _written_factors(call: OpCall) -> FactorMap:
     return parse_map(notation, call.inputs, call.outputs, whole=f"{names[dim]} part", linear=((0, 1),))
 
 
+def _diagonal_written_factors(call: OpCall) -> FactorMap:
+    """The two dims of the diagonal are whole; what is laid into it has it last."""
+    rank = len(call.inputs[0].shape)
+    first, second = dims_of(call, "dim1", rank)[0], dims_of(call, "dim2", rank)[0]
+    names = _letters(rank)
+    part = " ".join([*(n for d, n in enumerate(names) if d not in (first, second)), "along"])
+    notation, whole = f"{' '.join(names)}, {part} -> {' '.join(names)}", f"{names[first]} {names[second]} along"
+    return parse_map(notation, call.inputs, call.outputs, whole=whole, linear=((0, 1),))
+
+
+_register_copies("diagonal_scatter.default", _diagonal_written_factors, _copy, _copied_gradient)
 _register_copies("slice_scatter.default select_scatter.default", _written_factors, _copy, _copied_gradient)
 
 register_priced(
     """aten.slice_backward.default aten.select_backward.default aten.as_strided_copy.default
-    aten.unfold_backward.default aten.diagonal_backward.default aten.diagonal_scatter.default""",
+    aten.unfold_backward.default aten.diagonal_backward.default""",
     _copy,
 )
