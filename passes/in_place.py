@@ -33,7 +33,7 @@ def state_writes(graph: fx.Graph) -> None:
         plain, written = _plain(node.target), node.args[0] if node.args else None
         if plain is None or not isinstance(written, fx.Node) or known.root(written).op != "call_function":
             continue
-        value, made = written.meta["val"], _value(plain, node)
+        value, made = written.meta["val"], value_of(node, plain)
         if (made.dtype, made.shape) != (value.dtype, value.shape):
             continue
         if made.stride() == value.stride() and known.is_read_through(node, written):
@@ -99,12 +99,13 @@ def _storages(node: fx.Node) -> set[int]:
     return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
-def _value(target: Any, node: fx.Node) -> Any:
-    """What a target makes of a call's operands."""
+def value_of(node: fx.Node, target: Any = None) -> Any:
+    """What a call, or another target, makes of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     leaves = pytree.tree_leaves((args, kwargs))
     with next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), torch.no_grad():
-        return target(*args, **kwargs)
+        called: Any = target or node.target
+        return called(*args, **kwargs)
 
 
 def _describe(graph: fx.Graph, memory: set[int]) -> None:
@@ -113,5 +114,5 @@ def _describe(graph: fx.Graph, memory: set[int]) -> None:
     for node in graph.nodes:
         moved = not made.isdisjoint(node.all_input_nodes) and not memory.isdisjoint(_storages(node))
         if node.op == "call_function" and (moved or "val" not in node.meta):
-            node.meta["val"] = _value(node.target, node)
+            node.meta["val"] = value_of(node)
             made.add(node)

@@ -274,3 +274,8 @@ def _normed(run: Cleaner, node: fx.Node, a: dict[str, Any], keep: float) -> Any:
 @rewrites(aten._native_batch_norm_legit_no_training.default)
 def _given_batch_norm(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     return [_batch_norm(run, node, {**a, "training": False}), None, None]
+
+
+@rewrites(aten._native_batch_norm_legit.no_stats)
+def _batch_norm_without_statistics(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return [_normed(run, node, {**a, "running_mean": None, "running_var": None}, 0.0), None, None]

@@ -31,6 +31,7 @@ from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.holding import Holding
 from passes.in_place import state_writes, writes
+from passes.instance_statistics import show_statistics
 from passes.merge import merge_equal
 from passes.mutations import Changed, changed_buffers, check_statistics
 from passes.questions import Questions
@@ -324,6 +325,7 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     """
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
     for graph in graphs:
+        show_statistics(graph)
         state_writes(graph)
     retraced = any(writes(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
     detach(exported.graph_module)

@@ -91,7 +91,8 @@ def _batch_norm(d: Draw) -> tuple[Any, ...]:
 
 def _instance_norm(d: Draw) -> tuple[Any, ...]:
     channels = d.size()
-    return d.normal(d.size(), channels, 5), d.normal(channels), d.normal(channels), None, None, True, 0.1, 1e-5, False
+    given = d.pick((None, None, True), (d.normal(channels), d.positive(channels), False))
+    return d.normal(d.size(), channels, 5), d.normal(channels), d.normal(channels), *given, 0.1, 1e-5, False
 
 
 def _experts(d: Draw) -> tuple[Any, ...]:

@@ -102,7 +102,11 @@ def backward(outputs: list[Tensor], inputs: list[Tensor], upstream: list[Tensor]
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 
-NO_GRADIENT = {"aten.batch_norm.default": (3, 4), "aten.soft_margin_loss.default": (1,)}
+NO_GRADIENT = {
+    "aten.batch_norm.default": (3, 4),
+    "aten.instance_norm.default": (3, 4),
+    "aten.soft_margin_loss.default": (1,),
+}
 """Operands torch gives no gradient of."""
 
 

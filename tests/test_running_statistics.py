@@ -62,6 +62,21 @@ class Unused(NormedInput):
         return F.cross_entropy(self.body(x), labels)
 
 
+class Instances(nn.Module):
+    """Statistics of each sample, of which running means are kept, and of a batch of which none are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=True, momentum=0.3)
+        self.plain = nn.BatchNorm1d(4, track_running_stats=False)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        parts = self.norm(self.body[0](x).unflatten(1, (4, 4))).square()
+        return F.cross_entropy(self.body(self.plain(parts).flatten(1)), labels)
+
+
 def views() -> dict[str, Tensor]:
     return {"left": normal(BATCH, 16), "right": normal(BATCH, 16).roll(1, 0)}
 
@@ -84,6 +99,17 @@ def test_calls_of_one_norm_on_processes() -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_statistics_of_inputs_are_kept(grid: str) -> None:
     check_parity(NormedInput(), labelled(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", ["dp2", "pp2"])
+def test_statistics_of_instances_are_kept(grid: str) -> None:
+    check_parity(Instances(), labelled(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+def test_batches_without_running_statistics_are_normed_by_our_op() -> None:
+    targets = [node.target for node in trace(Instances(), labelled()).global_graph.nodes()]
+    assert torch.ops.autopar.batch_norm.default in targets
 
 
 @pytest.mark.parametrize("model", [Detached, Unused])

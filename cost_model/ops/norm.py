@@ -159,13 +159,12 @@ def _channel_factors(call: OpCall) -> FactorMap:
     return parse_map(f"{operands} -> {outs}", call.inputs, call.outputs, whole=whole)
 
 
-def _instance_factors(call: OpCall) -> FactorMap | None:
-    """Statistics of each sample and channel; None with running statistics, which mix samples."""
-    if call.args.get("running_mean") is not None:
-        return None
+def _instance_factors(call: OpCall) -> FactorMap:
+    """Statistics of each sample and channel, or given ones."""
     spatial = _channel_names(call)
+    whole = spatial if call.args["use_input_stats"] else ""
     operands = ", ".join([f"n c {spatial}", *["c"] * (len(call.inputs) - 1)])
-    return parse_map(f"{operands} -> n c {spatial}", call.inputs, call.outputs, whole=spatial)
+    return parse_map(f"{operands} -> n c {spatial}", call.inputs, call.outputs, whole=whole)
 
 
 def _channel_price(call: OpCall) -> OpCost:
