@@ -44,10 +44,10 @@ def _sketched(
     for window, seconds in windows(program, pins, lambda wider: sketched_step_s(wider, cluster)):
         yield seconds, replace(c, window=window)
     if pins.schedule is None:
-        yield sketched_step_s(with_weight_blocks(program), cluster), replace(c, schedule="zero_bubble")
+        yield sketched_step_s(with_weight_blocks(program), cluster), replace(c, schedule="zero_bubble", window=1)
     best_s = float("inf")
     for virtual_stages in _numbers_of_parts(solution, pins):
-        other = replace(c, schedule="interleaved", virtual_stages=virtual_stages)
+        other = replace(c, schedule="interleaved", virtual_stages=virtual_stages, window=1)
         if refusal(other.schedule, other.pp, other.microbatches, virtual_stages) is not None:
             return
         ends = [part.last for part in recut(solution.stages, c.pp * virtual_stages)]

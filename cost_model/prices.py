@@ -25,8 +25,8 @@ class ChunkPrice:
     """Seconds of a chunk's parts on the slowest rank of its stage, or of its stage in one replica.
 
     backward: all of it, or what does not run apart as weight; to_next_s, from_next_s: one transfer of the activation
-    to, and of its gradient from, the next chunk's stage; delay_s: the part of a transfer to the next stage that an
-    empty message takes as well. notice_s: how long it takes until a neighbour's sender knows that it is awaited.
+    to, and of its gradient from, the next chunk's stage; delay_s, delay_back_s: the part of each that an empty message
+    takes as well. notices: whether a sender must learn that it is awaited, which takes an empty message the other way.
     handled_s: what a rank of either stage spends on sending such a transfer and receiving one.
     """
 
@@ -35,7 +35,8 @@ class ChunkPrice:
     to_next_s: float
     from_next_s: float
     delay_s: float = 0.0
-    notice_s: float = 0.0
+    delay_back_s: float = 0.0
+    notices: bool = False
     handled_s: float = 0.0
     weight: BlockPrice | None = None
 
@@ -190,14 +191,14 @@ class _Pricer:
         def sent_s(*, back: bool = False, empty: bool = False) -> float:
             return 0.0 if chunk.sent is None else self._transfer_s(stage, number, dps, back=back, empty=empty)
 
-        delay_s = sent_s(empty=True)
         return ChunkPrice(
             forward=self._block(stage, dps, chunk.forward),
             backward=self._block(stage, dps, chunk.backward),
             to_next_s=sent_s(),
             from_next_s=sent_s(back=True),
-            delay_s=delay_s,
-            notice_s=delay_s if self.cluster.rendezvous else 0.0,
+            delay_s=sent_s(empty=True),
+            delay_back_s=sent_s(back=True, empty=True),
+            notices=self.cluster.rendezvous,
             handled_s=0.0 if chunk.sent is None else self._handled_s(stage, number, dps),
             weight=None if chunk.weight is None else self._block(stage, dps, chunk.weight),
         )

@@ -53,7 +53,7 @@ def _channel_s(prices: Sequence[StagePrice]) -> float:
     for price in prices:
         there_s = sum(chunk.to_next_s - chunk.delay_s for chunk in price.chunks)
         slowest_s = max(slowest_s, there_s + back_s if price.shares_egress else max(there_s, back_s))
-        back_s = sum(chunk.from_next_s - chunk.delay_s for chunk in price.chunks)
+        back_s = sum(chunk.from_next_s - chunk.delay_back_s for chunk in price.chunks)
     return slowest_s
 
 

@@ -172,10 +172,11 @@ def _run_schedule(program: Program, prices: Sequence[StagePrice], receives: Rece
 def _link(before: Rank, after: Rank) -> None:
     """Channels between two neighbours, both ways; from the last stage to the first they join a chunk and the next."""
     chunks, wraps = before.price.chunks, after.stage == 0
-    notice_s = max(chunk.notice_s for chunk in chunks)
-    there = Link(before, "send_forward", [(c.to_next_s, c.delay_s, c.handled_s) for c in chunks], notice_s)
+    known_s = max(chunk.delay_back_s if chunk.notices else 0.0 for chunk in chunks)
+    there = Link(before, "send_forward", [(c.to_next_s, c.delay_s, c.handled_s) for c in chunks], known_s)
+    known_s = max(chunk.delay_s if chunk.notices else 0.0 for chunk in chunks)
     senders = [chunks[index - wraps] for index in range(len(chunks))]
-    back = Link(after, "send_backward", [(c.from_next_s, c.delay_s, c.handled_s) for c in senders], notice_s)
+    back = Link(after, "send_backward", [(c.from_next_s, c.delay_back_s, c.handled_s) for c in senders], known_s)
     before.links[SendForward] = after.links[RecvForward] = there
     after.links[SendBackward] = before.links[RecvBackward] = back
 

@@ -33,7 +33,7 @@ class Device:
 class Cluster:
     """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
 
-    delay_s: of an empty message. handled_s: of sending one and receiving one. behind: the part of a collective that
+    delay_s: of an empty message, delays_s: from and to devices where it differs. handled_s: of sending one and receiving one. behind: the part of a collective that
     remains behind compute.
     """
 
@@ -46,6 +46,7 @@ class Cluster:
     rendezvous: bool = False
     shared: frozenset[int] = frozenset()
     behind: float = 0.0
+    delays_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
         return float(nbytes * sum(devices))
@@ -61,7 +62,7 @@ class Cluster:
     def transfer_time_s(self, nbytes: int, source: int, target: int, senders: int | None = None) -> float:
         assert nbytes in (0, CUT.nbytes)
         if not nbytes:
-            return self.delay_s
+            return self.delays_s.get((source, target), self.delay_s)
         return self.transfers_s.get((source, target), self.transfer_s)
 
     def handling_time_s(self, nbytes: int, source: int, target: int) -> float:

@@ -9,7 +9,8 @@ from parity import ADAMW, cpu_cluster
 
 from autopar.options import Options
 from autopar.planning import Job, Planned
-from autopar.schedules import WORTH
+from autopar.planner.search import Solution
+from autopar.schedules import WORTH, faster_schedules
 from cost_model.parallelism import Parallelism
 
 
@@ -42,3 +43,17 @@ def test_a_schedule_that_waits_less_is_searched_for_with_any_number_of_stages() 
     other = job.under(pins, cap).attempt()
     assert isinstance(chosen, Planned)
     assert isinstance(other, int) or chosen.estimate.step_time_s * (1 - WORTH) <= other.estimate.step_time_s
+
+
+def test_other_schedules_of_a_plan_with_a_window_have_none() -> None:
+    model, batch = example_gpt(n_layer=4)
+    job = Job.of(model, cpu_cluster(2), batch, Options.of(None, ADAMW, Parallelism(pp=2, window=2), None, None, None))
+    found = job._searched()
+    assert isinstance(found, Solution) and found.configuration.window == 2
+    program, free = job.program(job.plan(found)), Parallelism(pp=2)
+    base = replace(job.simulated(job.plan(found)), step_time_s=1e9)  # whatever is slower
+    base = replace(base, breakdown=replace(base.breakdown, bubble_s=1e9))
+    schedules = [c for _, c in faster_schedules(found, program, base, job.cluster, free)]
+    assert "zero_bubble" in {c.schedule for c in schedules}
+    for c in schedules:
+        assert job.plan(replace(found, configuration=c)).schedule == c.schedule

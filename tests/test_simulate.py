@@ -247,6 +247,25 @@ def test_a_rendezvous_takes_a_notice_before_the_message() -> None:
         assert first == (0.0, 1.0 + notice + 2.0)
 
 
+@pytest.mark.parametrize(("there_s", "back_s"), [(2.0, 0.0), (0.0, 2.0), (2.0, 3.0)])
+def test_each_way_has_a_delay_of_its_own(there_s: float, back_s: float) -> None:
+    """Messages that are all delay leave as soon as they are ready, whatever the delay the other way."""
+    delays_s = {(0, 1): there_s, (1, 0): back_s}
+    cluster = Cluster((Device(),) * 2, transfers_s=delays_s, delays_s=delays_s)
+    what = dataclasses.replace(pipeline("1f1b", 3, [(0.5, 0.5)] * 2), window=3)
+    found = simulate(what, cluster)
+    assert [start for start, _ in spans(found, 1, "forward")] == [0.5 + there_s + i for i in range(3)]
+    assert [start for start, _ in spans(found, 0, "backward")] == [1.5 + there_s + back_s + i for i in range(3)]
+
+
+def test_a_sender_hears_of_a_receiver_over_the_way_back() -> None:
+    """The receiver calls at 0, the sender has its message at 1 and knows at the delay of the way back."""
+    cluster = Cluster(
+        (Device(),) * 2, transfer_s=2.0, delays_s={(0, 1): 0.5, (1, 0): 1.75}, delay_s=0.0, rendezvous=True
+    )
+    assert spans(simulate(pipeline("gpipe", 1, [(1.0, 1.0)] * 2), cluster), 1, "receive")[0] == (0.0, 1.75 + 2.0)
+
+
 def test_messages_that_have_arrived_still_take_a_rank_to_handle() -> None:
     """Stage 1 computes for 5 a microbatch: all but its first activation are there before it asks for them, and each
     keeps it for 0.25; while it waits for the first, a part of the transfer, nothing is added."""
