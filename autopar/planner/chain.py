@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,34 +88,52 @@ class Floor:
 class Folding:
     """Ranges with the same kinds in the same order are one class.
 
-    class_of: [first, last] -> class, -1 where first >= last; lengths: for each range length from 1 up,
-    (classes, class of the range less its last segment, kind of the last segment), aligned; examples: [class] the first
-    range of it.
+    class_of: [first, last] -> class, -1 where first >= last; numbered: [length] how many classes are no longer than
+    that; those of one segment are numbered as ``singles`` has their kinds. rounds: all others, in the order in which
+    they can be put together: (classes, class of the head, class of the tail), aligned, cut as ``halved`` has it.
+    examples: [class] the first range of it.
     """
 
     class_of: IntArray
-    lengths: tuple[tuple[IntArray, IntArray, IntArray], ...]
+    numbered: tuple[int, ...]
+    singles: IntArray
+    rounds: tuple[tuple[IntArray, IntArray, IntArray], ...]
     examples: tuple[tuple[int, int], ...]
 
     @property
     def classes(self) -> int:
-        return int(self.class_of.max()) + 1
+        return self.numbered[-1]
+
+
+def halved(length: int) -> int:
+    """How many segments the head of a range has: the largest power of two that leaves a tail."""
+    return 1 << (length - 1).bit_length() - 1
 
 
 @functools.lru_cache(maxsize=64)
 def fold(sequence: tuple[int, ...]) -> Folding:
-    """Classes of all ranges of a sequence of kinds, numbered by length and first appearance."""
+    """Classes of all ranges of a sequence of kinds, numbered by length and first appearance.
+
+    A run of n equal segments is put together in as many rounds as log2 n.
+    """
     count = len(sequence)
     class_of = np.full((count, count + 1), -1, dtype=np.int64)
-    lengths, examples, total = [], dict[int, tuple[int, int]](), 0
+    examples, numbered = dict[int, tuple[int, int]](), [0]
     for length in range(1, count + 1):
         known: dict[tuple[int, int], int] = {}
         for first in range(count - length + 1):
             last = first + length
             key = (int(class_of[first, last - 1]), sequence[last - 1])
-            class_of[first, last] = known.setdefault(key, total + len(known))
+            class_of[first, last] = known.setdefault(key, numbered[-1] + len(known))
             examples.setdefault(int(class_of[first, last]), (first, last))
-        rows = np.array([(number, parent, kind) for (parent, kind), number in known.items()], dtype=np.int64)
-        lengths.append((rows[:, 0], rows[:, 1], rows[:, 2]))
-        total += len(known)
-    return Folding(class_of, tuple(lengths), tuple(examples.values()))
+        numbered.append(numbered[-1] + len(known))
+    ranges = tuple(examples.values())
+    singles = np.array([sequence[first] for first, _ in ranges[: numbered[1]]], dtype=np.int64)
+    return Folding(class_of, tuple(numbered), singles, tuple(_rounds(class_of, ranges[numbered[1] :])), ranges)
+
+
+def _rounds(class_of: IntArray, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+    """Those of ranges in the order of their lengths."""
+    for head, rows in itertools.groupby(ranges, lambda each: halved(each[1] - each[0])):
+        first, last = np.array(tuple(rows)).T
+        yield class_of[first, last], class_of[first, first + head], class_of[first + head, last]

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from autopar.planner.chain import Chain, IntArray, fold
+from autopar.planner.chain import Chain, IntArray, fold, halved
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.segment import Price, Segment
 
@@ -120,7 +120,7 @@ class RangeTable:
     """Costs and totals of every class of ranges, one layer per price; layers are added as prices come.
 
     cost: [class, price, entry, exit]; totals: the same with a last axis of four; middle: the best
-    label before the range's last segment. Labels are padded to the widest boundary with infinity.
+    label between the range's head and its tail (``chain.halved``). Labels are padded to the widest boundary with infinity.
     longest: segments of the longest ranges that are priced; classes of longer ones, numbered last, have no place until
     ``extend``.
     """
@@ -141,7 +141,7 @@ class RangeTable:
     @property
     def priced(self) -> int:
         """How many classes are priced."""
-        return int(self.folding.lengths[self.longest - 1][0].max()) + 1
+        return self.folding.numbered[self.longest]
 
     @property
     def cost(self) -> FloatArray:
@@ -223,30 +223,30 @@ class RangeTable:
         return Column(whole.first, whole.last, whole.entry, whole.exit, time_s, step_s, state, saved, cut_s, parts)
 
     def _part_assignments(self, part: Part) -> list[dict[str, str]]:
-        found, exit = [], part.exit
-        for position in range(part.last - 1, part.first - 1, -1):
-            cls = self.folding.class_of[part.first, position + 1]
-            entry = int(self.middle[cls, part.price, part.entry, exit]) if position > part.first else part.entry
-            segment = self.segments[self.chain.sequence[position]]
-            found.append(segment.assignment(self.prices[part.price], entry, exit))
-            exit = entry
-        return found[::-1]
+        if part.last - part.first == 1:
+            segment = self.segments[self.chain.sequence[part.first]]
+            return [segment.assignment(self.prices[part.price], part.entry, part.exit)]
+        cut = part.first + halved(part.last - part.first)
+        cls = self.folding.class_of[part.first, part.last]
+        label = int(self.middle[cls, part.price, part.entry, part.exit])
+        head = replace(part, last=cut, exit=label)
+        return self._part_assignments(head) + self._part_assignments(replace(part, first=cut, entry=label))
 
     def _layers(self, prices: Sequence[Price]) -> tuple[FloatArray, FloatArray, IntArray]:
-        """cost, totals and middle of all classes for some prices, shorter ranges first."""
+        """cost, totals and middle of the classes that are priced, for some prices, shorter ranges first."""
         one_cost, one_totals = self._padded(prices)
         shape = (self.priced, *one_cost.shape[1:])
         cost, totals = np.full(shape, np.inf), np.full((*shape, 4), np.inf)
         middle = np.zeros(shape, dtype=np.int64)
+        singles = self.folding.singles
+        cost[: len(singles)], totals[: len(singles)] = one_cost[singles], one_totals[singles]
         layer, entry, exit = np.ix_(*map(range, one_cost.shape[1:]))
-        for length, (classes, parents, kinds) in enumerate(self.folding.lengths[: self.longest]):
-            if length == 0:
-                cost[classes], totals[classes] = one_cost[kinds], one_totals[kinds]
-                continue
-            cost[classes], best = _joined(cost[parents], one_cost[kinds])
-            row = np.arange(len(classes))[:, None, None, None]
-            middle[classes] = best
-            totals[classes] = totals[parents[row], layer, entry, best] + one_totals[kinds[row], layer, best, exit]
+        for classes, heads, tails in self.folding.rounds:
+            known = classes < self.priced
+            now, head, tail = classes[known], heads[known, None, None, None], tails[known, None, None, None]
+            cost[now], best = _joined(cost[heads[known]], cost[tails[known]])
+            middle[now] = best
+            totals[now] = totals[head, layer, entry, best] + totals[tail, layer, best, exit]
         return cost, totals, middle
 
     def _padded(self, prices: Sequence[Price]) -> tuple[FloatArray, FloatArray]:

@@ -181,9 +181,15 @@ class _Search:
             return
         chain = self.space.chain(c.dp, c.tp, c.microbatch_size)
         assert chain is not None, c
+        if self.fastest_only and self._is_large(c, chain):
+            return
         bound_s = quick_bound_s(chain, self._segments(chain), c.objective)
         if math.isfinite(bound_s):
             self._push(replace(waiting, bound_s=max(waiting.bound_s, bound_s), chain=chain))
+
+    def _is_large(self, c: Configuration, chain: Chain) -> bool:
+        """Whether the guess is that no plan fits; with labels of shared variables fixed it is no less."""
+        return self.solver(chain, self._segments(chain), c, math.inf).guess_bytes > self.cap_bytes
 
     def _segments(self, chain: Chain) -> list[Segment]:
         return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
