@@ -107,14 +107,13 @@ def dual(table: RangeTable, space: StageSpace, weights: Weights) -> FloatArray:
     """[edge of the space] the largest proven lower bound of the weighted seconds; minus infinity if none is priced."""
     examples, kind = table.edges.alike(space.edges)
     at, capacity_bytes, best = space.edges[examples], space.capacity_bytes[examples], np.full(len(examples), -np.inf)
-    index = (table.edges.cls[at], table.edges.entry[at], table.edges.exit[at])
     for k, price in enumerate(table.prices):
         if (price.time_weight, price.step_weight) != weights:
             continue
         if price.state_price and price.saved_price != price.state_price * space.held:
             continue
         spare = price.state_price * capacity_bytes if price.state_price else 0.0
-        best = np.maximum(best, table.cost[index[0], k, index[1], index[2]] - spare)
+        best = np.maximum(best, table.edge_cost(at, k) - spare)
     found: FloatArray = best[kind]
     return found
 
@@ -150,8 +149,7 @@ def steeper(table: RangeTable, space: StageSpace, edge: int, weights: Weights) -
 
     Each known plan is a line over the price; the best price is where the lowest of them peaks (Kelley's cuts).
     """
-    edges = table.edges
-    totals = table.totals[edges.cls[edge], :, edges.entry[edge], edges.exit[edge]]
+    totals = table.edge_totals(np.array([edge]))[0]
     cost = weights[0] * totals[:, TIME] + weights[1] * totals[:, STEP]
     row = np.flatnonzero(space.edges == edge)
     if len(row) == 0:

@@ -88,21 +88,35 @@ class Floor:
 class Folding:
     """Ranges with the same kinds in the same order are one class.
 
-    class_of: [first, last] -> class, -1 where first >= last; numbered: [length] how many classes are no longer than
-    that; those of one segment are numbered as ``singles`` has their kinds. rounds: all others, in the order in which
-    they can be put together: (classes, class of the head, class of the tail), aligned, cut as ``halved`` has it.
-    examples: [class] the first range of it.
+    class_of: [first, last] -> class, -1 where first >= last; singles: kinds of the first classes, which are those of
+    one segment. rounds: all others, in the order in which they can be put together: (classes, class of the head, class
+    of the tail), aligned, cut as ``halved`` has it. examples: [class] the first range of it.
     """
 
     class_of: IntArray
-    numbered: tuple[int, ...]
     singles: IntArray
     rounds: tuple[tuple[IntArray, IntArray, IntArray], ...]
     examples: tuple[tuple[int, int], ...]
 
     @property
     def classes(self) -> int:
-        return self.numbered[-1]
+        return len(self.examples)
+
+    def parts(self, classes: IntArray) -> IntArray:
+        """These and all that they are put together of, in the order of their numbers."""
+        wanted = np.zeros(self.classes, dtype=bool)
+        wanted[classes] = True
+        for whole, heads, tails in reversed(self.rounds):
+            kept = wanted[whole]
+            wanted[heads[kept]] = wanted[tails[kept]] = True
+        found: IntArray = np.flatnonzero(wanted)
+        return found
+
+    def rows(self, classes: IntArray) -> IntArray:
+        """[class] its place among these, -1 if it is not."""
+        row = np.full(self.classes, -1, dtype=np.int64)
+        row[classes] = np.arange(len(classes))
+        return row
 
 
 def halved(length: int) -> int:
@@ -118,18 +132,17 @@ def fold(sequence: tuple[int, ...]) -> Folding:
     """
     count = len(sequence)
     class_of = np.full((count, count + 1), -1, dtype=np.int64)
-    examples, numbered = dict[int, tuple[int, int]](), [0]
+    examples = dict[int, tuple[int, int]]()
     for length in range(1, count + 1):
-        known: dict[tuple[int, int], int] = {}
+        known, shorter = dict[tuple[int, int], int](), len(examples)
         for first in range(count - length + 1):
             last = first + length
             key = (int(class_of[first, last - 1]), sequence[last - 1])
-            class_of[first, last] = known.setdefault(key, numbered[-1] + len(known))
+            class_of[first, last] = known.setdefault(key, shorter + len(known))
             examples.setdefault(int(class_of[first, last]), (first, last))
-        numbered.append(numbered[-1] + len(known))
-    ranges = tuple(examples.values())
-    singles = np.array([sequence[first] for first, _ in ranges[: numbered[1]]], dtype=np.int64)
-    return Folding(class_of, tuple(numbered), singles, tuple(_rounds(class_of, ranges[numbered[1] :])), ranges)
+    ranges, kinds = tuple(examples.values()), tuple(dict.fromkeys(sequence))
+    rounds = tuple(_rounds(class_of, ranges[len(kinds) :]))
+    return Folding(class_of, np.array(kinds, dtype=np.int64), rounds, ranges)
 
 
 def _rounds(class_of: IntArray, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[IntArray, IntArray, IntArray]]:

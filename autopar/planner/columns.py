@@ -8,7 +8,6 @@ segments should not all change plan at the same price.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -16,10 +15,12 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from autopar.planner.chain import Chain, IntArray, fold, halved
+from autopar.planner.edges import edges_of
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.segment import Price, Segment
 
 TIME, STEP, STATE, SAVED = range(4)
+ALL = slice(None)
 AnyArray = TypeVar("AnyArray", FloatArray, IntArray)
 
 
@@ -56,92 +57,29 @@ class Column:
     assigned: tuple[Mapping[str, str], ...] = field(default=(), compare=False)
 
 
-@dataclass(frozen=True, eq=False)
-class Edges:
-    """All (range, entry label, exit label), as aligned arrays; cls is the range's class; source, target: numbers of its
-    two boundaries with their labels. What is priced is the same of edges of one class with the same labels."""
-
-    first: IntArray
-    last: IntArray
-    entry: IntArray
-    exit: IntArray
-    cls: IntArray
-    source: IntArray
-    target: IntArray
-    cut_s: FloatArray
-    reserve_bytes: FloatArray
-    width: int
-
-    def number(self, first: int, last: int, entry: int, exit: int) -> int:
-        """Of the edge that has these fields: it must be there."""
-        low, high = np.searchsorted(self.first, [first, first + 1])
-        low, high = low + np.searchsorted(self.last[low:high], [last, last + 1])
-        same = (self.entry[low:high] == entry) & (self.exit[low:high] == exit)
-        return int(low + np.flatnonzero(same)[0])
-
-    def alike(self, edges: IntArray) -> tuple[IntArray, IntArray]:
-        """Of each kind of priced range among some edges, the place of one in them; of each of them, its kind."""
-        kinds = (self.cls[edges] * self.width + self.entry[edges]) * self.width + self.exit[edges]
-        example = np.zeros(int(kinds.max(initial=-1)) + 1, dtype=np.int64)
-        example[kinds] = np.arange(1, len(edges) + 1)
-        known = np.flatnonzero(example)
-        number = np.zeros_like(example)
-        number[known] = np.arange(len(known))
-        return example[known] - 1, number[kinds]
-
-
-def edges_of(chain: Chain) -> Edges:
-    """The edges of a chain, sorted by first, last, entry, exit."""
-    count = len(chain)
-    sizes = [len(chain.boundary_labels(position)) for position in range(count + 1)]
-    width = max(sizes)
-    cuts = np.full((count, width), np.inf)
-    for position in range(count):
-        for label, text in enumerate(chain.boundary_labels(position)):
-            cuts[position, label] = chain.cut_s(position, text) if position else 0.0
-    assert (cuts >= 0).all()
-    reserve = np.array([chain.reserve_bytes(*r) for r in fold(chain.sequence).examples], dtype=np.float64)
-    first, last, entry, exit, cls, source, target = _index(tuple(sizes), chain.sequence)
-    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve[cls], width)
-
-
-@functools.lru_cache(maxsize=64)
-def _index(sizes: tuple[int, ...], sequence: tuple[int, ...]) -> tuple[IntArray, ...]:
-    """The first fields of ``Edges``, of a chain with so many labels at its boundaries."""
-    width = max(sizes)
-    known = np.arange(width) < np.array(sizes)[:, None]
-    later = np.arange(len(sizes))[:, None] < np.arange(len(sizes))
-    first, last, entry, exit = np.nonzero(later[:, :, None, None] & known[:, None, :, None] & known[None, :, None, :])
-    cls = fold(sequence).class_of[first, last]
-    return first, last, entry, exit, cls, first * width + entry, last * width + exit
-
-
 class RangeTable:
-    """Costs and totals of every class of ranges, one layer per price; layers are added as prices come.
+    """Costs and totals of ranges, a row per class and a layer per price; layers are added as prices come.
 
-    cost: [class, price, entry, exit]; totals: the same with a last axis of four; middle: the best
-    label between the range's head and its tail (``chain.halved``). Labels are padded to the widest boundary with infinity.
-    longest: segments of the longest ranges that are priced; classes of longer ones, numbered last, have no place until
-    ``extend``.
+    cost: [row, price, entry, exit]; totals: the same with a last axis of four; middle: the best
+    label between the range's head and its tail (``chain.halved``); row: [class], -1 for those that are not priced.
+    Labels are padded to the widest boundary with infinity.
+    longest: segments of the longest ranges that have edges, until ``extend``. pp: as in ``edges_of``.
     """
 
-    def __init__(self, chain: Chain, segments: Sequence[Segment], longest: int | None = None) -> None:
-        self.chain, self.segments = chain, tuple(segments)
-        self.longest = len(chain) if longest is None else longest
-        self.edges = edges_of(chain)
+    def __init__(
+        self, chain: Chain, segments: Sequence[Segment], pp: int | None = None, longest: int | None = None
+    ) -> None:
+        self.chain, self.segments, self.pp = chain, tuple(segments), pp
         self.folding = fold(chain.sequence)
         self.prices: list[Price] = []
-        self._clear()
+        self._begin(len(chain) if longest is None else longest)
 
-    def _clear(self) -> None:
-        shape = (self.priced, 0, self.edges.width, self.edges.width)
+    def _begin(self, longest: int) -> None:
+        self.longest, self.edges = longest, edges_of(self.chain, self.pp, longest)
+        self.row = self.folding.rows(self.folding.parts(self.edges.cls))
+        shape = (int(self.row.max()) + 1, 0, self.edges.width, self.edges.width)
         self._cost, self._totals = _Layers(np.zeros(shape)), _Layers(np.zeros((*shape, 4)))
         self._middle = _Layers(np.zeros(shape, dtype=np.int64))
-
-    @property
-    def priced(self) -> int:
-        """How many classes are priced."""
-        return self.folding.numbered[self.longest]
 
     @property
     def cost(self) -> FloatArray:
@@ -156,34 +94,61 @@ class RangeTable:
         return self._middle.values
 
     def extend(self, longest: int) -> None:
-        """Price ranges of up to so many segments, at all prices known."""
-        known, self.prices, self.longest = self.prices, [], longest
-        self._clear()
+        """Price ranges of up to so many segments, at all prices known; edges get other numbers."""
+        known, self.prices = self.prices, []
+        self._begin(longest)
         self.add(known)
 
+    def narrow(self, edges: IntArray) -> None:
+        """From now on only what these edges need is priced."""
+        classes = self.folding.parts(self.edges.cls[edges])
+        rows = self.row[classes]
+        assert (rows >= 0).all(), "it is part of what is priced"
+        self.row = self.folding.rows(classes)
+        for layers in (self._cost, self._totals, self._middle):
+            layers.take(rows)
+
+    def require(self, classes: IntArray) -> None:
+        """Price these at all prices known."""
+        missing = np.unique(classes[self.row[classes] < 0])
+        if not len(missing):
+            return
+        parts = self.folding.parts(missing)
+        fresh = self.row[parts] < 0
+        made = self._made(self.prices, parts)
+        self.row[parts[fresh]] = self.row.max() + 1 + np.arange(np.count_nonzero(fresh))
+        self._cost.append(made[0][fresh])
+        self._totals.append(made[1][fresh])
+        self._middle.append(made[2][fresh])
+
     def add(self, prices: Sequence[Price], *, first: bool = False) -> int:
-        """Price every range at those prices that are new; returns how many were. first: before those that are known,
+        """Price all at those prices that are new; returns how many were. first: before those that are known,
         since of plans that are as good as each other the first price's is chosen; only while there are no columns."""
         fresh = [price for price in dict.fromkeys(prices) if price not in self.prices]
         if not fresh:
             return 0
-        cost, totals, middle = self._layers(fresh)
+        made = self._made(fresh, np.argsort(self.row)[-int(self.row.max()) - 1 :])
         at = 0 if first else len(self.prices)
         self.prices[at:at] = fresh
-        self._cost.add(cost, first)
-        self._totals.add(totals, first)
-        self._middle.add(middle, first)
+        self._cost.add(made[0], first)
+        self._totals.add(made[1], first)
+        self._middle.add(made[2], first)
         return len(fresh)
 
-    def edge_cost(self) -> FloatArray:
-        """[edge, price]"""
-        edges = self.edges
-        return self.cost[edges.cls, :, edges.entry, edges.exit]
+    def edge_cost(self, edges: IntArray | slice = ALL, price: int | slice = ALL) -> FloatArray:
+        """[edge, price], or [edge] of one price."""
+        found: FloatArray = self.cost[self._at(edges, price)]
+        return found
 
-    def edge_totals(self) -> FloatArray:
-        """[edge, price, 4]"""
-        edges = self.edges
-        return self.totals[edges.cls, :, edges.entry, edges.exit]
+    def edge_totals(self, edges: IntArray | slice = ALL, price: int | slice = ALL) -> FloatArray:
+        """[edge, price, 4], or [edge, 4] of one price."""
+        found: FloatArray = self.totals[self._at(edges, price)]
+        return found
+
+    def _at(self, edges: IntArray | slice, price: int | slice) -> tuple[IntArray, int | slice, IntArray, IntArray]:
+        rows, known = self.row[self.edges.cls[edges]], self.edges
+        assert (rows >= 0).all(), "edges outside what was narrowed to"
+        return rows, price, known.entry[edges], known.exit[edges]
 
     def part(self, edge: int, price: int) -> Part:
         edges = self.edges
@@ -192,15 +157,17 @@ class RangeTable:
     def column(self, edge: int, price: int) -> Column:
         """The plan that one price found for an edge."""
         part = self.part(edge, price)
-        totals = self.totals[self.edges.cls[edge], price, part.entry, part.exit]
+        totals = self.totals[self.row[self.edges.cls[edge]], price, part.entry, part.exit]
         return self._column(edge, totals, (part,))
 
     def mixtures(self, edge: int, prices: IntArray) -> FloatArray:
         """Totals [cut, head price, tail price, label at the cut, 4] of all heads and tails of an edge."""
         whole = self.part(edge, 0)
         cuts = np.arange(whole.first + 1, whole.last)
-        head = self.totals[self.folding.class_of[whole.first, cuts]][:, prices, whole.entry, :]
-        tail = self.totals[self.folding.class_of[cuts, whole.last]][:, prices][:, :, :, whole.exit]
+        heads, tails = self.folding.class_of[whole.first, cuts], self.folding.class_of[cuts, whole.last]
+        self.require(np.concatenate([heads, tails]))
+        head = self.totals[self.row[heads]][:, prices, whole.entry, :]
+        tail = self.totals[self.row[tails]][:, prices][:, :, :, whole.exit]
         both: FloatArray = head[:, :, None] + tail[:, None, :]
         return both
 
@@ -228,24 +195,25 @@ class RangeTable:
             return [segment.assignment(self.prices[part.price], part.entry, part.exit)]
         cut = part.first + halved(part.last - part.first)
         cls = self.folding.class_of[part.first, part.last]
-        label = int(self.middle[cls, part.price, part.entry, part.exit])
+        label = int(self.middle[self.row[cls], part.price, part.entry, part.exit])
         head = replace(part, last=cut, exit=label)
         return self._part_assignments(head) + self._part_assignments(replace(part, first=cut, entry=label))
 
-    def _layers(self, prices: Sequence[Price]) -> tuple[FloatArray, FloatArray, IntArray]:
-        """cost, totals and middle of the classes that are priced, for some prices, shorter ranges first."""
+    def _made(self, prices: Sequence[Price], classes: IntArray) -> tuple[FloatArray, FloatArray, IntArray]:
+        """cost, totals and middle of classes, all parts of which are among them, in their order."""
         one_cost, one_totals = self._padded(prices)
-        shape = (self.priced, *one_cost.shape[1:])
+        shape = (len(classes), *one_cost.shape[1:])
         cost, totals = np.full(shape, np.inf), np.full((*shape, 4), np.inf)
         middle = np.zeros(shape, dtype=np.int64)
-        singles = self.folding.singles
-        cost[: len(singles)], totals[: len(singles)] = one_cost[singles], one_totals[singles]
+        row, kinds = self.folding.rows(classes), self.folding.singles
+        single = np.flatnonzero(row[: len(kinds)] >= 0)
+        cost[row[single]], totals[row[single]] = one_cost[kinds[single]], one_totals[kinds[single]]
         layer, entry, exit = np.ix_(*map(range, one_cost.shape[1:]))
-        for classes, heads, tails in self.folding.rounds:
-            known = classes < self.priced
-            now, head, tail = classes[known], heads[known, None, None, None], tails[known, None, None, None]
-            cost[now], best = _joined(cost[heads[known]], cost[tails[known]])
+        for found in self.folding.rounds:
+            now, head, tail = (row[each[row[found[0]] >= 0]] for each in found)
+            cost[now], best = _joined(cost[head], cost[tail])
             middle[now] = best
+            head, tail = head[:, None, None, None], tail[:, None, None, None]
             totals[now] = totals[head, layer, entry, best] + totals[tail, layer, best, exit]
         return cost, totals, middle
 
@@ -276,7 +244,7 @@ def _joined(head: FloatArray, tail: FloatArray) -> tuple[FloatArray, IntArray]:
 
 
 class _Layers(Generic[AnyArray]):
-    """[class, layer, ...], laid out layer by layer with room for more, so that those that are known are seldom copied
+    """[row, layer, ...], laid out layer by layer with room for more, so that those that are known are seldom copied
     and what is not used is not touched."""
 
     def __init__(self, none: AnyArray) -> None:
@@ -288,8 +256,16 @@ class _Layers(Generic[AnyArray]):
         values: AnyArray = self._room[: self._count].swapaxes(0, 1)
         return values
 
+    def take(self, rows: IntArray) -> None:
+        """These, in this order."""
+        self._room = self._room[: self._count, rows]
+
+    def append(self, rows: AnyArray) -> None:
+        """Behind the rows that are known, of as many layers."""
+        self._room = np.concatenate([self._room[: self._count], rows.swapaxes(0, 1)], axis=1)
+
     def add(self, made: AnyArray, first: bool) -> None:
-        """Behind the layers that are known, or before them."""
+        """Layers behind those that are known, or before them."""
         known: AnyArray = self._room[: self._count]
         fresh = made.shape[1]
         self._count += fresh

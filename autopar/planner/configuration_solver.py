@@ -88,7 +88,7 @@ class ConfigurationSolver:
     def table(self) -> RangeTable:
         """Ranges about as long as stages are; ``solve`` extends it where longer ones matter."""
         longest = min(len(self.chain), LONGEST * -(-len(self.chain) // self.configuration.pp))
-        return RangeTable(self.chain, self.segments, longest)
+        return RangeTable(self.chain, self.segments, self.configuration.pp, longest)
 
     @cached_property
     def pools(self) -> Pools:
@@ -165,33 +165,30 @@ class ConfigurationSolver:
         best: tuple[Column, ...] = ()
         while True:
             spaces = tuple(self._space(stage) for stage in range(self.configuration.pp))
-            near = self._within(spaces, limit_s)
+            near, longest_s = self._within(spaces, limit_s), self._longest_s(spaces)
             if all(len(space.edges) for space in near):
+                self.table.narrow(np.concatenate([space.edges for space in near]))
                 self.table.add(more, first=True)
                 self.table.add(self._hinted() if np.isfinite(self.cap_bytes) else [])
                 best = self.pools.incumbent([self.pools.pool(space) for space in near], ())
                 near = self._within(near, min(limit_s, self.pools.value(best) * (1 + CLOSE)))
-            if not self._is_cut_short(spaces, min(limit_s, self.pools.value(best) * (1 + CLOSE))):
+            slowest_s = min(limit_s, self.pools.value(best) * (1 + CLOSE)) / self.configuration.microbatches
+            if np.isinf(longest_s) or longest_s > slowest_s:  # nor are longer ones of use
                 return near, best
             self.table.extend(min(len(self.chain), 2 * self.table.longest))
 
-    def _is_cut_short(self, spaces: Sequence[StageSpace], limit_s: float) -> bool:
-        """Whether ranges longer than those priced may be of use."""
+    def _longest_s(self, spaces: Sequence[StageSpace]) -> float:
+        """The least seconds per microbatch of the longest ranges that are priced; infinite where none fits, or there
+        are no longer ones."""
         table, edges = self.table, self.table.edges
         if table.longest == len(self.chain):
-            return False
-        slowest_s = limit_s / self.configuration.microbatches
-        for space in spaces:
-            longest = edges.last[space.edges] - edges.first[space.edges] == table.longest
-            if (longest & (self._least_s(space) <= slowest_s)).any():
-                return True
-        return False
+            return np.inf
+        longest = [s.only(edges.last[s.edges] - edges.first[s.edges] == table.longest) for s in spaces]
+        return min(float(self._least_s(space).min(initial=np.inf)) for space in longest)
 
     def _least_s(self, space: StageSpace) -> FloatArray:
         """[edge of the space] the least seconds per microbatch of any assignment."""
-        edges, layer, e = self.table.edges, self.table.prices.index(Price(*TIME_ONLY)), space.edges
-        least: FloatArray = self.table.cost[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
-        return least
+        return self.table.edge_cost(space.edges, self.table.prices.index(Price(*TIME_ONLY)))
 
     def _within(self, spaces: Sequence[StageSpace], limit_s: float) -> tuple[StageSpace, ...]:
         """Without stages so slow that no tiling with them is within the limit, and what only they lead to."""
@@ -270,9 +267,8 @@ class ConfigurationSolver:
         """Edges that are priced and that some assignment allows."""
         edges, table = self.table.edges, self.table
         if self._possible is None or self._possible[0] != table.longest:
-            known = np.flatnonzero((edges.cls < table.priced) & np.isfinite(edges.cut_s))
-            least = table.cost[edges.cls[known], 0, edges.entry[known], edges.exit[known]]
-            self._possible = table.longest, known[np.isfinite(least)]
+            known = np.flatnonzero(np.isfinite(edges.cut_s))
+            self._possible = table.longest, known[np.isfinite(table.edge_cost(known, 0))]
         return self._possible[1]
 
     def _space(self, stage: int) -> StageSpace:
@@ -285,14 +281,11 @@ class ConfigurationSolver:
 
     def _least_bytes(self, space: StageSpace) -> FloatArray:
         """[edge of the space] the fewest bytes of state and saved values of any assignment."""
-        edges, layer, e = self.table.edges, self.table.prices.index(space.least_bytes_price()), space.edges
-        least: FloatArray = self.table.cost[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
-        return least
+        return self.table.edge_cost(space.edges, self.table.prices.index(space.least_bytes_price()))
 
     def _held_bytes(self, space: StageSpace) -> FloatArray:
         """The same of the assignments that were found, which may need more where a segment is only bounded."""
-        edges, layer, e = self.table.edges, self.table.prices.index(space.least_bytes_price()), space.edges
-        totals = self.table.totals[edges.cls[e], layer, edges.entry[e], edges.exit[e]]
+        totals = self.table.edge_totals(space.edges, self.table.prices.index(space.least_bytes_price()))
         held: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
         return held
 
@@ -375,6 +368,7 @@ class ConfigurationSolver:
         table, arcs, spaces = self.table, [], []
         if table.longest < len(self.chain):
             table.extend(len(self.chain))
+        table.require(table.edges.cls)
         for stage in range(self.configuration.pp):
             edges = self._stage_edges(stage)
             space = StageSpace(stage, self.held[stage], edges, np.full(len(edges), np.inf))

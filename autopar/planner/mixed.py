@@ -201,7 +201,7 @@ class MixedSolver:
         begins = edges.first == 0 if stage == 0 else edges.first >= stage
         ends = edges.last == count if stage == pp - 1 else edges.last <= count - (pp - 1 - stage)
         rows = np.flatnonzero(begins & ends & np.isfinite(edges.cut_s))
-        totals = table.ranges.edge_totals()[rows]
+        totals = table.ranges.edge_totals(rows)
         needed, fits = self._needed_bytes(shape, stage, table, rows), np.isfinite(totals[..., TIME])
         if extra is not None:
             fits &= needed + extra <= self.pools[table.kind].cap_bytes
@@ -219,7 +219,7 @@ class MixedSolver:
 
     def _needed_bytes(self, shape: Shape, stage: int, table: _Table, rows: IntArray) -> FloatArray:
         """[edge, price] of a stage on a device."""
-        totals, ranges = table.ranges.edge_totals()[rows], table.ranges
+        totals, ranges = table.ranges.edge_totals(rows), table.ranges
         held = shape.held(ranges.chain, stage)
         needed: FloatArray = totals[..., STATE] + held * totals[..., SAVED] + ranges.edges.reserve_bytes[rows, None]
         return needed

@@ -47,8 +47,7 @@ class Pools:
         """On each edge, the fitting plans that are best for some weighting of time and step."""
         edges = self.table.edges
         examples, kind = edges.alike(space.edges)
-        e = space.edges[examples]
-        totals = self.table.totals[edges.cls[e], :, edges.entry[e], edges.exit[e]]
+        totals = self.table.edge_totals(space.edges[examples])
         need = totals[:, :, STATE] + space.held * totals[:, :, SAVED]
         over = np.isinf(need) | (need > space.capacity_bytes[examples, None])
         picked = []
@@ -150,8 +149,8 @@ class Pools:
 
     def _near_prices(self, space: StageSpace, edge: int, room: float) -> IntArray:
         """Prices whose plans for the edge lie nearest the price of memory that bounds it best."""
-        edges, weights = self.table.edges, self.objective.balanced
-        totals = self.table.totals[edges.cls[edge], :, edges.entry[edge], edges.exit[edge]]
+        weights = self.objective.balanced
+        totals = self.table.edge_totals(np.array([edge]))[0]
         need = totals[:, STATE] + space.held * totals[:, SAVED]
         cost = weights[0] * totals[:, TIME] + weights[1] * totals[:, STEP]
         offered = np.array([price.state_price for price in self.table.prices if price.time_weight == weights[0]])

@@ -1,0 +1,79 @@
+"""Edges: the ranges that stages may be, each with the labels of its two boundaries, as aligned arrays."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from autopar.planner.chain import Chain, IntArray, fold
+from autopar.planner.factor_graph import FloatArray
+
+MANY = 3
+"""So many stages have others on both sides."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """All (range, entry label, exit label), as aligned arrays; cls is the range's class; source, target: numbers of its
+    two boundaries with their labels. What is priced is the same of edges of one class with the same labels."""
+
+    first: IntArray
+    last: IntArray
+    entry: IntArray
+    exit: IntArray
+    cls: IntArray
+    source: IntArray
+    target: IntArray
+    cut_s: FloatArray
+    reserve_bytes: FloatArray
+    width: int
+
+    def number(self, first: int, last: int, entry: int, exit: int) -> int:
+        """Of the edge that has these fields: it must be there."""
+        low, high = np.searchsorted(self.first, [first, first + 1])
+        low, high = low + np.searchsorted(self.last[low:high], [last, last + 1])
+        same = (self.entry[low:high] == entry) & (self.exit[low:high] == exit)
+        return int(low + np.flatnonzero(same)[0])
+
+    def alike(self, edges: IntArray) -> tuple[IntArray, IntArray]:
+        """Of each kind of priced range among some edges, the place of one in them; of each of them, its kind."""
+        kinds = (self.cls[edges] * self.width + self.entry[edges]) * self.width + self.exit[edges]
+        example = np.zeros(int(kinds.max(initial=-1)) + 1, dtype=np.int64)
+        example[kinds] = np.arange(1, len(edges) + 1)
+        known = np.flatnonzero(example)
+        number = np.zeros_like(example)
+        number[known] = np.arange(len(known))
+        return example[known] - 1, number[kinds]
+
+
+def edges_of(chain: Chain, pp: int | None = None, longest: int | None = None) -> Edges:
+    """The edges of a chain, sorted by first, last, entry, exit. pp: ranges that none of so many stages can be are left
+    out; longest: and those of more segments."""
+    count = len(chain)
+    sizes = [len(chain.boundary_labels(position)) for position in range(count + 1)]
+    width = max(sizes)
+    cuts = np.full((count, width), np.inf)
+    for position in range(count):
+        for label, text in enumerate(chain.boundary_labels(position)):
+            cuts[position, label] = chain.cut_s(position, text) if position else 0.0
+    assert (cuts >= 0).all()
+    reserve = np.array([chain.reserve_bytes(*r) for r in fold(chain.sequence).examples], dtype=np.float64)
+    index = _index(tuple(sizes), chain.sequence, min(pp or MANY, MANY), longest or count)
+    first, last, entry, exit, cls, source, target = index
+    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve[cls], width)
+
+
+@functools.lru_cache(maxsize=64)
+def _index(sizes: tuple[int, ...], sequence: tuple[int, ...], pp: int, longest: int) -> tuple[IntArray, ...]:
+    """The first fields of ``Edges``, of a chain with so many labels at its boundaries."""
+    width, count = max(sizes), len(sequence)
+    known = np.arange(width) < np.array(sizes)[:, None]
+    begin, end = np.ogrid[: count + 1, : count + 1]
+    ranges = (begin < end) & (end - begin <= longest)
+    if pp < MANY:  # the first stage begins the chain, the last one ends it
+        ranges &= ((begin == 0) & (end == count)) if pp == 1 else ((begin == 0) ^ (end == count))
+    first, last, entry, exit = np.nonzero(ranges[:, :, None, None] & known[:, None, :, None] & known[None, :, None, :])
+    cls = fold(sequence).class_of[first, last]
+    return first, last, entry, exit, cls, first * width + entry, last * width + exit
