@@ -515,6 +515,10 @@ class Job:
         """Exact peak bytes of each stage of the rewritten program."""
         return [peak.memory.total_bytes for peak in self._stage_peaks(plan)]
 
+    def static_bytes(self, plan: Plan) -> list[int]:
+        """What each stage of the rewritten program holds during its whole step."""
+        return [peak.memory.static_bytes for peak in self._stage_peaks(plan)]
+
     def _stage_peaks(self, plan: Plan, exact: int | None = None) -> list[StagePeak]:
         """exact: a stage whose tensors have their own names, not those of a stage that is alike."""
         return self._program_peaks(self.program(plan) if exact is None else self._linker.price(plan, exact))

@@ -17,7 +17,7 @@ from autopar.options import FLAT
 from autopar.planner.search import Configuration, search
 from autopar.planner.solution import Pins, Progress, Solution, is_interrupted
 from autopar.report import seconds_text
-from autopar.schedules import WORTH, faster_schedules
+from autopar.schedules import WORTH, faster_schedules, may_fit
 from cost_model.errors import ParallelismError
 from cost_model.plan import Plan
 
@@ -68,7 +68,7 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
         same = replace(solution, configuration=c)
         if sketched_s >= limit_s:
             break
-        if job.fits(job.plan(same)):
+        if may_fit(same, c, known[0], job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
             if is_faster(same):
                 break
         elif not searched:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from autopar.planner.regional import MAX_WINDOW
@@ -14,7 +14,7 @@ from cost_model.parallelism import Parallelism
 from cost_model.program import Program
 from cost_model.schedule import refusal
 from cost_model.simulate import SimulationResult
-from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_blocks
+from cost_model.sketch import least_saved_bytes, sketched_step_s, with_virtual_stages, with_weight_blocks
 
 WORTH = 0.01
 """The least part of a step that another schedule must save: sketches are no more exact, and simple is better."""
@@ -56,6 +56,20 @@ def _sketched(
             return
         best_s = seconds
         yield seconds, other
+
+
+def may_fit(
+    solution: Solution, c: Configuration, program: Program, static_bytes: Sequence[int], caps_bytes: Sequence[int]
+) -> bool:
+    """Whether the same choices under one of those schedules may fit, for all that is known before they are rewritten.
+
+    static_bytes: what each stage of ``program`` holds during its whole step. Other parts are other stages', but all of
+    them together hold as much, and what they save.
+    """
+    if c.virtual_stages == 1:
+        return True
+    ends = [part.last for part in recut(solution.stages, c.pp * c.virtual_stages)]
+    return sum(static_bytes) + least_saved_bytes(program, ends) <= sum(caps_bytes)
 
 
 def windows(program: Program, pins: Parallelism, seconds: Callable[[Program], float]) -> Iterator[tuple[int, float]]:

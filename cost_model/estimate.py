@@ -30,16 +30,12 @@ class MemoryBreakdown:
 
     @property
     def total_bytes(self) -> int:
-        return (
-            self.parameters
-            + self.master
-            + self.gradients
-            + self.optimizer_state
-            + self.inputs
-            + self.saved
-            + self.transient
-            + self.rounding
-        )
+        return self.static_bytes + self.saved + self.transient + self.rounding
+
+    @property
+    def static_bytes(self) -> int:
+        """What is held during the whole step, unrounded."""
+        return self.parameters + self.master + self.gradients + self.optimizer_state + self.inputs
 
 
 @dataclass(frozen=True)

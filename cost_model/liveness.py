@@ -6,7 +6,7 @@ a block's caller owns (parameters, the batch, the flat gradient buffer) is no pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_model.errors import VerificationError
@@ -50,46 +50,48 @@ def block_peak(
     entry = dict(live_in or {})
     total = sum(map(round_bytes, entry.values()))
     peak, at = total, -1
-    for index, (born, workspace, dead) in enumerate(_lifetimes(block, entry, held)):
+    changes = []
+    for index, change in enumerate(_lifetimes(block, entry, held)):
+        born, dead = change
         total += sum(map(round_bytes, born.values()))
-        alive = total + round_bytes(workspace)
+        workspace = block.instructions[index].workspace_bytes
+        alive = total + round_bytes(workspace) if workspace else total
         if alive > peak:
             peak, at = alive, index
         total -= sum(map(round_bytes, dead.values()))
+        changes.append(change)
     workspace = block.instructions[at].workspace_bytes if at >= 0 else 0
-    return BlockPeak(at, _live_at(block, entry, held, at), workspace, peak)
+    return BlockPeak(at, _live_at(entry, changes, at), workspace, peak)
 
 
 _Sizes = dict[str, int]
+_NOTHING: _Sizes = {}
 
 
-def _lifetimes(block: Block, entry: _Sizes, held: Collection[str]) -> Iterator[tuple[_Sizes, int, _Sizes]]:
-    """Per instruction: storages it brings to life, its workspace bytes, storages that die after it."""
+def _lifetimes(block: Block, entry: _Sizes, held: Collection[str]) -> Iterator[tuple[_Sizes, _Sizes]]:
+    """Per instruction: storages it brings to life, and those that die after it."""
     live = dict(entry)
     callers = {value.storage for value in block.inputs} - live.keys()
     for instruction in block.instructions:
-        born = {
-            value.storage: value.storage_bytes
-            for value in instruction.outputs
-            if value.storage not in live and value.storage not in callers
-        }
+        born = _NOTHING
+        for value in instruction.outputs:
+            if value.storage not in live and value.storage not in callers:
+                born = {**born, value.storage: value.storage_bytes}
         live.update(born)
-        dead: _Sizes = {}
+        dead = _NOTHING
         for storage in instruction.frees:
             if storage in callers or storage in held:
                 continue
             if storage not in live:
                 raise VerificationError("liveness", f"{block.name}: {instruction.op} frees {storage!r}, not alive")
-            dead[storage] = live.pop(storage)
-        yield born, instruction.workspace_bytes, dead
+            dead = {**dead, storage: live.pop(storage)}
+        yield born, dead
 
 
-def _live_at(block: Block, entry: _Sizes, held: Collection[str], at: int) -> _Sizes:
+def _live_at(entry: _Sizes, changes: Sequence[tuple[_Sizes, _Sizes]], at: int) -> _Sizes:
     """Storages alive inside instruction ``at``, before it frees any."""
     live = dict(entry)
-    for index, (born, _, dead) in enumerate(_lifetimes(block, entry, held)):
-        if index > at:
-            break
+    for index, (born, dead) in enumerate(changes[: at + 1]):
         live.update(born)
         if index < at:
             for storage in dead:

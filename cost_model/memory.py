@@ -246,14 +246,15 @@ class _ChunkBlocks:
         backward_in = {**ends.carried, **ends.gradient_in}
         alone = {} if ends.sent_is_saved else ends.activation_out
         shared = ends.activation_out if ends.sent_is_saved else {}
+        backward, weight = peak(chunk.backward, backward_in), peak(chunk.weight, ends.kept)
         return _ChunkBlocks(
             carried=buffer(ends.carried),
             kept=buffer(ends.kept),
             forward=peak(chunk.forward, ends.activation_in),
-            backward=peak(chunk.backward, backward_in),
-            backward_while_sending=peak(chunk.backward, backward_in, shared),
-            weight=peak(chunk.weight, ends.kept),
-            weight_while_sending=peak(chunk.weight, ends.kept, shared),
+            backward=backward,
+            backward_while_sending=peak(chunk.backward, backward_in, shared) if shared else backward,
+            weight=weight,
+            weight_while_sending=peak(chunk.weight, ends.kept, shared) if shared else weight,
             shared_by=Weight if ends.sent_is_kept else Backward,
             activation_in=buffer(ends.activation_in if chunk.received else {}),
             gradient_in=buffer(ends.gradient_in if chunk.sent else {}),

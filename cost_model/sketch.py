@@ -1,6 +1,7 @@
 """Sketches: a program under another schedule, to be priced before it is rewritten.
 
-The same instructions in other blocks: what they take and what they send is said, what they hold in memory is not.
+The same instructions in other blocks: what they take and what they send is said; of what they hold in memory the least
+that all stages together do.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 from cost_model.priced import PricedCluster
 from cost_model.prices import price_stages
 from cost_model.program import Block, Chunk, Instruction, Program
-from cost_model.schedule import splits_backward
+from cost_model.schedule import Backward, Forward, Step, splits_backward, stage_schedule
 from cost_model.simulate import step_time_s
 
 
@@ -57,13 +58,52 @@ def with_virtual_stages(program: Program, ends: Sequence[int]) -> Program:
     return replace(program, schedule="interleaved", virtual_stages=len(parts) // program.pp, stages=stages)
 
 
-def _part(program: Program, first: int, last: int) -> Chunk:
-    """Instructions of segments [first, last); those of no segment go with the first one of their chunk."""
-    forward: list[Instruction] = []
-    backward: list[Instruction] = []
+def least_saved_bytes(program: Program, ends: Sequence[int]) -> int:
+    """What the stages of ``with_virtual_stages`` have saved when each has most, all together, but for what crosses a
+    cut: no more than they will."""
+    saved = [_saved_bytes(program, first, last) for first, last in zip((0, *ends), ends, strict=False)]
+    parts = len(ends) // program.pp
+    return sum(
+        _most_held(
+            saved[stage :: program.pp],
+            stage_schedule("interleaved", stage, program.pp, program.microbatches, parts),
+        )
+        for stage in range(program.pp)
+    )
+
+
+def _most_held(saved: Sequence[int], steps: Sequence[Step]) -> int:
+    """saved: bytes of one microbatch in each chunk of a stage."""
+    held = most = 0
+    for step in steps:
+        if isinstance(step, Forward):
+            held += saved[step.chunk]
+            most = max(most, held)
+        elif isinstance(step, Backward):
+            held -= saved[step.chunk]
+    return most
+
+
+def _saved_bytes(program: Program, first: int, last: int) -> int:
+    """Of one microbatch, what instructions of segments [first, last) save."""
+    total = 0
     for chunk in program.chain:
-        if chunk.segments[0] < last and first <= chunk.segments[-1]:
-            for made, block in ((forward, chunk.forward), (backward, chunk.backward)):
-                made += [i for i in block.instructions if first <= max(i.segment, chunk.segments[0]) < last]
+        saved = set(chunk.saved)
+        values = [value for i in _lines(chunk, chunk.forward, first, last) for value in i.outputs]
+        total += sum({v.storage: v.storage_bytes for v in values if v.storage in saved}.values())
+    return total
+
+
+def _part(program: Program, first: int, last: int) -> Chunk:
+    forward = [i for chunk in program.chain for i in _lines(chunk, chunk.forward, first, last)]
+    backward = [i for chunk in program.chain for i in _lines(chunk, chunk.backward, first, last)]
     blocks = (Block("forward", (), tuple(forward), ()), Block("backward", (), tuple(backward), ()))
     return Chunk(tuple(range(first, last)), *blocks, (), None, None)
+
+
+def _lines(chunk: Chunk, block: Block, first: int, last: int) -> list[Instruction]:
+    """Those of segments [first, last) in a block of the chunk; those of no segment are of the chunk's first one."""
+    begin, end = chunk.segments[0], chunk.segments[-1]
+    if begin >= last or first > end:
+        return []
+    return [i for i in block.instructions if first <= max(i.segment, begin) < last]

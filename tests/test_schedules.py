@@ -10,7 +10,7 @@ from parity import ADAMW, cpu_cluster
 from autopar.options import Options
 from autopar.planning import Job, Planned
 from autopar.planner.search import Solution
-from autopar.schedules import WORTH, faster_schedules
+from autopar.schedules import WORTH, faster_schedules, may_fit
 from cost_model.parallelism import Parallelism
 
 
@@ -57,3 +57,19 @@ def test_other_schedules_of_a_plan_with_a_window_have_none() -> None:
     assert "zero_bubble" in {c.schedule for c in schedules}
     for c in schedules:
         assert job.plan(replace(found, configuration=c)).schedule == c.schedule
+
+
+def test_virtual_stages_hold_no_less_than_is_known_before_they_are_made() -> None:
+    """Together: the schedule is not looked at further where that is more than there is."""
+    model, batch = example_gpt(n_layer=4)
+    pins = Parallelism(dp=1, tp=1, pp=2, microbatch_size=1, schedule="1f1b", window=1)
+    job = Job.of(model, cpu_cluster(2), batch, Options.of(None, ADAMW, pins, None, None, None))
+    solution = job.solve()
+    plain = job.plan(solution)
+    program, static = job.program(plain), job.static_bytes(plain)
+    c = replace(solution.configuration, schedule="interleaved", virtual_stages=2)
+    peaks = job.peaks(job.plan(replace(solution, configuration=c)))
+    assert may_fit(solution, c, program, static, peaks)
+    saved = sum(peaks) - sum(static)
+    assert not may_fit(solution, c, program, static, [sum(static) + saved // 2, 0])
+    assert may_fit(solution, replace(c, virtual_stages=1, schedule="zero_bubble"), program, static, [0, 0])
