@@ -119,6 +119,41 @@ def test_folding_does_not_change_a_range() -> None:
         assert one.assignments(one.column(edge, 1)) == other.assignments(other.column(edge, 1))
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), edge_seed=st.integers(0, 10**6))
+def test_what_was_left_out_is_priced_like_the_rest_once_it_is_required(seed: int, edge_seed: int) -> None:
+    """Prices that came meanwhile included, before and behind those that were known."""
+    chain = random_chain(seed)
+    whole, narrow = table_of(chain), table_of(chain)
+    rng = np.random.default_rng(edge_seed)
+    kept = rng.choice(len(whole.edges.first), 2, replace=False)
+    narrow.narrow(kept)
+    for table in (whole, narrow):
+        table.add([Price(5, 5)], first=True)
+        table.add([Price(2, 1, 0.5, 0.25)])
+    np.testing.assert_array_equal(narrow.edge_totals(kept), whole.edge_totals(kept))
+    with pytest.raises(AssertionError, match="narrowed"):
+        narrow.edge_cost()
+    narrow.require(narrow.edges.cls)
+    np.testing.assert_array_equal(narrow.edge_totals(), whole.edge_totals())
+    np.testing.assert_array_equal(narrow.edge_cost(), whole.edge_cost())
+    edge = int(rng.integers(len(whole.edges.first)))
+    assert narrow.assignments(narrow.column(edge, 0)) == whole.assignments(whole.column(edge, 0))
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3])
+def test_edges_are_of_ranges_that_some_stage_may_be(pp: int) -> None:
+    chain = random_chain(5)
+    count = len(chain)
+    cuts = itertools.combinations(range(1, count), pp - 1)
+    ranges = {pair for cut in cuts for pair in itertools.pairwise((0, *cut, count))}
+    edges = RangeTable(chain, [Segment(graph) for graph in chain.kinds], pp).edges
+    found = set(zip(edges.first.tolist(), edges.last.tolist(), strict=True))
+    assert found == ranges if pp < 3 else found >= ranges
+    short = RangeTable(chain, [Segment(graph) for graph in chain.kinds], None, 2).edges
+    assert set((short.last - short.first).tolist()) == {1, 2}
+
+
 def test_a_chain_of_equal_blocks_has_one_class_per_length() -> None:
     assert fold((0,) * 50).classes == 50
     assert fold((0, 1, 1, 1, 2)).classes == 3 + 3 + 3 + 2 + 1

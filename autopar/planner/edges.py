@@ -51,18 +51,18 @@ class Edges:
 def edges_of(chain: Chain, pp: int | None = None, longest: int | None = None) -> Edges:
     """The edges of a chain, sorted by first, last, entry, exit. pp: ranges that none of so many stages can be are left
     out; longest: and those of more segments."""
-    count = len(chain)
-    sizes = [len(chain.boundary_labels(position)) for position in range(count + 1)]
-    width = max(sizes)
-    cuts = np.full((count, width), np.inf)
-    for position in range(count):
-        for label, text in enumerate(chain.boundary_labels(position)):
-            cuts[position, label] = chain.cut_s(position, text) if position else 0.0
-    assert (cuts >= 0).all()
-    reserve = np.array([chain.reserve_bytes(*r) for r in fold(chain.sequence).examples], dtype=np.float64)
-    index = _index(tuple(sizes), chain.sequence, min(pp or MANY, MANY), longest or count)
+    labels = tuple(chain.boundary_labels(position) for position in range(len(chain) + 1))
+    index = _index(tuple(map(len, labels)), chain.sequence, min(pp or MANY, MANY), longest or len(chain))
     first, last, entry, exit, cls, source, target = index
-    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve[cls], width)
+    cuts = np.full((len(chain), max(map(len, labels))), np.inf)
+    for position in np.flatnonzero(np.bincount(first)).tolist():
+        costs = [chain.cut_s(position, label) if position else 0.0 for label in labels[position]]
+        cuts[position, : len(costs)] = costs
+    assert (cuts >= 0).all()
+    reserve = np.zeros(int(cls.max()) + 1)
+    for number in np.flatnonzero(np.bincount(cls)).tolist():
+        reserve[number] = chain.reserve_bytes(*fold(chain.sequence).examples[number])
+    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve[cls], cuts.shape[1])
 
 
 @functools.lru_cache(maxsize=64)

@@ -110,7 +110,7 @@ class _Search:
         self.units: list[Unit] = []
         self.queue: list[tuple[float, tuple[int, ...], Unit | Waiting | Relaxed]] = []
         self.hopeless: list[tuple[int, tuple[int, ...], Relaxed]] = []
-        self.solved, self.floor_s = 0, 0.0
+        self.solved, self.floor_s, self.left_out_s = 0, 0.0, math.inf
         self.hints_s: list[float] = []
         self.shortages: list[tuple[int, tuple[int, ...], Infeasible]] = []
 
@@ -182,6 +182,7 @@ class _Search:
         chain = self.space.chain(c.dp, c.tp, c.microbatch_size)
         assert chain is not None, c
         if self.fastest_only and self._is_large(c, chain):
+            self.left_out_s = min(self.left_out_s, waiting.bound_s)
             return
         bound_s = quick_bound_s(chain, self._segments(chain), c.objective)
         if math.isfinite(bound_s):
@@ -439,7 +440,7 @@ class _Search:
         assert unit.solution is not None
         found = unit.solution
         waiting = (other.bound_s for _, _, other in self.queue)
-        bound_s = min(found.objective_s, *(other.bound_s for other in self.units), *waiting)
+        bound_s = min(found.objective_s, self.left_out_s, *(other.bound_s for other in self.units), *waiting)
         gap = _gap(found.objective_s, bound_s)
         return replace(found, bound_s=bound_s, gap=gap, notes=(*found.notes, *notes))
 
