@@ -33,8 +33,8 @@ class Device:
 class Cluster:
     """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
 
-    delay_s: of an empty message, delays_s: from and to devices where it differs. handled_s: of sending one and receiving one. behind: the part of a collective that
-    remains behind compute.
+    delay_s: of an empty message, delays_s: from and to devices where it differs. handled_s: of sending one and
+    receiving one. behind: the part of a collective that remains behind compute.
     """
 
     devices: tuple[Device, ...]

@@ -8,8 +8,8 @@ from models import example_gpt
 from parity import ADAMW, cpu_cluster
 
 from autopar.options import Options
-from autopar.planning import Job, Planned
 from autopar.planner.search import Solution
+from autopar.planning import Job, Planned
 from autopar.schedules import WORTH, faster_schedules, may_fit
 from cost_model.parallelism import Parallelism
 
