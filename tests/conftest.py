@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: processes of tests run beside each other
 TESTS_BETWEEN_COLLECTIONS = 100
 _finished = itertools.count(1)
 

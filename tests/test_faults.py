@@ -177,6 +177,7 @@ def test_a_script_that_never_closes_leaves_nothing(tmp_path: Path, mode: str, co
     assert all_gone(ranks)
 
 
+@pytest.mark.slow  # tests/test_pool.py kills and interrupts scripts whose ranks hang in a collective
 def test_a_killed_script_takes_its_ranks_along(tmp_path: Path) -> None:
     with run_script(tmp_path, "steps") as script:
         ranks = after_the_first_step(script)
@@ -185,6 +186,7 @@ def test_a_killed_script_takes_its_ranks_along(tmp_path: Path) -> None:
         assert all_gone(ranks)
 
 
+@pytest.mark.slow
 def test_control_c_during_a_step_leaves_nothing(tmp_path: Path) -> None:
     with run_script(tmp_path, "steps") as script:
         ranks = after_the_first_step(script)

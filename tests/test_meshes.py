@@ -176,6 +176,7 @@ def test_two_shards_feed_four_on_real_ranks() -> None:
     check_parity(model, batch, 6, 1e-9, dp=1, tp=(2, 4), microbatch_size=2, schedule="1f1b")
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_real_ranks(tmp_path: Path) -> None:
     """3 ranks, 1 that feeds 2: a norm over all, a checkpoint into another plan, and evaluation."""
     model, batch = example_gpt(torch.float64, tied=True)

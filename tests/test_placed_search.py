@@ -132,12 +132,12 @@ print("\\n".join(plans_of_drawn_networks()))
 
 
 def plans_of_drawn_networks() -> list[str]:
-    """Plan files for a few networks of several kinds of devices."""
+    """Plan files for a network of several kinds of devices, and for one of one kind."""
     from unseen_networks import drawn
 
     jobs = [
         job_of(drawn(seed, 12, mixed=mixed), 256, 8, recompute=None, zero=None)  # type: ignore[arg-type]
-        for seed, mixed in ((1, True), (2, False), (3, True))
+        for seed, mixed in ((1, True), (5, False))
     ]
     return [job.decide(0.0).plan.to_json() for job in jobs]
 
