@@ -39,6 +39,9 @@ class _Fast:
     def call_overhead_s(self, cost: OpCost, /) -> float:
         return self.device.call_overhead_s(cost) / FACTOR
 
+    def step_s(self, tensors: int, /) -> float:
+        return self.device.step_s(tensors) / FACTOR
+
 
 @dataclass(frozen=True)
 class _Hastened:

@@ -28,7 +28,7 @@ from autopar.calibrate_cold import COLD_PRODUCTS, products_size
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_rate import usual_seconds
-from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Cold, Probe, message_ranks
+from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Cold, Probe, Steps, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import BEHIND, TRANSFER, Cluster, cluster_names
 from cost_model.device import BLAS, Device, device_names
@@ -44,7 +44,7 @@ _PASSES = 6
 _OP_BUDGET_S = 0.003
 _PRODUCT_BUDGET_S = 0.1
 _COLD_BUDGET_S = 0.04
-_CLEARLY = 0.8  # of the time that torch's own way takes
+_CLEARLY = 0.92  # of the time that torch's own way takes
 _MESSAGE_BUDGET_S = 0.008
 _MOST_REPEATS = 3  # of a pass: what differs is the passes
 _OS_SHARE = 0.05  # of memory, left to the system and its file cache
@@ -195,7 +195,7 @@ def _awaited(path: Path) -> Cluster:
 def measure(num_ranks: int, note: str = "") -> str:
     """Measure this machine with so many ranks at once and return the text of its cluster file."""
     description = f"{cpu_model()}, {num_ranks} rank(s) at once, one thread each, torch {torch.__version__}"
-    steps = (len(all_probes(BLAS)) + len(COLD_PRODUCTS) + len(_messages(num_ranks))) * _PASSES
+    steps = (len(all_probes(BLAS)) + len(COLD_PRODUCTS) + 1 + len(_messages(num_ranks))) * _PASSES
     with (
         _progress(f"measuring this machine with {num_ranks} rank(s)", steps, note) as step,
         WorkerPool(num_ranks, target="autopar.calibrate_worker:Calibrator") as pool,
@@ -203,10 +203,10 @@ def measure(num_ranks: int, note: str = "") -> str:
         pool.call("__init__", None)
         resident = max(pool.call("resident_bytes", None))
         library = _fastest_products(pool)
-        times, cold, messages = _measured(pool, num_ranks, library, step)
+        times, messages, beside = _measured(pool, num_ranks, library, step)
     memory_bytes = usable_memory_bytes() // num_ranks
     reserve_bytes = min(resident + round(_OS_SHARE * memory_bytes), memory_bytes - 1)
-    machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library, cold)
+    machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library, *beside)
     dtypes = {time.row.removeprefix("dtype:"): time.seconds for time in times if time.row.startswith("dtype:")}
     return render_cluster(machine, times, dtypes, messages)
 
@@ -221,13 +221,14 @@ def _fastest_products(pool: WorkerPool) -> str:
 
 def _measured(
     pool: WorkerPool, num_ranks: int, library: str, step: Step
-) -> tuple[list[OpTime], list[Cold], list[MessageTime]]:
+) -> tuple[list[OpTime], list[MessageTime], tuple[list[Cold], Steps]]:
     """Ops and messages in turn, so that the passes of both span the whole time: a processor that is faster for half a
     minute, as shared ones are, then counts less."""
     probes = all_probes(library)
     ops: list[list[tuple[OpCost, list[float]]]] = [[] for _ in probes]
     cold: dict[tuple[int, int], list[Cold]] = {}
     messages: dict[tuple[str, int, int], list[float]] = {}
+    whole: list[Steps] = []
     for _ in range(_PASSES):
         for index, probe in enumerate(probes):
             step(probe.label)
@@ -235,11 +236,19 @@ def _measured(
         for products in COLD_PRODUCTS:
             step("calls behind {1} product(s) of {0}".format(*products))
             cold.setdefault(products, []).append(_cold_seconds(pool, products, library))
+        step("steps of nothing")
+        whole.append(_step_seconds(pool, library))
         for key, seconds in _message_seconds(pool, num_ranks, step):
             messages.setdefault(key, []).append(seconds)
     crowding = max(1.0, num_ranks / usable_cores())
-    times = _op_times(probes, ops, crowding)
-    return times, _cold_calls(cold), _message_times(messages)
+    any_s, each_s = map(statistics.median, zip(*whole, strict=True))
+    return _op_times(probes, ops, crowding), _message_times(messages), (_cold_calls(cold), (any_s, each_s))
+
+
+def _step_seconds(pool: WorkerPool, library: str) -> Steps:
+    """Of one pass, on the slowest rank."""
+    any_s, each_s = map(max, zip(*pool.call("measure_step", library), strict=True))
+    return any_s, each_s
 
 
 def _cold_seconds(pool: WorkerPool, products: tuple[int, int], library: str) -> Cold:

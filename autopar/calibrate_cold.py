@@ -18,7 +18,7 @@ from cost_model.device import BLAS
 
 aten = torch.ops.aten
 
-COLD_PRODUCTS = ((256, 1), (512, 1), (512, 2), (512, 4), (512, 8))
+COLD_PRODUCTS = ((256, 1), (384, 1), (512, 1), (512, 2), (512, 4))
 """What stands between calls: (extent, number) of square products."""
 COLD_KINDS = ("elementwise", "transcendental", "softmax", "norm", "reduction", "copy")
 """Of the ops that are called: one of each."""
@@ -39,8 +39,8 @@ def cold_s(library: str, products: tuple[int, int], budget_s: float) -> Cold:
 
     Views and ops stand in turn, as in programs: what one brings back into the caches, the next finds there.
     """
-    calls = [*itertools.chain(*zip(_views(), _ops(), strict=True)), _products(library, _SMALL, 1)]
-    between = _products(library, *products)
+    calls = [*itertools.chain(*zip(_views(), _ops(), strict=True)), some_products(library, _SMALL, 1)]
+    between = some_products(library, *products)
     alone, (between_s, *behind) = _seconds(calls, budget_s), _seconds([between, *calls], budget_s)
     longer = [max(0.0, cold - warm) for cold, warm in zip(behind, alone, strict=True)]
     *others, product_s = longer
@@ -80,7 +80,7 @@ def _views() -> list[Call]:
     return [functools.partial(op, *args) for op, *args in calls]
 
 
-def _products(library: str, extent: int, number: int) -> Call:
+def some_products(library: str, extent: int, number: int) -> Call:
     """On other operands each time, as layers have weights of their own."""
 
     def call() -> None:

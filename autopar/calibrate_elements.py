@@ -146,8 +146,14 @@ def _single_elements() -> list[Tensor]:
     return [torch.randint(extent, (_TALL * _NARROW,)) for extent in (_TALL, _NARROW)]
 
 
-def _square_index() -> Tensor:
-    return torch.randint(_SQUARE, (_SQUARE, _SQUARE))
+def _rows() -> Tensor:
+    """Of two samples, as those of tokens or nodes."""
+    return drawn(2, _SQUARE // 2, _SQUARE)
+
+
+def _places() -> Tensor:
+    """Which row each row goes to, or comes from."""
+    return torch.randint(_SQUARE // 2, (2, _SQUARE // 2, 1)).expand(-1, -1, _SQUARE)
 
 
 def _layer_norm_backward() -> Made:
@@ -163,14 +169,10 @@ _NARROWS: tuple[tuple[str, Callable[[], Made]], ...] = (
         "index put",
         lambda: (aten.index_put.default, (_tall(), _single_elements(), drawn(_TALL * _NARROW), True), {}),
     ),
-    ("gather", lambda: (aten.gather.default, (drawn(_SQUARE, _SQUARE), 0, _square_index()), {})),
+    ("gather", lambda: (aten.gather.default, (_rows(), 1, _places()), {})),
     (
         "scatter add",
-        lambda: (
-            aten.scatter_add.default,
-            (drawn(_SQUARE, _SQUARE), 0, _square_index(), drawn(_SQUARE, _SQUARE)),
-            {},
-        ),
+        lambda: (aten.scatter_add.default, (_rows(), 1, _places(), _rows()), {}),
     ),
     ("softmax", lambda: (aten._softmax.default, (_tall(), -1, False), {})),
     ("log softmax", lambda: (aten._log_softmax.default, (_tall(), -1, False), {})),

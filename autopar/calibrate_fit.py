@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.calibrate_cold import COLD_KINDS
-from autopar.calibrate_worker import ALONE, NARROW, Cold
+from autopar.calibrate_worker import ALONE, NARROW, Cold, Steps
 from cost_model.device import GEMM_KINDS, STREAM_KINDS
 from cost_model.device_rows import GemmRow, StreamRow
 from cost_model.hardware_file import SCHEMA
@@ -51,7 +51,8 @@ class MessageTime:
 @dataclass(frozen=True)
 class Machine:
     """What was measured where. memory_bytes: of one rank; reserve_bytes: taken by its interpreter and libraries;
-    products: what multiplies matrices of float32; cold: what calls take longer behind others."""
+    products: what multiplies matrices of float32; cold: what calls take longer behind others;
+    steps: what steps take beside ops and messages."""
 
     description: str
     num_ranks: int
@@ -59,6 +60,7 @@ class Machine:
     reserve_bytes: int
     products: str
     cold: Sequence[Cold] = ()
+    steps: Steps | None = None
 
 
 def fit_gemm(times: Sequence[OpTime]) -> tuple[float, GemmRow]:
@@ -185,8 +187,14 @@ def _device_head(machine: Machine, peak: float, dtypes: Mapping[str, float], kin
         f"[device.memory]\ncapacity = {machine.memory_bytes}\nreserve = {machine.reserve_bytes}\n"
         f'bandwidth = {plain.points[-1][1]:.6g}\nsource = "measured"\n\n'
         f'[device.peak]\n{peaks}\nsource = "measured"\n\n'
-        f'[device.overhead]\nop = {plain.overhead_s:.6g}\n{_cold_lines(machine.cold, own_s)}source = "measured"\n'
+        f"[device.overhead]\nop = {plain.overhead_s:.6g}\n{_step_lines(machine.steps)}"
+        f'{_cold_lines(machine.cold, own_s)}source = "measured"\n'
     )
+
+
+def _step_lines(steps: Steps | None) -> str:
+    """Where it was measured."""
+    return "" if steps is None else "step = {:.6g}\nupdate = {:.6g}\n".format(*(max(s, _LEAST_S) for s in steps))
 
 
 def _cold_lines(cold: Sequence[Cold], overhead_s: float) -> str:

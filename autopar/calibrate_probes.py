@@ -19,8 +19,8 @@ from autopar.calibrate_streams import narrow_probes, stream_probes
 from autopar.calibrate_worker import Probe
 from autopar.runtime import kernels
 from cost_model.device import ONEDNN
+from cost_model.device_rows import QUICK_FLOPS
 from passes import vocabulary
-from passes.multiply import LEAST_FLOPS
 
 aten = torch.ops.aten
 
@@ -53,7 +53,8 @@ def reference_product(library: str) -> Probe:
 
 
 def _products(library: str) -> Iterator[Probe]:
-    """Linear layers forward (with and without bias), and the products of their backward."""
+    """Linear layers forward (with and without bias), and the products of their backward; small ones, as recurrent
+    layers and heads have."""
     yield _product(library, "forward", _TINY, _TINY, _TINY)
     for tokens, width, wide in _LINEARS:
         for rows, columns in dict.fromkeys(((wide, width), (width, wide))):
@@ -61,8 +62,12 @@ def _products(library: str) -> Iterator[Probe]:
             yield _product(library, "input gradient", tokens, rows, columns)
             yield _product(library, "weight gradient", rows, columns, tokens)
         yield _product(library, "biased", tokens, wide, width)
+    for m, n, k in _SMALL:
+        yield _product(library, "forward", m, n, k)
+        yield _product(library, "weight gradient", k, n, m)
 
 
+_SMALL = ((16, 512, 128), (256, 64, 16), (512, 16, 64))
 _LINEARS = (
     (128, 128, 128),
     (256, 512, 2048),
@@ -80,7 +85,7 @@ _LINEARS = (
 
 
 def _product(library: str, role: str, m: int, n: int, k: int) -> Probe:
-    is_quick = library == ONEDNN and 2 * m * n * k >= LEAST_FLOPS
+    is_quick = library == ONEDNN and 2 * m * n * k >= QUICK_FLOPS
 
     def make() -> Made:
         left = drawn(k, m).t() if role == "weight gradient" and not is_quick else drawn(m, k)
@@ -92,7 +97,8 @@ def _product(library: str, role: str, m: int, n: int, k: int) -> Probe:
             return aten.addmm.default, (bias, left, right), {}
         return aten.mm.default, (left, right), {}
 
-    return Probe("matmul", f"product {m} x {n} x {k}, {role}", make)
+    row = "matmul" if is_quick or library != ONEDNN else "batched_matmul"  # by the library that multiplies batches
+    return Probe(row, f"product {m} x {n} x {k}, {role}", make)
 
 
 def _batched_products() -> Iterator[Probe]:

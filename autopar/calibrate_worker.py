@@ -27,12 +27,15 @@ from autopar.runtime.exchange import End, Exchange, exchange_of
 from autopar.runtime.transfers import Transfers, connect_stages
 from cost_model.cluster import BEHIND, TRANSFER
 from cost_model.device import BLAS, PRODUCT_LIBRARIES, STREAM_KINDS
+from cost_model.device_rows import is_small_product
 from cost_model.ops import OpCall, Ref, price_of
 from cost_model.prices import BEHIND_KINDS
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
 Call: TypeAlias = Callable[[], object]
+Steps: TypeAlias = tuple[float, float]
+"""(seconds of any step, of each tensor that it updates besides)."""
 Cold: TypeAlias = tuple[float, float, float, float]
 """(seconds since the last call, by which an op takes longer, by which a view does, a product)."""
 COLD_BYTES = 64 * 2**20
@@ -51,6 +54,7 @@ _WARM_UP_S = 0.002
 _BATCH_S = 1e-4  # calls are timed in batches of at least so long: reading the clock takes most of a microsecond
 _MIN_SAMPLES = 3
 _MESSAGE_ROUNDS = 2
+_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,10 @@ class Calibrator:
         """CPU seconds of one call of probe ``index`` of a library, all ranks at once, sampled for ``budget_s``; and its
         cost.
 
-        Operands are in memory, as parameters and saved activations are. Ops that are bound by moving them take the
-        geometric mean of that and of operands in cache, since in a program the last ops' results still are; but not
-        updates, which find parameters and state as the step before left them.
+        Operands are in memory, as parameters and saved activations are. Ops that are bound by moving them, and small
+        products, take the geometric mean of that and of operands in cache, since in a program the last ops' results
+        still are, as are the weights of recurrent layers; but not updates, which find parameters and state as the step
+        before left them.
         """
         from autopar.calibrate_probes import all_probes
 
@@ -133,7 +138,7 @@ class Calibrator:
         calls += [probe.call() for _ in range(_copies(_held_bytes(calls[0])) - 1)]
         dist.barrier()
         seconds = cpu_seconds(calls, (1 - _HOT_SHARE) * budget_s)
-        if probe.row in (*STREAM_KINDS, ALONE, NARROW) and probe.row != "optimizer" and len(calls) > 1:
+        if _finds_some_in_cache(probe.row, cost) and len(calls) > 1:
             seconds = math.sqrt(seconds * cpu_seconds(calls[:1], _HOT_SHARE * budget_s))
         return {"seconds": seconds, **dataclasses.asdict(cost)}
 
@@ -144,13 +149,27 @@ class Calibrator:
         dist.barrier()
         return cold_s(payload["library"], payload["products"], payload["budget_s"])
 
+    def measure_step(self, library: str) -> Steps:
+        """CPU seconds of a step beside its ops and messages."""
+        from autopar.calibrate_step import step_s
+
+        dist.barrier()
+        return step_s(library)
+
     def product_s(self, budget_s: float) -> dict[str, float]:
-        """CPU seconds of one product by each library that this build of torch has, all ranks at once."""
+        """CPU seconds of one product by each library that this build of torch has, all ranks at once: the least of
+        several in turn, since others disturb now one and now another."""
         from autopar.calibrate_probes import reference_product
 
-        libraries = PRODUCT_LIBRARIES if kernels.HAS_ONEDNN else (BLAS,)
-        dist.barrier()
-        return {library: cpu_seconds([reference_product(library).call()], budget_s) for library in libraries}
+        calls = {
+            name: reference_product(name).call() for name in PRODUCT_LIBRARIES if name == BLAS or kernels.HAS_ONEDNN
+        }
+        found = dict.fromkeys(calls, math.inf)
+        for _ in range(_TURNS):
+            dist.barrier()
+            for name, call in calls.items():
+                found[name] = min(found[name], cpu_seconds([call], budget_s / _TURNS))
+        return found
 
     def measure_message(self, payload: Mapping[str, Any]) -> float:
         """Wall seconds of one collective or transfer of ``nbytes`` in groups of ``ranks``, all groups at once; of a
@@ -205,6 +224,10 @@ def cpu_seconds(calls: list[Call], budget_s: float) -> float:
             kept.append(call())
         samples.append((time.thread_time() - start) / repeat)
     return statistics.median(samples)
+
+
+def _finds_some_in_cache(row: str, cost: OpCost) -> bool:
+    return row != "optimizer" and (row in (*STREAM_KINDS, ALONE, NARROW) or is_small_product(cost))
 
 
 def _held_bytes(call: functools.partial[Any]) -> int:

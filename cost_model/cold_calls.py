@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from cost_model.program import Block, OpCost
+from cost_model.device_rows import is_small_product
+from cost_model.program import Block, Instruction, OpCost
 
 Points = tuple[tuple[float, float], ...]
 
@@ -25,7 +26,7 @@ class ColdCalls:
 
     op, view, product: (seconds since that call, seconds longer), the first growing; straight between points in the
     logarithm of the first, nothing below the first point, and no more than at the last. product: of ops that are priced
-    by their arithmetic. overhead_s: of the calls that ``op`` was measured with.
+    by their arithmetic, but for small products. overhead_s: of the calls that ``op`` was measured with.
 
     An op whose overhead is another brings back as much code as the square root of it says: one that calls many others
     runs most of that code for each. Measured behind two products of 512 on two cores of an EPYC 9004 that others
@@ -47,7 +48,7 @@ class ColdCalls:
         """Of one call, so long after the last of its op; no cost: of a view. overhead_s: of the op."""
         if cost is None:
             return _at(self.view, since_s)
-        if cost.gemm is not None:
+        if cost.gemm is not None and not is_small_product(cost):
             return _at(self.product, since_s)
         return _at(self.op, since_s) * math.sqrt(overhead_s / self.overhead_s)
 
@@ -98,9 +99,15 @@ def _longer_s(device: Cooled, since_s: float, cost: OpCost | None) -> float:
     return device.cold_calls.longer_s(since_s, cost, 0.0 if cost is None else device.call_overhead_s(cost))
 
 
+def _code(instruction: Instruction) -> str:
+    """What an instruction runs: its op, of which all small products share what multiplies."""
+    cost = instruction.cost
+    return "product" if cost is not None and is_small_product(cost) else instruction.op
+
+
 def _since_last(blocks: Sequence[Block], spent_s: Sequence[Sequence[float]], between_s: float) -> Iterator[float]:
     """For each instruction, seconds since its op ran last."""
-    ops = [instruction.op for block in blocks for instruction in block.instructions]
+    ops = [_code(instruction) for block in blocks for instruction in block.instructions]
     taken = list(itertools.chain(*spent_s))
     ends = list(itertools.accumulate(taken))
     round_s = between_s + (ends[-1] if ends else 0.0)

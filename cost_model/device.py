@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from cost_model.cold_calls import ColdCalls
-from cost_model.device_rows import ATTENTION_PRODUCTS, GemmRow, Row, StreamRow, Tiling
+from cost_model.device_rows import ATTENTION_PRODUCTS, GemmRow, Row, StreamRow, Tiling, is_small_product
 from cost_model.errors import UnknownNameError, UnsupportedError
 from cost_model.hardware_file import Table, read_shipped, shipped_names
 from cost_model.program import OpCost
@@ -39,6 +39,7 @@ STREAM_KINDS = (
 )
 KINDS = GEMM_KINDS + STREAM_KINDS
 DEVICE_KINDS = ("cuda", "cpu")
+_STEP = ("step", "update")
 _COLD = ("cold_op", "cold_view", "cold_product", "cold_overhead")
 BLAS, ONEDNN = PRODUCT_LIBRARIES = ("blas", "onednn")
 
@@ -51,9 +52,12 @@ class Device:
     takes (context, communication library, interpreter). peak_flops: by dtype; a dtype that is missing is one the
     device cannot compute in. op_overhead_s: the least time between the starts of two small ops; kernel_overhead_s: of
     two kernels that a compiler made. cold_calls: what a call takes longer whose code has left the caches, if measured.
+    step_overhead_s, update_overhead_s: of a step beside blocks, messages and the optimizer's kernels, and of each
+    tensor that it updates, as far as measured.
     rows: one per kind of ``KINDS``. ops: rows of single ops that were measured, by name in the op table; they come
     before that of their kind. products: of ``PRODUCT_LIBRARIES``, what multiplies matrices of float32 on a CPU: what
-    torch itself calls, or oneDNN, which uses AVX-512 also where that does not. reported_as: names under which
+    torch itself calls, or oneDNN, which uses AVX-512 also where that does not; small ones go to the former even so, as
+    batches do, and by its row. reported_as: names under which
     torch.cuda reports it. sources: by table. path: of the file.
     """
 
@@ -68,6 +72,8 @@ class Device:
     rows: Mapping[str, Row] = field(hash=False)
     ops: Mapping[str, StreamRow] = field(default_factory=dict, hash=False)
     products: str = BLAS
+    step_overhead_s: float = 0.0
+    update_overhead_s: float = 0.0
     cold_calls: ColdCalls | None = None
     reported_as: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
@@ -99,11 +105,17 @@ class Device:
         """The part of that which a call takes whatever its tensors' size. Errors: UnknownNameError (kind)."""
         return self.kernel_overhead_s if cost.parts else self._row(cost).overhead_s
 
+    def step_s(self, tensors: int) -> float:
+        """Seconds of a step that updates so many tensors, beside its ops and messages."""
+        return self.step_overhead_s + tensors * self.update_overhead_s
+
     def _row(self, cost: OpCost) -> Row:
         """Of its op, or of its kind."""
         row = self.rows.get(cost.kind)
         if row is None:
             raise UnknownNameError("op kind", cost.kind, self.rows)
+        if self.products == ONEDNN and is_small_product(cost):
+            row = self.rows["batched_matmul"]
         return self.ops.get(cost.op, row) if cost.op else row
 
     def _kernel_s(self, cost: OpCost) -> float:
@@ -177,7 +189,7 @@ def device_from_table(table: Table) -> Device:
         table.fail("products", f"must be one of {', '.join(PRODUCT_LIBRARIES)}, not {products!r}")
     sources = {"device": table.text("source")}
     memory = _sourced(table, "memory", ("capacity", "reserve", "bandwidth"), sources)
-    overhead = _sourced(table, "overhead", ("op", "kernel", *_COLD), sources)
+    overhead = _sourced(table, "overhead", ("op", "kernel", *_STEP, *_COLD), sources)
     peak = _sourced(table, "peak", DTYPE_BYTES, sources)
     bandwidth, op_overhead_s = memory.bandwidth("bandwidth"), overhead.seconds("op")
     if memory.nbytes("reserve") >= memory.nbytes("capacity"):
@@ -194,6 +206,8 @@ def device_from_table(table: Table) -> Device:
         rows=_rows(table.table("cost"), bandwidth, op_overhead_s, sources),
         ops=_ops(table.table("op"), bandwidth, op_overhead_s, sources) if table.has("op") else {},
         products=products,
+        step_overhead_s=overhead.seconds("step") if overhead.has("step") else 0.0,
+        update_overhead_s=overhead.seconds("update") if overhead.has("update") else 0.0,
         cold_calls=_cold_calls(overhead),
         reported_as=table.texts("reported_as") if table.has("reported_as") else (),
         sources=sources,

@@ -12,6 +12,14 @@ from cost_model.program import OpCost
 # Products of size batch x T x S x D inside attention: q k' and p v forward; p, dv, dp, dq, dk backward.
 ATTENTION_PRODUCTS = {"attention": 2, "attention_backward": 5}
 
+QUICK_FLOPS = 2**22
+"""Of a product that gains by oneDNN: its calls take 10 microseconds where those of MKL take 2; at half, both tie."""
+
+
+def is_small_product(cost: OpCost) -> bool:
+    """Of float32, and below ``QUICK_FLOPS``."""
+    return cost.kind == "matmul" and cost.gemm is not None and cost.dtype == "float32" and cost.flops < QUICK_FLOPS
+
 
 @dataclass(frozen=True)
 class Tiling:

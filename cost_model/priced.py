@@ -25,6 +25,8 @@ class PricedDevice(Protocol):
 
     def call_overhead_s(self, cost: OpCost, /) -> float: ...
 
+    def step_s(self, tensors: int, /) -> float: ...
+
 
 class PricedCluster(Protocol):
     """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``.

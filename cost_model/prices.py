@@ -159,10 +159,10 @@ class _Pricer:
         )
 
     def _optimizer(self, stage: int, dps: Sequence[int]) -> dict[str, float]:
-        """The update, by kind."""
-        found: defaultdict[str, float] = defaultdict(float)
-        op_s = self._op_price(stage, dps)
-        for cost in self.program.stages[stage].step.optimizer_costs:
+        """The update by kind, with what a step takes beside it and its blocks."""
+        own, devices, op_s = self.program.stages[stage], self._devices(stage, dps), self._op_price(stage, dps)
+        found = defaultdict(float, {"optimizer": max(d.step_s(own.updated_tensors) for d in devices)})
+        for cost in own.step.optimizer_costs:
             found[cost.kind] += op_s(cost)
         return dict(found)
 

@@ -185,6 +185,14 @@ class StageProgram:
     step: StepWork
     buckets: tuple[Bucket, ...] = ()
 
+    @property
+    def updated_tensors(self) -> int:
+        """How many the optimizer updates."""
+        if not self.step.optimizer_costs:
+            return 0
+        alone = self.step.optimized_bytes
+        return sum(shard.trainable for shard in self.parameters) if alone is None else len(alone)
+
     def collectives(self) -> tuple[Collective, ...]:
         """Of its blocks and of its step."""
         blocks = (block for chunk in self.chunks for block in chunk.blocks)

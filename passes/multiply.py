@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cost_model.device_rows import QUICK_FLOPS
 from passes import vocabulary
 from passes.fuse import operands, product
 
 aten = torch.ops.aten
-LEAST_FLOPS = 2**22
-"""Of a product that gains: a call of oneDNN takes 10 microseconds where one of MKL takes 2; at half this they tie."""
 _APART: dict[object, Callable[..., object]] = {
     vocabulary.accumulate_product: vocabulary.accumulate,
     vocabulary.put_product: vocabulary.put,
@@ -75,7 +74,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
 def _gains(left: fx.Node, right: fx.Node) -> bool:
     first, second = left.meta["val"], right.meta["val"]
     flops = 2 * math.prod(first.shape) * second.shape[1]
-    return first.dtype == torch.float32 and _is_plain(second) and flops >= LEAST_FLOPS
+    return first.dtype == torch.float32 and _is_plain(second) and flops >= QUICK_FLOPS
 
 
 def _is_plain(matrix: Tensor) -> bool:

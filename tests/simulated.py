@@ -20,6 +20,7 @@ class Device:
     kind: str = "cuda"
     op_overhead_s: float = 0.25
     slowness: float = 1.0
+    update_s: float = 0.0
     cold_calls: ColdCalls | None = None
 
     def op_time_s(self, cost: OpCost) -> float:
@@ -27,6 +28,9 @@ class Device:
 
     def call_overhead_s(self, cost: OpCost) -> float:
         return self.op_overhead_s
+
+    def step_s(self, tensors: int) -> float:
+        return self.update_s * tensors
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,12 @@ from autopar.calibrate_operands import drawn
 from autopar.calibrate_orders import order_probes
 from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_rate import usual_seconds
-from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, NARROW, Cold, cpu_seconds, message_ranks, op_call
+from autopar.calibrate_step import step_s
+from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, NARROW, Cold, Steps, cpu_seconds, message_ranks, op_call
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
 from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, Device, attention_cost
-from cost_model.device_rows import GemmRow, StreamRow
+from cost_model.device_rows import GemmRow, StreamRow, is_small_product
 from cost_model.errors import ConfigError, WorkerError
 from cost_model.ops import price_of
 from cost_model.ops.convolution import DEPTHWISE
@@ -71,6 +72,16 @@ def test_no_unknown_of_a_fit_is_negative_however_noisy_its_times() -> None:
     times = [OpTime("matmul", product(*s), product(*s).flops / 1e11 * noise.uniform(0.7, 1.3) + 1e-6) for s in SHAPES]
     rate, row = fit_gemm(times)
     assert rate > 0 and min(row.half_m, row.half_n, row.half_k, row.per_matrix_s, row.overhead_s) >= 0
+
+
+def test_small_products_go_to_what_multiplies_batches_where_a_quicker_library_takes_the_large_ones() -> None:
+    device = Cluster.from_toml(invented_text(), "invented.toml").devices[0]
+    rows = {**device.rows, "batched_matmul": dataclasses.replace(device.rows["batched_matmul"], overhead_s=1.0)}
+    quick, plain = (dataclasses.replace(device, rows=rows, products=name) for name in (ONEDNN, BLAS))
+    small, large = product(1, 16, 512, 128), product(1, 128, 128, 128)
+    assert quick.op_time_s(small) > 1.0 > plain.op_time_s(small)
+    assert quick.op_time_s(large) == plain.op_time_s(large) < 1.0
+    assert quick.op_time_s(dataclasses.replace(small, dtype="float64")) < 1.0
 
 
 def test_causal_and_full_attention_share_a_row() -> None:
@@ -108,7 +119,9 @@ def test_the_row_of_a_kind_is_the_geometric_mean_of_its_ops() -> None:
     assert mean.points[0] == (1e6, pytest.approx(2e9)) and mean.overhead_s == pytest.approx(2e-6)
 
 
-def invented_text(num_ranks: int = 2, more: Sequence[OpTime] = (), cold: Sequence[Cold] = ()) -> str:
+def invented_text(
+    num_ranks: int = 2, more: Sequence[OpTime] = (), cold: Sequence[Cold] = (), steps: Steps | None = None
+) -> str:
     """The file of a machine whose products run at 90 Gflop/s and whose other ops stream at 10 GB/s."""
     gemm = GemmRow(1.0, 10.0, 10.0, 10.0, 0.0, 1e-6, 2e-6, 512.0)
     products = ("matmul", "batched_matmul", "convolution", "convolution_backward")
@@ -125,7 +138,7 @@ def invented_text(num_ranks: int = 2, more: Sequence[OpTime] = (), cold: Sequenc
         for ranks in message_ranks(num_ranks)
         for nbytes in (1024, 2**20)
     ]
-    machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30, ONEDNN, cold)
+    machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30, ONEDNN, cold, steps)
     return render_cluster(machine, [*times, *more], {"float32": 1e-3, "float64": 2e-3}, messages)
 
 
@@ -206,6 +219,17 @@ def test_narrow_rows_take_the_time_of_finding_them() -> None:
     assert device.op_time_s(OpCost("gather", 0.0, 1e6, "float32", op="aten.index.Tensor")) < 4e-4
 
 
+def test_steps_that_were_measured_take_their_time_beside_ops() -> None:
+    device = Cluster.from_toml(invented_text(steps=(5e-4, 6e-6)), "invented.toml").devices[0]
+    assert device.step_s(10) == pytest.approx(5.6e-4)
+    assert Cluster.from_toml(invented_text(), "invented.toml").devices[0].step_s(10) == 0.0
+
+
+def test_a_step_of_nothing_takes_longer_the_more_it_updates() -> None:
+    any_s, each_s = step_s(BLAS)
+    assert 2e-5 < any_s < 2e-2 and 1e-7 < each_s < 1e-4
+
+
 def test_transfers_that_were_measured_take_their_ranks_to_handle() -> None:
     plain = Cluster.from_toml(invented_text(), "invented.toml")
     assert plain.handling_time_s(2**20, 0, 1) == 0.0
@@ -227,7 +251,8 @@ def test_one_rank_needs_no_network() -> None:
 @pytest.mark.parametrize("library", PRODUCT_LIBRARIES)
 def test_every_kind_has_probes_that_the_op_table_prices_as_that_kind(library: str) -> None:
     small = [p for p in all_probes(library) if " 16 KiB" in p.label or ", 8 x 8" in p.label or "8 x 8 x 8" in p.label]
-    kinds = {probe.row: probe.cost().kind for probe in small}
+    costs = [(probe.row, probe.cost()) for probe in small]
+    kinds = {row: "batched_matmul" if library == ONEDNN and is_small_product(c) else c.kind for row, c in costs}
     assert {row: kind for row, kind in kinds.items() if row not in ("other", ALONE)} == {
         row: row for row in (*GEMM_KINDS, *STREAM_KINDS) if row != "other" and row in kinds
     }

@@ -63,6 +63,12 @@ def test_an_op_that_calls_others_brings_back_more_code_and_a_product_its_own() -
     assert CALLS.longer_s(9.0, dataclasses.replace(OP, gemm=(1, 8, 8, 8)), 1.0) == 40.0
 
 
+def test_small_products_of_all_ops_run_one_code() -> None:
+    small = OpCost("matmul", 0.25, 0.0, "float32", (1, 8, 8, 8))
+    block = tuple(dataclasses.replace(op(0.25), op=name, cost=small) for name in ("aten.mm", "aten.addmm"))
+    assert compute_s(block, CALLS, between_s=9.0) == compute_s(block) + 20.0
+
+
 def test_what_runs_between_two_runs_of_a_block_is_time_too() -> None:
     block = (named("a", 0.25), named("b", 0.25), named("a", 0.25))
     # a, b and a again: 0.25 + 9, 0.5 + 9 and 0.25 s behind their last calls

@@ -19,8 +19,9 @@ import autopar
 from autopar import Parallelism
 from autopar.runtime import compiled, kernels
 from cost_model.device import ONEDNN
+from cost_model.device_rows import QUICK_FLOPS
 from passes import vocabulary
-from passes.multiply import LEAST_FLOPS, multiply
+from passes.multiply import multiply
 from passes.storage import mark_storages
 
 pytestmark = pytest.mark.skipif(not kernels.HAS_ONEDNN, reason="this build of torch has no oneDNN")
@@ -79,7 +80,7 @@ def test_large_products_are_called_by_their_own_name_and_stay_equal(form: str) -
     assert largest_error({"product": run(graph, *inputs).double()}, {"product": exact}) < 1e-6
 
 
-SMALL = round((LEAST_FLOPS / 2) ** (1 / 3)) - 1
+SMALL = round((QUICK_FLOPS / 2) ** (1 / 3)) - 1
 OTHERS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "too small to gain": (aten.mm, (torch.ones(SMALL, SMALL), torch.ones(SMALL, SMALL))),
     "of another dtype": (aten.mm, (torch.ones(M, K).double(), torch.ones(K, N).double())),

@@ -410,6 +410,14 @@ def test_driving_overhead_is_counted_as_other() -> None:
     assert (result.step_time_s, result.breakdown.other_s, result.breakdown.total_s) == (6.125, 0.125, 6.125)
 
 
+def test_a_step_takes_its_time_for_every_tensor_that_it_updates() -> None:
+    def step_s(optimizer_s: float, device: Device) -> float:
+        own = stage_program(0, 1, [op(1.0)], [op(2.0)], optimizer_s=optimizer_s)
+        return simulate(program([own], 1, "1f1b"), Cluster((device,))).step_time_s
+
+    assert step_s(0.5, Device(update_s=0.25)) == step_s(0.5, Device()) + 0.25
+
+
 def test_chrome_trace_has_every_event_in_microseconds() -> None:
     result = run(pipeline("1f1b", 2, [(1.0, 2.0)] * 2), transfer_s=0.5)
     trace = chrome_trace(result)["traceEvents"]
