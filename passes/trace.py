@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from cost_model.errors import AutoparError, ConfigError, TraceError, UnsupportedError
 from passes.batch_spec import BatchSpec, batch_spec, is_batched
 from passes.clean import clean
+from passes.counts import counts_of_given_length
 from passes.detach import detach
 from passes.draws import give_draws
 from passes.experts import traceable_experts
@@ -273,7 +274,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with own_backwards(module.functions), casts_of_modules(), gradients_as_written():
+        with own_backwards(module.functions), casts_of_modules(), gradients_as_written(), counts_of_given_length():
             exported = _folded(module, args, kwargs, mode) if folded else None
             exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:

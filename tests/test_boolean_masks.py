@@ -1,4 +1,4 @@
-"""Boolean masks: what is laid over their places runs as on one device, what they pick is refused with what to write."""
+"""What is laid over the places of masks runs as on one device, what they pick is refused with what to write; counts."""
 
 from __future__ import annotations
 
@@ -48,6 +48,23 @@ def batch() -> dict[str, Tensor]:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_what_is_laid_over_a_mask_runs_as_on_one_device(grid: str) -> None:
     check_parity(Masked(), batch(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_counts_of_a_given_length_run_as_on_one_device() -> None:
+    class Balanced(nn.Module):
+        """Classes are weighed by how often they are met, and by how much."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.head = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+            met = torch.bincount(labels, minlength=8) + labels.bincount(weights=x[:, 0, 0].abs(), minlength=8)
+            return F.cross_entropy(self.head(x.mean(1)), labels, weight=1 / (1 + met))
+
+    check_parity(Balanced(), batch(), 2, 1e-5, SGD, **GRIDS["dp2"])
 
 
 @pytest.mark.parametrize(
