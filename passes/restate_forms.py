@@ -87,7 +87,14 @@ def _full(run: Cleaner, node: fx.Node, value: Any) -> Any:
     return run.call(aten.full.default, (list(meta.shape), value), meta, like=node, dtype=torch_dtype(meta.dtype))
 
 
-@rewrites(aten.new_zeros.default, aten.new_empty.default, aten.new_ones.default, aten.new_full.default)
+@rewrites(
+    aten.new_zeros.default,
+    aten.new_empty.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.empty.memory_format,
+    aten.empty_permuted.default,
+)
 def _new(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     """Made from sizes alone; nobody may rely on what an empty tensor holds."""
     return _full(run, node, 1 if node.target is aten.new_ones.default else a.get("fill_value", 0))

@@ -44,7 +44,8 @@ def unfolded(node: fx.Node) -> Unfolded | None:
     leaves, form = pytree.tree_flatten((node.args, node.kwargs))
     operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
     values = [operand.meta["val"] for operand in operands]
-    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    known = (*values, node.meta.get("val"))  # what is made of nothing has no operands
+    mode = next((value.fake_mode for value in known if isinstance(value, FakeTensor)), None)
     if mode is None:
         return None
     with mode:  # those of the trace have gradients of their own

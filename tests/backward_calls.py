@@ -19,7 +19,10 @@ BACKWARD: dict[str, tuple[Any, ...]] = {
     "_adaptive_avg_pool2d_backward.default": (HALF_IMAGE, IMAGE),
     "_fused_adagrad_.default": (*[[X, Y]] * 3, [torch.tensor(1.0)] * 2),
     "_upsample_nearest_exact2d_backward.default": RESIZED[2],
+    "_upsample_bicubic2d_aa_backward.default": (*RESIZED[2], False),
+    "_upsample_bilinear2d_aa_backward.default": (*RESIZED[2], False),
     "adaptive_max_pool2d_backward.default": (HALF_IMAGE, IMAGE, PLACES),
+    "adaptive_max_pool3d_backward.default": (HALF_VOLUME, VOLUME, torch.zeros(2, 3, 2, 2, 2, dtype=torch.int64)),
     "avg_pool2d_backward.default": (HALF_IMAGE, IMAGE, *POOL_2D, False, True, None),
     "avg_pool3d_backward.default": (HALF_VOLUME, VOLUME, *POOL_3D, False, True, None),
     "convolution_backward.default": (
@@ -30,6 +33,9 @@ BACKWARD: dict[str, tuple[Any, ...]] = {
     "diagonal_backward.default": (torch.rand(4), [4, 6], 0, 0, 1),
     "glu_backward.default": (torch.rand(4, 3), X, 1),
     "grid_sampler_2d_backward.default": (HALF_IMAGE, IMAGE, torch.rand(2, 4, 4, 2), 0, 0, False, [True, True]),
+    "grid_sampler_3d_backward.default": (
+        HALF_VOLUME, VOLUME, torch.rand(2, 2, 2, 2, 3), 0, 0, False, [True, True],
+    ),
     "huber_loss_backward.default": (X, X, Y, 0, 1.0),
     "max_pool2d_with_indices_backward.default": (HALF_IMAGE, IMAGE, *POOL_2D, [1, 1], False, PLACES),
     "max_pool3d_with_indices_backward.default": (

@@ -72,6 +72,11 @@ def _solved(d: Draw) -> tuple[Any, ...]:
     return matrices, d.normal(*matrices.shape[:-1], 2)
 
 
+def _searched(d: Draw) -> tuple[Any, ...]:
+    lead = d.shape(0, 2)
+    return d.normal(*d.pick((), lead), 5).sort().values, d.normal(*lead, d.size())
+
+
 def _pooled(dims: int) -> Callable[[Draw], tuple[Any, ...]]:
     return lambda d: (_image(d, dims), [2] * dims, [d.pick(1, 2)] * dims)
 
@@ -302,7 +307,7 @@ MORE: list[Drawn] = [
     *((f"max_pool{n}d.default avg_pool{n}d.default", 6, _pooled(n)) for n in (1, 2, 3)),
     *((f"max_pool{n}d_with_indices.default", 6, _pooled(n)) for n in (2, 3)),
     *((f"adaptive_avg_pool{n}d.default", 4, lambda d, n=n: (_image(d, n), [2] * n)) for n in (1, 2, 3)),
-    ("adaptive_max_pool2d.default", 4, lambda d: (_image(d, 2), [2, 2])),
+    *((f"adaptive_max_pool{n}d.default", 4, lambda d, n=n: (_image(d, n), [2] * n)) for n in (2, 3)),
     ("_adaptive_avg_pool2d.default", 4, lambda d: (_image(d, 2), [2, 2])),
     ("upsample_nearest1d.default _upsample_nearest_exact1d.default", 4, _resized(1)),
     ("upsample_nearest1d.vec _upsample_nearest_exact1d.vec", 4, lambda d: (*_resized(1)(d), None)),
@@ -312,6 +317,12 @@ MORE: list[Drawn] = [
     ("upsample_nearest2d.vec _upsample_nearest_exact2d.vec", 4, lambda d: (*_resized(2)(d), None)),
     ("upsample_bilinear2d.default upsample_bicubic2d.default", 4, lambda d: (*_resized(2)(d), False)),
     ("upsample_bilinear2d.vec upsample_bicubic2d.vec", 4, lambda d: (*_resized(2)(d), False, None)),
+    (
+        "_upsample_bilinear2d_aa.default _upsample_bicubic2d_aa.default",
+        4,
+        lambda d: (*_resized(2)(d), False),
+    ),
+    ("_upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec", 4, lambda d: (*_resized(2)(d), False, None)),
     ("upsample_nearest3d.default", 4, _resized(3)),
     ("upsample_nearest3d.vec", 4, lambda d: (*_resized(3)(d), None)),
     ("upsample_trilinear3d.default", 4, lambda d: (*_resized(3)(d), False)),
@@ -331,6 +342,7 @@ MORE: list[Drawn] = [
         4,
         lambda d: (d.normal(4, d.size(), 4, 4), d.normal(4, 3, 2, 2), 0, 0, False),
     ),
+    ("grid_sampler_3d.default", 4, lambda d: (d.normal(4, d.size(), 4, 4, 4), d.normal(4, 3, 2, 2, 3), 0, 0, False)),
     ("group_norm.default", 10, _group_norm),
     ("batch_norm.default", 10, _batch_norm),
     ("instance_norm.default", 6, _instance_norm),
@@ -386,7 +398,7 @@ MORE: list[Drawn] = [
     ("diagonal.default", 6, lambda d: (d.any(2, 3), 0, 0, -1)),
     ("diagonal_scatter.default", 6, _diagonal_scatter),
     ("unfold.default", 6, lambda d: (d.normal(*d.shape(1, 2), 6), -1, 2, 2)),
-    ("linspace.default", 4, lambda d: (0.0, 1.0, d.pick(4, 6))),
+    ("linspace.default logspace.default", 4, lambda d: (0.0, 1.0, d.pick(4, 6))),
     ("eye.default", 4, lambda d: (d.pick(4, 6),)),
     ("eye.m", 4, lambda d: (4, 6)),
     ("tril_indices.default triu_indices.default", 4, lambda d: (4, 4)),
@@ -406,10 +418,18 @@ MORE: list[Drawn] = [
     ("_fft_c2r.default", 6, lambda d: _transformed(_complex(d), 4)),
     ("view_as_real.default conj_physical.default angle.default", 6, lambda d: (_complex(d),)),
     ("complex.default polar.default", 6, lambda d: tuple(d.positive(*shape) for shape in [d.shape()] * 2)),
-    ("digamma.default lgamma.default", 6, lambda d: (d.positive(*d.shape()),)),
+    (
+        """digamma.default lgamma.default special_erfcx.default special_ndtri.default special_i0e.default""",
+        6,
+        lambda d: (d.positive(*d.shape()).tanh(),),
+    ),
+    ("polygamma.default", 4, lambda d: (1, d.positive(*d.shape()))),
+    ("copysign.Tensor ldexp.Tensor", 6, lambda d: tuple(d.normal(*shape) for shape in [d.shape()] * 2)),
+    ("searchsorted.Tensor", 8, _searched),
+    ("bucketize.Tensor", 4, lambda d: (d.normal(*d.shape()), torch.linspace(-1, 1, 5).double())),
     (
         """linalg_cholesky_ex.default linalg_inv_ex.default _linalg_det.default _linalg_slogdet.default
-        linalg_matrix_exp.default""",
+        linalg_matrix_exp.default linalg_lu_factor_ex.default cholesky_inverse.default""",
         6,
         lambda d: (_definite(d),),
     ),
@@ -417,6 +437,7 @@ MORE: list[Drawn] = [
     ("_linalg_svd.default", 6, lambda d: (_definite(d), False, True)),
     ("_linalg_eigh.default", 6, lambda d: (_definite(d), "L", True)),
     ("_linalg_solve_ex.default", 6, _solved),
+    ("cholesky_solve.default", 6, lambda d: _solved(d)[::-1]),
     ("linalg_solve_triangular.default", 6, lambda d: (*_solved(d), {"upper": True})),
     ("_cdist_forward.default", 6, lambda d: (d.normal(4, 6, 3), d.normal(4, 2, 3), 2.0, None)),
     ("linalg_cross.default", 6, lambda d: (d.normal(4, 3), d.normal(4, 3), {"dim": -1})),

@@ -49,6 +49,11 @@ def _filtered(_: nn.Module, x: Tensor) -> Tensor:
     return torch.fft.irfft(kept, n=6, dim=1)
 
 
+def _short_time(_: nn.Module, x: Tensor) -> Tensor:
+    window = torch.hann_window(4)
+    return torch.stft(x.flatten(1), 4, 2, window=window, return_complex=True).abs().add(0.01).log()
+
+
 def _turned(_: nn.Module, x: Tensor) -> Tensor:
     """Rotary embeddings by complex numbers."""
     turn = torch.polar(torch.ones(6, 4), torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.5, 0.2, 0.1])))
@@ -64,6 +69,7 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bag_max": lambda: Model(_bags, nn.EmbeddingBag(12, 8, mode="max", padding_idx=3)),
     "spectrum": lambda: Model(_filtered),
     "complex": lambda: Model(_turned),
+    "windows": lambda: Model(_short_time),
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
     "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),

@@ -40,7 +40,16 @@ elementwise(
     gradient_of("too ooo"),
     saving("in0"),
 )
-elementwise("digamma.default lgamma.default", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0"))
+elementwise(
+    """digamma.default lgamma.default polygamma.default special_erfcx.default special_ndtri.default
+    special_i0e.default""",
+    "transcendental",
+    nowhere_linear,
+    gradient_of("too ooo"),
+    saving("in0"),
+)
+elementwise("copysign.Tensor", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0", "in1"))
+elementwise("ldexp.Tensor", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0", "in1"))
 elementwise(
     "floor.default ceil.default round.default round.decimals trunc.default sign.default sgn.default",
     "elementwise",

@@ -48,6 +48,16 @@ def _triangular(call: OpCall) -> FactorMap | None:
     return parse_map(notation, call.inputs, call.outputs, whole="m n", linear=((1,),))
 
 
+def _from_factor(call: OpCall) -> FactorMap | None:
+    """cholesky_solve: linear in what it is solved for, whose columns stay apart."""
+    lead = len(call.inputs[0].shape) - 2
+    if call.inputs[1].shape[:-2] != call.inputs[0].shape[:-2]:
+        return None
+    batch = " ".join(f"a{i}" for i in range(lead))
+    notation = f"{batch} m k, {batch} m n -> {batch} m k"
+    return parse_map(notation, call.inputs, call.outputs, whole="m n", linear=((0,),))
+
+
 def _cubic(call: OpCall) -> OpCost:
     """One multiplication and addition for each element of a matrix and each of its rows."""
     rows = call.inputs[0].shape[-1]
@@ -88,9 +98,11 @@ def _register(names: str, factors: Callable[[OpCall], FactorMap | None]) -> None
 
 _register(
     """linalg_cholesky_ex.default linalg_inv_ex.default linalg_qr.default _linalg_svd.default _linalg_eigh.default
-    _linalg_det.default _linalg_slogdet.default linalg_matrix_exp.default""",
+    _linalg_det.default _linalg_slogdet.default linalg_matrix_exp.default linalg_lu_factor_ex.default
+    cholesky_inverse.default""",
     _of_matrices,
 )
+_register("cholesky_solve.default", _from_factor)
 _register("_linalg_solve_ex.default", _alike)
 _register("linalg_solve_triangular.default", _triangular)
 register(

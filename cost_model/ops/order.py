@@ -124,3 +124,22 @@ for _name in ("aten.roll.default", "aten.flip.default"):
 
 register_priced("aten.value_selecting_reduction_backward.default aten.cumprod_backward.default", pass_of("scatter"))
 register_priced("aten.linalg_vector_norm.out", pass_of("reduction"))
+
+
+def _found_factors(call: OpCall) -> FactorMap | None:
+    """searchsorted: values beside each other are parallel, the rows that they are looked up in whole."""
+    rows, values = call.inputs[:2]
+    if len(call.inputs) > 2:
+        return None
+    batch = [f"a{i}" for i in range(len(rows.shape) - 1)]
+    of_values = [*batch, "m"] if batch else [f"m{i}" for i in range(len(values.shape))]
+    notation = f"{' '.join([*batch, 'k'])}, {' '.join(of_values)} -> {' '.join(of_values)}"
+    return parse_map(notation, call.inputs, call.outputs, whole="k")
+
+
+def _bucket_factors(call: OpCall) -> FactorMap:
+    return parse_map("..., k -> ...", call.inputs, call.outputs, whole="k")
+
+
+for _name, _factors in (("searchsorted.Tensor", _found_factors), ("bucketize.Tensor", _bucket_factors)):
+    register(Op(f"aten.{_name}", _factors, pass_of("other", SORT_FLOPS), no_backward, saves_nothing))

@@ -78,7 +78,10 @@ for _d in (1, 2, 3):
     for _name, _factors in _POOLS.items():
         _saves = saving("in0") if "max" in _name else saves_nothing
         register(Op(f"aten.{_name}{_d}d.default", _factors(_d), pass_of("reduction", POOL_FLOPS), _scattered, _saves))
-for _name, _d in (("max_pool2d_with_indices", 2), ("max_pool3d_with_indices", 3), ("adaptive_max_pool2d", 2)):
+for _name, _d in (
+    ("max_pool2d_with_indices", 2), ("max_pool3d_with_indices", 3),
+    ("adaptive_max_pool2d", 2), ("adaptive_max_pool3d", 3),
+):  # fmt: skip
     register(
         Op(
             f"aten.{_name}.default",
@@ -90,7 +93,8 @@ for _name, _d in (("max_pool2d_with_indices", 2), ("max_pool3d_with_indices", 3)
     )
 register(Op("aten._adaptive_avg_pool2d.default", _spatial_factors(2), pass_of("reduction"), _scattered, saves_nothing))
 _RESIZED = """upsample_nearest1d:1 _upsample_nearest_exact1d:1 upsample_linear1d:1 upsample_nearest2d:2
-_upsample_nearest_exact2d:2 upsample_bilinear2d:2 upsample_bicubic2d:2 upsample_nearest3d:3 upsample_trilinear3d:3"""
+_upsample_nearest_exact2d:2 upsample_bilinear2d:2 upsample_bicubic2d:2 _upsample_bilinear2d_aa:2
+_upsample_bicubic2d_aa:2 upsample_nearest3d:3 upsample_trilinear3d:3"""
 _LINEAR |= {f"aten.{item.split(':')[0]}.{end}" for item in _RESIZED.split() for end in ("default", "vec")}
 for _item in _RESIZED.split():
     _name, _count = _item.split(":")
@@ -141,11 +145,15 @@ for _name in ("aten.im2col.default", "aten.col2im.default"):
 
 
 def _grid_factors(call: OpCall) -> FactorMap:
-    return parse_map("n c h w, n y x two -> n c y x", call.inputs, call.outputs, whole="h w two", linear=((0,),))
+    """Places of the grid are parallel; any of them may lie anywhere in the image."""
+    dims = range(len(call.inputs[0].shape) - 2)
+    source, places = (" ".join(f"{letter}{d}" for d in dims) for letter in "xy")
+    notation = f"n c {source}, n {places} at -> n c {places}"
+    return parse_map(notation, call.inputs, call.outputs, whole=f"{source} at", linear=((0,),))
 
 
-register(Op("aten.grid_sampler.default", _grid_factors, pass_of("gather", 8.0), _scattered, saving("in0", "in1")))
-register(Op("aten.grid_sampler_2d.default", _grid_factors, pass_of("gather", 8.0), _scattered, saving("in0", "in1")))
+for _name in ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"):
+    register(Op(f"aten.{_name}.default", _grid_factors, pass_of("gather", 8.0), _scattered, saving("in0", "in1")))
 
 register_priced(
     """aten.max_pool2d_with_indices_backward.default aten.avg_pool2d_backward.default aten.avg_pool3d_backward.default
@@ -157,6 +165,8 @@ register_priced(
     aten.upsample_bicubic2d_backward.default aten.upsample_nearest3d_backward.default
     aten.upsample_trilinear3d_backward.default aten.reflection_pad1d_backward.default
     aten.reflection_pad2d_backward.default aten.replication_pad1d_backward.default
-    aten.replication_pad2d_backward.default aten.grid_sampler_2d_backward.default""",
+    aten.replication_pad2d_backward.default aten.grid_sampler_2d_backward.default
+    aten.grid_sampler_3d_backward.default aten.adaptive_max_pool3d_backward.default
+    aten._upsample_bilinear2d_aa_backward.default aten._upsample_bicubic2d_aa_backward.default""",
     pass_of("scatter"),
 )
