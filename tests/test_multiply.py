@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import example_gpt
 from parity import SGD, cpu_cluster, largest_error, reference
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -165,6 +166,7 @@ def test_inference_multiplies_as_training_does() -> None:
             assert exe.eval_step(batch) == pytest.approx(float(model(**batch)), rel=1e-6)
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_memory_is_what_is_estimated() -> None:
     model, batch = wide_gpt()
     with autopar.compile(model, quick_cluster(2), batch, optimizer=SGD, parallelism=PLANS["stages"]) as exe:

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from parity import check_parity
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,6 +92,7 @@ def test_calls_of_one_norm_change_its_statistics_in_turn(grid: str) -> None:
     check_parity(Twins(), views(), 2, 1e-5, SGD, **GRIDS[grid])
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_calls_of_one_norm_on_processes() -> None:
     check_parity(Twins(), views(), 2, 1e-5, SGD, dp=2, tp=1, pp=1)
 

@@ -35,14 +35,16 @@ def test_a_faster_schedule_that_holds_too_much_gets_a_plan_of_its_own() -> None:
 def test_a_schedule_that_waits_less_is_searched_for_with_any_number_of_stages() -> None:
     """Plain 1f1b on few stages is best of 1f1b where many stages wait long; where they wait less they may be better."""
     model, batch = example_gpt(n_layer=4)
-    job = Job.of(model, cpu_cluster(4, 1e9), batch, Options.of(None, ADAMW, Parallelism(), None, None, None))
+    free = Parallelism(microbatch_size=1)
+    job = Job.of(model, cpu_cluster(4, 1e9), batch, Options.of(None, ADAMW, free, None, None, None))
     cap = round(0.7 * max(job.peaks(job.plan(job.solve()))))
-    under = job.under(Parallelism(), cap)
-    chosen = under.attempt()
-    pins = Parallelism(tp=under.solve().configuration.tp, schedule="zero_bubble", recompute="none")
+    under = job.under(free, cap)
+    chosen, found = under.attempt(), under.solve().configuration
+    pins = replace(free, tp=found.tp, schedule="zero_bubble", recompute="none")
     other = job.under(pins, cap).attempt()
-    assert isinstance(chosen, Planned)
-    assert isinstance(other, int) or chosen.estimate.step_time_s * (1 - WORTH) <= other.estimate.step_time_s
+    assert isinstance(chosen, Planned) and isinstance(other, Planned)
+    assert chosen.plan.pp > found.pp and chosen.plan.schedule == "zero_bubble"
+    assert chosen.estimate.step_time_s * (1 - WORTH) <= other.estimate.step_time_s
 
 
 def test_other_schedules_of_a_plan_with_a_window_have_none() -> None:

@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES
 from models import example_gpt
 from parity import ADAMW, check_parity, cpu_cluster
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import nn
 
@@ -120,6 +121,7 @@ def test_the_planner_finds_it(name: str) -> None:
     assert norm_lengths(free) == {LENGTH // 4}
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_gpt_runs_as_on_one_device() -> None:
     model, batch = gpt(torch.float64)
     check_parity(model, batch, 2, 1e-9, optimizer=ADAMW, tp=2, sequence_parallel=True)

@@ -58,7 +58,10 @@ PLANS = {
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(p, marks=pytest.mark.slow) if p in ("tp2", "pp2") else p for p in PLANS],  # within others
+)
 def test_what_is_shared_is_trained_as_on_one_device(plan: str) -> None:
     pins = PLANS[plan]
     check_parity(Shared(), batch(), pins["dp"] * pins["tp"] * pins["pp"], 1e-9, **pins)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import check_parity, cpu_cluster
+from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
@@ -63,6 +64,7 @@ def _splits(plan: autopar.Plan) -> list[str]:
     return [label for stage in plan.stages for name, label in stage.choices.items() if name.startswith("op:conv")]
 
 
+@pytest.mark.usefixtures("shared_ranks")
 @pytest.mark.parametrize("cheap_rows", [2], indirect=True)
 def test_on_real_ranks(cheap_rows: None) -> None:
     model, batch = images(16, 8)

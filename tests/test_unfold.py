@@ -104,6 +104,7 @@ def test_what_torch_says_of_kernels_is_not_said_of_a_trace(recwarn: pytest.Warni
     assert [str(w.message) for w in recwarn if "TF32" in str(w.message)] == []
 
 
+@pytest.mark.usefixtures("thread_ranks")
 def test_a_number_added_to_the_loss_is_added_once() -> None:
     class Summed(nn.Module):
         def __init__(self) -> None:
