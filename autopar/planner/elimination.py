@@ -49,9 +49,9 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Elimination:
-    """scopes: each factor's variables in elimination order; strides: [factor, variable] steps into the flat costs.
+    """scopes: each table's variables in elimination order; strides: [table, variable] steps into the flat costs.
 
-    Tables are numbered: first the factors', then one for each sum of each step. final: what is left for kept variables.
+    Tables are numbered: first those given, then one for each sum of each step. final: what is left for kept variables.
     """
 
     scopes: tuple[Scope, ...]
@@ -67,7 +67,8 @@ class Elimination:
 
 @functools.lru_cache(maxsize=1024)
 def elimination(sizes: tuple[int, ...], scopes: tuple[Scope, ...], kept: Scope) -> Elimination:
-    """Of all variables but the kept ones; sizes: how many labels each has. Exact where tables are small enough."""
+    """Of all variables of several labels but the kept ones; sizes: how many labels each has. Exact where tables are
+    small enough."""
     order, limit = _orders(sizes, scopes, kept)
     rank = {v: i for i, v in enumerate((*order, *kept))}
     ordered = tuple(tuple(sorted(scope, key=rank.__getitem__)) for scope in scopes)
@@ -147,8 +148,9 @@ def _order(
     kept: Scope,
     score: Callable[[int, Near, tuple[int, ...]], tuple[float, ...]],
 ) -> tuple[Scope, int]:
-    """The variable with the least score first, and the entries of the largest table."""
-    near: Near = {v: set() for v in range(len(sizes))}
+    """The variable with the least score first, and the entries of the largest table. Variables of one label are in no
+    scope, and stay."""
+    near: Near = {v: set() for v, size in enumerate(sizes) if size > 1 or v in kept}
     for scope in scopes:
         for v in scope:
             near[v].update(u for u in scope if u != v)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autopar.planner.elimination import Elimination, Step, Sum, elimination, shape_over
+from autopar.planner.elimination import Elimination, Scope, Step, Sum, elimination, shape_over
 from autopar.planner.factor_graph import FactorGraph, FloatArray
 
 IntArray = npt.NDArray[np.int64]
@@ -67,8 +67,9 @@ class Segment:
         kept = tuple(dict.fromkeys(index[v] for v in (graph.entry, graph.exit) if v is not None))
         scopes = tuple(tuple(index[v] for v in f.variables if sizes[index[v]] > 1) for f in graph.factors)
         self._sizes, self._kept = sizes, kept
-        self._plan = elimination(sizes, scopes, kept)
-        self._flat, self._forbidden = _flatten(graph, scopes, self._plan)
+        tables = tuple(dict.fromkeys(scopes))  # factors of the same variables are one table
+        self._plan = elimination(sizes, tables, kept)
+        self._flat, self._forbidden = _flatten(graph, scopes, tables, self._plan)
         self._ends = tuple(None if v is None else index[v] for v in (graph.entry, graph.exit))
         pairs = (len(graph.entry_labels), len(graph.exit_labels))
         self._found = np.zeros((len(sizes), 1, *pairs), dtype=np.int64), np.full((1, *pairs, 4), np.inf)
@@ -231,18 +232,23 @@ def _priced(weights: FloatArray, totals: FloatArray) -> FloatArray:
     return np.where(finite, cost, np.inf)
 
 
-def _flatten(graph: FactorGraph, scopes: tuple[tuple[int, ...], ...], plan: Elimination) -> tuple[FloatArray, IntArray]:
-    """All factor entries in one [4, entry] array, and where time is infinite (held there as zero)."""
+def _flatten(
+    graph: FactorGraph, scopes: tuple[Scope, ...], tables: tuple[Scope, ...], plan: Elimination
+) -> tuple[FloatArray, IntArray]:
+    """The factors of each table summed, in one [4, entry] array, and where time is infinite (held there as zero).
+
+    scopes: of each factor, one of ``tables``.
+    """
     counts = [len(labels) for labels in graph.domains.values()]
-    sizes = [math.prod(counts[v] for v in scope) for scope in scopes]
-    flat = np.zeros((4, sum(sizes)))
-    for factor, scope, ordered, offset, size in zip(
-        graph.factors, scopes, plan.scopes, plan.offsets, sizes, strict=True
-    ):
+    sizes = {scope: math.prod(counts[v] for v in scope) for scope in tables}
+    flat = np.zeros((4, sum(sizes.values())))
+    places = dict(zip(tables, zip(plan.scopes, plan.offsets, strict=True), strict=True))
+    for factor, scope in zip(graph.factors, scopes, strict=True):
+        ordered, offset = places[scope]
         axes, shape = [scope.index(v) for v in ordered], [counts[v] for v in scope]
         for row, array in zip(flat, factor.components(), strict=True):
             if array is not None:
-                row[offset : offset + size] = array.reshape(shape).transpose(axes).ravel()
+                row[offset : offset + sizes[scope]] += array.reshape(shape).transpose(axes).ravel()
     forbidden = np.flatnonzero(np.isinf(flat[0]))
     flat[0, forbidden] = 0.0
     return flat, forbidden
