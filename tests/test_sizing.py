@@ -91,7 +91,7 @@ def test_no_number_of_nodes_may_do() -> None:
 
 
 def test_the_largest_model_fits_and_the_next_does_not() -> None:
-    cap = 150_000
+    cap = 90_000
     found = autopar.size_model(stacked, pairs(), scale="layers", start=2, step=3, optimizer=ADAMW, memory_cap=cap)
     layers = found.figures["largest"]
     assert layers % 3 == 2 and layers > 2 and found.figures["too_large"] == layers + 3

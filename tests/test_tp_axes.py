@@ -45,7 +45,7 @@ def check_random_plan(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = GRIDS[seed % len(GRIDS)]
     model, batch = example_gpt(torch.float64, tied=seed % 2 == 0)
     draw_prices(monkeypatch, seed)
-    check_parity(model, batch, _devices(pins), 1e-9, **pins)
+    check_parity(model, batch, _devices(pins), 1e-9, **{"microbatch_size": 4, **pins})
 
 
 @pytest.mark.usefixtures("thread_ranks")
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Any, dict[str, torch.Tensor]]], Wanted
 def test_what_each_axis_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, wanted, tolerance = CASES[case]
     require(monkeypatch, wanted)
-    check_parity(*build(), 4, tolerance, dp=1, tp_axes=(2, 2), pp=1)
+    check_parity(*build(), 4, tolerance, dp=1, tp_axes=(2, 2), pp=1, microbatch_size=4)
 
 
 @pytest.mark.usefixtures("shared_ranks")
@@ -186,7 +186,7 @@ def test_axes_are_found_where_tp_spans_levels_and_its_samples_are_fewer(tmp_path
     cluster = autopar.Cluster.load(str(tmp_path / "cluster.toml"))
     model, batch = example_gpt(n_embd=128)
     batch = {name: tensor[:2] for name, tensor in batch.items()}
-    pins = {"dp": 1, "tp": 4, "pp": 1}
+    pins = {"dp": 1, "tp": 4, "pp": 1, "microbatch_size": 2}
     free = autopar.estimate(model, cluster, batch, parallelism=autopar.Parallelism(**pins))
     one = autopar.estimate(model, cluster, batch, parallelism=autopar.Parallelism(**pins, tp_axes=(4,)))
     assert free.plan.tp_axes == (2, 2) and one.plan.tp_axes == (4,)
@@ -216,8 +216,9 @@ def test_axes_are_pinned_with_or_without_their_product() -> None:
 
 
 def test_a_plan_with_axes_that_are_none_is_refused() -> None:
-    model, batch = example_gpt()
-    plan = autopar.estimate(model, cpu_cluster(4), batch, parallelism=autopar.Parallelism(tp_axes=(2, 2))).plan
+    model, batch = example_gpt(n_layer=1)
+    pins = autopar.Parallelism(tp_axes=(2, 2), microbatch_size=8)
+    plan = autopar.estimate(model, cpu_cluster(4), batch, parallelism=pins).plan
     with pytest.raises(ConfigError, match="must multiply to it"):
         replace(plan, axes=Axes.of((2, 4), lambda axes: NO_LINK, NO_LINK))
     with pytest.raises(ConfigError, match="which are none"):
