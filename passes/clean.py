@@ -21,6 +21,7 @@ from passes import (  # noqa: F401  (with others add to REWRITES)
     restate_attention,
     restate_forms,
     restate_losses,
+    restate_placed,
     restate_strided,
 )
 from passes.calls import schema_arguments

@@ -1,9 +1,10 @@
 """Questions: the truth of tensors that forward asks for (``if labels.max() >= n: raise``), which a trace cannot know.
 
-The model is run as it is, on the batch at hand, for its answers. They are those of the trace where no batch would give
-another (a mask that is made in forward), where another raises (a check), and where another makes the loss of the same
-calls (a warning): programs then leave it out, and notes say so. Branches that differ from batch to batch are refused,
-and so are models without weights.
+The model is run as it is, on the batch at hand, for its answers. They are those of the trace where no batch and no step
+would give another (a mask that is made in forward), where another raises (a check), and where another makes the loss
+and the buffers of the same calls (a warning): programs then leave it out, and notes say so. Branches that differ from
+batch to batch, or from step to step (a buffer that is set in the first), are refused, and so are models without
+weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -19,6 +21,43 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from passes.followed import Followed
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """changing: places of questions about what another batch or step may change; made: keys of what the loss and the
+    buffers are made of; changed: paths of the buffers that forward wrote to or replaced."""
+
+    changing: Sequence[int]
+    made: Sequence[tuple[int, int]]
+    changed: Sequence[str]
+
+
+class _Held:
+    """tensors: path -> buffer, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = {
+            f"{prefix}.{name}": (module._buffers, name)
+            for prefix, module in model.named_modules()
+            for name, tensor in module._buffers.items()
+            if tensor is not None
+        }
+        self.tensors = {path: cast(Tensor, owner[name]) for path, (owner, name) in self._owners.items()}
+        self._values = {path: tensor.detach().clone() for path, tensor in self.tensors.items()}
+
+    def changed(self) -> list[str]:
+        """Paths of those that were replaced since, or have other values (kernels write to some without a trace)."""
+        return [
+            path
+            for path, (owner, name) in self._owners.items()
+            if owner[name] is not self.tensors[path] or not torch.equal(self.tensors[path], self._values[path])
+        ]
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for path, (owner, name) in self._owners.items():
+                owner[name] = self.tensors[path].copy_(self._values[path])
 
 
 class Questions:
@@ -68,26 +107,30 @@ class Questions:
         tensors = [*module.parameters(), *module.buffers(), *args, *kwargs.values()]
         if self.answers is not None or any(isinstance(t, Tensor) and _is_empty(t) for t in tensors):
             return False
-        changing, made = self._run(module, args, kwargs, None)
-        for place in changing:
+        first = self._run(module, args, kwargs, None, ())
+        if first.changed:  # whose values another step may change
+            first = self._run(module, args, kwargs, None, first.changed)
+        for place in first.changing:
             try:
-                _, otherwise = self._run(module, args, kwargs, place)
+                otherwise = self._run(module, args, kwargs, place, first.changed).made
             except Exception:  # noqa: BLE001  (of whatever type the user's check raises)
                 continue
-            if otherwise != made:
+            if otherwise != first.made:
                 self.refused.add(place)
         return bool(self.answers)
 
     def _run(
-        self, module: nn.Module, args: Sequence[object], kwargs: dict[str, object], turned: int | None
-    ) -> tuple[list[int], tuple[int, int]]:
-        """Places of questions about what another batch or step may change, and the key of what the loss is made of.
-
-        turned: an answer to turn round.
-        """
+        self,
+        module: nn.Module,
+        args: Sequence[object],
+        kwargs: dict[str, object],
+        turned: int | None,
+        varying: Sequence[str],
+    ) -> _Answered:
+        """turned: an answer to turn round; varying: buffers that are not the same in every step."""
+        held = _Held(module)
         sources = [t for t in (*module.parameters(), *args, *kwargs.values()) if isinstance(t, Tensor)]
-        followed = Followed(sources, module.buffers())
-        held = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        followed = Followed([*sources, *(held.tensors[path] for path in varying)], module.buffers())
         kept = (self.answers, self.lines)
         self.answers, self.lines, self._recording, changing = [], [], True, []
 
@@ -101,14 +144,12 @@ class Questions:
         try:
             with torch.random.fork_rng(), followed, torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
                 loss = module(*args, **kwargs)
+            return _Answered(changing, [followed.key(t) for t in (loss, *module.buffers())], held.changed())
         finally:
             self._recording = False
             if turned is not None:
                 self.answers, self.lines = kept
-            with torch.no_grad():
-                for name, buffer in module.named_buffers():
-                    buffer.copy_(held[name])
-        return changing, followed.key(loss)
+            held.put_back()
 
     def notes(self) -> tuple[str, ...]:
         """The lines whose answers are taken for granted."""

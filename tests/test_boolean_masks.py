@@ -50,6 +50,18 @@ def test_what_is_laid_over_a_mask_runs_as_on_one_device(grid: str) -> None:
     check_parity(Masked(), batch(), 2, 1e-5, SGD, **GRIDS[grid])
 
 
+@pytest.mark.parametrize("rows", [True, False])
+def test_what_goes_to_the_places_of_a_mask_is_looked_up(rows: bool) -> None:
+    class Placed(Masked):
+        def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+            places = mask.unsqueeze(-1).expand_as(x) if rows else x > 0
+            return self.front(x).masked_scatter(places, self.head(x)[..., :1].expand_as(x).contiguous()).square().mean()
+
+    graph = trace(Placed(), batch()).global_graph
+    (lookup,) = [n for n in graph.nodes() if n.target is torch.ops.aten.index_select.default]
+    assert graph.tensor(lookup.name).shape == ((BATCH * 10, 16) if rows else (BATCH * 160, 1))
+
+
 @pytest.mark.usefixtures("thread_ranks")
 def test_counts_of_a_given_length_run_as_on_one_device() -> None:
     class Balanced(nn.Module):

@@ -118,6 +118,32 @@ def test_a_branch_that_changes_anything_is_refused(answered: Any) -> None:
         trace(Watched(answered), batch())
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_branch_that_steps_change_is_refused(replaced: bool) -> None:
+    class Ranged(nn.Module):
+        """The first step sets the range, others move it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 4)
+            self.register_buffer("top", torch.zeros(1))
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            h = self.a(x)
+            top = self.top + h.detach().max() if self.top.max() == 0 else 0.9 * self.top + 0.1 * h.detach().max()
+            if replaced:
+                self.top = top
+            else:
+                self.top.copy_(top)
+            return F.cross_entropy(h, labels)
+
+    model = Ranged()
+    given = model.top
+    with pytest.raises(TraceError, match=r"self\.top\.max\(\) == 0"):
+        trace(model, batch())
+    assert model.top is given and float(model.top) == 0
+
+
 def test_what_is_asked_only_outside_of_traces_is_no_question() -> None:
     class Warning(Asking):
         def forward(self, x: Tensor, labels: Tensor) -> Tensor:
