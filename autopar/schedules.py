@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from autopar.planner.regional import MAX_WINDOW
+from autopar.planner.placed_prices import MAX_WINDOW
 from autopar.planner.search import Configuration
 from autopar.planner.solution import FEWEST_PARTS, Solution
 from autopar.planner.virtual import recut

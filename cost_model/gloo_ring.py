@@ -25,13 +25,18 @@ _FOLLOWED = 16  # segments; what further ones take is what the last of these too
 _Row = npt.NDArray[np.float64]
 
 
+def segments(nbytes: float, ranks: int) -> int:
+    """Into so many each rank's part is cut."""
+    return max(2, -int(-nbytes // (_SEGMENT_BYTES * ranks)))
+
+
 @functools.lru_cache(maxsize=4096)
 def all_reduce_s(links: tuple[Link, ...], asking_s: tuple[float, ...], nbytes: float) -> float:
     """links[i]: from rank i to the next, to which it sends; asking_s[i]: the delay of a message the other way."""
     ranks = len(links)
     if nbytes <= _ELEMENT_BYTES:
         return ring_s(links, 0.0, 2 * (ranks - 1))
-    each = max(2, -int(-nbytes // (_SEGMENT_BYTES * ranks)))
+    each = segments(nbytes, ranks)
     alike = len(set(links)) == len(set(asking_s)) == 1
     rows = list(zip(links, asking_s, strict=True))[: 1 if alike else None]
     ring = _Ring(

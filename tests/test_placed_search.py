@@ -16,9 +16,13 @@ from simulated import Cluster as TimedCluster
 from simulated import Device as TimedDevice
 from simulated import interleaved, pipeline, zero_bubble
 from test_grouped_reduction import regions
+from test_placement import drawn_matrix
 from test_uneven import SLOW, cut_at, even, job_of, solved, step_s
 
+from autopar.planner.configuration import Configuration
 from autopar.planner.placed_prices import Places, Prices, Traffic
+from autopar.planner.placement import sketched
+from autopar.planner.regional import Candidate, _glanced, _LaidOut
 from autopar.uneven import CutSketch
 from autopar.whole_state import whole_state_gain_s
 from cost_model.cluster import Cluster
@@ -121,6 +125,18 @@ def test_cuts_that_sketches_find_are_faster_once_rewritten() -> None:
     first = CutSketch(job, uneven).better(uneven)[0]
     assert step_s(job, first) < 0.6 * step_s(job, uneven)
     assert step_s(job, first) <= 1.02 * step_s(job, found)
+
+
+def test_meshes_are_judged_by_placements_that_exchanges_find() -> None:
+    """Where all links differ devices exchanged make a long pipeline twice as fast as it was laid out, replicas less."""
+    places, laid_out = Places(drawn_matrix(12)), []
+    for pp, dp in ((12, 1), (1, 12)):
+        prices = Prices(places, Traffic(pp, dp, 1, 16, 0.4 / pp, 8e6, 1e8 / pp))
+        c = Configuration(dp, 1, pp, "1f1b", 1, 16)
+        found = sketched(prices, prices.bound_s())
+        laid_out.append(_LaidOut(found.cost_s, pp, Candidate(pp, c, prices, prices.bound_s()), found))
+    assert min(laid_out, key=_LaidOut.key).candidate.prices.shape == (1, 12, 1)
+    assert min(_glanced(laid_out, 4), key=_LaidOut.key).candidate.prices.shape == (12, 1, 1)
 
 
 SCRIPT = """

@@ -14,7 +14,7 @@ from torch import nn
 
 import autopar
 from autopar.planner.placed_prices import Places, Prices, Traffic
-from autopar.planner.placement import Placed, place
+from autopar.planner.placement import Placed, place, sketched
 from cost_model.cluster import Cluster
 from cost_model.device import Device
 
@@ -203,3 +203,40 @@ def test_sums_over_all_ranks_go_round_them_as_they_are_placed() -> None:
     options = Options.of(None, SGD, pins, None, None, None)
     linked = plan_model(Deep(16, 4), cpu_sites(), {"x": torch.randn(8, 16)}, options).linked
     assert groups(linked)["world"] == [[0, 2, 3, 1]]
+
+
+def drawn_matrix(count: int, backend: str = "nccl") -> Cluster:
+    """Links that all differ, each way too."""
+    draw = np.random.default_rng(1)
+    latency_s = np.exp(draw.uniform(np.log(1e-4), np.log(0.2), (count, count)))
+    bandwidth = np.exp(draw.uniform(np.log(6e6), np.log(2.5e9), (count, count)))
+    device = "cpu" if backend == "gloo" else "v100-sxm2-16gb"
+    cluster = Cluster.from_matrix(device=device, latency_s=latency_s, bandwidth_bytes_per_s=bandwidth)
+    return replace(cluster, backend=backend)
+
+
+def test_seven_unlike_devices_are_placed_exactly() -> None:
+    cluster, what = drawn_matrix(7), traffic(7, 1)
+    found, every = place(cluster, what), np.array(list(itertools.permutations(range(7)))).reshape(-1, 7, 1, 1)
+    assert found.exact and found.cost_s == Prices(Places(cluster), what).costs_s(every).min()
+
+
+@pytest.mark.parametrize(("backend", "off"), [("gloo", 0.1), ("nccl", 0.3)])
+@pytest.mark.parametrize("nbytes", [1e6, 5e7, 1e9])
+def test_rings_are_priced_as_collectives_are(backend: str, off: float, nbytes: float) -> None:
+    """Of gloo in the direction in which they go round, and with what waits until it is asked for."""
+    cluster = drawn_matrix(24, backend)
+    assert cluster.network is not None
+    for pp, dp in ((4, 6), (1, 24)):
+        cells = np.random.default_rng(0).permutation(24).reshape(pp, dp)
+        priced = Prices(Places(cluster), traffic(pp, dp, reduced=nbytes)).parts_s(cells[None, :, :, None])[1][0, :, 0]
+        taken = [cluster.network.collective_s("all_reduce", nbytes, tuple(row), backend) for row in cells.tolist()]
+        assert priced == pytest.approx(taken, rel=off)
+
+
+def test_exchanges_find_a_way_through_links_that_all_differ() -> None:
+    """From the nearest device on to the next one is several times as slow."""
+    for count in (12, 40):
+        cluster = drawn_matrix(count)
+        prices = Prices(Places(cluster), traffic(count, 1, sent=8e6, reduced=0.0))
+        assert place(cluster, prices.traffic).cost_s < sketched(prices, prices.bound_s()).cost_s / 2

@@ -5,7 +5,10 @@ slowest gradient reduction:
 
     max over replicas of  once through all stages and messages, there and back
                           + (microbatches - 1) x the slowest stage or channel
-    + max over (stage, shard) of the ring over replicas.
+    + max over (stage, shard) of the ring over replicas,
+
+where a microbatch takes no less than its part of the way through all stages and back with as many under way as the
+widest window has.
 
 A stage has as much of the model as its slowest device takes as long for as those of the others take for theirs. No
 schedule takes less than the former where all stages are equally long: the first microbatch goes there and back, and the
@@ -25,11 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_model.cluster import Cluster
+from cost_model.gloo_ring import segments
 from cost_model.network import Network
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 MOST = 700.0  # e to this is a number
+MAX_WINDOW = 8
+"""Of 1f1b."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ class Places:
         """[device, device] of an empty message."""
         return self.network.awaited_delays_s if self.cluster.rendezvous else self.network.delays_s
 
+    @property
+    def asks(self) -> bool:
+        """Whether a part of a collective leaves once its receiver has asked for it, as gloo's do."""
+        return self.cluster.backend == "gloo"
+
     @cached_property
     def sizes(self) -> IntArray:
         """[node] devices."""
@@ -119,12 +130,15 @@ class Places:
         logarithm = math.lgamma(len(self.classes) + 1) - sum(math.lgamma(n + 1) for n in counts.values())
         return math.exp(min(logarithm, MOST))
 
-    def every(self) -> Iterator[tuple[int, ...]]:
-        """One order of the devices for each way to spread the classes."""
-        members = {int(c): [int(d) for d in np.flatnonzero(self.classes == c)] for c in np.unique(self.classes)}
-        for spread in _spreads(Counter(self.classes.tolist()), len(self.classes)):
-            left = {c: iter(devices) for c, devices in members.items()}
-            yield tuple(next(left[c]) for c in spread)
+    @cached_property
+    def every(self) -> IntArray:
+        """[order, device] One order of the devices for each way to spread the classes, from the first by number on."""
+        spreads = np.array(list(_spreads(Counter(self.classes.tolist()), len(self.classes))))
+        found = np.empty_like(spreads)
+        found[np.arange(len(spreads))[:, None], np.argsort(spreads, axis=1, kind="stable")] = np.argsort(
+            self.classes, kind="stable"
+        )
+        return found
 
 
 class Prices:
@@ -148,6 +162,7 @@ class Prices:
     def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
         """[placement, replica] seconds of the schedule, [placement, stage, shard] of the reduction."""
         along, slowest = self._pipeline_s(cells)
+        slowest = np.maximum(slowest, along / (1 + MAX_WINDOW * (self.traffic.pp - 1)))
         schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
         return schedule, self._rings_s(cells)
 
@@ -257,29 +272,32 @@ class Prices:
     def _groups_s(self, grid: IntArray) -> FloatArray:
         """[placement, stage, shard] of [placement, stage, group, replica, shard]: around each group, a part around the
         groups, and back."""
-        count, size = grid.shape[-3:-1]
-        total = np.zeros((len(grid), self.traffic.pp, self.traffic.tp))
-        for axis, ranks, nbytes in (
-            (-2, size, self.traffic.reduced_bytes),
-            (-3, count, self.traffic.reduced_bytes / size),
-        ):
-            after = np.roll(grid, -1, axis=axis)
-            slowest = (self._users(grid, axis) / self.network.bandwidths[grid, after]).max(axis=axis)
-            latencies = self.network.latencies_s[grid, after].sum(axis=axis)
-            seconds: FloatArray = 2 * (ranks - 1) / ranks * (nbytes * slowest + latencies)
-            total += seconds.max(axis=-2)
-        return total
+        nbytes = self.traffic.reduced_bytes
+        inside = self._around_s(grid, -2, nbytes).max(axis=-2)
+        across = self._around_s(grid, -3, nbytes / grid.shape[-2]).max(axis=-2)
+        found: FloatArray = inside + across
+        return found
 
     def _ring_s(self, cells: IntArray) -> FloatArray:
         """[placement, stage, shard] all_reduce around all replicas."""
-        dp = self.traffic.dp
-        if dp == 1:
+        if self.traffic.dp == 1:
             return np.zeros((len(cells), self.traffic.pp, self.traffic.tp))
-        after = np.roll(cells, -1, axis=-2)
-        slowest = (self._users(cells, -2) / self.network.bandwidths[cells, after]).max(axis=-2)
-        latencies = self.network.latencies_s[cells, after].sum(axis=-2)
-        rounds = 2 * (dp - 1)
-        found: FloatArray = rounds * (self.traffic.reduced_bytes / dp * slowest + latencies / dp)
+        return self._around_s(cells, -2, self.traffic.reduced_bytes)
+
+    def _around_s(self, cells: IntArray, axis: int, nbytes: float) -> FloatArray:
+        """All_reduce around an axis, which is no more one of the result: the slowest link in every round, or what all
+        of them take on average. gloo's goes the other way, in segments of which two are under way: each waits until the
+        one before last has been received and asked for."""
+        ranks, asked = cells.shape[axis], self.places.asks
+        cells = np.flip(cells, axis) if asked else cells
+        after, rounds = np.roll(cells, -1, axis=axis), 2 * (ranks - 1)
+        busy_s = nbytes / ranks * self._users(cells, axis) / self.network.bandwidths[cells, after]
+        latency_s, parts = self.network.latencies_s[cells, after], segments(nbytes, ranks) if asked else 1
+        found: FloatArray = (busy_s / parts + latency_s).mean(axis=axis)
+        if asked:
+            asking_s = self.network.latencies_s[after, cells]
+            busy_s = np.maximum(busy_s, (busy_s + parts * (latency_s + asking_s)) / 2)
+        found = rounds * np.maximum(found, busy_s.max(axis=axis))
         return found
 
     def _users(self, cells: IntArray, axis: int) -> FloatArray | float:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -21,8 +22,8 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph
 from autopar.planner.layouts import configurations
 from autopar.planner.least import quick_bound_s
-from autopar.planner.placed_prices import Places, Prices, Traffic
-from autopar.planner.placement import MAX_EXACT, Placed, Sketched, exactly, improved, sketched
+from autopar.planner.placed_prices import MAX_WINDOW, IntArray, Places, Prices, Traffic
+from autopar.planner.placement import Placed, Sketched, exactly, glanced, improved, is_exact, sketched
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Infeasible, Pins, Solution, Space
 from cost_model.cluster import Cluster, Level
@@ -30,15 +31,17 @@ from cost_model.collectives import Link
 from cost_model.network import Network
 
 FINALISTS, FINALISTS_OF_FEW, FEW = 4, 8, 8  # the latter on clusters of so many devices, where each takes no time
+OF_ONE_SHAPE = 2  # before meshes of other shapes
 IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
 SLACK = 0.1
 """On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's; prices
 err by less, but for what a few sums do not see (docs/slow_networks.md)."""
 WORTH = 0.01
 """Of a step, what whole state must be able to save to be planned for."""
-MAX_MICROBATCH, MAX_WINDOW = 16, 8
+MAX_MICROBATCH = 16
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
+_T = TypeVar("_T")
 Answers = Sequence[Solution | Infeasible]
 Search = Callable[[Pins, int], Answers]
 """Of a mesh, with room for gradients that are summed in groups of so many replicas first."""
@@ -228,18 +231,78 @@ def _candidates(
 ) -> tuple[list[tuple[Candidate, Placed]], float]:
     """The best meshes with their placements, and a bound under all of them."""
     queue = sorted(_bounded(cluster, space, batch, pins, volumes), key=lambda c: (c.bound_s, c.order))
-    wanted, laid_out = _finalists(cluster), list[tuple[float, int, Candidate, Sketched | Placed]]()
+    wanted, laid_out = _finalists(cluster), list[_LaidOut]()
     for candidate in queue:
-        if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > sorted(r[0] for r in laid_out)[wanted - 1]:
+        if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > sorted(r.cost_s for r in laid_out)[wanted - 1]:
             break
-        exact = candidate.prices.places.distinct <= MAX_EXACT
-        found = exactly(candidate.prices) if exact else sketched(candidate.prices, candidate.bound_s)
-        laid_out.append((found.cost_s, candidate.order, candidate, found))
-    best = sorted(laid_out, key=lambda row: row[:2])[: IMPROVED * wanted]
-    placed = [(c, each if isinstance(each, Placed) else improved(each)) for _, _, c, each in best]
+        found = sketched(candidate.prices, candidate.bound_s)
+        laid_out.append(_LaidOut(found.cost_s, candidate.order, candidate, found))
+    ranked = sorted(_glanced(laid_out, wanted), key=_LaidOut.key)
+    best = _of_each_shape(ranked, lambda each: each.candidate)[: IMPROVED * wanted]
+    placed = _shared([(each.candidate, each.placed()) for each in best])
     placed.sort(key=lambda pair: (pair[1].cost_s, pair[0].order))
     bound_s = min((candidate.bound_s for candidate in queue), default=math.inf)
-    return placed[:wanted], bound_s
+    chosen = _of_each_shape(placed, lambda pair: pair[0])[:wanted]
+    return sorted(chosen, key=lambda pair: (pair[1].cost_s, pair[0].order)), bound_s
+
+
+def _of_each_shape(ranked: Sequence[_T], candidate: Callable[[_T], Candidate]) -> list[_T]:
+    """The first few of each shape before all others: microbatches of different sizes have much the same price."""
+    seen = Counter[tuple[int, ...]]()
+    first, rest = list[_T](), list[_T]()
+    for each in ranked:
+        shape = candidate(each).prices.shape
+        (first if seen[shape] < OF_ONE_SHAPE else rest).append(each)
+        seen[shape] += 1
+    return first + rest
+
+
+@dataclass(frozen=True, eq=False)
+class _LaidOut:
+    """A mesh as it was sketched, and what it costs so or where devices were exchanged for another of its shape."""
+
+    cost_s: float
+    order: int
+    candidate: Candidate
+    sketched: Sketched
+    known: tuple[IntArray, ...] = ()
+
+    def key(self) -> tuple[float, int]:
+        return self.cost_s, self.order
+
+    def placed(self) -> Placed:
+        prices = self.candidate.prices
+        return exactly(prices) if is_exact(prices.places) else improved(self.sketched, *self.known)
+
+
+def _glanced(laid_out: Sequence[_LaidOut], wanted: int) -> list[_LaidOut]:
+    """All of them; of each shape, devices of the best are exchanged for a moment, and others take that where it is
+    better for them. Sketches of unlike networks may be ten times as slow as what exchanges make of them."""
+    shapes, found = dict[tuple[int, ...], list[_LaidOut]](), list[_LaidOut]()
+    for each in sorted(laid_out, key=_LaidOut.key):
+        shapes.setdefault(each.candidate.prices.shape, []).append(each)
+    for own in shapes.values():
+        known_s = sorted(each.cost_s for each in found)[:wanted]
+        if len(known_s) == wanted and min(each.candidate.bound_s for each in own) > known_s[-1]:
+            found += own
+            continue
+        cells = glanced(own[0].sketched)
+        for each in own:
+            cost_s = each.candidate.prices.cost_s(cells)
+            found.append(replace(each, cost_s=min(cost_s, each.cost_s), known=(cells,)))
+    return found
+
+
+def _shared(placed: list[tuple[Candidate, Placed]]) -> list[tuple[Candidate, Placed]]:
+    """Each with the placement of another of its shape where that is better for it."""
+    found = []
+    for candidate, own in placed:
+        for other, each in placed:
+            if other.prices.shape == candidate.prices.shape:
+                cost_s = candidate.prices.cost_s(np.array(each.devices).reshape(candidate.prices.shape))
+                own = replace(own, devices=each.devices, cost_s=cost_s) if cost_s < own.cost_s else own
+        found.append((candidate, own))
+    return found
 
 
 def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
