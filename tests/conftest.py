@@ -7,7 +7,7 @@ import itertools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: processes of tests run beside each other
-TESTS_BETWEEN_COLLECTIONS = 100
+TESTS_BETWEEN_COLLECTIONS = 300
 _finished = itertools.count(1)
 
 

@@ -90,7 +90,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "dp", "tp"), CASES)
 def test_what_calls_are_made_of_runs_as_on_one_device(name: str, dp: int, tp: int) -> None:
     batch = {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)}
-    check_parity(BETWEEN[name](), batch, 2, 1e-4, SGD, dp=dp, tp=tp, pp=1)
+    check_parity(BETWEEN[name](), batch, 2, 1e-4, SGD, dp=dp, tp=tp, pp=1, microbatch_size=4)
 
 
 @pytest.mark.parametrize("name", BETWEEN)

@@ -17,7 +17,11 @@ from cost_model.errors import VerificationError
 from passes.unmutate import unmutate
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
-GRIDS = {"dp2": {"dp": 2, "tp": 1, "pp": 1}, "tp2": {"dp": 1, "tp": 2, "pp": 1}, "pp2": {"dp": 1, "tp": 1, "pp": 2}}
+GRIDS = {
+    "dp2": {"dp": 2, "tp": 1, "pp": 1},
+    "tp2": {"dp": 1, "tp": 2, "pp": 1, "microbatch_size": 8},
+    "pp2": {"dp": 1, "tp": 1, "pp": 2},
+}
 MODELS = {**UNSEEN, **MORE}
 QUICK = ("recurrent", "tp2")
 
