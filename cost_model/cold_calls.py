@@ -17,6 +17,8 @@ from typing import Protocol
 from cost_model.device_rows import is_small_product
 from cost_model.program import Block, Instruction, OpCost
 
+_MULTIPLIED = ("matmul", "convolution", "convolution_backward")
+"""Kinds of the library that multiplies large matrices."""
 Points = tuple[tuple[float, float], ...]
 
 
@@ -25,8 +27,8 @@ class ColdCalls:
     """Seconds that a call takes longer than one right behind another of the same op.
 
     op, view, product: (seconds since that call, seconds longer), the first growing; straight between points in the
-    logarithm of the first, nothing below the first point, and no more than at the last. product: of ops that are priced
-    by their arithmetic, but for small products. overhead_s: of the calls that ``op`` was measured with.
+    logarithm of the first, nothing below the first point, and no more than at the last. product: of large products
+    and convolutions. overhead_s: of the calls that ``op`` was measured with.
 
     An op whose overhead is another brings back as much code as the square root of it says: one that calls many others
     runs most of that code for each. Measured behind two products of 512 on two cores of an EPYC 9004 that others
@@ -48,7 +50,7 @@ class ColdCalls:
         """Of one call, so long after the last of its op; no cost: of a view. overhead_s: of the op."""
         if cost is None:
             return _at(self.view, since_s)
-        if cost.gemm is not None and not is_small_product(cost):
+        if cost.kind in _MULTIPLIED and not is_small_product(cost):
             return _at(self.product, since_s)
         return _at(self.op, since_s) * math.sqrt(overhead_s / self.overhead_s)
 

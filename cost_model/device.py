@@ -103,7 +103,10 @@ class Device:
 
     def call_overhead_s(self, cost: OpCost) -> float:
         """The part of that which a call takes whatever its tensors' size. Errors: UnknownNameError (kind)."""
-        return self.kernel_overhead_s if cost.parts else self._row(cost).overhead_s
+        if cost.parts:
+            return self.kernel_overhead_s
+        row = self._row(cost)
+        return row.overhead_s + (row.per_matrix_s if isinstance(row, GemmRow) else 0.0)
 
     def step_s(self, tensors: int) -> float:
         """Seconds of a step that updates so many tensors, beside its ops and messages."""

@@ -23,7 +23,7 @@ OP = OpCost("elementwise", 0.0, 0.0, "float32")
 
 
 def named(name: str, seconds: float) -> Instruction:
-    return dataclasses.replace(op(seconds), op=name)
+    return dataclasses.replace(op(seconds, "elementwise"), op=name)
 
 
 def compute_s(
@@ -60,7 +60,7 @@ def test_waiting_for_a_collective_is_time_too() -> None:
 
 def test_an_op_that_calls_others_brings_back_more_code_and_a_product_its_own() -> None:
     assert CALLS.longer_s(9.0, OP, 4 * 0.25) == 2 * CALLS.longer_s(9.0, OP, 0.25)
-    assert CALLS.longer_s(9.0, dataclasses.replace(OP, gemm=(1, 8, 8, 8)), 1.0) == 40.0
+    assert CALLS.longer_s(9.0, dataclasses.replace(OP, kind="convolution"), 1.0) == 40.0
 
 
 def test_small_products_of_all_ops_run_one_code() -> None:
@@ -135,7 +135,7 @@ def test_measured_curves_are_written_and_read() -> None:
     calls = Cluster.from_toml(invented_text(cold=cold), "invented.toml").devices[0].cold_calls
     assert calls is not None
     assert calls.overhead_s == pytest.approx(3e-6)
-    costs = (OP, None, dataclasses.replace(OP, gemm=(1, 8, 8, 8)))
+    costs = (OP, None, dataclasses.replace(OP, kind="matmul"))
     assert [calls.longer_s(1e-3, cost, calls.overhead_s) for cost in costs] == [1e-5, 4e-6, 3e-5]
     assert calls.longer_s(1e-4, OP, calls.overhead_s) < 1e-8
 
