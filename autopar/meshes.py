@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 MAX_TIGHTENINGS = 6
 MOST_STAGES = 4
-MOST_DEVICES, MOST_ALIKE = 8, 6
-"""Up to so many devices meshes that differ are looked for unasked: of several kinds, of one kind."""
+MOST_DEVICES, MOST_ALIKE, MOST_KINDS = 8, 6, 3
+"""Up to so many devices meshes that differ are looked for unasked: of several kinds, of one kind; and of up to so many
+kinds, since six devices of five kinds take minutes."""
 WORTH = 0.01
 """The least part of a step that stages of different meshes must save: equal ones are simpler."""
 
@@ -36,7 +37,7 @@ def may_differ(pins: Parallelism, cluster: Cluster) -> bool:
     count, kinds = cluster.num_devices, len(set(cluster.devices))
     if pins.tp is not None or pins.pp == 1 or pins.placement is not None or pins.virtual_stages not in (None, 1):
         return False
-    if pins.schedule == "interleaved" or pins.sequence_parallel is not None:
+    if pins.schedule == "interleaved" or pins.sequence_parallel is not None or kinds > MOST_KINDS:
         return False
     return 2 < count <= (MOST_DEVICES if kinds > 1 else MOST_ALIKE) and (kinds > 1 or count & (count - 1) != 0)
 

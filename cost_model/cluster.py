@@ -113,7 +113,7 @@ class Cluster:
 
     @classmethod
     def from_table(cls, table: Table, num_devices: int | None = None) -> Self:
-        in_regions = table.has("nodes")
+        in_regions = table.has("nodes") or (any(map(table.has, REGION_KEYS)) and not table.has("levels"))
         own = REGION_KEYS if in_regions else ("device", "num_devices", "levels")
         table.only(("schema", "name", "source", "backend", *own))
         table.text("source")
@@ -363,6 +363,8 @@ def _measured(part: Table) -> tuple[Measured, ...]:
 def _square(values: ArrayLike, name: str, *, lowest: float | None) -> Rows:
     """A square array of finite numbers at least ``lowest`` off the diagonal (None: above zero)."""
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("its numbers are complex")
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} is not an array of numbers: {error}") from error

@@ -107,12 +107,16 @@ class Table:
         return tuple(value)
 
     def table(self, name: str) -> Table:
+        if name not in self.raw:
+            self.fail(name, f"missing; add a table [{self.dotted(name)}]")
         value = self.value(name)
         if not isinstance(value, dict):
             self.fail(name, f"must be a table [{self.dotted(name)}], not {value!r}")
         return Table(value, self.path, self.dotted(name), self.lines)
 
     def tables(self, name: str) -> tuple[Table, ...]:
+        if name not in self.raw:
+            self.fail(name, f"missing; add tables [[{self.dotted(name)}]]")
         value = self.value(name)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             self.fail(name, f"must be tables [[{self.dotted(name)}]], not {value!r}")

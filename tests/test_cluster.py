@@ -222,6 +222,7 @@ def test_the_matrix_gives_transfers_and_the_cap() -> None:
         (np.full((2, 2), -1.0), np.ones((2, 2)), r"latency_s\[0, 1\] is -1.0"),
         (np.zeros((2, 2)), [[1, "fast"], [1, 1]], "not an array of numbers"),
         (np.zeros((2, 2)), np.full((2, 2), np.inf), "must be finite"),
+        (np.zeros((2, 2)), np.ones((2, 2)) * 1j, "not an array of numbers: its numbers are complex"),
     ],
 )
 def test_matrices_that_are_refused(latency: object, bandwidth: object, message: str) -> None:

@@ -266,3 +266,12 @@ def test_a_network_of_equal_links_is_even() -> None:
     everywhere["latency_s"][0, 1] = 0.2
     assert Cluster.from_matrix(device="cpu", **everywhere).uneven
     assert good().uneven and not Cluster.load("dgx-h100", 16).uneven
+
+
+def test_a_file_of_regions_without_nodes_says_so() -> None:
+    head = 'schema = 1\nname = "x"\nbackend = "nccl"\nsource = "a test"\nshared_egress = true\n'
+    with pytest.raises(ClusterFileError, match=r"missing; add a table \[transport\]"):
+        Cluster.from_toml(head, "x.toml")
+    transport = '[transport]\nstart = 0\nefficiency = 1\nsource = "a test"\n'
+    with pytest.raises(ClusterFileError, match=r"missing; add tables \[\[nodes\]\]"):
+        Cluster.from_toml(head + transport, "x.toml")

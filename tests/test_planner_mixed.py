@@ -15,6 +15,7 @@ from models import example_gpt
 from parity import ADAMW
 
 import autopar
+from autopar.meshes import may_differ
 from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.mixed import MixedSolver, Pool, Shape
@@ -174,3 +175,12 @@ def test_on_mixed_devices_no_plan_of_equal_meshes_is_as_fast() -> None:
     assert chosen.step_time_s < 0.99 * min(uniform)
     pair = next(ranks for ranks in chosen.plan.stage_devices if len(ranks) == 2)
     assert pair == (1, 2) and any("meshes of their own" in note for note in chosen.notes)
+
+
+@pytest.mark.parametrize(("kinds", "tried"), [(1, True), (3, True), (5, False)])
+def test_meshes_of_many_kinds_of_devices_are_not_looked_for_unasked(kinds: int, tried: bool) -> None:
+    names = ("v100-sxm2-16gb", "v100-sxm2-32gb", "a100-sxm-40gb", "a100-sxm-80gb", "h100-sxm")[:kinds]
+    devices = [names[i % kinds] for i in range(6)]
+    every = np.ones((6, 6))
+    cluster = autopar.Cluster.from_matrix(device=devices, latency_s=every, bandwidth_bytes_per_s=every)
+    assert may_differ(autopar.Parallelism(), cluster) == tried
