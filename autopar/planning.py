@@ -25,7 +25,7 @@ from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed, timed_s
 from autopar.plan_of import parts_of, stage_plans, unplaced
-from autopar.planner.regional import fastest_view, search_placed
+from autopar.planner.regional import fastest_view, search_placed, smallest_cuts
 from autopar.planner.search import Configuration, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution
@@ -441,11 +441,12 @@ class Job:
         plan = self.plan(placed)
         return whole_state_gain_s(plan, self.program(plan), self.cluster)
 
-    def sent_bytes(self, microbatch_size: int) -> float:
-        """The largest activation between segments, as it is sent."""
+    def sent_bytes(self, microbatch_size: int, pp: int | None = None) -> float:
+        """The largest activation between segments, as it is sent; pp: between stages that are cut where least is."""
         local, sent = self.space.local_model(microbatch_size), self.options.precision.sent_bytes
         assert local is not None
-        return float(max((sent(exit.nbytes + carried, exit) for exit, carried in local.cut_before[1:]), default=0))
+        cuts = [float(sent(exit.nbytes + carried, exit)) for exit, carried in local.cut_before[1:]]
+        return max(cuts if pp is None else smallest_cuts(cuts, pp), default=0.0)
 
     @property
     def reduced_bytes(self) -> float:

@@ -22,7 +22,7 @@ from test_uneven import SLOW, cut_at, even, job_of, solved, step_s
 from autopar.planner.configuration import Configuration
 from autopar.planner.placed_prices import Places, Prices, Traffic
 from autopar.planner.placement import sketched
-from autopar.planner.regional import Candidate, _glanced, _LaidOut
+from autopar.planner.regional import Candidate, _glanced, _LaidOut, smallest_cuts
 from autopar.uneven import CutSketch
 from autopar.whole_state import whole_state_gain_s
 from cost_model.cluster import Cluster
@@ -137,6 +137,16 @@ def test_meshes_are_judged_by_placements_that_exchanges_find() -> None:
         laid_out.append(_LaidOut(found.cost_s, pp, Candidate(pp, c, prices, prices.bound_s()), found))
     assert min(laid_out, key=_LaidOut.key).candidate.prices.shape == (1, 12, 1)
     assert min(_glanced(laid_out, 4), key=_LaidOut.key).candidate.prices.shape == (12, 1, 1)
+
+
+def test_stages_are_cut_where_little_is_sent() -> None:
+    """Wide values within layers are no ends of stages while there are narrow ones beside them."""
+    assert smallest_cuts([16.0, 1.0, 16.0, 1.0, 16.0], 2) == [1.0]
+    assert smallest_cuts([8.0, 4.0, 2.0], 4) == [8.0, 4.0, 2.0]
+    assert smallest_cuts([3.0], 1) == []
+    for count in range(2, 30):
+        for pp in range(2, count + 1):
+            assert len(smallest_cuts([1.0] * (count - 1), pp)) == pp - 1
 
 
 SCRIPT = """

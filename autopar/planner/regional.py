@@ -51,10 +51,12 @@ Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 
 class Volumes(Protocol):
-    """What a model sends on a mesh: the largest activation between stages, all gradients; of how many segments it is,
-    in which dtype its products are, and whether replicas exchange something in every microbatch."""
+    """What a model sends on a mesh: the largest activation between segments, or between so many stages, all gradients;
+    of how many segments it is, in which dtype its products are, and whether replicas exchange something in every
+    microbatch.
+    """
 
-    def sent_bytes(self, microbatch_size: int) -> float: ...
+    def sent_bytes(self, microbatch_size: int, pp: int | None = None) -> float: ...
 
     @property
     def reduced_bytes(self) -> float: ...
@@ -362,10 +364,18 @@ def _traffic(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Vo
         c.tp,
         c.microbatches,
         alone_s / c.pp,
-        volumes.sent_bytes(size),
+        volumes.sent_bytes(size, c.pp),
         volumes.reduced_bytes / c.pp / c.tp,
         exchanged / c.pp,
     )
+
+
+def smallest_cuts(cuts: Sequence[float], pp: int) -> list[float]:
+    """Of each end of a stage but the last, the least of the cuts that are nearer to it than to others, of stages of
+    equally many segments. cuts[i]: before segment i + 1."""
+    count = len(cuts) + 1
+    ends = (range(math.ceil(count * (k - 0.5) / pp), math.ceil(count * (k + 0.5) / pp)) for k in range(1, pp))
+    return [min(cuts[i - 1] for i in own if 0 < i < count) for own in ends]
 
 
 def _may_shard(whole_s: WholeSeconds, view: Cluster, c: Configuration, volumes: Volumes) -> bool:
