@@ -79,10 +79,10 @@ class Deep(Regression):
 
 
 class KnowsItsBatch(Regression):
-    """Takes another way for batches above a size."""
+    """Takes another way for batches of one size."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = super().forward(x if x.shape[0] > 4 else -x, y)
+        loss: torch.Tensor = super().forward(x if x.shape[0] == 8 else -x, y)
         return loss
 
 

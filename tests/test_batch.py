@@ -101,6 +101,7 @@ def _mask_of_groups(self: Any, x: Tensor, y: Tensor) -> Tensor:
 SPLIT: dict[str, Case] = {
     "mse": lambda: (Net(), inputs()),
     "sum of squares": _forward(lambda self, x, y: (self.body(x) - y).pow(2).sum() / 100),
+    "other ops for fewer samples": _forward(lambda self, x, y: F.mse_loss(self.a(x if x.size(0) > 4 else -x), y)),
     "sum over the batch size": _forward(lambda self, x, y: (self.body(x) - y).pow(2).sum() / x.size(0)),
     "mean of means": _forward(lambda self, x, y: (self.body(x) - y).pow(2).mean(1).mean()),
     "cross entropy": _forward(lambda self, x, y, t: F.cross_entropy(self.body(x) + y, t), t=labels()),
@@ -233,7 +234,7 @@ JOINED: dict[str, Case] = {
 }
 """Losses that compare samples with each other."""
 WHOLE: dict[str, tuple[Case, str]] = {
-    "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.special.i0e(self.a(x)), y)), "no rule"),
+    "an op without a rule": (_forward(lambda self, x, y: F.mse_loss(torch.frexp(self.a(x)).mantissa, y)), "no rule"),
     "cumsum over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).cumsum(0), y)), "mixes samples"),
     "softmax over the batch": (_forward(lambda self, x, y: F.mse_loss(self.a(x).softmax(0), y)), "mixes samples"),
     "the first sample": (_forward(lambda self, x, y: F.mse_loss(self.a(x)[0], y[0])), "mixes samples"),
@@ -241,7 +242,7 @@ WHOLE: dict[str, tuple[Case, str]] = {
     "halves of the batch": (_forward(lambda self, x, y: self.a(x).view(2, x.size(0) // 2, 12).sum(1).pow(2).sum()), "groups the samples"),
     "a row picked by the batch's size": (_forward(lambda self, x, y: F.mse_loss(self.a(x) * self.b.weight[x.size(0) - 1], y)), "size"),
     "columns picked by the batch's size": (_forward(lambda self, x, y: self.a(x)[:, x.size(0) - 2 :].sum()), "size"),
-    "other ops for other sizes": (_forward(lambda self, x, y: F.mse_loss(self.a(x if x.size(0) > 4 else -x), y)), "different ops"),
+    "other ops for other sizes": (_forward(lambda self, x, y: F.mse_loss(self.a(x if x.size(0) == 8 else -x), y)), "different ops"),
     "all samples against all": (_forward(lambda self, x, y: F.mse_loss(self.a(x) @ y.t(), x @ y.t())), "groups the samples"),
     "a loss without the batch": (_forward(lambda self, x, y: self.a.weight.pow(2).sum()), "does not depend on the batch"),
     "a loss on one size only": (_forward(lambda self, x, y: self.a(x).view(8, 12).sum()), "one batch size only"),

@@ -112,9 +112,9 @@ def test_sizes_of_factories_follow_the_batch() -> None:
 @pytest.mark.parametrize(
     "forward",
     [
-        lambda self, x, y: F.mse_loss(self.body(torch.tanh(x) if x.size(0) > 4 else x), y),
-        lambda self, x, y: F.mse_loss(self.body(x).sum(1, keepdim=x.size(0) > 4).sum(), y.sum()),
-        lambda self, x, y: F.mse_loss((self.a if x.size(0) > 4 else self.b)(x), y),
+        lambda self, x, y: F.mse_loss(self.body(torch.tanh(x) if x.size(0) == 8 else x), y),
+        lambda self, x, y: F.mse_loss(self.body(x).sum(1, keepdim=x.size(0) == 8).sum(), y.sum()),
+        lambda self, x, y: F.mse_loss((self.a if x.size(0) == 8 else self.b)(x), y),
     ],
     ids=["other ops", "another flag", "another weight"],
 )
