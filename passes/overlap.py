@@ -25,12 +25,20 @@ from passes.storage import is_view
 
 def overlap(graphs: SplitGraphs, state_axis: str) -> SplitGraphs:
     """state_axis: over which parameters and gradients are split."""
+    handed = {*graphs.saved, *graphs.kept, graphs.output}
     for graph in (graphs.forward, *graphs.backwards):
+        results = {place: n.name for place, n in enumerate(_results(graph)) if n.name in handed}
         _defer_products(graph)
         _gather_ahead(graph, state_axis)
         _scatter_late(graph, state_axis)
+        for place, name in results.items():
+            _results(graph)[place].name = name  # the other graphs know it by that
         graph.lint()
     return graphs
+
+
+def _results(graph: fx.Graph) -> list[fx.Node]:
+    return graph.output_node().all_input_nodes
 
 
 # --- Parameters
@@ -137,12 +145,15 @@ def _defer_products(graph: fx.Graph) -> None:
             made.prepend(other)
 
 
+_SUMS = (begin_all_reduce, wait)
+
+
 def _unread_before(node: fx.Node) -> list[fx.Node]:
     """Calls of the same segment between the last sum and ``node`` that it does not depend on."""
     found: list[fx.Node] = []
     read = set(node.all_input_nodes)
     at = node.prev
-    while at.op == "call_function" and at.target is not wait and segment_of(at) == segment_of(node):
+    while at.op == "call_function" and at.target not in _SUMS and segment_of(at) == segment_of(node):
         if at in read:
             read.update(at.all_input_nodes)
         else:

@@ -13,7 +13,7 @@ from models import example_gpt
 from parity import ADAMW, check_parity, cpu_cluster
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autopar
@@ -328,3 +328,24 @@ def test_it_is_chosen_where_it_is_faster_and_fits() -> None:
     assert not capped.plan.overlap and capped.peak_bytes <= plain.peak_bytes
     with pytest.raises(InfeasiblePlanError, match="overlap=True"):
         estimate(cluster=moves, parallelism=replace(pins, overlap=True), memory_cap=plain.peak_bytes)
+
+
+class Compared(nn.Module):
+    """What all samples sum to, two sums at once, is read again by the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = self.a(x)
+        return torch.atan2(values.sum(0), values.cos().sum(0)).pow(2).mean()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("zero", [0, 3])
+def test_sums_over_replicas_that_are_saved_keep_their_names(zero: int) -> None:
+    torch.manual_seed(0)
+    model, batch = Compared().double(), {"x": torch.randn(8, 8, dtype=torch.float64)}
+    plan = check_parity(model, batch, 2, 1e-9, dp=2, zero=zero, overlap=True)
+    assert plan.overlap
