@@ -124,11 +124,11 @@ class ChunkStorages:
         sent = _sent(chunk, static)
         sent_is_saved = sent is not None and sent.storage in chunk.saved
         carried = _carried(chunk, static, None if sent is None or sent_is_saved else sent.storage)
-        own = _freed(chunk.forward) | carried.keys()
-        activation_in = {v.storage: v.storage_bytes for v in chunk.forward.inputs if v.storage in own - static}
-        own = {s for block in chunk.backwards for s in _freed(block)} - carried.keys()
+        own = (_freed(chunk.forward) | carried.keys()) - static
+        activation_in = {v.storage: v.storage_bytes for v in chunk.forward.inputs if v.storage in own}
+        own = {s for block in chunk.backwards for s in _freed(block)} - carried.keys() - static
         made = {value.storage: value.storage_bytes for value in _values(chunk.backward)}
-        gradient_in = {v.storage: v.storage_bytes for v in chunk.backward.inputs if v.storage in own - static}
+        gradient_in = {v.storage: v.storage_bytes for v in chunk.backward.inputs if v.storage in own}
         return ChunkStorages(
             carried=carried,
             kept={storage: made[storage] for storage in chunk.kept if storage not in static},
@@ -152,7 +152,8 @@ def _values(block: Block) -> Iterator[Value]:
 
 
 def _outputs(block: Block) -> list[Value]:
-    return [value for value in _values(block) if value.name in block.outputs]
+    names = set(block.outputs)
+    return [value for value in _values(block) if value.name in names]
 
 
 def _gradients(chunk: Chunk) -> list[Value]:
