@@ -105,6 +105,6 @@ class _Ambient:
         if node.op == "placeholder":
             item = self.view.inputs[node.name]
             target = item.target if item.kind == "batch" else ""
-            return f"{item.kind} {target} {item.trainable} {item.batched} {item.changes} {meta}"
+            return f"{item.kind} {target} {item.trainable} {item.batched} {item.changes} {item.counts} {meta}"
         args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Plain(self._name(n)))
         return f"{node.target}{args} {meta}"

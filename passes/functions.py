@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from cost_model.errors import AutoparError, UnsupportedError
+from passes.running_statistics import checkpointed
 
 _EXTENT = 12
 """No dim of the tensors that a Function is tried on is longer."""
@@ -67,7 +68,8 @@ class Functions:
         if cls.__module__ == _REGISTERED:
             return plain(cls, *args, **kwargs)
         if cls is CheckpointFunction:  # recompute is the planner's matter
-            return args[0](*args[2:])
+            with checkpointed():
+                return args[0](*args[2:])
         key = _key(cls, args)
         if key not in self.known:
             raise FunctionMet(cls, [_described(a) for a in args])

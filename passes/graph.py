@@ -29,6 +29,7 @@ class GraphInput:
     target: the model's own name for parameters and buffers; the leaf's path for batch inputs.
     batched: dim 0 is the batch.
     changes: a buffer that a step gives a new value, which takes the place of a gradient (see ``batch_norm``).
+    counts: a buffer that every step adds a number to.
     """
 
     node: str
@@ -37,6 +38,7 @@ class GraphInput:
     trainable: bool
     batched: bool
     changes: bool = False
+    counts: bool = False
 
     @property
     def has_gradient(self) -> bool:

@@ -51,9 +51,11 @@ def _contiguous(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default
 )
 def _cast(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Only the dtype counts: devices belong to the runtime."""
+    """Only the dtype counts: devices belong to the runtime. ``torch.vmap`` casts numbers, too."""
     meta = meta_of(node.meta["val"])
     assert isinstance(meta, TensorMeta)
+    if not isinstance(a["self"], fx.Node):
+        return run.call(aten.full.default, ([], a["self"]), meta, like=node, dtype=getattr(torch, meta.dtype))
     return run.cast(node, a["self"], meta.dtype)
 
 

@@ -130,7 +130,7 @@ class _Texts:
         item, own = self.inputs[node.name], self.own[number]
         if node.name not in own:
             own.append(node.name)
-        known = (item.kind, item.trainable, item.batched, item.changes)
+        known = (item.kind, item.trainable, item.batched, item.changes, item.counts)
         return f"own{own.index(node.name)} {known} {self._facts(node)}"
 
 

@@ -171,7 +171,7 @@ def build_stage(
 
 def _invariant(inputs: Sequence[GraphInput]) -> frozenset[str]:
     """What no step changes."""
-    return frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not i.changes)
+    return frozenset(i.node for i in inputs if i.kind in ("buffer", "constant") and not (i.changes or i.counts))
 
 
 def _reduced_early(

@@ -22,9 +22,9 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from cost_model.errors import AutoparError, ConfigError, TraceError, UnsupportedError
+from passes.as_traced import as_traced
 from passes.batch_spec import BatchSpec, batch_spec, is_batched
 from passes.clean import clean
-from passes.counts import counts_of_given_length
 from passes.detach import detach
 from passes.draws import give_draws
 from passes.experts import traceable_experts
@@ -43,7 +43,7 @@ from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
 from passes.unroll import unroll
-from passes.watch import ValueWatch, casts_of_modules, check_hooks, gradients_as_written, own_backwards
+from passes.watch import ValueWatch, check_hooks
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -274,7 +274,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with own_backwards(module.functions), casts_of_modules(), gradients_as_written(), counts_of_given_length():
+        with as_traced(module.model, module.functions):
             exported = _folded(module, args, kwargs, mode) if folded else None
             exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:
@@ -373,9 +373,11 @@ def _to_model_graph(
             if first is not node:
                 node.replace_all_uses_with(first)
                 continue
-        described[node.name] = replace(entry, changes=_name(item) in (*changed.statistics, *changed.written))
-        if _name(item) in changed.written:
-            written[node.name] = changed.written[_name(item)]
+        name = _name(item)
+        changes, counts = name in (*changed.statistics, *changed.written), name in changed.counters
+        described[node.name] = replace(entry, changes=changes, counts=counts)
+        if name in changed.written:
+            written[node.name] = changed.written[name]
     kinds = torch.export.graph_signature.OutputKind
     loss = [s.kind for s in exported.graph_signature.output_specs].index(kinds.USER_OUTPUT)
     graph = clean(exported.graph_module, described, size, loss, written)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,23 @@ _INSTEAD = {
     "experts, each expert over all tokens (out = out + expert(x) * (weights * (chosen == i)).sum(-1, keepdim=True))",
 }
 """What to write for calls that no trace can hold, by a pattern of what torch says of them."""
+
+
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Meanwhile torch does not log what it raises as well, with a traceback of hundreds of lines."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:

@@ -54,14 +54,14 @@ def _plain(target: Any) -> Any:
         return None
     name, overload = target.overloadpacket.__name__, target._overloadname
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    plain = getattr(packet, overload, None) or _of_same_arguments(packet, target)
+    plain = _of_same_arguments(packet, target) or getattr(packet, overload, None)
     if plain is None or not name.endswith("_"):
         raise VerificationError("mutation", f"{target} writes into a value in a way that has no plain form")
     return plain
 
 
 def _of_same_arguments(packet: Any, target: torch._ops.OpOverload) -> Any:
-    """aten.transpose.int for aten.transpose_.default."""
+    """aten.transpose.int for aten.transpose_.default, and aten.pow.Tensor_Scalar for aten.pow_.Scalar."""
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     overloads = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
     return next((o for o in overloads if [(a.name, str(a.type)) for a in o._schema.arguments] == wanted), None)

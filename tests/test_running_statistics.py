@@ -11,6 +11,7 @@ from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from unseen_models import BATCH, classes, normal
 
 from cost_model.errors import UnsupportedError
@@ -78,6 +79,32 @@ class Instances(nn.Module):
         return F.cross_entropy(self.body(self.plain(parts).flatten(1)), labels)
 
 
+class Checkpointed(nn.Module):
+    """Norms in layers that one device runs again in backward, one of them of means over all batches so far."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16))
+        self.second = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16, momentum=None), nn.Linear(16, 8))
+        self.last = nn.BatchNorm1d(8, momentum=None)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        made = checkpoint(self.first, x, use_reentrant=False)
+        return F.cross_entropy(self.last(checkpoint(self.second, made, use_reentrant=self.reentrant)), labels)
+
+
+class Averaged(Checkpointed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+        self.first.register_forward_pre_hook(self.average)
+
+    def average(self, _: nn.Module, given: tuple[Tensor]) -> None:
+        self.mean.lerp_(given[0].detach().mean(0), 0.1)
+
+
 def views() -> dict[str, Tensor]:
     return {"left": normal(BATCH, 16), "right": normal(BATCH, 16).roll(1, 0)}
 
@@ -107,6 +134,17 @@ def test_statistics_of_inputs_are_kept(grid: str) -> None:
 @pytest.mark.parametrize("grid", ["dp2", "pp2"])
 def test_statistics_of_instances_are_kept(grid: str) -> None:
     check_parity(Instances(), labelled(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", ["dp2", "tp2"])
+def test_statistics_of_layers_that_run_again_and_means_of_all_batches_are_kept(grid: str) -> None:
+    check_parity(Checkpointed(reentrant=grid == "tp2"), labelled(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+def test_other_buffers_of_layers_that_run_again_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"changes 'mean' under torch\.utils\.checkpoint"):
+        trace(Averaged(), labelled())
 
 
 def test_batches_without_running_statistics_are_normed_by_our_op() -> None:

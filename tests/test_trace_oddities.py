@@ -152,6 +152,12 @@ def test_gradients_that_a_trace_would_lose_are_refused(odd: Any, said: str) -> N
         trace(_Odd(odd), (torch.zeros(8, 4),))
 
 
+def test_what_a_trace_is_told_is_not_logged(capfd: pytest.CaptureFixture[str]) -> None:
+    weights = torch.ones(8, 1, dtype=torch.float64)  # which half of the batch does not fit
+    trace(net(lambda self, x, y: F.mse_loss(self.body(x) * weights, y)), inputs())
+    assert "failed while attempting" not in capfd.readouterr().err
+
+
 def test_inference_mode_stops_gradients() -> None:
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
         with torch.inference_mode():

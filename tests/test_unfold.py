@@ -73,6 +73,8 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
     "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),
+    "norms": lambda: Model(lambda _, x: x / torch.linalg.vector_norm(x, 3, -1, keepdim=True)),
+    "mapped": lambda: Model(lambda _, x: torch.vmap(lambda row: row.tanh() + 0.1 * row.norm())(x)),
     "empty_cat": lambda: Model(lambda _, x: torch.cat([torch.tensor([]), x], -1)),
     "expand_as": lambda: Model(lambda _, x: x * x[:, :1].expand_as(x)),
 }

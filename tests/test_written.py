@@ -84,6 +84,19 @@ def _assigned(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(made - self.mean - self.last, y)
 
 
+def _counting(self: Any) -> None:
+    self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+    self.register_buffer("heat", torch.ones((), dtype=torch.float64))
+
+
+def _annealed(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Weights that follow how many steps there were, before and after this one."""
+    weight = torch.exp(-self.heat)
+    self.steps += 1
+    self.heat += 0.5
+    return F.mse_loss(self.body(x), y) + weight * torch.clamp(self.steps / 4, max=1) * self.b(x).square().mean()
+
+
 def _assignable(self: Any) -> None:
     _average(self)
     self.register_buffer("last", torch.ones(12, dtype=torch.float64))
@@ -100,6 +113,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "changed last": lambda: net(_left_behind, _average),
     "moving codes": lambda: net(_nearest_code, _codes),
     "assigned": lambda: net(_assigned, _assignable),
+    "annealed": lambda: net(_annealed, _counting),
     "queue": lambda: net(_queued, _queue),
 }
 DP, TP, PP = {"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}, {"dp": 1, "tp": 1, "pp": 2}
@@ -134,6 +148,7 @@ def test_a_buffer_that_is_read_and_given_another_shape_is_refused() -> None:
         *((name, pins) for name in MODELS for pins in (DP, TP)),
         ("power iteration", PP),
         ("power iteration", {**DP, "zero": 3}),
+        ("annealed", PP),
         ("moving codes", {**DP, "tp": 2}),
     ],
     ids=str,

@@ -1,0 +1,21 @@
+"""As traced: all that stands in for calls of torch's own while a model is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from passes.counts import counts_of_given_length
+from passes.functions import Functions
+from passes.running_statistics import statistics_as_traced
+from passes.trace_errors import quiet
+from passes.watch import casts_of_modules, gradients_as_written, own_backwards
+
+
+@contextmanager
+def as_traced(model: nn.Module, functions: Functions) -> Iterator[None]:
+    with own_backwards(functions), casts_of_modules(), gradients_as_written(), counts_of_given_length():
+        with statistics_as_traced(model), quiet():
+            yield
