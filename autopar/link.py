@@ -9,18 +9,18 @@ from dataclasses import replace
 from itertools import pairwise
 
 from autopar.alike import Outliner
-from autopar.gradient_norm import FOUND, NORM, clip_costs, norm_workspace_bytes, unscale_costs
+from autopar.gradient_norm import clip_costs, norm_workspace_bytes, unscale_costs
 from autopar.linked import Linked, LinkedStage, device_map, merged_buckets, merged_inputs, steps_of
 from autopar.optimizer_price import OptimizerPrice, Seen, price_optimizer
 from autopar.runtime.optim import OptimizerSpec
+from autopar.stage_program import stage_program
 from autopar.step_work import cast_costs, gathers_of, gradient_layout, reductions_of, update_casts
 from cost_model.axes import Axes
 from cost_model.device import BLAS
 from cost_model.errors import UnsupportedError
-from cost_model.mesh import Mesh
-from cost_model.placement import Placements, placements_text, split_axes
-from cost_model.plan import Plan, StagePlan
-from cost_model.program import Chunk, Collective, Program, StageProgram, StepWork, Value
+from cost_model.placement import Placements, placements_text
+from cost_model.plan import Plan
+from cost_model.program import Collective, Program, StageProgram
 from cost_model.schedule import splits_backward
 from cost_model.schedule_check import check_schedule
 from cost_model.shards import Bucket, ParameterShard
@@ -30,6 +30,7 @@ from passes.cut import cut_stage, prologue
 from passes.graph import ModelGraph
 from passes.group import Worth
 from passes.lengthen import priced_code
+from passes.relabel import Made, outline
 from passes.schedule_code import render_prologue
 from passes.segment import Segment
 from passes.specialise import specialise
@@ -37,9 +38,7 @@ from passes.stage import StageCode, build_stage, reduce_axis
 from passes.stitch import Templates
 from passes.trace import Traced
 from passes.verify import verify_cuts
-from passes.zero import make_buckets
-
-_LOSS_BYTES = 8  # one float64
+from passes.zero import make_buckets, stateless
 
 
 class Linker:
@@ -73,6 +72,7 @@ class Linker:
         self._outliner = Outliner(traced, analysis)
         self._models: dict[int, ModelGraph] = {}
         self._codes: dict[tuple[Hashable, ...], StageCode] = {}
+        self._made = Made()
 
     def link(self, plan: Plan) -> Linked:
         """The whole program of a plan; VerificationError where its stages do not fit together."""
@@ -141,13 +141,12 @@ class Linker:
         return _link_stage(self.traced, chunks, shards, tied, plan.dp_inner, self.optimizer is not None)
 
     def _key(self, plan: Plan, index: int, shared: frozenset[str], exact: int | None) -> tuple[Hashable, ...]:
-        last, stage = index == len(plan.stages) - 1, index % plan.pp
+        stage = index % plan.pp
         cuts = tuple(part.first_segment for part in plan.stages)  # other cuts give other chunks of a stage those names
         chunk = (index // plan.pp, cuts) if plan.virtual_stages > 1 else 0
-        size = (plan.samples(stage), plan.mesh(stage), plan.axes_of(stage), plan.precision, plan.overlap)
         itself = index if exact is not None and stage == exact else None
-        split = splits_backward(plan.schedule, stage)
-        return (self._outliner.outline(plan, index, shared), size, last, chunk, split, itself)
+        size = (*_build_options(plan, index), plan.mesh(stage))
+        return (self._outliner.outline(plan, index, shared), *size, chunk, itself)
 
     def _model(self, microbatch_size: int) -> ModelGraph:
         if microbatch_size not in self._models:
@@ -163,7 +162,7 @@ class Linker:
         rows = stage.gathered if self.local_batches and plan.mesh(index).dp > 1 else ()
         fed = [Collective("all_gather", "dp", self.traced.global_graph.tensor(i.node).nbytes) for i in rows]
         price, has_optimizer = replace(price, costs=costs, workspace_bytes=workspace), self.optimizer is not None
-        return _stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
+        return stage_program(self.traced, stage, index, plan, price, fed, clips=clips, has_optimizer=has_optimizer)
 
     def _priced(self, plan: Plan, index: int) -> StageCode:
         """The code of a stage as prices see it: of many equal blocks a few are rewritten, and repeated."""
@@ -181,8 +180,17 @@ class Linker:
             suffix, precision = _suffix(plan, index), plan.precision
             return make_buckets(order, model, places, metas, stage.choices, degrees, shared, suffix, precision)
 
-        build = functools.partial(self._rewritten, plan, index)
-        return priced_code(whole, stage.choices, stage.recompute_levels, build, buckets)
+        levels, state = stage.recompute_levels, stateless(stage.choices)
+        apart = state is not None and not plan.overlap
+        options = (*_build_options(plan, index), _suffix(plan, index), None if apart else mesh.dp)
+
+        def build(cut: ModelGraph) -> StageCode:
+            """Made once for all that are the same but for names and, where microbatches do not see it, split state."""
+            key = (options, outline(cut, state if apart and state is not None else stage.choices, levels, shared))
+            code = self._made.once(key, cut, functools.partial(self._rewritten, plan, index))
+            return replace(code, buckets=buckets(code.gradients, cut, code.placements, code.metas)) if apart else code
+
+        return priced_code(whole, stage.choices, levels, build, buckets)
 
     def _code(self, plan: Plan, index: int, zeros: frozenset[str] = frozenset()) -> StageCode:
         return self._rewritten(plan, index, self._cut(plan, index), zeros)
@@ -240,6 +248,13 @@ class Linker:
 def joins_replicas(segment: Segment, analysis: BatchAnalysis) -> bool:
     """Whether the activation before a segment can go from so many replicas to another number of them."""
     return segment.entry in analysis.in_rows and not segment.carried
+
+
+def _build_options(plan: Plan, index: int) -> tuple[Hashable, ...]:
+    """What the code of a part of the chain depends on beside its graph, its choices and its replicas."""
+    stage = index % plan.pp
+    size = (plan.samples(stage), plan.axes_of(stage), plan.precision, plan.overlap)
+    return (*size, index == len(plan.stages) - 1, splits_backward(plan.schedule, stage))
 
 
 def _suffix(plan: Plan, index: int) -> str:
@@ -331,71 +346,3 @@ def _parameter_shards(
                 shard = ParameterShard(name, meta, placements_text(place), name in trained, axis, tied.get(name), kept)
                 found[name] = shard
     return tuple(found.values())
-
-
-def _stage_program(
-    traced: Traced,
-    stage: LinkedStage,
-    index: int,
-    plan: Plan,
-    price: OptimizerPrice,
-    fed: Sequence[Collective],
-    *,
-    clips: bool,
-    has_optimizer: bool,
-) -> StageProgram:
-    collectives = [*fed, *(r.collective for r in stage.reductions)]
-    groups = [*(None for _ in fed), *(r.group for r in stage.reductions)]
-    casts = [*(0 for _ in fed), *(r.beside_bytes for r in stage.reductions)]
-    if len(plan.placement) > 1:
-        collectives += [FOUND] if plan.precision.scales_loss else []
-        collectives += [NORM] if clips else []
-        collectives.append(Collective("all_reduce", "world", _LOSS_BYTES))
-    own = zip(stage.chunks, plan.chunks(index), strict=True)
-    return StageProgram(
-        stage=index,
-        chunks=tuple(_chunk(code, part, plan.mesh(index)) for code, part in own),
-        parameters=stage.shards,
-        persistent=_persistent(traced, stage, plan.mesh(index).dp),
-        step=StepWork(
-            tuple(collectives),
-            price.costs,
-            price.state_bytes,
-            price.workspace_bytes,
-            tuple(g.collective for g in stage.gathers),
-            tuple(meta.nbytes for meta in stage.updated.values()),
-            tuple(meta.nbytes for meta in stage.masters) if has_optimizer else (),
-            (*casts, *(0 for _ in collectives[len(casts) :])),
-            (*groups, *(None for _ in collectives[len(groups) :])),
-        ),
-        buckets=stage.buckets,
-    )
-
-
-def _chunk(code: StageCode, plan: StagePlan, mesh: Mesh) -> Chunk:
-    entry = next((code.placements[i.node] for i in code.inputs if i.kind == "activation"), None)
-    return Chunk(
-        segments=tuple(range(plan.first_segment, plan.last_segment)),
-        forward=code.forward,
-        backward=code.backward,
-        saved=code.saved,
-        sent=code.sent,
-        received=code.received,
-        constants=code.constants,
-        weight=code.weight,
-        kept=code.kept,
-        sent_split=code.sent is not None and mesh.tp > 1 and bool(split_axes(code.exit)),
-        received_split=mesh.tp > 1 and entry is not None and bool(split_axes(entry)),
-    )
-
-
-def _persistent(traced: Traced, stage: LinkedStage, dp: int) -> tuple[Value, ...]:
-    """What a rank holds all step beside parameters: its part of the batch's inputs, step values, new buffers."""
-    whole = traced.global_graph
-    metas = {i.node: whole.tensor(i.node) for i in stage.inputs if i.kind in ("step", "scale")}
-    for item, own_rows in stage.batch_inputs.items():
-        meta = whole.tensor(item.node)
-        metas[item.node] = replace(meta, shape=(meta.shape[0] // dp, *meta.shape[1:])) if own_rows else meta
-    values = [Value(name, meta, name, meta.nbytes) for name, meta in metas.items()]
-    changed = [(name, stage.metas[name]) for name in stage.updates]
-    return (*values, *(Value(f"new {name}", meta, f"new {name}", meta.nbytes) for name, meta in changed))

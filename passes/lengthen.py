@@ -38,14 +38,12 @@ class _Kind(Generic[T]):
 
 Buckets = Callable[[Sequence[str], ModelGraph, Mapping[str, Placements], Mapping[str, TensorMeta]], tuple[Bucket, ...]]
 """Those of a stage: by the order in which gradients are finished, its graph, how its inputs lie and what they are."""
+Build = Callable[[ModelGraph], StageCode]
+"""Makes the code of a stage's cut graph."""
 
 
 def priced_code(
-    whole: ModelGraph,
-    choices: Mapping[str, str],
-    levels: Mapping[int, str],
-    build: Callable[[ModelGraph], StageCode],
-    buckets: Buckets,
+    whole: ModelGraph, choices: Mapping[str, str], levels: Mapping[int, str], build: Build, buckets: Buckets
 ) -> StageCode:
     """The code of a stage's cut graph for prices, of whose equal blocks few are built; the others are left out of its
     text. choices, levels: as in ``build_stage``."""

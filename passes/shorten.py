@@ -24,8 +24,9 @@ aten = torch.ops.aten
 BEFORE, AFTER = 3, 2
 """Blocks that stay before and after those left out: passes look no farther than to the next block, so that the three
 in the middle are what any block between others becomes."""
-WORTH = 3
-"""Blocks left out below which stages are made whole: what it takes to lengthen them again is not less."""
+WORTH = 1
+"""Blocks left out below which stages are made whole: to lengthen one takes as long as to make a block, but short stages
+are made once for all that are alike but for their length."""
 
 
 @dataclass(frozen=True)

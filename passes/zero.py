@@ -41,6 +41,13 @@ def scatters(node: str, choices: Mapping[str, str], dp: int) -> bool:
     return dp > 1 and int(choices.get(zero_key(node), "0")) > 1
 
 
+def stateless(choices: Mapping[str, str]) -> dict[str, str] | None:
+    """The choices but for how state is split, where that is seen by no more than the step's end; None where
+    microbatches gather or scatter something."""
+    levels = {key: int(level) for key, level in choices.items() if key.startswith(zero_key(""))}
+    return {k: v for k, v in choices.items() if k not in levels} if max(levels.values(), default=0) < 2 else None
+
+
 # --- Which parameters lie together
 
 

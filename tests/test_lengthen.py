@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 
 from autopar.options import Options
 from autopar.planning import Job
+from autopar.uneven import cut_at
 from cost_model.parallelism import Parallelism
 from passes.families import Families, UnlikeError
+from passes.relabel import relabelled
 from passes.verify import verify_priced
 
 BLOCKS = 11
@@ -144,3 +148,37 @@ def test_names_that_do_not_move_on_together_are_refused() -> None:
     for row in (("a", "b", "d"), ("a", "a", "b"), ("c", "b", "a"), ("b", "b", "b")):
         with pytest.raises(UnlikeError):
             names.copy().link(row)
+
+
+@pytest.mark.parametrize("pins", [{"zero": 0}, {"zero": 3, "tp": 2}, {"schedule": "zero_bubble"}])
+def test_stages_that_differ_in_names_and_length_are_made_once(pins: dict[str, Any]) -> None:
+    """Four stages of ten blocks or more, of which the two in the middle are alike but for how many they are."""
+    job = priced([Layer() for _ in range(4 * BLOCKS)], pp=4, dp=2, **pins)
+    plan = next(iter(job._programs))
+    ends = [part.last_segment for part in plan.stages]
+    found = job.solve()
+    other = job.plan(cut_at(found, (ends[0], ends[1] + 2, *ends[2:])))
+    made = len(job._linker._made.known)
+    verify_priced(job.linked(other).program, job.program(other))
+    assert len(job._linker._made.known) == made == 3
+
+
+def test_stages_that_differ_in_how_state_is_split_are_made_once() -> None:
+    """Whole optimizer state, or a part of it on each replica: what runs per microbatch is the same."""
+    job = priced([Layer() for _ in range(BLOCKS)], dp=2, zero=0)
+    pins = job.options.parallelism
+    for zero, made in ((1, 1), (2, 2)):
+        plan = job.under(replace(pins, zero=zero), None).decide(0.0).plan
+        verify_priced(job.linked(plan).program, job.program(plan))
+        assert len(job._linker._made.known) == made
+
+
+def test_names_that_a_code_has_for_something_else_are_not_given() -> None:
+    job = priced([Layer() for _ in range(BLOCKS)])
+    ((model, code),) = job._linker._made.known.values()
+    assert relabelled(code, model, model) is code
+    taken = code.forward.instructions[0].outputs[0].name
+    first, *others = (i for i in model.inputs if i.kind == "parameter")
+    inputs = (replace(first, node=taken), *others)
+    renamed = SimpleNamespace(inputs=tuple(inputs + model.inputs[len(inputs) :]), nodes=model.nodes)
+    assert relabelled(code, model, renamed) is None
