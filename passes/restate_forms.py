@@ -25,6 +25,7 @@ _PLAIN: dict[Any, Any] = {
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
 }
 """Ops that return what others do, in memory of another kind."""
+_EXTREMA = (aten.amin.default, aten.amax.default)
 _SUM, _MEAN, _MAX = range(3)
 """Modes of an embedding bag, as torch numbers them."""
 
@@ -34,6 +35,15 @@ def _plain(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     meta = meta_of(node.meta["val"])
     assert meta is not None
     return run.call(_PLAIN[node.target], tuple(a.values()), meta, like=node)
+
+
+@rewrites(aten.aminmax.default)
+def _both_extrema(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    metas, dims = meta_of(node.meta["val"]), [] if a["dim"] is None else [a["dim"]]
+    assert isinstance(metas, tuple)
+    meta = metas[0]
+    assert meta is not None
+    return [run.call(op, (a["self"], dims, a["keepdim"]), meta, like=node) for op in _EXTREMA]
 
 
 @rewrites(aten.resolve_conj.default, aten.resolve_neg.default)

@@ -419,7 +419,8 @@ MORE: list[Drawn] = [
     ("view_as_real.default conj_physical.default angle.default", 6, lambda d: (_complex(d),)),
     ("complex.default polar.default", 6, lambda d: tuple(d.positive(*shape) for shape in [d.shape()] * 2)),
     (
-        """digamma.default lgamma.default special_erfcx.default special_ndtri.default special_i0e.default""",
+        """digamma.default lgamma.default special_erfcx.default special_ndtri.default special_i0e.default i0.default
+        special_i1.default special_i1e.default""",
         6,
         lambda d: (d.positive(*d.shape()).tanh(),),
     ),
@@ -433,6 +434,10 @@ MORE: list[Drawn] = [
         6,
         lambda d: (_definite(d),),
     ),
+    ("special_zeta.self_scalar", 4, lambda d: (2.5, d.positive(*d.shape()) + 1)),
+    ("linalg_lu.default", 6, lambda d: (_definite(d),)),
+    ("linalg_householder_product.default", 6, lambda d: torch.geqrf(_definite(d))),
+    ("linalg_pinv.atol_rtol_tensor", 6, lambda d: (_definite(d),)),
     ("linalg_qr.default", 6, lambda d: (_definite(d), "reduced")),
     ("_linalg_svd.default", 6, lambda d: (_definite(d), False, True)),
     ("_linalg_eigh.default", 6, lambda d: (_definite(d), "L", True)),

@@ -61,6 +61,13 @@ def _turned(_: nn.Module, x: Tensor) -> Tensor:
     return torch.view_as_real(pairs).flatten(2)
 
 
+def _added_products(part: nn.Module, x: Tensor) -> Tensor:
+    weights = torch.addbmm(torch.eye(8), part.weight, part.weight, beta=0.5, alpha=0.1)
+    bias = torch.addmv(weights[0], weights, weights[1], alpha=0.1)
+    low, high = (x @ weights + bias).aminmax(dim=-1, keepdim=True)
+    return x * torch.dist(weights[0], weights[1]) / (1 + high - low)
+
+
 BETWEEN: dict[str, Callable[[], Model]] = {
     "lstm": lambda: Model(lambda r, x: r(x)[0], nn.LSTM(8, 8, batch_first=True, bidirectional=True)),
     "gru": lambda: Model(lambda r, x: r(x.transpose(0, 1))[1][-1], nn.GRU(8, 8, 2)),
@@ -73,6 +80,7 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
     "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),
+    "products": lambda: Model(_added_products, nn.Bilinear(8, 8, 8, bias=False)),
     "norms": lambda: Model(lambda _, x: x / torch.linalg.vector_norm(x, 3, -1, keepdim=True)),
     "mapped": lambda: Model(lambda _, x: torch.vmap(lambda row: row.tanh() + 0.1 * row.norm())(x)),
     "empty_cat": lambda: Model(lambda _, x: torch.cat([torch.tensor([]), x], -1)),

@@ -42,7 +42,7 @@ elementwise(
 )
 elementwise(
     """digamma.default lgamma.default polygamma.default special_erfcx.default special_ndtri.default
-    special_i0e.default""",
+    special_i0e.default i0.default special_i1.default special_i1e.default special_zeta.self_scalar""",
     "transcendental",
     nowhere_linear,
     gradient_of("too ooo"),

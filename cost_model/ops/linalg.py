@@ -37,6 +37,16 @@ def _alike(call: OpCall) -> FactorMap | None:
     return _of_matrices(call) if all(meta.shape[: len(lead)] == lead for meta in call.inputs) else None
 
 
+def _inverted(call: OpCall) -> FactorMap | None:
+    """linalg_pinv: one tolerance for all matrices. None where each has its own."""
+    source, *limits = call.inputs
+    if any(meta.shape for meta in limits):
+        return None
+    lead = " ".join(f"a{i}" for i in range(len(source.shape) - 2))
+    notation = f"{', '.join([f'{lead} m n', *[''] * len(limits)])} -> {lead} n m"
+    return parse_map(notation, call.inputs, call.outputs, whole="m n")
+
+
 def _triangular(call: OpCall) -> FactorMap | None:
     """linalg_solve_triangular: linear in what it is solved for, whose columns stay apart (rows where X stands left)."""
     lead = len(call.inputs[0].shape) - 2
@@ -99,9 +109,10 @@ def _register(names: str, factors: Callable[[OpCall], FactorMap | None]) -> None
 _register(
     """linalg_cholesky_ex.default linalg_inv_ex.default linalg_qr.default _linalg_svd.default _linalg_eigh.default
     _linalg_det.default _linalg_slogdet.default linalg_matrix_exp.default linalg_lu_factor_ex.default
-    cholesky_inverse.default""",
+    cholesky_inverse.default linalg_householder_product.default linalg_lu.default""",
     _of_matrices,
 )
+_register("linalg_pinv.atol_rtol_tensor", _inverted)
 _register("cholesky_solve.default", _from_factor)
 _register("_linalg_solve_ex.default", _alike)
 _register("linalg_solve_triangular.default", _triangular)
