@@ -25,7 +25,8 @@ from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed, timed_s
 from autopar.plan_of import parts_of, stage_plans, unplaced
-from autopar.planner.regional import fastest_view, search_placed, smallest_cuts
+from autopar.planner.candidates import fastest_view, smallest_cuts
+from autopar.planner.regional import search_placed
 from autopar.planner.search import Configuration, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution

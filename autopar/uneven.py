@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autopar.planner.placed_prices import FloatArray, IntArray
+from autopar.planner.places import FloatArray, IntArray
 from autopar.planner.solution import Solution
 from autopar.planner.virtual import shortest_ends
 from cost_model.block_price import BlockPrice

@@ -53,8 +53,8 @@ def outline(
     lines = [f"{model.batch} {[places[name] for name in model.outputs]}"]
     lines += [f"{place} {levels.get(number)}" for number, place in numbers.items()]
     for item in model.inputs:
-        known = (item.kind, item.trainable, item.batched, item.changes, item.node in shared)
-        lines.append(f"{known} {_told(item, shared)} {model.metas[item.node]} {made.get(item.node)}")
+        known = f"{_unnamed(item, shared)} {item.node in shared}"
+        lines.append(f"{known} {model.metas[item.node]} {made.get(item.node)}")
     for node in model.nodes():
         args = fx.map_arg((node.args, dict(node.kwargs)), lambda n: Plain(f"%{places[n.name]}"))
         where = f"{numbers[segment_of(node)]} {node.meta.get('carried')}"
@@ -62,10 +62,10 @@ def outline(
     return tuple(lines)
 
 
-def _told(item: GraphInput, shared: Collection[str]) -> str:
-    """By what an input is known beside its place."""
+def _unnamed(item: GraphInput, shared: Collection[str]) -> GraphInput:
+    """An input as it is known beside its place: without its names, where these are its stage's own."""
     own = item.kind == "activation" or (item.kind in OWN and item.node not in shared)
-    return "" if own else f"{item.node} {item.target}"
+    return replace(item, node="", target="") if own else item
 
 
 def relabelled(code: StageCode, before: ModelGraph, after: ModelGraph) -> StageCode | None:

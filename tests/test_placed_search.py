@@ -19,10 +19,12 @@ from test_grouped_reduction import regions
 from test_placement import drawn_matrix
 from test_uneven import SLOW, cut_at, even, job_of, solved, step_s
 
+from autopar.planner.candidates import Candidate, smallest_cuts
 from autopar.planner.configuration import Configuration
-from autopar.planner.placed_prices import Places, Prices, Traffic
+from autopar.planner.placed_prices import Prices, Traffic
 from autopar.planner.placement import sketched
-from autopar.planner.regional import Candidate, _glanced, _LaidOut, smallest_cuts
+from autopar.planner.places import Places
+from autopar.planner.regional import _glanced, _LaidOut
 from autopar.uneven import CutSketch
 from autopar.whole_state import whole_state_gain_s
 from cost_model.cluster import Cluster

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import autopar
-from autopar.planner.placed_prices import Places, Prices, Traffic
+from autopar.planner.placed_prices import Prices, Traffic
 from autopar.planner.placement import Placed, place, sketched
+from autopar.planner.places import Places
 from cost_model.cluster import Cluster
 from cost_model.device import Device
 
@@ -68,6 +69,29 @@ def test_small_clusters_are_placed_exactly(nodes: list[tuple[str, str]], sent: f
         assert found.exact and sorted(found.devices) == list(range(len(nodes)))
         assert found.cost_s == pytest.approx(brute_force_s(cluster, what), rel=1e-12)
         assert Prices(Places(cluster), what).bound_s() <= found.cost_s * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_placement_is_under_the_bound(seed: int) -> None:
+    """Of devices of two kinds in regions of any size; where a stage or a border is slow, the bound says so."""
+    draw = np.random.default_rng(seed)
+    kinds = ("v100-sxm2-16gb", "a100-sxm-40gb")
+    cluster = sites(*(("abc"[int(draw.integers(3))], kinds[int(draw.integers(2))]) for _ in range(12)))
+    for pp, dp, tp in ((1, 12, 1), (2, 6, 1), (3, 4, 1), (6, 2, 1), (12, 1, 1), (2, 3, 2)):
+        what = replace(traffic(pp, dp, tp, sent=10.0 ** draw.uniform(3, 7)), reduced_bytes=10.0 ** draw.uniform(4, 9))
+        prices = Prices(Places(cluster), what)
+        drawn = [prices.cost_s(draw.permutation(12).reshape(pp, dp, tp)) for _ in range(50)]
+        assert prices.bound_s() <= min(place(cluster, what).cost_s, *drawn) * (1 + 1e-12)
+
+
+def test_a_bound_knows_of_slow_devices_and_of_borders() -> None:
+    """Of four replicas on four devices two are slow, and three of them are summed over the border of a region."""
+    slow = sites(("a", "a100-sxm-40gb"), ("a", "v100-sxm2-16gb"), ("a", "a100-sxm-40gb"), ("b", "v100-sxm2-16gb"))
+    alone = replace(traffic(1, 4, sent=0.0, reduced=0.0), stage_s=1.0)
+    longest = slow.devices[1].product_s() / slow.devices[0].product_s()
+    assert Prices(Places(slow), alone).bound_s() == pytest.approx(1 + 7 * longest)
+    summed = replace(alone, stage_s=0.0, reduced_bytes=1e8)
+    assert Prices(Places(slow), summed).bound_s() == pytest.approx(3 * 2e8 / 4 / 1e7)
 
 
 def regions_of(found: Placed, cluster: Cluster, shape: tuple[int, int]) -> list[list[str]]:

@@ -19,21 +19,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from cost_model.cluster import Cluster
+from autopar.planner.places import FloatArray, IntArray, Places
 from cost_model.gloo_ring import segments
-from cost_model.network import Network
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-MOST = 700.0  # e to this is a number
 MAX_WINDOW = 8
 """Of 1f1b."""
 
@@ -54,91 +49,6 @@ class Traffic:
     sent_bytes: float
     reduced_bytes: float
     exchanged_bytes: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """The devices that cells may lie on, told apart once for all meshes.
-
-    dtype: of products, None where each device has its fastest.
-    """
-
-    cluster: Cluster
-    dtype: str | None = None
-
-    @property
-    def network(self) -> Network:
-        assert self.cluster.network is not None
-        return self.cluster.network
-
-    @property
-    def region(self) -> IntArray:
-        """[device]"""
-        return self.network.regions_by_device
-
-    @property
-    def node(self) -> IntArray:
-        """[device]"""
-        return self.network.nodes_by_device
-
-    @cached_property
-    def slowness(self) -> FloatArray:
-        """[device] how much longer a large product takes than on the fastest."""
-        devices, dtype = self.cluster.devices, self.dtype
-        times = {key: device.product_s(dtype) for key, device in {id(device): device for device in devices}.items()}
-        fastest = min(times.values())
-        return np.array([times[id(device)] / fastest for device in devices])
-
-    @cached_property
-    def delay_s(self) -> FloatArray:
-        """[device, device] of an empty message."""
-        return self.network.awaited_delays_s if self.cluster.rendezvous else self.network.delays_s
-
-    @property
-    def asks(self) -> bool:
-        """Whether a part of a collective leaves once its receiver has asked for it, as gloo's do."""
-        return self.cluster.backend == "gloo"
-
-    @cached_property
-    def sizes(self) -> IntArray:
-        """[node] devices."""
-        return np.array(self.network.sizes)
-
-    @cached_property
-    def shares_nodes(self) -> bool:
-        """Whether devices of a node share what it sends."""
-        return self.network.shares_egress and int(self.sizes.max()) > 1
-
-    @cached_property
-    def region_sizes(self) -> tuple[int, ...]:
-        return tuple(Counter(self.region.tolist()).values())
-
-    @cached_property
-    def classes(self) -> IntArray:
-        """Devices of one class may be exchanged: alone on a node of one region, and as fast."""
-        keys = [
-            (int(self.region[d]), float(self.slowness[d]), -1 if self.sizes[node] == 1 else node)
-            for d, node in enumerate(self.network.node_of)
-        ]
-        order = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        return np.array([order[key] for key in keys])
-
-    @cached_property
-    def distinct(self) -> float:
-        """How many placements differ in their classes."""
-        counts = Counter(self.classes.tolist())
-        logarithm = math.lgamma(len(self.classes) + 1) - sum(math.lgamma(n + 1) for n in counts.values())
-        return math.exp(min(logarithm, MOST))
-
-    @cached_property
-    def every(self) -> IntArray:
-        """[order, device] One order of the devices for each way to spread the classes, from the first by number on."""
-        spreads = np.array(list(_spreads(Counter(self.classes.tolist()), len(self.classes))))
-        found = np.empty_like(spreads)
-        found[np.arange(len(spreads))[:, None], np.argsort(spreads, axis=1, kind="stable")] = np.argsort(
-            self.classes, kind="stable"
-        )
-        return found
 
 
 class Prices:
@@ -177,27 +87,29 @@ class Prices:
     def _pipeline_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
         """[placement, replica] seconds once through all stages and messages, there and back; those of the slowest of
         these."""
-        slow = self.places.slowness[cells].max(axis=-1)
+        t, network = self.traffic, self.network
+        slow = _most(self.places.slowness[cells])
         fast = 1.0 / slow.max(axis=-1, keepdims=True)
-        busy = self.traffic.stage_s * slow * fast / fast.mean(axis=-2, keepdims=True) + self._exchanges_s(cells)
-        there, back = (cells[:, :-1], cells[:, 1:]), (cells[:, 1:], cells[:, :-1])
-        sent_there, sent_back = self.busy_s(*there), self.busy_s(*back)
-        delay_s = self.places.delay_s
-        along = busy.sum(axis=-2) + (delay_s[there] + sent_there).max(axis=-1).sum(axis=-2)
-        along += (delay_s[back] + sent_back).max(axis=-1).sum(axis=-2)
-        slowest = busy.max(axis=-2)
-        if self.traffic.pp > 1:
-            slowest = np.maximum(slowest, np.maximum(sent_there, sent_back).max(axis=(-3, -1)))
-        if self.traffic.pp > 2 and self.network.shares_egress:
-            both = np.where(self._share(cells), sent_there[:, 1:] + sent_back[:, :-1], 0.0)
-            slowest = np.maximum(slowest, both.max(axis=(-3, -1)))
+        busy = t.stage_s * slow * fast / fast.mean(axis=-2, keepdims=True) + self._exchanges_s(cells)
+        along, slowest = busy.sum(axis=-2), busy.max(axis=-2)
+        if t.pp == 1:
+            return along, slowest
+        pairs = cells[:, :-1] * len(network) + cells[:, 1:]
+        delay_s, delay_back_s, s_per_byte, s_per_byte_back = (table.take(pairs) for table in self.places.messages)
+        sent_there, sent_back = t.sent_bytes * s_per_byte, t.sent_bytes * s_per_byte_back
+        along += _most(delay_s + sent_there).sum(axis=-2)
+        along += _most(delay_back_s + sent_back).sum(axis=-2)
+        slowest = np.maximum(slowest, _most(np.maximum(sent_there, sent_back)).max(axis=-2))
+        if t.pp > 2 and network.shares_egress:
+            both = np.where(self._share(pairs), sent_there[:, 1:] + sent_back[:, :-1], 0.0)
+            slowest = np.maximum(slowest, _most(both).max(axis=-2))
         return along, slowest
 
     def bound_s(self) -> float:
         """No placement has a lower price: either some replica spans two regions, or each group of replicas does."""
-        t, best, sizes = self.traffic, float(self.places.slowness.min()), self.places.region_sizes
+        t, sizes = self.traffic, self.places.region_sizes
         (inside, inside_busy), (across, across_busy) = self._fastest_hops_s()
-        stage_s = t.stage_s * best
+        stage_s, slowest = t.stage_s * float(self.places.slowness.min()), self._slowest_bound_s()
         alone = t.pp * stage_s + (t.microbatches - 1) * stage_s
         crossing = math.inf
         if t.pp > 1:
@@ -209,21 +121,39 @@ class Prices:
         groups = sorted((size // t.tp for size in sizes), reverse=True)
         bounds = []
         if sum(rooms) >= t.dp:
-            bounds.append(alone + self._ring_bound_s(_fewest(rooms, t.dp)))
+            bounds.append(max(alone, slowest) + self._ring_bound_s(_fewest(rooms, t.dp)))
         if t.pp > 1 and len(sizes) > 1:
-            bounds.append(crossing + self._ring_bound_s(_fewest(groups, t.dp)))
-        return float(min(bounds, default=(t.pp + t.microbatches - 1) * stage_s))
+            bounds.append(max(crossing, slowest) + self._ring_bound_s(_fewest(groups, t.dp)))
+        return float(min(bounds, default=slowest))
+
+    def _slowest_bound_s(self) -> float:
+        """Of the slowest replica: some one has a stage on the slowest devices of that stage, some one sends over the
+        border of each region of which stages do not divide the devices."""
+        t, stage_s = self.traffic, self.traffic.stage_s * float(self.places.slowness.min())
+        (inside, _), (across, _) = self._fastest_hops_s()
+        slowest = self._even_s()
+        for size, bandwidth in self.places.borders:
+            if size % t.pp:
+                slowest = max(slowest, t.sent_bytes / bandwidth)
+        along = t.pp * stage_s + (2 * (t.pp - 1) * min(inside, across) if t.pp > 1 else 0.0)
+        return along + (t.microbatches - 1) * slowest
+
+    def _even_s(self) -> float:
+        """What every stage takes on its slowest devices, at least: segments are shared out so that stages are equally
+        long there, and they add up to no more speed than where each stage has the fastest devices that are left."""
+        slow = np.sort(self.places.slowness).reshape(self.traffic.pp, -1)[:, -1]
+        return self.traffic.stage_s / float(np.mean(1.0 / slow))
 
     def busy_s(self, sources: IntArray, targets: IntArray) -> FloatArray:
         """Seconds for which messages keep their channels busy."""
         seconds: FloatArray = self.traffic.sent_bytes * self.network.shared_s_per_byte[sources, targets]
         return seconds
 
-    def _share(self, cells: IntArray) -> npt.NDArray[np.bool_]:
+    def _share(self, pairs: IntArray) -> npt.NDArray[np.bool_]:
         """[placement, inner stage, replica, shard] whether messages to both neighbours share a rate."""
-        here, channels = cells[:, 1:-1], self.network.channels
-        after = channels[here, cells[:, 2:]]
-        shared: npt.NDArray[np.bool_] = (after == channels[here, cells[:, :-2]]) & (after >= 0)
+        there, back = self.places.channels
+        after = there.take(pairs[:, 1:])
+        shared: npt.NDArray[np.bool_] = (after == back.take(pairs[:, :-1])) & (after >= 0)
         return shared
 
     def _exchanges_s(self, cells: IntArray) -> FloatArray | float:
@@ -231,9 +161,8 @@ class Prices:
         t = self.traffic
         if t.tp == 1 or not t.exchanged_bytes:
             return 0.0
-        after = np.roll(cells, -1, axis=-1)
-        users = self._users(cells, -1)
-        found: FloatArray = (t.exchanged_bytes / self.network.bandwidths[cells, after] * users).max(axis=-1)
+        pairs = cells * len(self.network) + _next(cells, -1)
+        found: FloatArray = (t.exchanged_bytes / self.places.links[0].take(pairs) * self._users(cells, -1)).max(axis=-1)
         return found
 
     def _rings_s(self, cells: IntArray) -> FloatArray:
@@ -249,13 +178,19 @@ class Prices:
         """[placement] replicas of a group, the largest groups that lie in one region each, 1 where one ring is as fast;
         [placement, stage, shard] seconds."""
         found, sizes = self._ring_s(cells), np.ones(len(cells), dtype=np.int64)
+        if not self._group_sizes:
+            return sizes, found
+        region = self.places.region[cells]
+        parted = (region[:, :, 1:] != region[:, :, :-1]).any(axis=(1, 3))
         open_ = np.ones(len(cells), dtype=bool)
         for size in self._group_sizes:
-            grid = cells.reshape(len(cells), self.traffic.pp, -1, size, self.traffic.tp)
-            region = self.places.region[grid]
-            inside = open_ & (region == region[:, :, :, :1]).all(axis=(-4, -3, -2, -1))
+            inside = open_ & ~parted[:, np.arange(1, self.traffic.dp) % size > 0].any(axis=1)
+            if not inside.any():
+                continue
             open_ &= ~inside
-            grouped = self._groups_s(grid[inside])
+            grouped = self._groups_s(
+                cells[inside].reshape(-1, self.traffic.pp, self.traffic.dp // size, size, self.traffic.tp)
+            )
             better = grouped.max(axis=(-2, -1)) < found[inside].max(axis=(-2, -1))
             chosen = np.flatnonzero(inside)[better]
             found[chosen], sizes[chosen] = grouped[better], size
@@ -288,14 +223,18 @@ class Prices:
         """All_reduce around an axis, which is no more one of the result: the slowest link in every round, or what all
         of them take on average. gloo's goes the other way, in segments of which two are under way: each waits until the
         one before last has been received and asked for."""
-        ranks, asked = cells.shape[axis], self.places.asks
+        ranks, asked, (bandwidths, latencies_s, latencies_back_s) = (
+            cells.shape[axis],
+            self.places.asks,
+            self.places.links,
+        )
         cells = np.flip(cells, axis) if asked else cells
-        after, rounds = np.roll(cells, -1, axis=axis), 2 * (ranks - 1)
-        busy_s = nbytes / ranks * self._users(cells, axis) / self.network.bandwidths[cells, after]
-        latency_s, parts = self.network.latencies_s[cells, after], segments(nbytes, ranks) if asked else 1
+        pairs, rounds = cells * len(self.network) + _next(cells, axis), 2 * (ranks - 1)
+        busy_s = nbytes / ranks * self._users(cells, axis) / bandwidths.take(pairs)
+        latency_s, parts = latencies_s.take(pairs), segments(nbytes, ranks) if asked else 1
         found: FloatArray = (busy_s / parts + latency_s).mean(axis=axis)
         if asked:
-            asking_s = self.network.latencies_s[after, cells]
+            asking_s = latencies_back_s.take(pairs)
             busy_s = np.maximum(busy_s, (busy_s + parts * (latency_s + asking_s)) / 2)
         found = rounds * np.maximum(found, busy_s.max(axis=axis))
         return found
@@ -305,10 +244,15 @@ class Prices:
         if not self.places.shares_nodes:
             return 1.0
         nodes = self.places.node[cells]
-        leaving = nodes != np.roll(nodes, -1, axis=axis)
+        leaving = nodes != _next(nodes, axis)
         beside = np.moveaxis(nodes, axis, -1)
-        same = (beside[..., :, None] == beside[..., None, :]).sum(axis=-1)
-        sharing = np.maximum(1, self.places.sizes[beside] // same)
+        groups, count = (
+            np.arange(beside.size // beside.shape[-1]).reshape(*beside.shape[:-1], 1),
+            len(self.places.sizes),
+        )
+        own = groups * count + beside
+        same = np.bincount(own.ravel(), minlength=groups.size * count).take(own)
+        sharing = self.places.sharing.take(beside * (self.places.sharing.size // count) + same)
         found: FloatArray = np.where(leaving, np.moveaxis(sharing, -1, axis), 1)
         return found
 
@@ -330,7 +274,27 @@ class Prices:
             return 0.0
         sent = 2 * self.traffic.reduced_bytes / dp
         across_s = 0.0 if regions == 1 else (regions - 1) * sent / network.bandwidths_out[regions - 1]
-        return float(max((dp - 1) * sent / network.fastest_bandwidth, across_s))
+        return float(max((dp - 1) * sent / network.fastest_bandwidth, across_s, self._border_s(sent)))
+
+    def _border_s(self, sent: float) -> float:
+        """Where replicas do not divide the devices of a region, those of some stage lie in it in part, and are summed
+        in no larger groups than lie there."""
+        dp = self.traffic.dp
+        parts = [(min(size, dp - 1), bandwidth) for size, bandwidth in self.places.borders if size % dp]
+        inner = {part: next(n for n in range(part, 0, -1) if dp % n == 0) for part, _ in parts}
+        return max(((dp / inner[part] - 1) * sent / bandwidth for part, bandwidth in parts), default=0.0)
+
+
+def _most(values: FloatArray) -> FloatArray:
+    """The largest of all shards; there is often one."""
+    found: FloatArray = values[..., 0] if values.shape[-1] == 1 else values.max(axis=-1)
+    return found
+
+
+def _next(values: IntArray, axis: int) -> IntArray:
+    """Those one further round along an axis."""
+    found: IntArray = values.take(np.arange(1, values.shape[axis] + 1) % values.shape[axis], axis)
+    return found
 
 
 def _fewest(rooms: Sequence[int], wanted: int) -> int:
@@ -339,16 +303,3 @@ def _fewest(rooms: Sequence[int], wanted: int) -> int:
         if total >= wanted:
             return count
     return len(rooms)
-
-
-def _spreads(counts: Counter[int], length: int) -> Iterator[tuple[int, ...]]:
-    """All distinct orders of a multiset."""
-    if length == 0:
-        yield ()
-        return
-    for item in sorted(counts):
-        if counts[item]:
-            counts[item] -= 1
-            for rest in _spreads(counts, length - 1):
-                yield (item, *rest)
-            counts[item] += 1

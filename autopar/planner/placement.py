@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.planner.placed_prices import FloatArray, IntArray, Places, Prices, Traffic
+from autopar.planner.placed_prices import Prices, Traffic
+from autopar.planner.places import FloatArray, IntArray, Places
 from cost_model.cluster import Cluster
 
 MAX_EXACT_CELLS = 8 * math.factorial(8)
@@ -64,10 +65,9 @@ def sketched(prices: Prices, bound_s: float) -> Sketched:
     """Layouts of cells on devices, and what they cost."""
     orders, blocks = _orders(prices), _blocks(prices.traffic)
     layouts = [(order, block) for block in blocks for order in orders]
-    costs_s = np.concatenate([_tied_s(prices, _along(prices, orders, block)) for block in blocks])
-    best = tuple(layouts[index] for index in np.argsort(costs_s, kind="stable")[:KEPT_BLOCKS])
-    order, block = best[0]
-    return Sketched(prices, prices.cost_s(_along(prices, [order], block)[0]), bound_s, best)
+    cells = np.concatenate([_along(prices, orders, block) for block in blocks])
+    ranked = np.argsort(_tied_s(prices, cells), kind="stable")[:KEPT_BLOCKS]
+    return Sketched(prices, prices.cost_s(cells[ranked[0]]), bound_s, tuple(layouts[index] for index in ranked))
 
 
 def place(cluster: Cluster, traffic: Traffic) -> Placed:
@@ -197,7 +197,7 @@ def _exchanged(prices: Prices, cells: IntArray, times: int) -> IntArray:
     for _ in range(min(times, max(1, EXCHANGED_CELLS * times // (EXCHANGES * AT_ONCE * cells.size)))):
         tried = np.repeat(best[None], AT_ONCE, axis=0)
         drawn = draw.integers(1 << 30, size=(AT_ONCE, 3))
-        for each, (kind, first, second) in zip(tried, drawn.tolist(), strict=True):
+        for each, (kind, first, second) in zip(tried[AIMED:], drawn[AIMED:].tolist(), strict=True):
             rows = (each, each.swapaxes(0, 1), each.reshape(-1))[kind % 3]
             a, b = first % len(rows), second % len(rows)
             rows[[a, b]] = rows[[b, a]]

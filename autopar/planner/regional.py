@@ -7,30 +7,23 @@ and simulated on their own links, under each schedule; the fastest is the answer
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from autopar.planner.bounds import Objective
-from autopar.planner.chain import Chain
+from autopar.planner.candidates import FEW, Candidate, Volumes, candidates
 from autopar.planner.configuration import Configuration
-from autopar.planner.factor_graph import FactorGraph
-from autopar.planner.layouts import configurations
-from autopar.planner.least import quick_bound_s
-from autopar.planner.placed_prices import MAX_WINDOW, IntArray, Places, Prices, Traffic
+from autopar.planner.placed_prices import MAX_WINDOW
 from autopar.planner.placement import Placed, Sketched, exactly, glanced, improved, is_exact, sketched
-from autopar.planner.segment import Segment
+from autopar.planner.places import IntArray
 from autopar.planner.solution import Infeasible, Pins, Solution, Space
-from cost_model.cluster import Cluster, Level
-from cost_model.collectives import Link
-from cost_model.network import Network
+from cost_model.cluster import Cluster
 
-FINALISTS, FINALISTS_OF_FEW, FEW = 4, 8, 8  # the latter on clusters of so many devices, where each takes no time
+FINALISTS, FINALISTS_OF_FEW = 4, 8  # the latter on clusters of few devices, where each takes no time
 OF_ONE_SHAPE = 2  # before meshes of other shapes
 IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
 SLACK = 0.1
@@ -38,9 +31,6 @@ SLACK = 0.1
 err by less, but for what a few sums do not see (docs/slow_networks.md)."""
 WORTH = 0.01
 """Of a step, what whole state must be able to save to be planned for."""
-MAX_MICROBATCH = 16
-MANY = 10**6
-EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
 _T = TypeVar("_T")
 Answers = Sequence[Solution | Infeasible]
 Search = Callable[[Pins, int], Answers]
@@ -48,67 +38,6 @@ Search = Callable[[Pins, int], Answers]
 Whole = Callable[[Pins, Sequence[Solution], float], Answers]
 """Of a mesh with whole state on each replica; none where no placed plan could gain as much as a least by that."""
 Simulate = Callable[[Solution, float], tuple[float, Solution]]
-
-
-class Volumes(Protocol):
-    """What a model sends on a mesh: the largest activation between segments, or between so many stages, all gradients;
-    of how many segments it is, in which dtype its products are, and whether replicas exchange something in every
-    microbatch.
-    """
-
-    def sent_bytes(self, microbatch_size: int, pp: int | None = None) -> float: ...
-
-    @property
-    def reduced_bytes(self) -> float: ...
-
-    @property
-    def segments(self) -> int: ...
-
-    @property
-    def product_dtype(self) -> str: ...
-
-    @property
-    def replicas_meet(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A mesh with what it sends; order: breaks ties."""
-
-    order: int
-    configuration: Configuration
-    prices: Prices
-    bound_s: float
-
-
-def fastest_view(cluster: Cluster, dtype: str) -> Cluster:
-    """As many devices as the cluster has, all as fast as its fastest and with as much memory as the one with the least,
-    in equal nodes of as many as the cluster can be divided into, and as near as its nearest.
-
-    dtype: in which devices are compared.
-    """
-    network = cluster.network
-    assert network is not None
-    device = cluster.devices[int(Places(cluster, dtype).slowness.argmin())]
-    usable = min(device.usable_bytes for device in cluster.devices)
-    fastest = device.with_memory(usable + device.reserve_bytes)
-    inner, count = _largest_group(network), cluster.num_devices
-    levels = [_level("between", network, count, ~network.same_node if inner > 1 else ~np.eye(count, dtype=bool))]
-    if 1 < inner:
-        levels.insert(0, _level("inside", network, inner, network.same_node & ~np.eye(count, dtype=bool)))
-    return Cluster(cluster.name, (fastest,) * count, tuple(levels[: 1 if inner == count else 2]), cluster.backend)
-
-
-def _largest_group(network: Network) -> int:
-    """Of so many devices the largest equal groups are that lie on one node each."""
-    return math.gcd(*network.sizes)
-
-
-def _level(name: str, network: Network, size: int, chosen: np.typing.NDArray[np.bool_]) -> Level:
-    """The fastest of some links."""
-    chosen = chosen if chosen.any() else ~np.eye(len(network), dtype=bool)
-    link = Link(float(network.latencies_s[chosen].min()), float(network.bandwidths[chosen].max()))
-    return Level(name, size, network.start_s, link)
 
 
 def search_placed(
@@ -232,9 +161,9 @@ def _candidates(
     cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes
 ) -> tuple[list[tuple[Candidate, Placed]], float]:
     """The best meshes with their placements, and a bound under all of them."""
-    queue = sorted(_bounded(cluster, space, batch, pins, volumes), key=lambda c: (c.bound_s, c.order))
-    wanted, laid_out = _finalists(cluster), list[_LaidOut]()
-    for candidate in queue:
+    wanted, laid_out, bound_s = _finalists(cluster), list[_LaidOut](), math.inf
+    for candidate in candidates(cluster, space, batch, pins, volumes):
+        bound_s = min(bound_s, candidate.bound_s)
         if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > sorted(r.cost_s for r in laid_out)[wanted - 1]:
             break
         found = sketched(candidate.prices, candidate.bound_s)
@@ -243,7 +172,6 @@ def _candidates(
     best = _of_each_shape(ranked, lambda each: each.candidate)[: IMPROVED * wanted]
     placed = _shared([(each.candidate, each.placed()) for each in best])
     placed.sort(key=lambda pair: (pair[1].cost_s, pair[0].order))
-    bound_s = min((candidate.bound_s for candidate in queue), default=math.inf)
     chosen = _of_each_shape(placed, lambda pair: pair[0])[:wanted]
     return sorted(chosen, key=lambda pair: (pair[1].cost_s, pair[0].order)), bound_s
 
@@ -305,87 +233,3 @@ def _shared(placed: list[tuple[Candidate, Placed]]) -> list[tuple[Candidate, Pla
                 own = replace(own, devices=each.devices, cost_s=cost_s) if cost_s < own.cost_s else own
         found.append((candidate, own))
     return found
-
-
-def _bounded(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
-    """Every mesh that may be, with the price that none of its placements is under."""
-    whole_s = _whole_seconds(space, volumes)
-    view, places = fastest_view(cluster, volumes.product_dtype), Places(cluster, volumes.product_dtype)
-    for number, c in enumerate(configurations(cluster.num_devices, batch, pins)):
-        if c.pp > volumes.segments or (pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH):
-            continue
-        if pins.tp is None and not _may_shard(whole_s, view, c, volumes):
-            continue
-        if not math.isfinite(whole_s(c.dp, c.tp, c.microbatch_size)):
-            continue
-        prices = Prices(places, _traffic(view, c, whole_s, volumes))
-        yield Candidate(number, c, prices, prices.bound_s())
-
-
-WholeSeconds = Callable[[int, int, int], float]
-
-
-def _whole_seconds(space: Space, volumes: Volumes) -> WholeSeconds:
-    """Seconds of all segments, forward and backward, of one microbatch on a mesh (dp, tp, microbatch size), by the
-    first label of every shared variable; infinite where the mesh cannot be."""
-    segments: dict[FactorGraph, Segment] = {}
-
-    @functools.cache
-    def alike_s(dp: int, tp: int, microbatch_size: int) -> float:
-        chain = space.chain(dp, tp, microbatch_size)
-        first = None if chain is None else _first_labels(chain)
-        if first is None:
-            return math.inf
-        own = [segments.setdefault(graph, Segment(graph)) for graph in first.kinds]
-        # Of so many microbatches, what is done once per step counts for nothing.
-        return quick_bound_s(first, own, Objective(1, MANY)) / MANY
-
-    # Replicas that do not meet take as long, however many there are.
-    return lambda dp, tp, size: alike_s(dp if volumes.replicas_meet else 1, tp, size)
-
-
-def _first_labels(chain: Chain) -> Chain | None:
-    domains = chain.shared_domains()
-    return chain.fixed({name: labels[0] for name, labels in domains.items()}) if all(domains.values()) else None
-
-
-def _traffic(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Volumes) -> Traffic:
-    """What shards exchange is taken out of the seconds of a stage, and priced where the shards are."""
-    size, whole = c.microbatch_size, whole_s(c.dp, c.tp, c.microbatch_size)
-    exchanged = EXCHANGES_PER_SEGMENT * 2 * (1 - 1 / c.tp) * volumes.sent_bytes(size) * volumes.segments
-    alone_s = whole
-    if c.tp > 1:
-        near = view.levels[0].link.bandwidth_bytes_per_s
-        alone_s = max(whole - exchanged / near, whole_s(c.dp, 1, size) / c.tp)
-        alone_s = alone_s if math.isfinite(alone_s) else whole
-    return Traffic(
-        c.pp,
-        c.dp,
-        c.tp,
-        c.microbatches,
-        alone_s / c.pp,
-        volumes.sent_bytes(size, c.pp),
-        volumes.reduced_bytes / c.pp / c.tp,
-        exchanged / c.pp,
-    )
-
-
-def smallest_cuts(cuts: Sequence[float], pp: int) -> list[float]:
-    """Of each end of a stage but the last, the least of the cuts that are nearer to it than to others, of stages of
-    equally many segments. cuts[i]: before segment i + 1."""
-    count = len(cuts) + 1
-    ends = (range(math.ceil(count * (k - 0.5) / pp), math.ceil(count * (k + 0.5) / pp)) for k in range(1, pp))
-    return [min(cuts[i - 1] for i in own if 0 < i < count) for own in ends]
-
-
-def _may_shard(whole_s: WholeSeconds, view: Cluster, c: Configuration, volumes: Volumes) -> bool:
-    """Whether tensor parallelism can pay: shards of a segment exchange its activation at least once each way, on the
-    fastest links at best, which must take less than they save. On few devices everything is tried."""
-    if c.tp == 1 or view.num_devices <= FEW:
-        return True
-    alone_s = whole_s(c.dp, 1, c.microbatch_size)
-    if not math.isfinite(alone_s):
-        return True
-    nbytes = int(volumes.sent_bytes(c.microbatch_size))
-    exchanged_s = 2 * view.collective_time_s("all_reduce", nbytes, tuple(range(c.tp)))
-    return exchanged_s * volumes.segments < alone_s * (1 - 1 / c.tp)
