@@ -29,10 +29,10 @@ def refuse_unknown_shape(node: fx.Node) -> None:
     """UnsupportedError where a shape follows from the values of a tensor."""
     made = (leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
     if any(isinstance(extent, torch.SymInt) for value in made for extent in value.shape):
-        raise _refused(node)
+        raise refused(node)
 
 
-def _refused(node: fx.Node) -> UnsupportedError:
+def refused(node: fx.Node) -> UnsupportedError:
     if node.target is aten.bincount.default:
         return UnsupportedError(
             f"{node.target} counts up to the largest value there is ({source_of(node)}), and programs are of fixed "
@@ -49,7 +49,7 @@ def _refused(node: fx.Node) -> UnsupportedError:
 @rewrites(aten.index.Tensor)
 def _index(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     if any(i is not None and run.tensor(i).dtype in _MASKS for i in a["indices"]):
-        raise _refused(node)
+        raise refused(node)
     return _positions(run, node, a)
 
 

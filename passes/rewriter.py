@@ -52,4 +52,8 @@ class GraphBuilder:
         return meta
 
 
-SOURCE_KEYS = ("nn_module_stack", "stack_trace", "segment")
+PICKED = "picked"
+FIRST, MASK, LAST, LOSS = "first", "mask", "last", "loss"
+"""What a call is to rows that a mask picks (``passes.pick``): where they begin, what says which they are, where those
+that are not picked become zero, and a loss that ignores them."""
+SOURCE_KEYS = ("nn_module_stack", "stack_trace", "segment", PICKED)

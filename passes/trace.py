@@ -25,16 +25,16 @@ from cost_model.errors import AutoparError, ConfigError, TraceError, Unsupported
 from passes.as_traced import as_traced
 from passes.batch_spec import BatchSpec, batch_spec, is_batched
 from passes.clean import clean
-from passes.detach import detach
 from passes.draws import give_draws
 from passes.experts import traceable_experts
+from passes.functionalise import functional
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.holding import Holding
-from passes.in_place import state_writes, writes
-from passes.instance_statistics import show_statistics
 from passes.merge import merge_equal
 from passes.mutations import Changed, changed_buffers, check_statistics
+from passes.pick import pick
+from passes.picked import check_picked, picked_notes
 from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
 from passes.segment import Segment, segment
@@ -182,8 +182,11 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     )
     other, failures = _other(wrapped, spec, aliases, graph)
     graph, other = give_draws(graph, other)
+    for made in (graph, other):
+        if made is not None:
+            check_picked(made)
     merge_equal([graph] if other is None else [graph, other])
-    return Traced(graph, other, aliases, constants, spec, (*notes, *failures), counters)
+    return Traced(graph, other, aliases, constants, spec, (*notes, *picked_notes(graph), *failures), counters)
 
 
 def _other(
@@ -289,6 +292,7 @@ def _export(
         exported = functional(exported)
     changed = changed_buffers(exported)
     module.holding.check(exported)
+    pick(exported.graph_module)
     graph, constants = _to_model_graph(exported, spec, size, aliases, changed)
     return graph, constants, {aliases.get(name, name): step for name, step in changed.counters.items()}
 
@@ -316,38 +320,6 @@ def _folded(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> 
         finally:
             module.repeats = None
     return None
-
-
-def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Functionalise graphs that write to what is read elsewhere, and state what ``torch.vmap`` makes of calls and what
-    autocast regions cast.
-
-    Most graphs need none of it, and the second trace it costs takes longer than the first.
-    """
-    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
-    for graph in graphs:
-        show_statistics(graph)
-        state_writes(graph)
-    retraced = any(writes(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
-    detach(exported.graph_module)
-    return exported.run_decompositions({}) if retraced else exported
-
-
-def _is_of_vmap(node: fx.Node) -> bool:
-    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
-
-
-def _is_autocast(node: fx.Node) -> bool:
-    """Whether a region casts. UnsupportedError where it does so on devices of another kind than the traced ones."""
-    if str(node.target) != "wrap_with_autocast" or not node.args[2]:
-        return False
-    values = (arg.meta.get("val") for arg in node.all_input_nodes)
-    if all(value.device.type == node.args[0] for value in values if isinstance(value, torch.Tensor)):
-        return True
-    raise UnsupportedError(
-        f"forward casts by torch.autocast({node.args[0]!r}), which does nothing on the devices that the model lies on: "
-        "pass precision=autopar.Precision(compute=...) instead"
-    )
 
 
 def _to_model_graph(

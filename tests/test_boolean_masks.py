@@ -79,16 +79,70 @@ def test_counts_of_a_given_length_run_as_on_one_device() -> None:
     check_parity(Balanced(), batch(), 2, 1e-5, SGD, **GRIDS["dp2"])
 
 
+def _tokens(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """A head and three losses of the tokens that are masked, as masked language models have them."""
+    h, targets = self.front(x), (x[..., :1] > 0).long().expand(-1, -1, 4).sum(-1)
+    made = self.head(F.layer_norm(h[mask], (16,)))
+    weights = torch.arange(1.0, 9.0)
+    smooth = F.cross_entropy(made.view(-1, 8), targets[mask], weight=weights, label_smoothing=0.1)
+    return (
+        F.cross_entropy(made, targets[mask]) + smooth + F.mse_loss(made, x[mask][:, :8].float(), reduction="sum") / 99
+    )
+
+
+def _samples(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Losses of samples of two kinds, of which those of one are picked by their places."""
+    each = F.cross_entropy(self.head(self.front(x).mean(1)), labels, reduction="none")
+    places = torch.nonzero(labels > 3).squeeze(1)
+    few = each[labels <= 3]
+    scale = self.token[:1].abs().add(0.1)
+    logs = (scale * (each * (labels > 3))[places]).log().mean()  # which others are at no finite slope
+    return few.sum() / few.shape[0] + each[places].square().mean() + torch.masked_select(each, labels > 5).sum() + logs
+
+
+def _experts(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Rows go through one of two layers, by what is found in them."""
+    h, made = x.mean(1), torch.zeros(len(x), 16)
+    chosen = self.head(h).argmax(1) % 2
+    made[chosen == 0] = self.front(h[chosen == 0])
+    places = torch.where(chosen == 1)[0]
+    made = made.index_add(0, places, self.front[0](h[places]) * self.token, alpha=2)
+    return F.cross_entropy(self.head(made), labels)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("forward", [_tokens, _samples, _experts])
+def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callable[..., Tensor], grid: str) -> None:
+    kind = type("Picked", (Masked,), {"forward": forward})
+    model = kind()
+    model.front = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    assert any("computed for all rows" in note for note in trace(model, batch()).notes)
+    check_parity(model, batch(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
 @pytest.mark.parametrize(
     "pick",
     [
-        lambda h, mask: h[mask],
+        lambda h, mask: h[mask].softmax(0),
+        lambda h, mask: h[mask].t() @ h[mask],
+        lambda h, mask: h[mask][1:],
+        lambda h, mask: h[mask][0],
+        lambda h, mask: torch.cat([h[mask], h[0]]),
+        lambda h, mask: h[mask].amax(0),
+        lambda h, mask: h[mask].var(0),
+        lambda h, mask: h[mask].norm(),
+        lambda h, mask: h[mask].cumsum(0),
+        lambda h, mask: h[mask].sort(0).values,
         lambda h, mask: h[:, torch.arange(10) % 2 == 0] - h[:, :5],
-        lambda h, mask: h.masked_select(mask.unsqueeze(-1)),
+        lambda h, mask: h.masked_select(mask.unsqueeze(-1)).cumsum(0),
         lambda h, mask: h[:, mask.any(0).nonzero().squeeze(1)],
         lambda h, mask: h[:, torch.unique(mask.long())],
     ],
-    ids=["rows", "always the same columns", "masked_select", "nonzero", "unique"],
+    ids=[
+        *("softmax", "product", "slice", "select", "cat", "amax", "var", "norm", "cumsum", "sort"),
+        *("always the same columns", "masked_select", "nonzero", "unique"),
+    ],
 )
 def test_as_many_elements_as_are_true_are_refused_with_what_to_write(pick: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)aten\.\w+.*File .*where\(mask, x, 0\.0\)\.sum\(\) / mask\.sum"):

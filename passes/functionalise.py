@@ -1,0 +1,43 @@
+"""Functionalise: graphs that write to what is read elsewhere, in calls that return."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from cost_model.errors import UnsupportedError
+from passes.detach import detach
+from passes.in_place import state_writes, writes
+from passes.instance_statistics import show_statistics
+
+
+def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Functionalise graphs that write to what is read elsewhere, and state what ``torch.vmap`` makes of calls and what
+    autocast regions cast.
+
+    Most graphs need none of it, and the second trace it costs takes longer than the first.
+    """
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    for graph in graphs:
+        show_statistics(graph)
+        state_writes(graph)
+    retraced = any(writes(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
+    detach(exported.graph_module)
+    return exported.run_decompositions({}) if retraced else exported
+
+
+def _is_of_vmap(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch")
+
+
+def _is_autocast(node: fx.Node) -> bool:
+    """Whether a region casts. UnsupportedError where it does so on devices of another kind than the traced ones."""
+    if str(node.target) != "wrap_with_autocast" or not node.args[2]:
+        return False
+    values = (arg.meta.get("val") for arg in node.all_input_nodes)
+    if all(value.device.type == node.args[0] for value in values if isinstance(value, torch.Tensor)):
+        return True
+    raise UnsupportedError(
+        f"forward casts by torch.autocast({node.args[0]!r}), which does nothing on the devices that the model lies on: "
+        "pass precision=autopar.Precision(compute=...) instead"
+    )

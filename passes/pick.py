@@ -1,0 +1,322 @@
+"""Pick: what a boolean mask picks, ``x[mask]``, as all that there is, of which the rest counts for nothing.
+
+A mask picks as many rows as are true, and programs are of fixed shapes. Where rows that are picked are in the end only
+added up, or their losses averaged, all rows go the same way: those that are not picked hold ``FILL`` and become zero
+where rows are added up, labels of theirs are ignored, and means and sizes go by how many are true. Where a graph is
+clean, ``passes.picked`` proves by the factor maps of its calls that rows stay apart until then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from passes.calls import schema_arguments
+from passes.graph import is_getitem
+from passes.restate_masks import refused
+from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED, SOURCE_KEYS
+
+aten = torch.ops.aten
+FILL = 0.5
+"""Of rows that are not picked: inside of what logarithms, roots, quotients and arcs are defined for."""
+_PICKS = (aten.index.Tensor, aten.masked_select.default, aten.index_select.default)
+_OF_MASK = (aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default)
+_LISTED = (aten.squeeze.default, aten.squeeze.dim, aten.select.int, aten.flatten.using_ints, aten.view.default)
+"""What is left of places [n, 1], their only column, is the places."""
+_CHECKS = (
+    aten._assert_scalar.default,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range_for_size.default,
+)
+"""Of how many rows there are."""
+_SUMS = {aten.sum.default, aten.sum.dim_IntList}
+_OF_MEANS: dict[Any, Any] = {aten.mean.default: aten.sum.default, aten.mean.dim: aten.sum.dim_IntList}
+_LABELLED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default}
+_PLACED = {aten.index_put.default, aten.index_add.default, aten.index_copy.default}
+_SHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+_BY_NUMBER = {aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar}
+_NONE, _MEAN = 0, 1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """mask: which of the rows are picked [rows]; absent: which are not; count: the rows."""
+
+    mask: fx.Node
+    absent: fx.Node
+    count: int
+
+
+def pick(module: fx.GraphModule) -> None:
+    """Restate a graph in place. What cannot be is left as it is, or UnsupportedError."""
+    if any(node.target in _PICKS and _is_unknown(node.meta.get("val")) for node in module.graph.nodes):
+        _Pick(module.graph).run()
+
+
+def _is_unknown(value: Any) -> bool:
+    """Whether a shape follows from the values of a tensor."""
+    made = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return any(isinstance(extent, torch.SymInt) for tensor in made for extent in tensor.shape)
+
+
+class _Pick:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.rows: dict[fx.Node, _Rows] = {}
+        self.of_mask: dict[fx.Node, _Rows] = {}
+        self.of_symbol: dict[Any, _Rows] = {}
+        self.firsts: dict[tuple[Any, str], fx.Node] = {}
+        self.places: dict[Any, fx.Node] = {}
+
+    def run(self) -> None:
+        for node in [n for n in self.graph.nodes if n.op == "call_function"]:
+            if node.target in _PICKS and _is_unknown(node.meta.get("val")):
+                self._begin(node)
+            elif node.target in _OF_MASK or self._lists(node):
+                self._place(node)
+            elif isinstance(node.target, torch._ops.OpOverload) and self._numbers(node) and node.target in _BY_NUMBER:
+                self._by_number(node)
+            elif any(operand in self.rows for operand in node.all_input_nodes):
+                self._go_on(node)
+        for node in reversed(list(self.graph.nodes)):
+            forgotten = node in self.places or isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool)
+            if node.target in _CHECKS or (forgotten and not node.users):
+                self.graph.erase_node(node)
+
+    def _lists(self, node: fx.Node) -> bool:
+        return node.target not in _PLACED and any(operand in self.places for operand in node.all_input_nodes)
+
+    def _place(self, node: fx.Node) -> None:
+        """Where a mask is true, as a list of places: to pick these is to pick by the mask."""
+        source = node.args[0]
+        if node.target in _OF_MASK and isinstance(source, fx.Node) and source.meta["val"].dim() == 1:
+            self.places[node] = self._first(source)
+        elif is_getitem(node) or node.target in _LISTED:
+            self.places[node] = self.places[source]
+        elif node.target is not aten.sym_size.int:
+            raise refused(node)
+
+    def _begin(self, node: fx.Node) -> None:
+        source, mask = self._places(node)
+        rest = list(source.meta["val"].shape[mask.meta["val"].dim() :])
+        with self.graph.inserting_before(node):
+            rows = self._of_mask(node, mask)
+            flat = self._call(aten.reshape.default, (source, [rows.count, *rest]), node)
+            dtype = flat.meta["val"].dtype
+            fill = FILL if dtype.is_floating_point or dtype.is_complex else 0
+            made = self._masked(flat, rows, fill, FIRST, node)
+        self.rows[made] = rows
+        self.of_symbol[_expression(node.meta["val"].shape[0])] = rows
+        self._replace(node, made)
+
+    def _places(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What is picked from, and the mask over its first dims."""
+        source, given = node.args[:2]
+        assert isinstance(source, fx.Node)
+        if node.target is aten.masked_select.default:
+            assert isinstance(given, fx.Node)
+            shape = list(torch.broadcast_shapes(source.meta["val"].shape, given.meta["val"].shape))  # type: ignore[no-untyped-call]
+            with self.graph.inserting_before(node):
+                source, given = (self._call(aten.expand.default, (value, shape), node) for value in (source, given))
+            return source, given
+        if node.target is aten.index_select.default:
+            given = [node.args[2]] if given == 0 else []
+        assert isinstance(given, list | tuple)
+        indices = [index for index in given if index is not None]
+        mask = self.places.get(given[0], given[0]) if given else None
+        if len(indices) != 1 or not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+            raise refused(node)
+        if mask.meta["val"].shape != source.meta["val"].shape[: mask.meta["val"].dim()]:
+            raise refused(node)
+        if source in self.rows or mask in self.rows or _is_unknown(source.meta["val"]):
+            raise refused(node)
+        return source, mask
+
+    def _of_mask(self, node: fx.Node, mask: fx.Node) -> _Rows:
+        mask, count = self._first(mask), mask.meta["val"].numel()
+        if mask not in self.of_mask:
+            flat = self._call(aten.reshape.default, (mask, [count]), node)
+            absent = self._call(aten.logical_not.default, (flat,), node, MASK)
+            self.of_mask[mask] = _Rows(flat, absent, count)
+        return self.of_mask[mask]
+
+    def _first(self, mask: fx.Node) -> fx.Node:
+        """The first of all calls that make the same mask of the same values."""
+        if mask.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(mask.target, "tags", ()):
+            return mask
+        form = str(fx.map_arg((mask.args, dict(mask.kwargs)), self._first))
+        return self.firsts.setdefault((mask.target, form), mask)
+
+    def _go_on(self, node: fx.Node) -> None:
+        """A call of rows that were picked."""
+        known = {self.rows[operand] for operand in node.all_input_nodes if operand in self.rows}
+        if not isinstance(node.target, torch._ops.OpOverload):
+            source, *place = node.args
+            if is_getitem(node) and isinstance(source, fx.Node):
+                self.rows[node] = known.pop()
+                node.meta["val"] = source.meta["val"][place[0]]
+            return
+        if node.target is aten.sym_size.int or node.target in _CHECKS:
+            return
+        if len(known) != 1:
+            raise refused(node)
+        (rows,) = known
+        with self.graph.inserting_before(node):
+            self._replace(node, self._restated(node, rows))
+
+    def _restated(self, node: fx.Node, rows: _Rows) -> fx.Node:
+        if node.target in (*_SUMS, *_OF_MEANS) and self._adds_rows(node):
+            return self._added(node, rows)
+        given = schema_arguments(node)
+        if node.target in _PLACED:
+            return self._placed(node, rows, given)
+        if node.target in _LABELLED and not given["target"].meta["val"].is_floating_point():
+            return self._labelled(node, rows, given)
+        if "reduction" in given and not _is_unknown(node.meta["val"]):
+            return self._averaged(node, rows, given)
+        if not _is_unknown(node.meta["val"]):
+            raise refused(node)
+        args, kwargs = (self._sized(node, value) for value in (node.args, node.kwargs))
+        try:
+            made = self._call(node.target, args, node, **kwargs)
+        except RuntimeError as error:  # the call does not take as many rows as there are
+            raise refused(node) from error
+        leaves = (leaf for leaf in pytree.tree_leaves(made.meta["val"]) if isinstance(leaf, torch.Tensor))
+        if any(not leaf.dim() or leaf.shape[0] % rows.count for leaf in leaves):
+            raise refused(node)
+        self.rows[made] = rows
+        return made
+
+    def _sized(self, node: fx.Node, given: Any) -> Any:
+        """Arguments with the numbers of rows there are, where a shape is made of them."""
+
+        def size(value: fx.Node) -> Any:
+            number = value.meta.get("val")
+            if not isinstance(number, torch.SymInt):
+                return value
+            counts = {symbol: rows.count for symbol, rows in self.of_symbol.items()}
+            found = _expression(number).subs(counts)
+            if node.target not in _SHAPED or not found.is_Integer:
+                raise refused(node)
+            return int(found)
+
+        return fx.map_arg(given, size)
+
+    def _adds_rows(self, node: fx.Node) -> bool:
+        dims = node.args[1] if len(node.args) > 1 else None
+        rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+        return not dims or any(dim % rank == 0 for dim in dims)  # type: ignore[union-attr]
+
+    def _added(self, node: fx.Node, rows: _Rows) -> fx.Node:
+        source, *rest = node.args
+        assert isinstance(source, fx.Node)
+        zeroed = self._masked(source, rows, 0, LAST, node)
+        target: Any = _OF_MEANS.get(node.target, node.target)
+        total = self._call(target, (zeroed, *rest), node, **dict[str, Any](node.kwargs))
+        if node.target in _SUMS:
+            return total
+        each = source.meta["val"].numel() // max(total.meta["val"].numel(), 1) // rows.count
+        return self._divided(node, total, rows, each)
+
+    def _divided(self, node: fx.Node, total: fx.Node, rows: _Rows, each: int) -> fx.Node:
+        """By how many are picked; each: elements of a row that were added."""
+        return self._call(aten.div.Tensor, (total, self._counted(node, rows, each, total.meta["val"].dtype)), node)
+
+    def _counted(self, node: fx.Node, rows: _Rows, each: int, dtype: torch.dtype) -> fx.Node:
+        count = self._call(aten.sum.default, (rows.mask,), node)
+        many = self._call(aten.mul.Tensor, (count, each), node) if each != 1 else count
+        return self._call(aten._to_copy.default, (many,), node, dtype=dtype)
+
+    def _placed(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+        """Rows laid, or added, where they were picked."""
+        target, values = given["self"], given["values"] if "values" in given else given["source"]
+        where, *more = given["indices"] if "indices" in given else (given["index"],)
+        mask = self._first(self.places.get(where, where))
+        if self.of_mask.get(mask) != rows or more or values not in self.rows or given.get("dim", 0) != 0:
+            raise refused(node)
+        shape = target.meta["val"].shape
+        zeroed = self._masked(values, rows, 0, LAST, node)
+        laid = self._call(aten.reshape.default, (zeroed, list(shape)), node)
+        if given.get("accumulate", "alpha" in given):
+            return self._call(aten.add.Tensor, (target, laid), node, alpha=given.get("alpha", 1))
+        wide = [*mask.meta["val"].shape, *[1] * (len(shape) - mask.meta["val"].dim())]
+        chosen = self._call(aten.reshape.default, (mask, wide), node)
+        return self._call(aten.where.self, (chosen, laid, target), node)
+
+    def _labelled(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+        """A loss that ignores a label ignores those of rows that are not picked."""
+        if given["target"] not in self.rows:
+            raise refused(node)
+        ignored = self._masked(given["target"], rows, given["ignore_index"], MASK, node)
+        made = self._call(node.target, (node.args[0], ignored, *node.args[2:]), node, LOSS, **node.kwargs)
+        if _is_unknown(node.meta["val"]):
+            self.rows[made] = rows
+        return made
+
+    def _averaged(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+        """Any other loss: that of each element, and their sum or mean."""
+        reduction, given["reduction"] = given["reduction"], _NONE
+        schema = node.target._schema.arguments  # type: ignore[union-attr]
+        named = {argument.name: given[argument.name] for argument in schema if argument.kwarg_only}
+        args = tuple(given[argument.name] for argument in schema if not argument.kwarg_only)
+        each = self._call(node.target, args, node, **named)
+        zeroed = self._masked(each, rows, 0, LAST, node)
+        total = self._call(aten.sum.default, (zeroed,), node)
+        if reduction != _MEAN:
+            return total
+        return self._divided(node, total, rows, each.meta["val"].numel() // rows.count)
+
+    def _numbers(self, node: fx.Node) -> bool:
+        return any(isinstance(operand.meta.get("val"), torch.SymInt) for operand in node.all_input_nodes)
+
+    def _by_number(self, node: fx.Node) -> None:
+        """A product with, or a quotient by, how many rows were picked."""
+        value, number = node.args[:2]
+        if not isinstance(number, fx.Node) or not isinstance(value, fx.Node) or value in self.rows:
+            raise refused(node)
+        wanted = _expression(number.meta["val"])
+        parts = [(rows, wanted.coeff(symbol), symbol) for symbol, rows in self.of_symbol.items()]
+        found = [(rows, each) for rows, each, symbol in parts if each != 0 and wanted == each * symbol]
+        if len(found) != 1 or not found[0][1].is_Integer:
+            raise refused(node)
+        ((rows, each),) = found
+        target = aten.div.Tensor if node.target in (aten.div.Tensor, aten.div.Scalar) else aten.mul.Tensor
+        with self.graph.inserting_before(node):
+            count = self._counted(node, rows, int(each), node.meta["val"].dtype)
+            self._replace(node, self._call(target, (value, count), node))
+
+    def _masked(self, value: fx.Node, rows: _Rows, fill: float, mark: str, node: fx.Node) -> fx.Node:
+        """``value``, whose rows may have become several each, with rows that are not picked filled."""
+        shape, absent = value.meta["val"].shape, rows.absent
+        each = shape[0] // rows.count
+        if each != 1:
+            for op, to in ((aten.reshape, (rows.count, 1)), (aten.expand, (rows.count, each)), (aten.reshape, (-1,))):
+                absent = self._call(op.default, (absent, list(to)), node)
+        if len(shape) > 1:
+            absent = self._call(aten.reshape.default, (absent, [shape[0], *[1] * (len(shape) - 1)]), node)
+        return self._call(aten.masked_fill.Scalar, (value, absent, fill), node, mark)
+
+    def _call(
+        self, target: Any, args: tuple[Any, ...], like: fx.Node, mark: str | None = None, **kwargs: Any
+    ) -> fx.Node:
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta.update({key: like.meta[key] for key in SOURCE_KEYS if key in like.meta})
+        if mark is not None:
+            made.meta[PICKED] = mark
+        values, named = fx.map_arg((args, kwargs), lambda operand: operand.meta["val"])
+        mode = next(leaf.fake_mode for leaf in pytree.tree_leaves((values, named)) if hasattr(leaf, "fake_mode"))
+        with mode, torch.no_grad():
+            made.meta["val"] = target(*values, **named)
+        return made
+
+    def _replace(self, node: fx.Node, made: fx.Node) -> None:
+        node.replace_all_uses_with(made)
+        self.graph.erase_node(node)
+
+
+def _expression(number: torch.SymInt) -> Any:
+    return number.node.expr
