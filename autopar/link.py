@@ -44,7 +44,7 @@ from passes.zero import make_buckets, stateless
 class Linker:
     """Rewrites plans of one model; traces of equal segments and optimizer prices are kept between plans.
 
-    device_kind: "cpu" or "cuda", where the optimizer runs. max_grad_norm: what every step clips gradients to.
+    device_kind: "cpu" or "cuda", where it all runs. max_grad_norm: what every step clips gradients to.
     local_batches: whether a rank is given the rows of its replica only, whatever it reads.
     given: the buckets of each stage, where parameters are held by another program. worth: whether ops are compiled
     into a kernel, by what that costs; None: none are. products: of ``PRODUCT_LIBRARIES``, what the devices multiply by.
@@ -221,6 +221,7 @@ class Linker:
             given=None if self.given is None else self.given[index % plan.pp],
             worth=self.worth,
             products=self.products,
+            device_kind=self.device_kind,
             segments=[part.label for part in segments],
         )
 

@@ -19,10 +19,12 @@ from cost_model.tensor import TensorMeta
 from passes.calls import call_of
 from passes.graph import Meta, is_getitem, meta_of
 from passes.group import Kernel
+from passes.operand_copies import copied_bytes
 from passes.overlap_vocabulary import BEGIN, BEGINS, ENDS, complete
 from passes.storage import is_view, storage_of
 from passes.workspace import workspace_bytes
 
+CPU = "cpu"
 _COLLECTIVES = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
 
 
@@ -69,16 +71,30 @@ class Storages:
         self._names[storage_of(target)] = self.of(source)
 
 
-def lower(graph: fx.Graph, name: str, owned: frozenset[str], returned: tuple[str, ...], storages: Storages) -> Function:
+def lower(
+    graph: fx.Graph,
+    name: str,
+    owned: frozenset[str],
+    returned: tuple[str, ...],
+    storages: Storages,
+    device_kind: str = CPU,
+) -> Function:
     """``owned``: inputs handed over, which the function may free; ``returned``: values the function returns."""
-    return _Lower(graph, name, owned, returned, storages).run()
+    return _Lower(graph, name, owned, returned, storages, device_kind).run()
 
 
 class _Lower:
     def __init__(
-        self, graph: fx.Graph, name: str, owned: frozenset[str], returned: tuple[str, ...], storages: Storages
+        self,
+        graph: fx.Graph,
+        name: str,
+        owned: frozenset[str],
+        returned: tuple[str, ...],
+        storages: Storages,
+        device_kind: str,
     ) -> None:
         self.name, self.owned, self.returned, self.storages = name, owned, returned, storages
+        self.device_kind = device_kind
         self.nodes = [n for n in graph.nodes if n.op != "output"]
         self.metas: dict[str, Meta] = {n.name: m for n in self.nodes if (m := meta_of(n.meta.get("val"))) is not None}
         self.inputs = [n for n in self.nodes if n.op == "placeholder"]
@@ -194,7 +210,8 @@ class _Lower:
         if collective is not None and collective.kind == "all_reduce":
             cost = None if in_place else copy
         staged = _staging_bytes(node, self.metas) + _parts_bytes(node, self.metas)
-        return cost, staged + workspace_bytes(node, cost)
+        copies = copied_bytes(node) if self.device_kind == CPU and not is_view(node) else 0
+        return cost, staged + copies + workspace_bytes(node, cost)
 
     def _dropped_bytes(self, node: fx.Node, variables: list[fx.Node]) -> int:
         """Outputs nobody uses still exist while the op returns."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import fx
+
 from cost_model.axes import DP, Axes
 from cost_model.device import BLAS, ONEDNN
 from cost_model.placement import Placements
@@ -26,7 +28,7 @@ from passes.compress import compress
 from passes.fuse import fuse
 from passes.graph import GraphInput, ModelGraph
 from passes.group import Kernel, Kernels, Worth, group
-from passes.lower import Function, Storages, lower
+from passes.lower import CPU, Function, Storages, lower
 from passes.multiply import multiply
 from passes.overlap import overlap
 from passes.pack import pack
@@ -126,6 +128,7 @@ def build_stage(
     given: tuple[Bucket, ...] | None = None,
     worth: Worth | None = None,
     products: str = BLAS,
+    device_kind: str = CPU,
     segments: Sequence[str] = (),
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
@@ -136,7 +139,8 @@ def build_stage(
     several microbatches add up: a product then finds its buffer in memory rather than in the cache and is slower than
     one that is made apart and added, so it is not fused. overlaps: whether collectives move behind compute. given: the
     buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs; None: none
-    are. products: of ``PRODUCT_LIBRARIES``. segments: labels of the chain's segments, for profilers.
+    are. products: of ``PRODUCT_LIBRARIES``. device_kind: "cpu" or "cuda", whose kernels take memory of their own.
+    segments: labels of the chain's segments, for profilers.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
     inputs = sharded.graph.inputs
@@ -166,7 +170,8 @@ def build_stage(
         graphs = overlap(graphs, STATE_AXIS)
         early = _reduced_early(alone, kept, buckets, places, degrees, shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
-    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments).build()
+    kind = device_kind
+    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments, kind).build()
 
 
 def _invariant(inputs: Sequence[GraphInput]) -> frozenset[str]:
@@ -216,7 +221,9 @@ class _Builder:
         suffix: str,
         precision: Precision,
         segments: Sequence[str],
+        device_kind: str,
     ) -> None:
+        self.device_kind = device_kind
         self.sharded, self.graphs, self.last = sharded, graphs, last
         self.groups, self.suffix, self.precision, self.segments = groups, suffix, precision, segments
         self.buckets, self.gradients = {shard_name(b): b for b in buckets}, gradients
@@ -232,13 +239,13 @@ class _Builder:
         backward_reads = {n.name for n in graphs.backward.nodes if n.op == "placeholder"}
         keeps_activation = self.activation is not None and self.activation in backward_reads
         kept = (*graphs.saved, *((self.activation,) if keeps_activation and self.activation else ()))
-        setup = lower(graphs.setup, SETUP + self.suffix, frozenset(), graphs.constants, self.storages)
+        setup = self._lower(graphs.setup, SETUP, frozenset(), graphs.constants)
         owned = frozenset([self.activation] if self.activation else [])
-        forward = lower(graphs.forward, f"forward{self.suffix}", owned, (graphs.output, *kept), self.storages)
+        forward = self._lower(graphs.forward, "forward", owned, (graphs.output, *kept))
         grad_in = graphs.grad_in if graphs.grad_in in backward_reads else None
         handed = (*kept, *((grad_in,) if grad_in else ()))
         results = (*self._returned_gradient(), *graphs.kept)
-        backward = lower(graphs.backward, f"backward{self.suffix}", frozenset(handed), results, self.storages)
+        backward = self._lower(graphs.backward, "backward", frozenset(handed), results)
         weight = self._weight()
         texts = [
             self._text(setup, SETUP_SIGNATURE, (), None, "Values that never change, computed once."),
@@ -279,11 +286,14 @@ class _Builder:
             kernels=tuple(self.names.kernels.values()),
         )
 
+    def _lower(self, graph: fx.Graph, name: str, owned: frozenset[str], returned: tuple[str, ...]) -> Function:
+        return lower(graph, name + self.suffix, owned, returned, self.storages, self.device_kind)
+
     def _weight(self) -> Function | None:
         graphs = self.graphs
         if graphs.weight is None:
             return None
-        return lower(graphs.weight, f"weight{self.suffix}", frozenset(graphs.kept), (), self.storages)
+        return self._lower(graphs.weight, "weight", frozenset(graphs.kept), ())
 
     def _returned_gradient(self) -> tuple[str, ...]:
         output = next(n for n in self.graphs.backward.nodes if n.op == "output")
