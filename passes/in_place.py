@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from passes.storage import mark_storages
+from passes.storage import mark_storages, memory_of
 from passes.unmutate import write_part
 
 
@@ -96,7 +96,7 @@ def _plain(target: Any) -> Any:
 def _storages(node: fx.Node) -> set[int]:
     """Of a node's values."""
     leaves = pytree.tree_leaves(node.meta.get("val"))
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return {memory_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
 
 
 def value_of(node: fx.Node, target: Any = None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from passes.graph import is_getitem
 
@@ -23,10 +24,17 @@ def mark_storages(graph: fx.Graph) -> None:
 
 def _identities(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.untyped_storage()._cdata
+        return memory_of(value)
     if isinstance(value, tuple | list):
         return tuple(_identities(v) for v in value)
     return None
+
+
+def memory_of(value: torch.Tensor) -> int:
+    """Equal for tensors that share memory; what torch.func wraps around a tensor has its memory."""
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    return int(value.untyped_storage()._cdata)
 
 
 def renamed(identity: Any, rename: Callable[[Hashable], Hashable]) -> Any:

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
+from torch._functorch import eager_transforms
 
 from cost_model.errors import UnsupportedError
 from passes.functions import Functions
@@ -131,6 +132,12 @@ def gradients_as_written() -> Iterator[None]:
             "that enter it with torch.func.jvp, or by hand"
         )
 
+    def refuse_jacobian(*_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedError(
+            "forward takes a whole Jacobian (torch.func.jacfwd, hessian), which torch.export cannot trace: state its "
+            "products with directions by torch.func.jvp, one for each input"
+        )
+
     def enter(region: torch.inference_mode) -> None:
         regions.append(torch.no_grad() if region.mode else nullcontext())
         regions[-1].__enter__()
@@ -142,6 +149,8 @@ def gradients_as_written() -> Iterator[None]:
             (torch.Tensor, "requires_grad_", require),
             (torch.Tensor, "backward", refuse_backward),
             (torch.autograd, "grad", refuse_backward),
+            (eager_transforms, "_vjp_with_argnums", refuse_backward),
+            (eager_transforms, "_construct_standard_basis_for", refuse_jacobian),
             (torch.inference_mode, "__enter__", enter),
             (torch.inference_mode, "__exit__", lambda _, *how: regions.pop().__exit__(*how)),
         ):

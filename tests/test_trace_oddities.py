@@ -143,6 +143,8 @@ def _cast_elsewhere(model: Any, h: Tensor) -> Tensor:
         (_frozen, r"switches the gradient of a parameter \[4, 4\] off"),
         (_penalised, "runs a backward"),
         (_ran_backward, "runs a backward"),
+        (lambda model, h: torch.vmap(torch.func.jacrev(model.inner))(h).sum(1), "runs a backward"),
+        (lambda model, h: torch.vmap(torch.func.jacfwd(model.inner))(h).sum(1), "whole Jacobian.*func.jvp"),
         (_clamped_anew, "in the place of the parameter 'inner.weight'"),
         (_cast_elsewhere, r"torch.autocast\('xpu'\)"),
     ],

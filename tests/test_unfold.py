@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from unseen_models import BATCH, classes, normal
 
 from cost_model.ops import entry_of
+from passes.covariances import covariances_as_sums
 from passes.graph import is_getitem
 from passes.trace import trace
 from passes.unmutate import unmutate
@@ -68,6 +70,23 @@ def _added_products(part: nn.Module, x: Tensor) -> Tensor:
     return x * torch.dist(weights[0], weights[1]) / (1 + high - low)
 
 
+def _covaried(_: nn.Module, x: Tensor) -> Tensor:
+    return x @ torch.vmap(lambda rows: rows.mT.cov() + rows.mT.corrcoef())(x)
+
+
+def _slopes(_: nn.Module, x: Tensor) -> Tensor:
+    """Second derivatives along a direction that is written."""
+    along = torch.zeros_like(x)
+    along[..., 0] = 1.0
+    slope = functools.partial(_along, torch.tanh, along)
+    return x + _along(slope, along, x)
+
+
+def _along(function: Callable[[Tensor], Tensor], direction: Tensor, x: Tensor) -> Tensor:
+    made: Tensor = torch.func.jvp(function, (x,), (direction,))[1]
+    return made
+
+
 BETWEEN: dict[str, Callable[[], Model]] = {
     "lstm": lambda: Model(lambda r, x: r(x)[0], nn.LSTM(8, 8, batch_first=True, bidirectional=True)),
     "gru": lambda: Model(lambda r, x: r(x.transpose(0, 1))[1][-1], nn.GRU(8, 8, 2)),
@@ -80,6 +99,8 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
     "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),
+    "covariances": lambda: Model(_covaried),
+    "slopes": lambda: Model(_slopes),
     "products": lambda: Model(_added_products, nn.Bilinear(8, 8, 8, bias=False)),
     "norms": lambda: Model(lambda _, x: x / torch.linalg.vector_norm(x, 3, -1, keepdim=True)),
     "mapped": lambda: Model(lambda _, x: torch.vmap(lambda row: row.tanh() + 0.1 * row.norm())(x)),
@@ -101,6 +122,15 @@ CASES = [
 def test_what_calls_are_made_of_runs_as_on_one_device(name: str, dp: int, tp: int) -> None:
     batch = {"x": normal(BATCH, 6, 8), "labels": classes(4, BATCH)}
     check_parity(BETWEEN[name](), batch, 2, 1e-4, SGD, dp=dp, tp=tp, pp=1, microbatch_size=4)
+
+
+@pytest.mark.parametrize("weights", [{}, {"correction": 0}, {"aweights": torch.rand(7)}])
+def test_covariances_are_those_of_torch(weights: dict[str, Any]) -> None:
+    rows, often = torch.randn(3, 7, dtype=torch.cfloat), torch.randint(1, 4, (7,))
+    with covariances_as_sums():
+        found = [rows.cov(**weights), rows.real.cov(fweights=often, **weights), rows.real[0].cov(), rows.corrcoef()]
+    expected = [rows.cov(**weights), rows.real.cov(fweights=often, **weights), rows.real[0].cov(), rows.corrcoef()]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", BETWEEN)
