@@ -16,10 +16,15 @@ from parity import ADAMW
 
 import autopar
 from autopar.meshes import may_differ
+from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain
+from autopar.planner.columns import Column
 from autopar.planner.factor_graph import Factor, FactorGraph
+from autopar.planner.ilp import objective_s
 from autopar.planner.mixed import MixedSolver, Pool, Shape
+from autopar.planner.mixed_ilp import Offer
 from autopar.planner.solution import Infeasible, Solution
+from autopar.planner.worthwhile import worthwhile
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh
 
@@ -137,6 +142,29 @@ def test_under_a_cap(seed: int, share: float) -> None:
     best = min(fitting)
     assert any(t == pytest.approx(found.objective_s) and need <= cap for t, need in plans)
     assert found.objective_s >= best * (1 - 1e-9) and found.bound_s <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("microbatches", [1, 8, 10**6])
+def test_few_of_many_columns_are_left_and_the_best_are_among_them(seed: int, microbatches: int) -> None:
+    """Two stages of which one has two devices: more than a thousand columns of each, all pairs enumerated."""
+    draw, cuts, variants = np.random.default_rng(seed), 60, 12
+    offers: list[list[Offer]] = [[], []]
+    for stage, cut, size, _ in itertools.product((0, 1), range(1, cuts), (1, 2), range(variants)):
+        length = (cut if stage == 0 else cuts - cut) * draw.uniform(1.0, 1.3) / size
+        ends = (0, cut, 0, int(draw.integers(2))) if stage == 0 else (cut, cuts, int(draw.integers(2)), 0)
+        numbers = (*ends, length, float(draw.uniform(0, 30)) * size, 0.0, 0.0, float(draw.uniform(0, 5)), ())
+        column = Column(*numbers)
+        offers[stage].append(Offer(column, column, None, Mesh(1, size), 0))  # type: ignore[arg-type]
+    pairs = [
+        (objective_s([a.column, b.column], Objective(2, microbatches)), a, b)
+        for a, b in itertools.product(*offers)
+        if (a.column.last, a.column.exit) == (b.column.first, b.column.entry) and a.devices + b.devices == 3
+    ]
+    best = min(pairs, key=lambda pair: pair[0])
+    left = worthwhile(offers, (3,), microbatches)
+    assert best[1] in left[0] and best[2] in left[1]
+    assert sum(map(len, left)) <= 100 < sum(map(len, offers)) / 10
 
 
 def test_no_meshes_that_use_all_devices() -> None:

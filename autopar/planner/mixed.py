@@ -8,6 +8,7 @@ of several segments are whole on every rank.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +23,10 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph, FloatArray
 from autopar.planner.ilp import Choice
 from autopar.planner.least import quick_bound_s
-from autopar.planner.mixed_ilp import MixedIlp, Offer, worthwhile
+from autopar.planner.mixed_ilp import MixedIlp, Offer
 from autopar.planner.segment import Price, Segment, unproved
 from autopar.planner.solution import Infeasible, Solution, Space, stage_solution
+from autopar.planner.worthwhile import worthwhile
 from cost_model.mesh import Mesh
 from cost_model.placement import REPLICATE, VARYING
 
@@ -136,7 +138,7 @@ class MixedSolver:
         domains = {name: [v for v in labels if v in WHOLE] for name, labels in chain.shared_domains().items()}
         if not all(domains.values()):
             return None
-        chain = replace(chain, cut_s=lambda position, label: self.cut(mesh, samples, position, label))
+        chain = replace(chain, cut_s=functools.cache(functools.partial(self.cut, mesh, samples)))
         choices: Iterable[tuple[str, ...]] = itertools.product(*domains.values())
         if math.prod(map(len, domains.values())) > _FEW:
             choices = itertools.islice(zip(*domains.values(), strict=False), 2)
