@@ -160,6 +160,9 @@ class _BatchNorm(Function):
         return dx, None if weight is None else dw, db if has_bias else None, new_mean, new_var, None, None, None, None
 
 
+EXPERTS, EXPERTS_BACKWARD = _experts, _experts_backward
+
+
 class _Experts(Function):
     """What is between the two products is computed again in backward: only the operands are kept."""
 
@@ -176,11 +179,11 @@ class _Experts(Function):
     ) -> Any:
         ctx.save_for_backward(x, index, weights, gate_up, down)
         ctx.options = (activation, total)
-        return torch.ops.autopar.experts.default(x, index, weights, gate_up, down, activation, total)
+        return EXPERTS(x, index, weights, gate_up, down, activation, total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        made = torch.ops.autopar.experts_backward.default(grads[0], *ctx.saved_tensors, *ctx.options)
+        made = EXPERTS_BACKWARD(grads[0], *ctx.saved_tensors, *ctx.options)
         dx, dweights, dgate_up, ddown = made
         return dx, None, dweights, dgate_up, ddown, None, None
 

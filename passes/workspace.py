@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, fx
 
 from cost_model.program import OpCost
-from passes import vocabulary
+from passes import layer_vocabulary, vocabulary
 
 aten = torch.ops.aten
 _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
 _HALF = ("bfloat16", "float16")
 _ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
+_CAPACITY = 1.25
+_EXPERTS = layer_vocabulary.EXPERTS, layer_vocabulary.EXPERTS_BACKWARD
 _DEEPEST_SINGLE = 1024  # of blocks of float32
 _QUERIES, _KEYS = ((768, 256), (192, 64), (0, 32)), 512  # of blocks of attention: (least queries, rows), columns
 _BLOCK = 16  # channels that oneDNN lays side by side
@@ -28,6 +30,8 @@ _SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/nativ
 
 def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
     """Of one call."""
+    if node.target in _EXPERTS:
+        return _experts(node, is_backward=node.target is not _EXPERTS[0])
     if cost is None or cost.gemm is None:
         return 0
     if cost.kind in ("attention", "attention_backward"):
@@ -45,6 +49,22 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
         call, above = _Convolution.of(source, weight, stride, groups), _value(gradient)
         return _backward(call, above, wanted) + _straightened(call.source, above)
     return 0
+
+
+def _experts(node: fx.Node, *, is_backward: bool) -> int:
+    """What the fullest expert makes of its tokens (``autopar.runtime.kernels.experts``), one expert after the other.
+
+    It is taken to have a quarter more than its share of them, the usual capacity factor (Fedus et al., Switch
+    Transformers, JMLR 2022, section 2.2), and the standard deviation of what chance gives it; no token twice.
+    """
+    x, index, _, gate_up, down = map(_value, node.args[-7:-2])
+    total = node.args[-1]
+    assert isinstance(total, int)
+    share = index.numel() / total
+    rows = min(len(x), math.ceil(_CAPACITY * share + math.sqrt(share))) if len(gate_up) else 0
+    width, inner = x.shape[1], down.shape[-1]
+    most = max(3 * width + 5 * inner, 2 * width + 7 * inner) if is_backward else 2 * width + 3 * inner
+    return rows * (most * x.element_size() + 2 * 8)
 
 
 def _attention(cost: OpCost, *, is_backward: bool) -> int:

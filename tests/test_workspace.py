@@ -192,3 +192,24 @@ def test_attention_takes_what_is_said(shape: tuple[int, int, int, int], dtype: t
         call(*operands)
         peak, left = peak_bytes(lambda call=call, operands=operands: call(*operands))
         assert peak - left <= said(call, *operands) <= peak - left + slack
+
+
+@pytest.mark.parametrize("width, inner", [(64, 256), (256, 32)])
+def test_experts_take_what_the_fullest_may(width: int, inner: int) -> None:
+    """Tokens that go round take less by what the fullest expert may have beyond its share."""
+    tokens, picked, count = 512, 2, 8
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(tokens, width, generator=generator) for _ in range(2))
+    index = (torch.arange(tokens * picked) % count).view(tokens, picked)
+    weights = torch.rand(tokens, picked, generator=generator)
+    gate_up = torch.randn(count, 2 * inner, width, generator=generator)
+    down = torch.randn(count, width, inner, generator=generator)
+    given = x, index, weights, gate_up, down
+    for call, run, operands in (
+        (torch.ops.autopar.experts.default, kernels.experts, given),
+        (torch.ops.autopar.experts_backward.default, kernels.experts_backward, (grad, *given)),
+    ):
+        peak, kept = peak_bytes(lambda run=run, operands=operands: run(*operands, "silu", count))
+        expected = said(lambda *tensors, call=call: call(*tensors, "silu", count), *operands)
+        rows = tokens * picked // count
+        assert 0.98 * expected <= (1.25 + rows**-0.5) * (peak - kept) <= 1.05 * expected

@@ -165,10 +165,14 @@ def experts(
     for expert in range(gate_up.shape[0]):
         tokens, places = torch.where(index == expert)
         if len(tokens):
-            gate, up = torch.mm(x[tokens], gate_up[expert].t()).chunk(2, 1)
-            made = torch.mm(_activated(gate, activation) * up, down[expert].t())
-            out.index_add_(0, tokens, made * weights[tokens, places].unsqueeze(1))
+            share = weights[tokens, places].unsqueeze(1)
+            out.index_add_(0, tokens, _expert(x[tokens], gate_up[expert], down[expert], activation).mul_(share))
     return out
+
+
+def _expert(taken: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    gate, up = torch.mm(taken, gate_up.t()).chunk(2, 1)
+    return torch.mm(_activated(gate, activation).mul_(up), down.t())
 
 
 def experts_backward(
@@ -188,19 +192,37 @@ def experts_backward(
         tokens, places = torch.where(index == expert)
         if not len(tokens):
             continue
-        taken, above = x[tokens], grad[tokens]
-        gate, up = torch.mm(taken, gate_up[expert].t()).chunk(2, 1)
-        active = _activated(gate, activation)
-        inner, share = active * up, weights[tokens, places].unsqueeze(1)
-        dinner = torch.mm(above, down[expert])
-        dweights[tokens, places] = (dinner * inner).sum(1)
-        torch.mm((above * share).t(), inner, out=ddown[expert])
-        dinner = dinner * share
-        dgate = _activation_gradient(dinner * up, gate, active, activation)
-        dboth = torch.cat([dgate, dinner * active], 1)
-        torch.mm(dboth.t(), taken, out=dgate_up[expert])
-        dx.index_add_(0, tokens, torch.mm(dboth, gate_up[expert]))
+        share, into = weights[tokens, places].unsqueeze(1), (dgate_up[expert], ddown[expert])
+        held = gate_up[expert], down[expert]
+        above, dshare = _expert_backward(grad[tokens], x[tokens], share, held, into, activation)
+        dweights[tokens, places] = dshare
+        dx.index_add_(0, tokens, above)
+        del above  # before the next expert's
     return dx, dweights, dgate_up, ddown
+
+
+def _expert_backward(
+    grad: Tensor,
+    taken: Tensor,
+    share: Tensor,
+    held: tuple[Tensor, Tensor],
+    into: tuple[Tensor, Tensor],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of its tokens and their shares, those of its weights written into others. What is not needed any
+    more is let go: with few experts the values within one are what a step holds most of."""
+    gate, up = torch.mm(taken, held[0].t()).chunk(2, 1)
+    active = _activated(gate, activation)
+    inner, dinner = active * up, torch.mm(grad, held[1])
+    dshare = (dinner * inner).sum(1)
+    torch.mm((grad * share).t(), inner, out=into[1])
+    del inner
+    dinner.mul_(share)
+    dgate = _activation_gradient(up.mul_(dinner), gate, active, activation)
+    dboth = torch.cat([dgate, dinner.mul_(active)], 1)
+    del gate, up, active, dinner, dgate
+    torch.mm(dboth.t(), taken, out=into[0])
+    return torch.mm(dboth, held[0]), dshare
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
