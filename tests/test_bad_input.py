@@ -362,7 +362,7 @@ CAPPED: dict[str, tuple[int, dict[str, Any]]] = {
     "adamw": (2, {"optimizer": ADAMW}),
 }
 SMALL = ("automatic", "tp", "adamw")
-QUICK = ("one device", "tp")
+QUICK = ("tp",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CAPPED])

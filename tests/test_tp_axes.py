@@ -49,7 +49,7 @@ def check_random_plan(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_random_plans(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under drawn prices strategies of all kinds meet on the two axes."""
     check_random_plan(seed, monkeypatch)
@@ -112,6 +112,7 @@ def test_what_each_axis_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None
     check_parity(*build(), 4, tolerance, dp=1, tp_axes=(2, 2), pp=1, microbatch_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_ranks")
 def test_llama_on_real_ranks() -> None:
     """Two key-value heads over four ranks, one sample at a time: what is split is split along other dims."""
