@@ -254,7 +254,7 @@ def joins_replicas(segment: Segment, analysis: BatchAnalysis) -> bool:
 def _build_options(plan: Plan, index: int) -> tuple[Hashable, ...]:
     """What the code of a part of the chain depends on beside its graph, its choices and its replicas."""
     stage = index % plan.pp
-    size = (plan.samples(stage), plan.axes_of(stage), plan.precision, plan.overlap)
+    size = (plan.samples(stage), plan.axes_of(stage), plan.precision, plan.accumulates, plan.overlap)
     return (*size, index == len(plan.stages) - 1, splits_backward(plan.schedule, stage))
 
 

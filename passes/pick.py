@@ -8,6 +8,7 @@ clean, ``passes.picked`` proves by the factor maps of its calls that rows stay a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED, SOURCE_KEYS
 
 aten = torch.ops.aten
 FILL = 0.5
-"""Of rows that are not picked: inside of what logarithms, roots, quotients and arcs are defined for."""
+"""Of rows that are not picked, as they are picked from."""
 _PICKS = (aten.index.Tensor, aten.masked_select.default, aten.index_select.default)
 _OF_MASK = (aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default)
 _LISTED = (aten.squeeze.default, aten.squeeze.dim, aten.select.int, aten.flatten.using_ints, aten.view.default)
@@ -40,6 +41,42 @@ _PLACED = {aten.index_put.default, aten.index_add.default, aten.index_copy.defau
 _SHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 _BY_NUMBER = {aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar}
 _NONE, _MEAN = 0, 1
+_STEEP: dict[Any, Mapping[str, float]] = {
+    aten.div.Tensor: {"other": 1},
+    aten.div.Tensor_mode: {"other": 1},
+    aten.reciprocal.default: {"self": 1},
+    aten.sqrt.default: {"self": 1},
+    aten.rsqrt.default: {"self": 1},
+    aten.log.default: {"self": 1},
+    aten.log2.default: {"self": 1},
+    aten.log10.default: {"self": 1},
+    aten.log1p.default: {"self": 1},
+    aten.logit.default: {"self": 0.5},
+    aten.xlogy.Tensor: {"self": 1, "other": 1},
+    aten.pow.Tensor_Scalar: {"self": 1},
+    aten.pow.Tensor_Tensor: {"self": 1, "exponent": 1},
+    aten.acos.default: {"self": 0},
+    aten.asin.default: {"self": 0},
+    aten.atanh.default: {"self": 0},
+    aten.acosh.default: {"self": 2},
+    aten.erfinv.default: {"self": 0},
+    aten.atan2.default: {"self": 1, "other": 1},
+    aten.hypot.default: {"self": 1, "other": 1},
+    aten.linalg_vector_norm.default: {"self": 1},
+    aten.norm.ScalarOpt_dim: {"self": 1},
+    aten.cosine_similarity.default: {"x1": 1, "x2": 1},
+    aten.pairwise_distance.default: {"x1": 1, "x2": 2},
+    aten.dist.default: {"self": 1, "other": 2},
+    aten.gather.default: {"index": 0},
+    aten.take_along_dim.default: {"indices": 0},
+    aten.embedding.default: {"indices": 0},
+    aten.embedding_bag.default: {"indices": 0},
+    aten.one_hot.default: {"self": 0},
+}
+"""Operands whose values or slopes are not finite everywhere, or that are places: what rows that are not picked hold
+there instead, by argument. No gradient goes back through what is filled."""
+_MAY_FAIL = ("linalg_", "cholesky", "inverse", "triangular_solve", "lu_", "det", "logdet", "slogdet", "pinverse")
+"""Calls that raise for some matrices, as one of equal numbers."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +107,30 @@ class _Pick:
         self.of_mask: dict[fx.Node, _Rows] = {}
         self.of_symbol: dict[Any, _Rows] = {}
         self.firsts: dict[tuple[Any, str], fx.Node] = {}
+        self.first: dict[fx.Node, fx.Node] = {}
         self.places: dict[Any, fx.Node] = {}
 
     def run(self) -> None:
         for node in [n for n in self.graph.nodes if n.op == "call_function"]:
-            if node.target in _PICKS and _is_unknown(node.meta.get("val")):
-                self._begin(node)
-            elif node.target in _OF_MASK or self._lists(node):
-                self._place(node)
-            elif isinstance(node.target, torch._ops.OpOverload) and self._numbers(node) and node.target in _BY_NUMBER:
-                self._by_number(node)
-            elif any(operand in self.rows for operand in node.all_input_nodes):
-                self._go_on(node)
+            self._first(node)
+            try:
+                self._call_of(node)
+            except (RuntimeError, IndexError) as error:  # a call does not take as many rows as there are
+                raise refused(node) from error
         for node in reversed(list(self.graph.nodes)):
             forgotten = node in self.places or isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool)
             if node.target in _CHECKS or (forgotten and not node.users):
                 self.graph.erase_node(node)
+
+    def _call_of(self, node: fx.Node) -> None:
+        if node.target in _PICKS and _is_unknown(node.meta.get("val")):
+            self._begin(node)
+        elif node.target in _OF_MASK or self._lists(node):
+            self._place(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and self._numbers(node) and node.target in _BY_NUMBER:
+            self._by_number(node)
+        elif any(operand in self.rows for operand in node.all_input_nodes):
+            self._go_on(node)
 
     def _lists(self, node: fx.Node) -> bool:
         return node.target not in _PLACED and any(operand in self.places for operand in node.all_input_nodes)
@@ -117,6 +162,8 @@ class _Pick:
         """What is picked from, and the mask over its first dims."""
         source, given = node.args[:2]
         assert isinstance(source, fx.Node)
+        if any(operand in self.rows for operand in node.all_input_nodes) or _is_unknown(source.meta["val"]):
+            raise refused(node)
         if node.target is aten.masked_select.default:
             assert isinstance(given, fx.Node)
             shape = list(torch.broadcast_shapes(source.meta["val"].shape, given.meta["val"].shape))  # type: ignore[no-untyped-call]
@@ -132,8 +179,6 @@ class _Pick:
             raise refused(node)
         if mask.meta["val"].shape != source.meta["val"].shape[: mask.meta["val"].dim()]:
             raise refused(node)
-        if source in self.rows or mask in self.rows or _is_unknown(source.meta["val"]):
-            raise refused(node)
         return source, mask
 
     def _of_mask(self, node: fx.Node, mask: fx.Node) -> _Rows:
@@ -145,11 +190,13 @@ class _Pick:
         return self.of_mask[mask]
 
     def _first(self, mask: fx.Node) -> fx.Node:
-        """The first of all calls that make the same mask of the same values."""
-        if mask.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(mask.target, "tags", ()):
-            return mask
-        form = str(fx.map_arg((mask.args, dict(mask.kwargs)), self._first))
-        return self.firsts.setdefault((mask.target, form), mask)
+        """The first of all calls that make the same of the same values; of those before, known when it is asked for."""
+        if mask not in self.first:
+            form = str(fx.map_arg((mask.args, dict(mask.kwargs)), lambda operand: self.first.get(operand, operand)))
+            draws = torch.Tag.nondeterministic_seeded in getattr(mask.target, "tags", ())
+            alone = draws or mask.op != "call_function"
+            self.first[mask] = mask if alone else self.firsts.setdefault((mask.target, form), mask)
+        return self.first[mask]
 
     def _go_on(self, node: fx.Node) -> None:
         """A call of rows that were picked."""
@@ -180,16 +227,28 @@ class _Pick:
             return self._averaged(node, rows, given)
         if not _is_unknown(node.meta["val"]):
             raise refused(node)
-        args, kwargs = (self._sized(node, value) for value in (node.args, node.kwargs))
-        try:
-            made = self._call(node.target, args, node, **kwargs)
-        except RuntimeError as error:  # the call does not take as many rows as there are
-            raise refused(node) from error
+        if str(node.target).removeprefix("aten.").startswith(_MAY_FAIL) and node.target not in _STEEP:
+            raise refused(node)
+        args, kwargs = (self._sized(node, value) for value in (self._defined(node, rows), node.kwargs))
+        made = self._call(node.target, args, node, **kwargs)
+        if _is_unknown(made.meta["val"]):
+            raise refused(node)
         leaves = (leaf for leaf in pytree.tree_leaves(made.meta["val"]) if isinstance(leaf, torch.Tensor))
         if any(not leaf.dim() or leaf.shape[0] % rows.count for leaf in leaves):
             raise refused(node)
         self.rows[made] = rows
         return made
+
+    def _defined(self, node: fx.Node, rows: _Rows) -> tuple[Any, ...]:
+        """Arguments, those of ``_STEEP`` filled with what they are defined for."""
+        fills = _STEEP.get(node.target, {})
+        names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+        return tuple(
+            self._masked(arg, rows, fills[name], None, node)
+            if name in fills and isinstance(arg, fx.Node) and arg in self.rows
+            else arg
+            for name, arg in zip(names, node.args, strict=False)
+        )
 
     def _sized(self, node: fx.Node, given: Any) -> Any:
         """Arguments with the numbers of rows there are, where a shape is made of them."""
@@ -215,16 +274,17 @@ class _Pick:
         source, *rest = node.args
         assert isinstance(source, fx.Node)
         zeroed = self._masked(source, rows, 0, LAST, node)
-        target: Any = _OF_MEANS.get(node.target, node.target)
-        total = self._call(target, (zeroed, *rest), node, **dict[str, Any](node.kwargs))
+        target, named = _OF_MEANS.get(node.target, node.target), dict[str, Any](node.kwargs)
         if node.target in _SUMS:
-            return total
+            return self._call(target, (zeroed, *rest), node, **named)
+        total = self._call(target, (zeroed, *rest), node, **(named | {"dtype": _wide(zeroed)}))
         each = source.meta["val"].numel() // max(total.meta["val"].numel(), 1) // rows.count
         return self._divided(node, total, rows, each)
 
     def _divided(self, node: fx.Node, total: fx.Node, rows: _Rows, each: int) -> fx.Node:
-        """By how many are picked; each: elements of a row that were added."""
-        return self._call(aten.div.Tensor, (total, self._counted(node, rows, each, total.meta["val"].dtype)), node)
+        """By how many are picked, in the dtype of the mean; each: elements of a row that were added."""
+        mean = self._call(aten.div.Tensor, (total, self._counted(node, rows, each, _wide(total))), node)
+        return self._call(aten._to_copy.default, (mean,), node, dtype=node.meta["val"].dtype)
 
     def _counted(self, node: fx.Node, rows: _Rows, each: int, dtype: torch.dtype) -> fx.Node:
         count = self._call(aten.sum.default, (rows.mask,), node)
@@ -235,10 +295,12 @@ class _Pick:
         """Rows laid, or added, where they were picked."""
         target, values = given["self"], given["values"] if "values" in given else given["source"]
         where, *more = given["indices"] if "indices" in given else (given["index"],)
-        mask = self._first(self.places.get(where, where))
-        if self.of_mask.get(mask) != rows or more or values not in self.rows or given.get("dim", 0) != 0:
+        if not isinstance(where, fx.Node) or more or values not in self.rows or given.get("dim", 0) != 0:
             raise refused(node)
-        shape = target.meta["val"].shape
+        mask, shape = self._first(self.places.get(where, where)), target.meta["val"].shape
+        rest = values.meta["val"].shape[1:]
+        if self.of_mask.get(mask) != rows or shape != (*mask.meta["val"].shape, *rest):
+            raise refused(node)
         zeroed = self._masked(values, rows, 0, LAST, node)
         laid = self._call(aten.reshape.default, (zeroed, list(shape)), node)
         if given.get("accumulate", "alpha" in given):
@@ -265,9 +327,9 @@ class _Pick:
         args = tuple(given[argument.name] for argument in schema if not argument.kwarg_only)
         each = self._call(node.target, args, node, **named)
         zeroed = self._masked(each, rows, 0, LAST, node)
-        total = self._call(aten.sum.default, (zeroed,), node)
         if reduction != _MEAN:
-            return total
+            return self._call(aten.sum.default, (zeroed,), node)
+        total = self._call(aten.sum.default, (zeroed,), node, dtype=_wide(zeroed))
         return self._divided(node, total, rows, each.meta["val"].numel() // rows.count)
 
     def _numbers(self, node: fx.Node) -> bool:
@@ -286,10 +348,11 @@ class _Pick:
         ((rows, each),) = found
         target = aten.div.Tensor if node.target in (aten.div.Tensor, aten.div.Scalar) else aten.mul.Tensor
         with self.graph.inserting_before(node):
-            count = self._counted(node, rows, int(each), node.meta["val"].dtype)
-            self._replace(node, self._call(target, (value, count), node))
+            count = self._counted(node, rows, int(each), _wide(node))
+            made = self._call(target, (value, count), node)
+            self._replace(node, self._call(aten._to_copy.default, (made,), node, dtype=node.meta["val"].dtype))
 
-    def _masked(self, value: fx.Node, rows: _Rows, fill: float, mark: str, node: fx.Node) -> fx.Node:
+    def _masked(self, value: fx.Node, rows: _Rows, fill: float, mark: str | None, node: fx.Node) -> fx.Node:
         """``value``, whose rows may have become several each, with rows that are not picked filled."""
         shape, absent = value.meta["val"].shape, rows.absent
         each = shape[0] // rows.count
@@ -316,6 +379,12 @@ class _Pick:
     def _replace(self, node: fx.Node, made: fx.Node) -> None:
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
+
+
+def _wide(node: fx.Node) -> torch.dtype:
+    """In what values are added and counted: half types in float32."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _expression(number: torch.SymInt) -> Any:

@@ -16,6 +16,7 @@ from passes.calls import call_of, tensor_args
 from passes.graph import ModelGraph, is_getitem
 from passes.restate_masks import refused
 from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED
+from passes.vocabulary import collect
 
 _ROWS = Shard(0)
 
@@ -26,6 +27,9 @@ def check_picked(model: ModelGraph) -> None:
     for node in model.nodes():
         mark = node.meta.get(PICKED)
         many = {rows[operand.name] for operand in tensor_args(node) if operand.name in rows}
+        of_rows = any(operand.name in rows for operand in tensor_args(node)[:1])
+        if of_rows and (mark == FIRST or node.target is collect):  # rows of rows, or what the caller would see of them
+            raise refused(node)
         if mark == FIRST or (mark == MASK and not many):
             rows[node.name] = model.tensor(node.name).shape[0]
         elif len(many) > 1:

@@ -170,8 +170,7 @@ def build_stage(
         graphs = overlap(graphs, STATE_AXIS)
         early = _reduced_early(alone, kept, buckets, places, degrees, shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
-    kind = device_kind
-    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments, kind).build()
+    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments, device_kind).build()
 
 
 def _invariant(inputs: Sequence[GraphInput]) -> frozenset[str]:

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import check_parity
+from parity import check_parity, cpu_cluster
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from unseen_models import BATCH, classes, normal
 
+import autopar
 from cost_model.errors import UnsupportedError
 from passes.trace import trace
 
@@ -110,15 +111,30 @@ def _experts(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor
     return F.cross_entropy(self.head(made), labels)
 
 
+def _distances(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Rows between whose parameters and sums slopes are not finite everywhere, and places that only some have."""
+    h, few = self.front(x).mean(1), labels > 0
+    logits = self.head(h[few])
+    apart = (logits - self.head(x.mean(1)[few])).pow(2).sum(1).sqrt().mean()
+    right = logits.log_softmax(1).gather(1, (labels[few] - 1).unsqueeze(1))
+    return apart + (logits.sum(1) / labels[few]).square().mean() - right.mean()
+
+
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("forward", [_tokens, _samples, _experts])
+@pytest.mark.parametrize("forward", [_tokens, _samples, _experts, _distances])
 def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callable[..., Tensor], grid: str) -> None:
     kind = type("Picked", (Masked,), {"forward": forward})
     model = kind()
     model.front = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
     assert any("computed for all rows" in note for note in trace(model, batch()).notes)
     check_parity(model, batch(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+def _columns(values: Tensor, picked: Tensor) -> Tensor:
+    out = torch.zeros(3, len(values))
+    out[:, picked] = values[picked]
+    return out
 
 
 @pytest.mark.parametrize(
@@ -138,15 +154,49 @@ def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callab
         lambda h, mask: h.masked_select(mask.unsqueeze(-1)).cumsum(0),
         lambda h, mask: h[:, mask.any(0).nonzero().squeeze(1)],
         lambda h, mask: h[:, torch.unique(mask.long())],
+        lambda h, mask: torch.masked_select(h[mask], h[mask] > 0).sum(),
+        lambda h, mask: _columns(h.sum((1, 2)), mask.any(1)),
+        lambda h, mask: torch.linalg.inv(h[mask][:, :4].view(-1, 2, 2)),
     ],
     ids=[
         *("softmax", "product", "slice", "select", "cat", "amax", "var", "norm", "cumsum", "sort"),
-        *("always the same columns", "masked_select", "nonzero", "unique"),
+        *("always the same columns", "masked_select", "nonzero", "unique", "twice", "columns laid", "inverses"),
     ],
 )
 def test_as_many_elements_as_are_true_are_refused_with_what_to_write(pick: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)aten\.\w+.*File .*where\(mask, x, 0\.0\)\.sum\(\) / mask\.sum"):
         trace(Masked(pick), batch())
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_means_of_many_half_numbers_are_counted_in_single_precision() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 40000).half()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.layer(x.half())[mask].square().mean()
+
+    given = {"x": normal(4, 16), "mask": torch.tensor([True, False, True, True])}
+    model = Half()
+    with autopar.compile(model, cpu_cluster(1), given, optimizer=SGD) as exe:
+        assert exe.step(given) == pytest.approx(float(model(**given).detach()), rel=1e-2)
+
+
+def test_masks_of_deep_values_are_told_apart_in_linear_time() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(400):
+                x = x + x * 0.001
+            chosen = x.argmax(1) % 2 == 0
+            return self.layer(x[chosen]).square().mean()
+
+    assert trace(Deep(), {"x": normal(BATCH, 16)}).notes
 
 
 def test_packed_sequences_are_refused_with_what_to_write() -> None:

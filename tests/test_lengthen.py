@@ -173,6 +173,13 @@ def test_stages_that_differ_in_how_state_is_split_are_made_once() -> None:
         assert len(job._linker._made.known) == made
 
 
+def test_stages_whose_gradients_add_up_are_made_apart_from_those_of_one_microbatch() -> None:
+    job = priced([Layer() for _ in range(4 * BLOCKS)], dp=2, pp=2, zero=0, microbatch_size=4)
+    pins = job.options.parallelism
+    plan = job.under(replace(pins, dp=1, pp=4), None).decide(0.0).plan
+    verify_priced(job.linked(plan).program, job.program(plan))
+
+
 def test_names_that_a_code_has_for_something_else_are_not_given() -> None:
     job = priced([Layer() for _ in range(BLOCKS)])
     ((model, code),) = job._linker._made.known.values()
