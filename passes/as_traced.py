@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
-
 from passes.counts import counts_of_given_length
 from passes.covariances import covariances_as_sums
 from passes.functions import Functions
-from passes.running_statistics import statistics_as_traced
 from passes.trace_errors import quiet
 from passes.watch import casts_of_modules, gradients_as_written, own_backwards
 
 
 @contextmanager
-def as_traced(model: nn.Module, functions: Functions) -> Iterator[None]:
+def as_traced(functions: Functions) -> Iterator[None]:
     with own_backwards(functions), casts_of_modules(), gradients_as_written(), counts_of_given_length():
-        with covariances_as_sums(), statistics_as_traced(model), quiet():
+        with covariances_as_sums(), quiet():
             yield

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import CheckpointFunction
 
 from cost_model.errors import AutoparError, UnsupportedError
-from passes.running_statistics import checkpointed
 
 _EXTENT = 12
 """No dim of the tensors that a Function is tried on is longer."""
@@ -67,9 +65,6 @@ class Functions:
         """A call in a trace; ``plain``: torch's own. Errors: FunctionMet, UnsupportedError."""
         if cls.__module__ == _REGISTERED:
             return plain(cls, *args, **kwargs)
-        if cls is CheckpointFunction:  # recompute is the planner's matter
-            with checkpointed():
-                return args[0](*args[2:])
         key = _key(cls, args)
         if key not in self.known:
             raise FunctionMet(cls, [_described(a) for a in args])

@@ -37,6 +37,7 @@ from passes.pick import pick
 from passes.picked import check_picked, picked_notes
 from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
+from passes.running_statistics import statistics_as_traced
 from passes.segment import Segment, segment
 from passes.specialise import are_twins, twins
 from passes.templates import UnlikeError
@@ -92,7 +93,7 @@ class _WithLoss(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
-            with self.questions.over(), self.awareness.over():
+            with self.questions.over(), self.awareness.over(), statistics_as_traced(self.model):
                 return self._loss(*args, **kwargs)
         except DEPENDS_ON_VALUES as error:  # before torch prints the graph that it has so far
             raise trace_error(error, self.model) from error
@@ -277,7 +278,7 @@ def _export(
     batch = _fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
-        with as_traced(module.model, module.functions):
+        with as_traced(module.functions):
             exported = _folded(module, args, kwargs, mode) if folded else None
             exported = exported or _exported(module, args, kwargs, mode)
     except AutoparError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -105,6 +106,55 @@ class Averaged(Checkpointed):
         self.mean.lerp_(given[0].detach().mean(0), 0.1)
 
 
+class Trunk(nn.Module):
+    """Layers under a checkpoint, as ``call`` says."""
+
+    def __init__(self, call: Callable[[Trunk, Tensor], Tensor], frozen: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front = nn.Linear(16, 16)
+        self.trunk = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16, momentum=0.3), nn.ReLU())
+        self.trunk.requires_grad_(not frozen)
+        self.head, self.call = nn.Linear(16, 8), call
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.call(self, x)), labels)
+
+    def average(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x.tanh()
+
+    def inner(self, x: Tensor) -> Tensor:
+        return checkpoint(self.trunk, x, use_reentrant=True).square()
+
+
+RUN_ONCE: dict[str, tuple[Callable[[Trunk, Tensor], Tensor], bool]] = {
+    "frozen": (lambda m, x: checkpoint(m.trunk, x, use_reentrant=False), True),
+    "frozen, reentrant": (lambda m, x: m.front(checkpoint(m.trunk, x, use_reentrant=True)), True),
+    "other buffers": (lambda m, x: m.front(x) + checkpoint(m.average, x, use_reentrant=True), False),
+    "reentrant on data": (lambda m, x: m.front(x) + checkpoint(m.trunk[0], x, use_reentrant=True), False),
+}
+REFUSED: dict[str, tuple[Callable[[Trunk, Tensor], Tensor], bool, str]] = {
+    "buffer": (
+        lambda m, x: checkpoint(m.average, m.front(x), use_reentrant=True),
+        False,
+        r"changes 'mean' under torch",
+    ),
+    "nested": (lambda m, x: checkpoint(m.inner, m.front(x), use_reentrant=True), False, r"'trunk\.1' .*within another"),
+    "plainly too": (
+        lambda m, x: checkpoint(m.trunk, m.front(x), use_reentrant=False) + m.trunk(x),
+        False,
+        r"'trunk\.1' more than once",
+    ),
+    "partly frozen": (
+        lambda m, x: checkpoint(lambda x: m.front(m.trunk(x)).tanh(), x, use_reentrant=False),
+        True,
+        r"'trunk\.1', to which nothing that trains leads",
+    ),
+}
+
+
 def views() -> dict[str, Tensor]:
     return {"left": normal(BATCH, 16), "right": normal(BATCH, 16).roll(1, 0)}
 
@@ -140,6 +190,20 @@ def test_statistics_of_instances_are_kept(grid: str) -> None:
 @pytest.mark.parametrize("grid", ["dp2", "tp2"])
 def test_statistics_of_layers_that_run_again_and_means_of_all_batches_are_kept(grid: str) -> None:
     check_parity(Checkpointed(reentrant=grid == "tp2"), labelled(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("name", RUN_ONCE)
+def test_layers_that_do_not_run_again_change_buffers_once(name: str) -> None:
+    check_parity(Trunk(*RUN_ONCE[name]), labelled(), 2, 1e-5, SGD, **GRIDS["dp2"])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_changes_of_layers_that_run_again_are_refused_where_they_are_others(name: str) -> None:
+    call, frozen, message = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=message):
+        trace(Trunk(call, frozen), labelled())
 
 
 def test_other_buffers_of_layers_that_run_again_are_refused() -> None:
