@@ -76,12 +76,34 @@ def test_no_placement_is_under_the_bound(seed: int) -> None:
     """Of devices of two kinds in regions of any size; where a stage or a border is slow, the bound says so."""
     draw = np.random.default_rng(seed)
     kinds = ("v100-sxm2-16gb", "a100-sxm-40gb")
-    cluster = sites(*(("abc"[int(draw.integers(3))], kinds[int(draw.integers(2))]) for _ in range(12)))
-    for pp, dp, tp in ((1, 12, 1), (2, 6, 1), (3, 4, 1), (6, 2, 1), (12, 1, 1), (2, 3, 2)):
+    cluster = sites(*(("abc"[int(draw.integers(2 + seed % 2))], kinds[int(draw.integers(2))]) for _ in range(12)))
+    for pp, dp, tp in (
+        (1, 12, 1),
+        (2, 6, 1),
+        (3, 4, 1),
+        (6, 2, 1),
+        (12, 1, 1),
+        (2, 3, 2),
+        (2, 1, 6),
+        (1, 2, 6),
+        (3, 1, 4),
+    ):
         what = replace(traffic(pp, dp, tp, sent=10.0 ** draw.uniform(3, 7)), reduced_bytes=10.0 ** draw.uniform(4, 9))
+        what = replace(what, exchanged_bytes=10.0 ** draw.uniform(3, 7) if tp > 1 else 0.0)
         prices = Prices(Places(cluster), what)
-        drawn = [prices.cost_s(draw.permutation(12).reshape(pp, dp, tp)) for _ in range(50)]
-        assert prices.bound_s() <= min(place(cluster, what).cost_s, *drawn) * (1 + 1e-12)
+        drawn = prices.costs_s(np.array([draw.permutation(12) for _ in range(200)]).reshape(-1, pp, dp, tp))
+        assert prices.bound_s() <= min(place(cluster, what).cost_s, drawn.min()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("exchanged", [0.0, 1e7])
+def test_shards_may_lie_in_several_regions(exchanged: float) -> None:
+    """Of two stages of four shards on two regions of four devices no message need cross, if shards exchange little."""
+    cluster = sites(*[("a", "v100-sxm2-16gb")] * 4, *[("b", "v100-sxm2-16gb")] * 4)
+    what = replace(traffic(2, 1, 4, sent=1e3), exchanged_bytes=exchanged)
+    found, bound_s = place(cluster, what), Prices(Places(cluster), what).bound_s()
+    assert found.exact and bound_s <= found.cost_s <= 1.1 * bound_s
+    crossing = regions_of(found, cluster, (2, 4))
+    assert (crossing[0] != crossing[1]) == (exchanged > 0)
 
 
 def test_a_bound_knows_of_slow_devices_and_of_borders() -> None:

@@ -106,37 +106,52 @@ class Prices:
         return along, slowest
 
     def bound_s(self) -> float:
-        """No placement has a lower price: either some replica spans two regions, or each group of replicas does."""
-        t, sizes = self.traffic, self.places.region_sizes
+        """No placement has a lower price: each replica lies in one region, or only the shards of each of its stages do,
+        or shards of some stage lie in several and exchange what they do between them."""
+        t, sizes, slowest = self.traffic, self.places.region_sizes, self._slowest_bound_s()
         (inside, inside_busy), (across, across_busy) = self._fastest_hops_s()
-        stage_s, slowest = t.stage_s * float(self.places.slowness.min()), self._slowest_bound_s()
-        alone = t.pp * stage_s + (t.microbatches - 1) * stage_s
-        crossing = math.inf
-        if t.pp > 1:
-            near = min(inside, across)
-            crossing = t.pp * stage_s + 2 * (t.pp - 2) * near + 2 * across
-            crossing += (t.microbatches - 1) * max(stage_s, across_busy)
-            alone = t.pp * stage_s + 2 * (t.pp - 1) * inside + (t.microbatches - 1) * max(stage_s, inside_busy)
-        rooms = sorted((size // (t.pp * t.tp) for size in sizes), reverse=True)
-        groups = sorted((size // t.tp for size in sizes), reverse=True)
+        near, several = min(inside, across), len(sizes) > 1
         bounds = []
-        if sum(rooms) >= t.dp:
-            bounds.append(max(alone, slowest) + self._ring_bound_s(_fewest(rooms, t.dp)))
-        if t.pp > 1 and len(sizes) > 1:
-            bounds.append(max(crossing, slowest) + self._ring_bound_s(_fewest(groups, t.dp)))
-        return float(min(bounds, default=slowest))
+        if _divides(t.pp * t.tp, sizes):
+            alone = self._replica_bound_s(2 * (t.pp - 1) * inside, inside_busy)
+            bounds.append(max(alone, slowest) + self._ring_bound_s(t.pp * t.tp))
+        if t.pp > 1 and several and _divides(t.tp, sizes):
+            crossing = self._replica_bound_s(2 * (t.pp - 2) * near + 2 * across, across_busy)
+            bounds.append(max(crossing, slowest) + self._ring_bound_s(t.tp))
+        if t.tp > 1 and several:
+            exchange_s = t.exchanged_bytes / self.network.bandwidths_out[0]
+            longer_s = exchange_s - self._least_exchange_s
+            spread = self._replica_bound_s(2 * (t.pp - 1) * near + longer_s, self._shortest_stage_s + exchange_s)
+            bounds.append(max(spread, slowest) + self._ring_bound_s(1))
+        return float(min(bounds))
+
+    def _replica_bound_s(self, beside_s: float, busiest_s: float) -> float:
+        """Of one that a microbatch spends so long in beside its stages, of which one or a channel takes so long at
+        least. The longest takes no less than equal ones would on the fastest devices."""
+        stage_s = self.traffic.stage_s + self._least_exchange_s
+        return self.traffic.pp * stage_s + beside_s + (self.traffic.microbatches - 1) * max(stage_s, busiest_s)
+
+    @property
+    def _shortest_stage_s(self) -> float:
+        """Of a stage that has little of the model since it is on the slowest device, in a replica of the fastest."""
+        t = self.traffic
+        return t.stage_s * t.pp / (1 + (t.pp - 1) * float(self.places.slowness.max()))
+
+    @property
+    def _least_exchange_s(self) -> float:
+        """Around the shards of a stage."""
+        t = self.traffic
+        return 0.0 if t.tp == 1 else t.exchanged_bytes / self.network.fastest_bandwidth
 
     def _slowest_bound_s(self) -> float:
         """Of the slowest replica: some one has a stage on the slowest devices of that stage, some one sends over the
         border of each region of which stages do not divide the devices."""
-        t, stage_s = self.traffic, self.traffic.stage_s * float(self.places.slowness.min())
+        t, slowest = self.traffic, self._even_s() + self._least_exchange_s
         (inside, _), (across, _) = self._fastest_hops_s()
-        slowest = self._even_s()
         for size, bandwidth in self.places.borders:
             if size % t.pp:
                 slowest = max(slowest, t.sent_bytes / bandwidth)
-        along = t.pp * stage_s + (2 * (t.pp - 1) * min(inside, across) if t.pp > 1 else 0.0)
-        return along + (t.microbatches - 1) * slowest
+        return self._replica_bound_s(2 * (t.pp - 1) * min(inside, across), slowest)
 
     def _even_s(self) -> float:
         """What every stage takes on its slowest devices, at least: segments are shared out so that stages are equally
@@ -258,7 +273,9 @@ class Prices:
 
     def _fastest_hops_s(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Within a region and between two, what no message is faster than, and the least that one occupies a channel;
-        infinite where there is none."""
+        infinite where there is none, nothing where there is one stage."""
+        if self.traffic.pp == 1:
+            return (0.0, 0.0), (0.0, 0.0)
         network, sent = self.network, self.traffic.sent_bytes
         within, between = (
             (latency_s, sent * s_per_byte)
@@ -266,12 +283,13 @@ class Prices:
         )
         return (sum(within), within[1]), (sum(between), between[1])
 
-    def _ring_bound_s(self, regions: int) -> float:
-        """Replicas in at least so many regions: each sends as much whether they go around one ring or several, and a
-        region sends to another one at least a part for each other region."""
+    def _ring_bound_s(self, together: int) -> float:
+        """Where so many devices of each replica lie in one region: each replica sends as much whether they go around
+        one ring or several, and a region sends to another one at least a part for each other region."""
         dp, network = self.traffic.dp, self.network
         if dp == 1:
             return 0.0
+        regions = _fewest([size // together for size in self.places.region_sizes], dp)
         sent = 2 * self.traffic.reduced_bytes / dp
         across_s = 0.0 if regions == 1 else (regions - 1) * sent / network.bandwidths_out[regions - 1]
         return float(max((dp - 1) * sent / network.fastest_bandwidth, across_s, self._border_s(sent)))
@@ -297,9 +315,12 @@ def _next(values: IntArray, axis: int) -> IntArray:
     return found
 
 
+def _divides(part: int, sizes: Sequence[int]) -> bool:
+    """Whether devices of regions of these sizes can all be in parts that lie in one each."""
+    return all(size % part == 0 for size in sizes)
+
+
 def _fewest(rooms: Sequence[int], wanted: int) -> int:
-    """How many of these, the largest first, hold so many together."""
-    for count, total in enumerate(itertools.accumulate(rooms), start=1):
-        if total >= wanted:
-            return count
-    return len(rooms)
+    """How many of these hold so many together, which all do."""
+    totals = itertools.accumulate(sorted(rooms, reverse=True))
+    return next(count for count, total in enumerate(totals, start=1) if total >= wanted)
