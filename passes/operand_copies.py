@@ -86,7 +86,7 @@ def _laid_out(name: str, given: dict[str, Any], node: fx.Node) -> int:
     copied += [given[argument] for argument in _PRODUCTS.get(name, ()) if not _is_matrix(given[argument])]
     if name == "native_batch_norm_backward" and given["grad_out"].is_contiguous() and given["input"].is_contiguous():
         copied.append(given["input"])  # its gradient is made once more where both lie so
-    if name == "index_select" and given["dim"] % given["self"].dim() and not given["self"].is_contiguous():
+    if name == "index_select" and not given["self"].is_contiguous() and given["dim"] % given["self"].dim():
         copied.append(given["self"])
     if name == "logsumexp":
         copied.append(given["self"])

@@ -82,6 +82,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "losses": (lambda x: aten.nll_loss_forward.default(x, ROWS, None, 1, -100), (PART,)),
     "columns taken": (lambda x: aten.index_select.default(x, 1, ROWS), (PART,)),
     "rows taken": (lambda x: aten.index_select.default(x, 0, ROWS), (PART,)),
+    "a scalar taken": (lambda x: aten.index_select.default(x, 0, torch.zeros(1, dtype=torch.long)), (torch.ones(()),)),
     "product of a part": (aten.mm.default, (PART, TURNED)),
     "product of what is spread": (aten.mm.default, (SPREAD, _matrix())),
     "product of every other": (lambda x, y: aten.addmm.default(ONES, y, x), (WIDE[:, ::2], _matrix())),

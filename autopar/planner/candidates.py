@@ -147,7 +147,7 @@ def _first_labels(chain: Chain) -> Chain | None:
 
 
 def _divided_s(whole_s: WholeSeconds, c: Configuration) -> float:
-    """Seconds of all segments of one microbatch if shards are as fast as can be: no less than ``_alone_s``."""
+    """Seconds of all segments of one microbatch if shards are as fast as can be: no more than ``_alone_s``."""
     seconds = whole_s(c.dp, 1, c.microbatch_size) / c.tp
     return seconds if math.isfinite(seconds) else 0.0
 

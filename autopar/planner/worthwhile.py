@@ -36,9 +36,7 @@ def worthwhile(offers: Sequence[Sequence[Offer]], devices: Sequence[int], microb
     if not all(steps):
         return [[] for _ in offers]
     stages = _stages(steps)
-    times, largest = (
-        np.unique(np.concatenate(values)) for values in ([s.time_s for s in stages], [s.step_s for s in stages])
-    )
+    times, largest = _distinct([s.time_s for s in stages]), _distinct([s.step_s for s in stages])
     boxes, best_s = np.array([[0, len(times) - 1, 0, len(largest) - 1]]), math.inf
     while 0 < len(boxes) <= MOST_BOXES:
         parts = [boxes[first : first + AT_ONCE] for first in range(0, len(boxes), AT_ONCE)]
