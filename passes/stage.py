@@ -143,7 +143,7 @@ def build_stage(
     segments: labels of the chain's segments, for profilers.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
-    inputs = sharded.graph.inputs
+    inputs, degrees, places = sharded.graph.inputs, (dp, mesh), sharded.placements
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter" or i.changes}
     metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}
     joint = stage_joint(sharded.graph, templates, last=last, zeros=zeros)
@@ -152,9 +152,7 @@ def build_stage(
     stored = {i.target for i in inputs if not accumulates or scatters(i.node, choices, dp)}
     fuse(graphs.backward, {name: k.grads for name, k in kept.items() if name in stored and k.grads == k.reduce})
     if splits_backward:
-        activations = (i.node for i in inputs if i.kind == "activation")
-        graphs = split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
-    degrees, places = (dp, mesh), sharded.placements
+        graphs = _weight_apart(graphs, inputs)
     buckets = given
     if buckets is None:
         buckets = make_buckets(finished(graphs), model, places, metas, choices, degrees, shared, suffix, precision)
@@ -171,6 +169,12 @@ def build_stage(
         early = _reduced_early(alone, kept, buckets, places, degrees, shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
     return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments, device_kind).build()
+
+
+def _weight_apart(graphs: SplitGraphs, inputs: Sequence[GraphInput]) -> SplitGraphs:
+    """With gradients of parameters in a function of their own, which reads what backward is given."""
+    activations = (i.node for i in inputs if i.kind == "activation")
+    return split_weight(graphs, {*graphs.saved, *activations, *([graphs.grad_in] if graphs.grad_in else [])})
 
 
 def _invariant(inputs: Sequence[GraphInput]) -> frozenset[str]:
