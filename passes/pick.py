@@ -8,7 +8,6 @@ clean, ``passes.picked`` proves by the factor maps of its calls that rows stay a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +17,15 @@ from torch.utils import _pytree as pytree
 
 from passes.calls import schema_arguments
 from passes.graph import is_getitem
+from passes.places import OF_MASK, VIEWS, Places, follow, is_one_each, joined, of_mask
 from passes.restate_masks import refused
 from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED, SOURCE_KEYS
+from passes.steep import MAY_FAIL, STEEP
 
 aten = torch.ops.aten
 FILL = 0.5
 """Of rows that are not picked, as they are picked from."""
 _PICKS = (aten.index.Tensor, aten.masked_select.default, aten.index_select.default)
-_OF_MASK = (aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default)
-_LISTED = (aten.squeeze.default, aten.squeeze.dim, aten.select.int, aten.flatten.using_ints, aten.view.default)
-"""What is left of places [n, 1], their only column, is the places."""
 _CHECKS = (
     aten._assert_scalar.default,
     aten._assert_tensor_metadata.default,
@@ -41,42 +39,6 @@ _PLACED = {aten.index_put.default, aten.index_add.default, aten.index_copy.defau
 _SHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 _BY_NUMBER = {aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar}
 _NONE, _MEAN = 0, 1
-_STEEP: dict[Any, Mapping[str, float]] = {
-    aten.div.Tensor: {"other": 1},
-    aten.div.Tensor_mode: {"other": 1},
-    aten.reciprocal.default: {"self": 1},
-    aten.sqrt.default: {"self": 1},
-    aten.rsqrt.default: {"self": 1},
-    aten.log.default: {"self": 1},
-    aten.log2.default: {"self": 1},
-    aten.log10.default: {"self": 1},
-    aten.log1p.default: {"self": 1},
-    aten.logit.default: {"self": 0.5},
-    aten.xlogy.Tensor: {"self": 1, "other": 1},
-    aten.pow.Tensor_Scalar: {"self": 1},
-    aten.pow.Tensor_Tensor: {"self": 1, "exponent": 1},
-    aten.acos.default: {"self": 0},
-    aten.asin.default: {"self": 0},
-    aten.atanh.default: {"self": 0},
-    aten.acosh.default: {"self": 2},
-    aten.erfinv.default: {"self": 0},
-    aten.atan2.default: {"self": 1, "other": 1},
-    aten.hypot.default: {"self": 1, "other": 1},
-    aten.linalg_vector_norm.default: {"self": 1},
-    aten.norm.ScalarOpt_dim: {"self": 1},
-    aten.cosine_similarity.default: {"x1": 1, "x2": 1},
-    aten.pairwise_distance.default: {"x1": 1, "x2": 2},
-    aten.dist.default: {"self": 1, "other": 2},
-    aten.gather.default: {"index": 0},
-    aten.take_along_dim.default: {"indices": 0},
-    aten.embedding.default: {"indices": 0},
-    aten.embedding_bag.default: {"indices": 0},
-    aten.one_hot.default: {"self": 0},
-}
-"""Operands whose values or slopes are not finite everywhere, or that are places: what rows that are not picked hold
-there instead, by argument. No gradient goes back through what is filled."""
-_MAY_FAIL = ("linalg_", "cholesky", "inverse", "triangular_solve", "lu_", "det", "logdet", "slogdet", "pinverse")
-"""Calls that raise for some matrices, as one of equal numbers."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +70,7 @@ class _Pick:
         self.of_symbol: dict[Any, _Rows] = {}
         self.firsts: dict[tuple[Any, str], fx.Node] = {}
         self.first: dict[fx.Node, fx.Node] = {}
-        self.places: dict[Any, fx.Node] = {}
+        self.places: dict[Any, Places] = {}
 
     def run(self) -> None:
         for node in [n for n in self.graph.nodes if n.op == "call_function"]:
@@ -125,7 +87,7 @@ class _Pick:
     def _call_of(self, node: fx.Node) -> None:
         if node.target in _PICKS and _is_unknown(node.meta.get("val")):
             self._begin(node)
-        elif node.target in _OF_MASK or self._lists(node):
+        elif node.target in OF_MASK or self._lists(node):
             self._place(node)
         elif isinstance(node.target, torch._ops.OpOverload) and self._numbers(node) and node.target in _BY_NUMBER:
             self._by_number(node)
@@ -136,30 +98,29 @@ class _Pick:
         return node.target not in _PLACED and any(operand in self.places for operand in node.all_input_nodes)
 
     def _place(self, node: fx.Node) -> None:
-        """Where a mask is true, as a list of places: to pick these is to pick by the mask."""
-        source = node.args[0]
-        if node.target in _OF_MASK and isinstance(source, fx.Node) and source.meta["val"].dim() == 1:
-            self.places[node] = self._first(source)
-        elif is_getitem(node) or node.target in _LISTED:
-            self.places[node] = self.places[source]
+        """Where a mask is true, as lists of places: to pick these is to pick by the mask."""
+        source: Any = node.args[0]
+        if node.target in OF_MASK:
+            self.places[node] = of_mask(self._first(source))
         elif node.target is not aten.sym_size.int:
-            raise refused(node)
+            self.places[node] = follow(node, self.places[source])
 
     def _begin(self, node: fx.Node) -> None:
-        source, mask = self._places(node)
-        rest = list(source.meta["val"].shape[mask.meta["val"].dim() :])
         with self.graph.inserting_before(node):
+            source, mask = self._picked_from(node)
+            rest = list(source.meta["val"].shape[mask.meta["val"].dim() :])
             rows = self._of_mask(node, mask)
             flat = self._call(aten.reshape.default, (source, [rows.count, *rest]), node)
             dtype = flat.meta["val"].dtype
             fill = FILL if dtype.is_floating_point or dtype.is_complex else 0
             made = self._masked(flat, rows, fill, FIRST, node)
         self.rows[made] = rows
-        self.of_symbol[_expression(node.meta["val"].shape[0])] = rows
+        (many,) = (extent for extent in node.meta["val"].shape if isinstance(extent, torch.SymInt))
+        self.of_symbol[_expression(many)] = rows
         self._replace(node, made)
 
-    def _places(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """What is picked from, and the mask over its first dims."""
+    def _picked_from(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """A value whose first dims are those of a mask, and the mask."""
         source, given = node.args[:2]
         assert isinstance(source, fx.Node)
         if any(operand in self.rows for operand in node.all_input_nodes) or _is_unknown(source.meta["val"]):
@@ -167,24 +128,45 @@ class _Pick:
         if node.target is aten.masked_select.default:
             assert isinstance(given, fx.Node)
             shape = list(torch.broadcast_shapes(source.meta["val"].shape, given.meta["val"].shape))  # type: ignore[no-untyped-call]
-            with self.graph.inserting_before(node):
-                source, given = (self._call(aten.expand.default, (value, shape), node) for value in (source, given))
+            source, given = (self._call(aten.expand.default, (value, shape), node) for value in (source, given))
             return source, given
         if node.target is aten.index_select.default:
-            given = [node.args[2]] if given == 0 else []
+            given = [*[None] * given, node.args[2]]  # type: ignore[operator]
         assert isinstance(given, list | tuple)
-        indices = [index for index in given if index is not None]
-        mask = self.places.get(given[0], given[0]) if given else None
-        if len(indices) != 1 or not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+        before = next(dim for dim, index in enumerate(given) if index is not None)
+        places = self._places_of(given[before:], node)
+        return self._spread(source, before, places, node), places.mask
+
+    def _places_of(self, indices: Any, node: fx.Node) -> Places:
+        """Of indices of neighbouring dims."""
+        if len(indices) == 1 and isinstance(indices[0], fx.Node) and indices[0].meta["val"].dtype == torch.bool:
+            return of_mask(indices[0])
+        if not all(index in self.places for index in indices):
             raise refused(node)
-        if mask.meta["val"].shape != source.meta["val"].shape[: mask.meta["val"].dim()]:
+        return joined([self.places[index] for index in indices], node)
+
+    def _spread(self, source: fx.Node, before: int, places: Places, node: fx.Node) -> fx.Node:
+        """``source``, indexed from dim ``before`` on, with the dims of the mask first, along those missing the same."""
+        shape, extents = source.meta["val"].shape, places.mask.meta["val"].shape
+        at = {dim: before + number for number, dim in enumerate(places.dims)}
+        if shape[:before].numel() != 1 or any(shape[at[dim]] != extents[dim] for dim in at):
             raise refused(node)
-        return source, mask
+        if before and not all(user.target in VIEWS for user in node.users):  # who see elements in their order alone
+            raise refused(node)
+        if not before and places.dims == tuple(range(len(extents))):
+            return source
+        rest = [dim for dim in range(len(shape)) if dim not in at.values()]
+        turned = self._call(aten.permute.default, (source, [*(at[dim] for dim in sorted(at)), *rest]), node)
+        for dim in places.missing:
+            turned = self._call(aten.unsqueeze.default, (turned, dim), node)
+        return self._call(aten.expand.default, (turned, [*extents, *(shape[dim] for dim in rest)]), node)
 
     def _of_mask(self, node: fx.Node, mask: fx.Node) -> _Rows:
         mask, count = self._first(mask), mask.meta["val"].numel()
         if mask not in self.of_mask:
             flat = self._call(aten.reshape.default, (mask, [count]), node)
+            if flat.meta["val"].dtype != torch.bool:
+                flat = self._call(aten.ne.Scalar, (flat, 0), node)
             absent = self._call(aten.logical_not.default, (flat,), node, MASK)
             self.of_mask[mask] = _Rows(flat, absent, count)
         return self.of_mask[mask]
@@ -227,7 +209,7 @@ class _Pick:
             return self._averaged(node, rows, given)
         if not _is_unknown(node.meta["val"]):
             raise refused(node)
-        if str(node.target).removeprefix("aten.").startswith(_MAY_FAIL) and node.target not in _STEEP:
+        if str(node.target).removeprefix("aten.").startswith(MAY_FAIL) and node.target not in STEEP:
             raise refused(node)
         args, kwargs = (self._sized(node, value) for value in (self._defined(node, rows), node.kwargs))
         made = self._call(node.target, args, node, **kwargs)
@@ -240,8 +222,8 @@ class _Pick:
         return made
 
     def _defined(self, node: fx.Node, rows: _Rows) -> tuple[Any, ...]:
-        """Arguments, those of ``_STEEP`` filled with what they are defined for."""
-        fills = _STEEP.get(node.target, {})
+        """Arguments, those of ``STEEP`` filled with what they are defined for."""
+        fills = STEEP.get(node.target, {})
         names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
         return tuple(
             self._masked(arg, rows, fills[name], None, node)
@@ -294,20 +276,35 @@ class _Pick:
     def _placed(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
         """Rows laid, or added, where they were picked."""
         target, values = given["self"], given["values"] if "values" in given else given["source"]
-        where, *more = given["indices"] if "indices" in given else (given["index"],)
-        if not isinstance(where, fx.Node) or more or values not in self.rows or given.get("dim", 0) != 0:
+        if values not in self.rows or given.get("dim", 0) != 0 or given.get("indices", [0])[0] is None:
             raise refused(node)
-        mask, shape = self._first(self.places.get(where, where)), target.meta["val"].shape
-        rest = values.meta["val"].shape[1:]
-        if self.of_mask.get(mask) != rows or shape != (*mask.meta["val"].shape, *rest):
+        places = self._places_of(given.get("indices", [given.get("index")]), node)
+        extents, rest = places.mask.meta["val"].shape, values.meta["val"].shape[1:]
+        if self.of_mask.get(self._first(places.mask)) != rows:
             raise refused(node)
-        zeroed = self._masked(values, rows, 0, LAST, node)
-        laid = self._call(aten.reshape.default, (zeroed, list(shape)), node)
+        if target.meta["val"].shape != (*(extents[dim] for dim in places.dims), *rest):
+            raise refused(node)
+        laid = self._laid(self._masked(values, rows, 0, LAST, node), places, node)
         if given.get("accumulate", "alpha" in given):
             return self._call(aten.add.Tensor, (target, laid), node, alpha=given.get("alpha", 1))
-        wide = [*mask.meta["val"].shape, *[1] * (len(shape) - mask.meta["val"].dim())]
-        chosen = self._call(aten.reshape.default, (mask, wide), node)
-        return self._call(aten.where.self, (chosen, laid, target), node)
+        if not is_one_each(places):
+            raise refused(node)
+        chosen = self._call(aten.reshape.default, (rows.mask, [rows.count, *[1] * len(rest)]), node)
+        return self._call(aten.where.self, (self._laid(chosen, places, node), laid, target), node)
+
+    def _laid(self, rows: fx.Node, places: Places, node: fx.Node) -> fx.Node:
+        """Rows in the dims that places say, those along others added up."""
+        extents, shape = places.mask.meta["val"].shape, rows.meta["val"].shape
+        made = self._call(aten.reshape.default, (rows, [*extents, *shape[1:]]), node)
+        order = [*places.dims, *places.missing]
+        if order != sorted(order):
+            last = range(len(extents), len(extents) + len(shape) - 1)
+            made = self._call(aten.permute.default, (made, [*order, *last]), node)
+        if not places.missing:
+            return made
+        if made.meta["val"].dtype == torch.bool:
+            return self._call(aten.any.dim, (made, len(places.dims)), node)
+        return self._call(aten.sum.dim_IntList, (made, list(range(len(places.dims), len(extents)))), node)
 
     def _labelled(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
         """A loss that ignores a label ignores those of rows that are not picked."""

@@ -111,6 +111,23 @@ def _experts(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor
     return F.cross_entropy(self.head(made), labels)
 
 
+def _routed(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Tokens go through the two layers that are likeliest for them, by coordinates: those of both orders."""
+    rows = x.flatten(0, 1)
+    weights, chosen = self.head(rows).softmax(1).topk(2)
+    made, hits = torch.zeros_like(rows), F.one_hot(chosen % 2, 2).permute(2, 1, 0)
+    for number, layer in enumerate((self.front, self.front[0])):
+        place, token = torch.where(hits[number])
+        found = layer(rows[None, token].reshape(-1, 16)) * weights[token, place, None]
+        made.index_add_(0, token, found)
+    for number in range(3):
+        token, place = torch.where(chosen == number)
+        made[token] += weights[token, place, None] * self.front(rows[token])
+    places = (chosen.unflatten(0, x.shape[:2]) > 5).nonzero()
+    some = torch.zeros(len(x), 2).index_put((places[:, 0], places[:, 2]), x[places[:, 0], places[:, 1], 0], True)
+    return F.cross_entropy(self.head(made.view_as(x).mean(1)), labels) + (some * self.token[:2]).square().mean()
+
+
 def _distances(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     """Rows between whose parameters and sums slopes are not finite everywhere, and places that only some have."""
     h, few = self.front(x).mean(1), labels > 0
@@ -122,7 +139,7 @@ def _distances(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tens
 
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("forward", [_tokens, _samples, _experts, _distances])
+@pytest.mark.parametrize("forward", [_tokens, _samples, _experts, _routed, _distances])
 def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callable[..., Tensor], grid: str) -> None:
     kind = type("Picked", (Masked,), {"forward": forward})
     model = kind()
@@ -137,9 +154,19 @@ def _columns(values: Tensor, picked: Tensor) -> Tensor:
     return out
 
 
+def _laid_twice(h: Tensor, mask: Tensor) -> Tensor:
+    out = torch.zeros(len(h), 16)
+    token, place = torch.where(mask)
+    out[token] = h[token, place]
+    return out
+
+
 @pytest.mark.parametrize(
     "pick",
     [
+        _laid_twice,
+        lambda h, mask: h[:, :5][torch.where(mask)],
+        lambda h, mask: h[:, 0][mask.nonzero()[0]],
         lambda h, mask: h[mask].softmax(0),
         lambda h, mask: h[mask].t() @ h[mask],
         lambda h, mask: h[mask][1:],
@@ -159,7 +186,21 @@ def _columns(values: Tensor, picked: Tensor) -> Tensor:
         lambda h, mask: torch.linalg.inv(h[mask][:, :4].view(-1, 2, 2)),
     ],
     ids=[
-        *("softmax", "product", "slice", "select", "cat", "amax", "var", "norm", "cumsum", "sort"),
+        *(
+            "laid twice",
+            "of others",
+            "first place",
+            "softmax",
+            "product",
+            "slice",
+            "select",
+            "cat",
+            "amax",
+            "var",
+            "norm",
+            "cumsum",
+            "sort",
+        ),
         *("always the same columns", "masked_select", "nonzero", "unique", "twice", "columns laid", "inverses"),
     ],
 )
