@@ -6,6 +6,7 @@ with offsets into one row of ids, is a lookup and a reduction along the bag.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +90,55 @@ def _joined(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     if len(kept) == len(a["tensors"]) or meta is None:
         return NotImplemented
     return kept[0] if len(kept) == 1 else run.call(aten.cat.default, (kept, a["dim"]), meta, like=node)
+
+
+@rewrites(
+    aten.index_select.default,
+    aten.index_add.default,
+    aten.index_copy.default,
+    aten.index_reduce.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+)
+def _one_place(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Of an index without dims, one place; what is taken of a number is the number."""
+    index, meta = run.tensor(a["index"]), run.tensor(a["self"])
+    if node.target is aten.index_select.default and not meta.shape:
+        return a["self"]
+    if index.shape:
+        return NotImplemented
+    given = {argument.name: a[argument.name] for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+    given["index"] = run.call(aten.reshape.default, (a["index"], [1]), replace(index, shape=(1,)), like=node)
+    named = {"alpha": given.pop("alpha")} if "alpha" in given else {}
+    named |= {"include_self": given.pop("include_self")} if "include_self" in given else {}
+    out = meta_of(node.meta["val"])
+    assert out is not None
+    return run.call(node.target, tuple(given.values()), out, like=node, **named)
+
+
+@rewrites(aten.embedding.default)
+def _with_dense_gradient(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Gradients that name the rows they are of are no whole tensors, which replicas could add."""
+    if not a["sparse"]:
+        return NotImplemented
+    meta = meta_of(node.meta["val"])
+    assert meta is not None
+    return run.call(node.target, tuple(({**a, "sparse": False}).values()), meta, like=node)
+
+
+@rewrites(aten.linear.default)
+def _of_one_output(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """A weight without outputs makes one number of each row."""
+    meta, bias = meta_of(node.meta["val"]), a["bias"]
+    if len(run.tensor(a["weight"]).shape) != 1 or meta is None:
+        return NotImplemented
+    made = run.call(aten.matmul.default, (a["input"], a["weight"]), meta, like=node)
+    return made if bias is None else run.call(aten.add.Tensor, (made, bias), meta, like=node)
+
+
+@rewrites(aten.swapaxes.default, aten.swapdims.default)
+def _swapped(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    return NotImplemented if run.tensor(a["self"]).shape else a["self"]
 
 
 def _full(run: Cleaner, node: fx.Node, value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import fx
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
-from passes.graph import GraphInput, Meta, ModelGraph
+from passes.graph import GraphInput, Meta, ModelGraph, copied_node
 from passes.rewriter import GraphBuilder
 
 if TYPE_CHECKING:
@@ -93,6 +94,26 @@ def twins(whole: ModelGraph, other: ModelGraph) -> dict[fx.Node, fx.Node]:
 def are_twins(whole: ModelGraph, other: ModelGraph) -> bool:
     """Whether two graphs are of the same calls."""
     return [_identity(n) for n in whole.graph.nodes] == [_identity(n) for n in other.graph.nodes]
+
+
+def named_like(graph: ModelGraph, like: ModelGraph) -> ModelGraph:
+    """``graph`` under the names of ``like`` where both are of the same ops; names count dropped calls, too."""
+    pairs = list(zip(graph.graph.nodes, like.graph.nodes, strict=False))
+    alike = len(graph.graph.nodes) == len(like.graph.nodes) and all(
+        (a.op, a.target) == (b.op, b.target) for a, b in pairs
+    )
+    if not alike or all(a.name == b.name for a, b in pairs):
+        return graph
+    names, copied, mapped = {a.name: b.name for a, b in pairs}, fx.Graph(), dict[fx.Node, fx.Node]()
+    for node, twin in pairs:
+        mapped[node] = copied_node(copied, node, mapped, twin.name)
+    return replace(
+        graph,
+        graph=copied,
+        metas={names[name]: meta for name, meta in graph.metas.items() if name in names},
+        inputs=tuple(replace(entry, node=names[entry.node]) for entry in graph.inputs),
+        outputs=tuple(names[name] for name in graph.outputs),
+    )
 
 
 def _identity(node: fx.Node) -> tuple[Any, ...]:

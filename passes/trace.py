@@ -39,7 +39,7 @@ from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
 from passes.running_statistics import statistics_as_traced
 from passes.segment import Segment, segment
-from passes.specialise import are_twins, twins
+from passes.specialise import are_twins, named_like, twins
 from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
@@ -202,6 +202,7 @@ def _other(
         except TraceError as error:
             failures = (f"the batch cannot be split: the model does not trace at batch {size} ({error.args[0]})",)
         else:
+            other = named_like(other, graph)
             if are_twins(graph, other):
                 return other, ()
     return other, () if other is not None else failures

@@ -23,6 +23,8 @@ _INSTEAD = {
     "_ctc_loss": "its lengths are read as numbers: make the loss of each sample an op of your own "
     "(torch.library.custom_op, with a backward) and give its rule, "
     "autopar.register_rule('my::ctc', 't b c, b s, b -> b', whole='t c s')",
+    "Could not extract specialized integer": "len(x) and int(x) are numbers of Python: of what a mask picks write "
+    "x.shape[0] for len(x), and compute with tensors as long as values differ from batch to batch",
     r"Size-like symbols: (?!none)": "how many elements a mask picks (nonzero, torch.where(mask), x[mask]) differs from "
     "batch to batch, and programs are of fixed shapes: compute all of them and weigh them by the mask; in a mixture of "
     "experts, each expert over all tokens (out = out + expert(x) * (weights * (chosen == i)).sum(-1, keepdim=True))",

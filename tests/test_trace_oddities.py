@@ -57,6 +57,15 @@ def test_rows_that_a_mask_picks_are_refused_with_what_to_write() -> None:
         trace(net(forward), inputs())
 
 
+def test_numbers_of_picked_rows_are_refused_with_what_to_write() -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        picked = self.body(x)[x.sum(1) > 0]
+        return picked.sum() / len(picked)
+
+    with pytest.raises(TraceError, match=r"(?s)len\(picked\).*x\.shape\[0\] for len\(x\)"):
+        trace(net(forward), inputs())
+
+
 @pytest.mark.parametrize(
     ("build", "forward", "said"),
     [
@@ -64,8 +73,9 @@ def test_rows_that_a_mask_picks_are_refused_with_what_to_write() -> None:
         (None, lambda s, x, y: F.mse_loss(s.body(x + x.new_empty(x.shape).cauchy_()), y), "cauchy"),
         (None, lambda s, x, y: F.mse_loss(s.body(x) + torch.multinomial(x.abs(), 2).sum(), y), "multinomial"),
         (None, lambda s, x, y: F.mse_loss(s.body(x.mul_(2)), y), "input"),
+        (None, lambda s, x, y: torch.sparse.mm(s.a.weight.to_sparse(), y.t()).sum(), r"sparse.*index_add"),
     ],
-    ids=["a changed parameter", "cauchy", "several without replacement", "changed input"],
+    ids=["a changed parameter", "cauchy", "several without replacement", "changed input", "sparse"],
 )
 def test_what_ranks_cannot_do_alike_is_refused(build: Any, forward: Any, said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
