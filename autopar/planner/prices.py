@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from autopar.optimizer_price import OptimizerPrice
-from autopar.planner.factor_graph import FloatArray
+from autopar.planner.factor_graph import BoolArray, FloatArray
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collectives import Link
@@ -196,12 +196,19 @@ class MeshPrices:
             return self.routes.seconds(meta, sources, targets)
         return np.array([[self.conversion_s(meta, a[0], b[0]) for b in targets] for a in sources])
 
-    def travels_forward(self, meta: TensorMeta, source: Placements, target: Placements) -> bool:
-        """Whether a change of placement needs a collective in forward."""
+    def made_forward(
+        self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements], *, sliced: bool
+    ) -> BoolArray:
+        """[source, target] whether a collective makes the new placement in forward or, if ``sliced``, a local copy."""
+        free = ("",) if sliced else ("", "slice")
+        return np.array([[not self._forward_kinds(meta, a, b) <= set(free) for b in targets] for a in sources])
+
+    def _forward_kinds(self, meta: TensorMeta, source: Placements, target: Placements) -> set[str]:
+        """Of the steps of a change of placement; none where there is no way."""
         if len(self.sizes) == 1 and not can_convert(source[0], target[0]):
-            return False
+            return set()
         steps = (step_collectives(move.source, move.target) for move in self.routes.route(meta, source, target))
-        return any(step is not None and step.forward not in ("", "slice") for step in steps)
+        return {step.forward for step in steps if step is not None}
 
     @cached_property
     def conversion_s(self) -> Callable[[TensorMeta, Placement, Placement], float]:

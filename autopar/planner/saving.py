@@ -12,8 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from autopar.planner.factor_graph import Factor, FloatArray
+from autopar.planner.factor_graph import BoolArray, Factor, FloatArray
 from autopar.planner.mesh_strategies import MeshOp, MeshSpace
+from autopar.planner.weights import saves_of, with_views
 from cost_model.ops import WITHIN_BACKWARD, entry_of, price_of
 from passes.recompute import Flow, is_heavy, repeated
 
@@ -74,6 +75,7 @@ class TensorUse:
 
     plain: its factor where all is saved. first: on its way from where it is made; user: the op, None for a form.
     source_bytes, target_bytes: [source label, target label]; travels: where a collective lies between the two.
+    is_weight: a parameter or a view of one, which is there anyway: only what a collective makes of it is kept.
     """
 
     tensor: str
@@ -82,7 +84,8 @@ class TensorUse:
     user: str | None
     source_bytes: FloatArray
     target_bytes: FloatArray
-    travels: FloatArray
+    travels: BoolArray
+    is_weight: bool = False
 
     def factors(self, levels: Mapping[str, Level]) -> list[Factor]:
         """What it takes to convert, [source, target], and the bytes it saves, [source, target, level].
@@ -99,6 +102,9 @@ class TensorUse:
     def _saved(self, name: str, level: Level) -> FloatArray:
         if name == NONE:
             return np.zeros_like(self.source_bytes) if self.plain.saved_bytes is None else self.plain.saved_bytes
+        if self.is_weight:
+            read = self.user in level.ops or self.plain.saved_bytes is not None
+            return np.where(self.travels, self.target_bytes * read, 0.0)
         kept = self.first and self.tensor in level.kept
         reads_again = self.user is None or self.user in level.ops or self.plain.saved_bytes is not None
         read = self.tensor in level.read and reads_again
@@ -195,16 +201,8 @@ class SegmentLevels:
         return found & self.flow.operands.keys()
 
     def _heavy(self, weights: set[str]) -> frozenset[str]:
-        shown, heavy = set(weights), set[str]()
+        shown, heavy = with_views(self.space, weights), set[str]()
         for op in self.space.ops:
-            if op.node in self.views and op.operands and op.operands[0] in shown:
-                shown.update(self._outputs(op))
             if is_heavy(op.call.op, weighted=any(o in shown for o in op.operands)):
                 heavy.update(self._outputs(op))
         return frozenset(heavy)
-
-
-def saves_of(op: MeshOp) -> tuple[str, ...]:
-    """What an op saves, by the op table; one without an entry saves all it reads."""
-    entry = entry_of(op.call.op)
-    return tuple(f"in{i}" for i in range(len(op.operands))) if entry is None else entry.saves(op.call)

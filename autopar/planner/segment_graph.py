@@ -11,8 +11,9 @@ from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.local_model import EXIT, LocalModel, boundary_placements, sequence_of
 from autopar.planner.mesh_strategies import MeshOp, combined, mesh_space
 from autopar.planner.prices import MeshPrices
-from autopar.planner.saving import NONE, RECOMPUTE, OpUse, Saving, SegmentLevels, TensorUse, saves_of
+from autopar.planner.saving import NONE, RECOMPUTE, OpUse, Saving, SegmentLevels, TensorUse
 from autopar.planner.strategies import SEQUENCE, OpSpace, op_space, pin_sequence
+from autopar.planner.weights import read_back, saves_of, with_views
 from cost_model.ops import BETWEEN_REPLICAS
 from cost_model.placement import (
     PARTIAL,
@@ -57,6 +58,8 @@ class SegmentGraph:
             self._placed(name, self._parameter_places(name))
         if part.entry is not None:
             self._placed(part.entry, self._boundary(part.entry))
+        self.weights = with_views(self.space, part.parameters)
+        self.read_back = read_back(self.space, self.weights)
         self.held: dict[str, str] = {}
         for name in (*part.reads, *part.gives):
             self._hold(name)
@@ -240,13 +243,13 @@ class SegmentGraph:
         if len(users) > 1 and self.sizes != (1,) and tensor not in self.held:
             forms = self._forms(tensor, places)
             self.domains[form_key(tensor)] = tuple(map(placements_text, forms))
-            self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=False, kept=kept)
+            self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=tensor in self.read_back, kept=kept)
             variable, places = form_key(tensor), forms
         first = variable != form_key(tensor)
         saved_by_form = False
         for op, index in users:
             wanted = tuple(s.inputs[index] for s in op.strategies)
-            saves = f"in{index}" in saves_of(op) and tensor not in self.part.parameters
+            saves = tensor in self.read_back if tensor in self.weights else f"in{index}" in saves_of(op)
             again = saves and saved_by_form
             self._pair(
                 tensor,
@@ -284,9 +287,10 @@ class SegmentGraph:
     ) -> None:
         """Conversion costs between two variables, and the bytes that the target's op saves.
 
-        kept: the source saves it as it is; first: on its way from where it is made; user: the target, if an op.
+        kept: the source saves it as it is; first: on its way from where it is made; user: the target, if an op. Of a
+        weight only what is made of it is saved.
         """
-        meta = self._meta(tensor)
+        meta, is_weight = self._meta(tensor), tensor in self.weights
         (source_variable, given), (target_variable, wanted) = source, target
         rows, columns = list(dict.fromkeys(given)), list(dict.fromkeys(wanted))
         pairs = self.prices.conversions_s(meta, rows, columns)
@@ -294,15 +298,17 @@ class SegmentGraph:
         at = np.ix_([rows.index(a) for a in given], [columns.index(b) for b in wanted])
         local = np.broadcast_to(after, pairs.shape)
         saved = None
-        if saves:
+        if saves and is_weight:
+            saved = (local * self.prices.made_forward(meta, rows, columns, sliced=True))[at]
+        elif saves:
             again = np.array([[kept and a == b for b in columns] for a in rows])
             saved = np.where(again, 0.0, local)[at]
         plain = Factor((source_variable, target_variable), time_s=pairs[at], saved_bytes=saved)
 
         def use() -> TensorUse:
             given_bytes = np.broadcast_to(before[:, None], pairs.shape)
-            travels = np.array([[self.prices.travels_forward(meta, a, b) for b in columns] for a in rows])
-            return TensorUse(tensor, plain, first, user, given_bytes[at], local[at], travels[at])
+            travels = self.prices.made_forward(meta, rows, columns, sliced=False)
+            return TensorUse(tensor, plain, first, user, given_bytes[at], local[at], travels[at], is_weight)
 
         self._add(plain, use)
 

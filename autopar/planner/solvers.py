@@ -14,9 +14,6 @@ from cost_model.errors import SolverError
 TIME_LIMIT_S = 60.0
 INTEGRALITY = 1e-4
 """How far an integer variable may be from a whole number; the solvers' own tolerance is 1e-6."""
-FRACTIONS = "its answer has fractions where whole numbers are asked"
-"""Seen of HiGHS 1.15 on a small program, called optimal, and gone without its presolve; as is "infeasible" of another,
-of which a plan needs the cap to the byte."""
 
 
 class Program(Protocol):
@@ -51,8 +48,6 @@ def solved(problem: pulp.LpProblem, time_limit_s: float) -> Answer:
     failures: list[tuple[str, str]] = []
     for name, make in SOLVERS:
         reason = _attempt(problem, make(time_limit_s))
-        if name == "HiGHS" and (reason == FRACTIONS or problem.status == pulp.LpStatusInfeasible):
-            reason = _attempt(problem, _highs(time_limit_s, presolve="off"))
         if reason is None:
             notes = tuple(f"ILP solver {other} did not work ({why}); {name} was used" for other, why in failures)
             feasible = problem.status != pulp.LpStatusInfeasible
@@ -75,7 +70,7 @@ def _attempt(problem: pulp.LpProblem, solver: pulp.LpSolver) -> str | None:
     if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         return f"no solution ({pulp.LpSolution[problem.sol_status]})"
     if any(abs(x.value() - round(x.value())) > INTEGRALITY for x in problem.variables() if x.cat == pulp.LpInteger):
-        return FRACTIONS
+        return "its answer has fractions where whole numbers are asked"
     return None
 
 
@@ -83,8 +78,10 @@ def _bound(problem: pulp.LpProblem) -> float:
     return float(problem.solverModel.getInfo().mip_dual_bound)
 
 
-def _highs(time_limit_s: float, **options: str) -> pulp.LpSolver:
-    return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=time_limit_s, **options)
+def _highs(time_limit_s: float) -> pulp.LpSolver:
+    """Without presolve, with which HiGHS 1.15 calls a small program optimal that is not, another one solved with
+    fractions in binary variables, a third infeasible of which a plan needs the cap to the byte."""
+    return pulp.HiGHS(msg=False, gapRel=0.0, gapAbs=0.0, threads=1, timeLimit=time_limit_s, presolve="off")
 
 
 def _cbc(time_limit_s: float) -> pulp.LpSolver:

@@ -13,13 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from autopar.planner.chain import IntArray
-from autopar.planner.factor_graph import FloatArray
+from autopar.planner.factor_graph import BoolArray, FloatArray
 from autopar.planner.mixed_ilp import Offer
 
-BoolArray = npt.NDArray[np.bool_]
 State = tuple[tuple[int, int], tuple[int, ...]]
 """((position in the chain, label there), devices used of each kind) before or after a stage."""
 Way = tuple[Offer, State, State]
