@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
+import sys
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: processes of tests run beside each other
-TESTS_BETWEEN_COLLECTIONS = 300
-_finished = itertools.count(1)
+MOST_DEAD_CLASSES = 600
 
 
 def pytest_collection_finish() -> None:
@@ -21,6 +23,21 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_logfinish() -> None:
-    """What plans leave behind is old when the collector first sees it, and few collections of its own come to that."""
-    if next(_finished) % TESTS_BETWEEN_COLLECTIONS == 0:
-        gc.collect()
+    """What plans leave behind is old when the collector first sees it, and few collections of its own come to that.
+
+    fx gives every graph module a class, and each trace patches ``nn.Module``, of which all subclasses are told.
+    """
+    fx = sys.modules.get("torch.fx._lazy_graph_module")
+    if fx is not None:
+        kinds = (fx.GraphModule, fx._LazyGraphModule)
+        if sum(len(kind.__subclasses__()) for kind in kinds) > MOST_DEAD_CLASSES:
+            gc.collect()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_answers() -> Iterator[None]:
+    """Equal models are traced once for all tests that plan them."""
+    from asked_once import asked_once
+
+    with asked_once():
+        yield
