@@ -45,6 +45,8 @@ RUNTIME_CALLS = {
     "autopar.random_integers.default": "kernels.random_integers",
     "autopar.experts.default": "kernels.experts",
     "autopar.experts_backward.default": "kernels.experts_backward",
+    "autopar.ctc.default": "kernels.ctc",
+    "autopar.ctc_backward.default": "kernels.ctc_backward",
 }
 _PLACED = ("kernels.attention_rows", "kernels.attention_rows_backward")
 """Kernels that take a rank's place on an axis where the op names the axis."""

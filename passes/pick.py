@@ -15,10 +15,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from passes.alignment_vocabulary import CTC
 from passes.calls import schema_arguments
 from passes.graph import is_getitem
-from passes.places import OF_MASK, VIEWS, Places, follow, is_one_each, joined, of_mask
-from passes.restate_masks import refused
+from passes.places import OF_MASK, VIEWS, Places, counted_mask, follow, is_one_each, joined, of_mask
+from passes.restate_masks import is_unknown, refused
 from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED, SOURCE_KEYS
 from passes.steep import MAY_FAIL, STEEP
 
@@ -52,20 +53,15 @@ class _Rows:
 
 def pick(module: fx.GraphModule) -> None:
     """Restate a graph in place. What cannot be is left as it is, or UnsupportedError."""
-    if any(node.target in _PICKS and _is_unknown(node.meta.get("val")) for node in module.graph.nodes):
+    if any(node.target in _PICKS and is_unknown(node.meta.get("val")) for node in module.graph.nodes):
         _Pick(module.graph).run()
-
-
-def _is_unknown(value: Any) -> bool:
-    """Whether a shape follows from the values of a tensor."""
-    made = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
-    return any(isinstance(extent, torch.SymInt) for tensor in made for extent in tensor.shape)
 
 
 class _Pick:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.rows: dict[fx.Node, _Rows] = {}
+        self.picked: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.of_mask: dict[fx.Node, _Rows] = {}
         self.of_symbol: dict[Any, _Rows] = {}
         self.firsts: dict[tuple[Any, str], fx.Node] = {}
@@ -85,7 +81,7 @@ class _Pick:
                 self.graph.erase_node(node)
 
     def _call_of(self, node: fx.Node) -> None:
-        if node.target in _PICKS and _is_unknown(node.meta.get("val")):
+        if node.target in _PICKS and is_unknown(node.meta.get("val")):
             self._begin(node)
         elif node.target in OF_MASK or self._lists(node):
             self._place(node)
@@ -114,7 +110,7 @@ class _Pick:
             dtype = flat.meta["val"].dtype
             fill = FILL if dtype.is_floating_point or dtype.is_complex else 0
             made = self._masked(flat, rows, fill, FIRST, node)
-        self.rows[made] = rows
+        self.rows[made], self.picked[made] = rows, (source, mask)
         (many,) = (extent for extent in node.meta["val"].shape if isinstance(extent, torch.SymInt))
         self.of_symbol[_expression(many)] = rows
         self._replace(node, made)
@@ -123,19 +119,21 @@ class _Pick:
         """A value whose first dims are those of a mask, and the mask."""
         source, given = node.args[:2]
         assert isinstance(source, fx.Node)
-        if any(operand in self.rows for operand in node.all_input_nodes) or _is_unknown(source.meta["val"]):
+        if any(operand in self.rows for operand in node.all_input_nodes) or is_unknown(source.meta["val"]):
             raise refused(node)
         if node.target is aten.masked_select.default:
             assert isinstance(given, fx.Node)
-            shape = list(torch.broadcast_shapes(source.meta["val"].shape, given.meta["val"].shape))  # type: ignore[no-untyped-call]
-            source, given = (self._call(aten.expand.default, (value, shape), node) for value in (source, given))
-            return source, given
+            shape = torch.broadcast_shapes(source.meta["val"].shape, given.meta["val"].shape)  # type: ignore[no-untyped-call]
+            return self._wide(source, shape, node), self._wide(given, shape, node)
         if node.target is aten.index_select.default:
             given = [*[None] * given, node.args[2]]  # type: ignore[operator]
         assert isinstance(given, list | tuple)
         before = next(dim for dim, index in enumerate(given) if index is not None)
         places = self._places_of(given[before:], node)
         return self._spread(source, before, places, node), places.mask
+
+    def _wide(self, value: fx.Node, shape: torch.Size, node: fx.Node) -> fx.Node:
+        return value if value.meta["val"].shape == shape else self._call(aten.expand.default, (value, [*shape]), node)
 
     def _places_of(self, indices: Any, node: fx.Node) -> Places:
         """Of indices of neighbouring dims."""
@@ -203,17 +201,19 @@ class _Pick:
         given = schema_arguments(node)
         if node.target in _PLACED:
             return self._placed(node, rows, given)
+        if node.target is CTC:
+            return self._aligned(node, given)
         if node.target in _LABELLED and not given["target"].meta["val"].is_floating_point():
             return self._labelled(node, rows, given)
-        if "reduction" in given and not _is_unknown(node.meta["val"]):
+        if "reduction" in given and not is_unknown(node.meta["val"]):
             return self._averaged(node, rows, given)
-        if not _is_unknown(node.meta["val"]):
+        if not is_unknown(node.meta["val"]):
             raise refused(node)
         if str(node.target).removeprefix("aten.").startswith(MAY_FAIL) and node.target not in STEEP:
             raise refused(node)
         args, kwargs = (self._sized(node, value) for value in (self._defined(node, rows), node.kwargs))
         made = self._call(node.target, args, node, **kwargs)
-        if _is_unknown(made.meta["val"]):
+        if is_unknown(made.meta["val"]):
             raise refused(node)
         leaves = (leaf for leaf in pytree.tree_leaves(made.meta["val"]) if isinstance(leaf, torch.Tensor))
         if any(not leaf.dim() or leaf.shape[0] % rows.count for leaf in leaves):
@@ -312,9 +312,19 @@ class _Pick:
             raise refused(node)
         ignored = self._masked(given["target"], rows, given["ignore_index"], MASK, node)
         made = self._call(node.target, (node.args[0], ignored, *node.args[2:]), node, LOSS, **node.kwargs)
-        if _is_unknown(node.meta["val"]):
+        if is_unknown(node.meta["val"]):
             self.rows[made] = rows
         return made
+
+    def _aligned(self, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+        """Labels of all samples, one sample after the other, as many of each as are counted: in rows, those first."""
+        counted = counted_mask(given["lengths"])
+        labels, mask = self.picked.get(given["labels"], (None, None))
+        if mask is None or counted is None or self._first(counted) is not self._first(mask):
+            raise refused(node)
+        order = self._call(aten.argsort.stable, (mask,), node, stable=True, dim=1, descending=True)
+        packed = self._call(aten.gather.default, (labels, 1, order), node)
+        return self._call(node.target, (node.args[0], packed, *node.args[2:]), node)
 
     def _averaged(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
         """Any other loss: that of each element, and their sum or mean."""

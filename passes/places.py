@@ -21,6 +21,7 @@ _SORTED = (aten.topk.default, aten.sort.default, aten.sort.stable)
 _ARGSORTED = (aten.argsort.default, aten.argsort.stable)
 """Calls whose indices along a dim are all different ones."""
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_SAME_NUMBERS = {aten.to.dtype, aten._to_copy.default, *VIEWS}
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,14 @@ def is_one_each(places: Places) -> bool:
         return False
     rank: int = indices.meta["val"].dim()
     return bool(schema_arguments(made)["dim"] % rank - rank == from_end)
+
+
+def counted_mask(count: Any) -> fx.Node | None:
+    """The mask of two dims of which a value says how many places of each row are true; None where it is none."""
+    while count.target in _SAME_NUMBERS:
+        count = count.args[0]
+    if count.target is not aten.sum.dim_IntList or count.args[1] not in ([-1], [1]):
+        return None
+    mask = count.args[0]
+    assert isinstance(mask, fx.Node)
+    return mask if mask.meta["val"].dim() == 2 and mask.meta["val"].dtype == torch.bool else None

@@ -36,7 +36,7 @@ COMPUTE = frozenset(
 WIDE = frozenset(
     """layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm instance_norm
     native_batch_norm softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp cross_entropy_loss
-    cross_entropy_sum nll_loss_forward nll_loss nll_loss_nd mse_loss l1_loss smooth_l1_loss huber_loss
+    cross_entropy_sum ctc nll_loss_forward nll_loss nll_loss_nd mse_loss l1_loss smooth_l1_loss huber_loss
     binary_cross_entropy binary_cross_entropy_with_logits kl_div soft_margin_loss hinge_embedding_loss
     cosine_embedding_loss poisson_nll_loss triplet_margin_loss margin_ranking_loss cosine_similarity cdist dist sum
     prod cumsum cumprod logcumsumexp mean var var_mean std std_mean norm linalg_vector_norm exp expm1 log log10

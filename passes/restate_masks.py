@@ -27,9 +27,14 @@ _positions = REWRITES[aten.index.Tensor]
 
 def refuse_unknown_shape(node: fx.Node) -> None:
     """UnsupportedError where a shape follows from the values of a tensor."""
-    made = (leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
-    if any(isinstance(extent, torch.SymInt) for value in made for extent in value.shape):
+    if is_unknown(node.meta.get("val")):
         raise refused(node)
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether a shape follows from the values of a tensor."""
+    made = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return any(isinstance(extent, torch.SymInt) for tensor in made for extent in tensor.shape)
 
 
 def refused(node: fx.Node) -> UnsupportedError:

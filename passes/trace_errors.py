@@ -20,9 +20,7 @@ from cost_model.errors import BatchError, TraceError
 DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 _OURS = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("trace", "questions", "unaware"))
 _INSTEAD = {
-    "_ctc_loss": "its lengths are read as numbers: make the loss of each sample an op of your own "
-    "(torch.library.custom_op, with a backward) and give its rule, "
-    "autopar.register_rule('my::ctc', 't b c, b s, b -> b', whole='t c s')",
+    "_ctc_loss": "labels of all samples one behind the other: pass rows [samples, labels] with their lengths",
     "Could not extract specialized integer": "len(x) and int(x) are numbers of Python: of what a mask picks write "
     "x.shape[0] for len(x), and compute with tensors as long as values differ from batch to batch",
     r"Size-like symbols: (?!none)": "how many elements a mask picks (nonzero, torch.where(mask), x[mask]) differs from "

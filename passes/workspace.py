@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, fx
 
 from cost_model.program import OpCost
-from passes import layer_vocabulary, vocabulary
+from passes import alignment_vocabulary, layer_vocabulary, vocabulary
 
 aten = torch.ops.aten
 _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
 _HALF = ("bfloat16", "float16")
 _ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
 _CAPACITY = 1.25
+_ALIGNED = alignment_vocabulary.CTC, alignment_vocabulary.CTC_BACKWARD
 _EXPERTS = layer_vocabulary.EXPERTS, layer_vocabulary.EXPERTS_BACKWARD
 _DEEPEST_SINGLE = 1024  # of blocks of float32
 _QUERIES, _KEYS = ((768, 256), (192, 64), (0, 32)), 512  # of blocks of attention: (least queries, rows), columns
@@ -32,6 +33,8 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
     """Of one call."""
     if node.target in _EXPERTS:
         return _experts(node, is_backward=node.target is not _EXPERTS[0])
+    if node.target in _ALIGNED:
+        return _alignments(node, passes=1 + (node.target is not _ALIGNED[0]))
     if cost is None or cost.gemm is None:
         return 0
     if cost.kind in ("attention", "attention_backward"):
@@ -65,6 +68,15 @@ def _experts(node: fx.Node, *, is_backward: bool) -> int:
     width, inner = x.shape[1], down.shape[-1]
     most = max(3 * width + 5 * inner, 2 * width + 7 * inner) if is_backward else 2 * width + 3 * inner
     return rows * (most * x.element_size() + 2 * 8)
+
+
+def _alignments(node: fx.Node, *, passes: int) -> int:
+    """What is likely up to every place between labels (aten/src/ATen/native/LossCTC.cpp), one table for each way
+    through the steps, and the losses that a backward makes again."""
+    likely, labels = map(_value, node.args[-6:-4])
+    steps, samples, _ = likely.shape
+    states = samples * steps * (2 * labels.shape[-1] + 1)
+    return (passes * states + (passes - 1) * samples) * likely.element_size()
 
 
 def _attention(cost: OpCost, *, is_backward: bool) -> int:

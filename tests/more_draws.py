@@ -108,6 +108,13 @@ def _experts(d: Draw) -> tuple[Any, ...]:
     return d.normal(tokens, width), index, routing, *weights, "silu", count
 
 
+def _ctc(d: Draw) -> tuple[Any, ...]:
+    """Labels have room in the steps, repeated ones too, so that all losses are finite."""
+    steps, samples, most = 9, d.pick(4, 6, 3), d.pick(1, 2, 4)
+    labels, lengths = torch.randint(1, 5, (samples, most)), torch.randint(0, most + 1, (samples,))
+    return d.normal(steps, samples, 5).log_softmax(-1), labels, 9 - lengths % 2, lengths, 0, d.pick(True, False)
+
+
 def _ordered(d: Draw) -> tuple[Tensor, int]:
     x = _distinct(d, *d.shape())
     return x, d.pick(*range(-x.ndim, x.ndim))
@@ -348,6 +355,7 @@ MORE: list[Drawn] = [
     ("instance_norm.default", 6, _instance_norm),
     ("autopar.batch_norm.default", 6, lambda d: (d.normal(4, 6, 3), d.normal(6), d.normal(6), 1e-5, 1)),
     ("autopar.experts.default", 10, _experts),
+    ("autopar.ctc.default", 10, _ctc),
     ("autopar.collect.default", 6, lambda d: (d.any(0), 0)),
     ("autopar.replica_sum.default autopar.replica_share.default", 6, lambda d: (d.any(0), 1)),
     ("autopar.written.default", 6, lambda d: (d.any(0), d.normal(2, 3), d.normal(2, 3), 1)),

@@ -72,12 +72,24 @@ def gathered_alike(x: torch.Tensor, dim: int, outer: int, replicas: int) -> torc
     return torch.cat([own] * replicas, dim + 1).flatten(dim, dim + 1)
 
 
+def ctc(
+    likely: torch.Tensor,
+    labels: torch.Tensor,
+    steps: torch.Tensor,
+    lengths: torch.Tensor,
+    blank: int,
+    zero_infinity: bool,
+) -> torch.Tensor:
+    return torch.nn.functional.ctc_loss(likely, labels, steps, lengths, blank, "none", zero_infinity)
+
+
 REFERENCES: dict[str, Callable[..., Any]] = {
     "autopar.attention.default": attention,
     "autopar.cross_entropy_sum.default": cross_entropy_sum,
     "autopar.count_labels.default": count_labels,
     "autopar.batch_norm.default": batch_norm,
     "autopar.experts.default": experts,
+    "autopar.ctc.default": ctc,
     "autopar.collect.default": lambda x, number: x.clone(),
     "autopar.replica_sum.default": lambda x, replicas: x.clone(),
     "autopar.replica_gather.default": gathered_alike,

@@ -10,7 +10,7 @@ from parity import check_parity
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from unseen_models import BATCH, classes
+from unseen_models import BATCH, classes, normal
 
 from passes.specialise import are_twins
 from passes.trace import trace
@@ -65,3 +65,29 @@ def test_what_is_put_together_again_is_no_list() -> None:
     assert are_twins(traced.global_graph, traced.other)
     joins = [n for n in traced.global_graph.graph.nodes if n.target in (aten.cat.default, aten.stack.default)]
     assert [len(n.all_input_nodes) for n in joins] == [2]
+
+
+class Aligned(nn.Module):
+    """Labels that a mask picks, as many of each sample as it counts; rows of labels, with lengths as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        likely = self.head(x).log_softmax(-1).transpose(0, 1)
+        given, steps = labels >= 0, torch.full((len(x),), x.shape[1])
+        picked = F.ctc_loss(likely, labels.masked_select(given), steps, given.sum(-1), reduction="sum")
+        rows = F.ctc_loss(likely, labels.abs() + 1, [12] * len(x), [4] * len(x), zero_infinity=True)
+        return picked / 50 + rows + F.ctc_loss(likely[:, 0], labels[0, :2].abs() + 1, (12,), (2,))
+
+
+def spoken() -> dict[str, Tensor]:
+    labels = classes(9, BATCH, 4) - 2
+    return {"x": normal(BATCH, 12, 6), "labels": labels.masked_fill(labels == 0, 3)}
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_alignments_run_as_on_one_device() -> None:
+    check_parity(Aligned(), spoken(), 2, 1e-5, SGD, **GRIDS["dp2"])

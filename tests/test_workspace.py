@@ -213,3 +213,20 @@ def test_experts_take_what_the_fullest_may(width: int, inner: int) -> None:
         expected = said(lambda *tensors, call=call: call(*tensors, "silu", count), *operands)
         rows = tokens * picked // count
         assert 0.98 * expected <= (1.25 + rows**-0.5) * (peak - kept) <= 1.05 * expected
+
+
+def test_alignments_take_what_is_said() -> None:
+    """Of the longest labels there may be."""
+    steps, samples, most = 200, 8, 30
+    likely = torch.randn(steps, samples, 12).log_softmax(-1)
+    lengths = torch.full((samples,), most)
+    given = likely, torch.randint(1, 12, (samples, most)), torch.full((samples,), steps), lengths, 0, True
+    for call, run, operands in (
+        (torch.ops.autopar.ctc.default, kernels.ctc, given),
+        (torch.ops.autopar.ctc_backward.default, kernels.ctc_backward, (torch.ones(samples), *given)),
+    ):
+        tensors = [o for o in operands if isinstance(o, Tensor)]
+        run(*operands)
+        peak, kept = peak_bytes(lambda run=run, operands=operands: run(*operands))
+        expected = said(lambda *tensors, call=call: call(*tensors, 0, True), *tensors)
+        assert 0.99 * expected <= peak - kept <= expected

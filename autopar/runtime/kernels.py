@@ -14,6 +14,8 @@ __all__ = [
     "attention_rows_backward",
     "by_rows",
     "count_labels",
+    "ctc",
+    "ctc_backward",
     "drop",
     "experts",
     "experts_backward",
@@ -240,4 +242,20 @@ def _activation_gradient(grad: Tensor, gate: Tensor, active: Tensor, activation:
         made = _aten.threshold_backward(grad, active, 0)
     else:
         made = _aten.gelu_backward(grad, gate, approximate=_GELU[activation])
+    return made
+
+
+def ctc(likely: Tensor, labels: Tensor, steps: Tensor, lengths: Tensor, blank: int, zero_infinity: bool) -> Tensor:
+    """Losses of samples over all alignments (see ``passes.alignment_vocabulary.ctc``)."""
+    loss: Tensor = _aten._ctc_loss.Tensor(likely, labels, steps, lengths, blank, zero_infinity)[0]
+    return loss.masked_fill_(loss.isinf(), 0.0) if zero_infinity else loss
+
+
+def ctc_backward(
+    grad: Tensor, likely: Tensor, labels: Tensor, steps: Tensor, lengths: Tensor, blank: int, zero_infinity: bool
+) -> Tensor:
+    """Gradient of ``likely``."""
+    given = (likely, labels, steps, lengths)
+    loss, before = _aten._ctc_loss.Tensor(*given, blank, zero_infinity)
+    made: Tensor = _aten._ctc_loss_backward.Tensor(grad, *given, loss, before, blank, zero_infinity)
     return made

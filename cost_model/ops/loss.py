@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cost_model.factors import FactorMap, parse_map
+from cost_model.ops.elementwise import TRANSCENDENTAL_FLOPS
 from cost_model.ops.norm import SOFTMAX_FLOPS
 from cost_model.ops.rows import alike
 from cost_model.ops.table import (
@@ -11,6 +12,7 @@ from cost_model.ops.table import (
     Op,
     OpCall,
     backward_only,
+    bytes_moved,
     no_backward,
     pass_of,
     register,
@@ -21,6 +23,7 @@ from cost_model.ops.table import (
 )
 from cost_model.placement import Shard
 from cost_model.program import OpCost
+from cost_model.tensor import TensorMeta
 
 
 def _cross_entropy_factors(call: OpCall) -> FactorMap:
@@ -139,3 +142,28 @@ register_priced(
     aten.huber_loss_backward.default aten.soft_margin_loss_backward.default""",
     pass_of("elementwise", 4.0),
 )
+
+
+CTC_FLOPS = 4 * TRANSCENDENTAL_FLOPS
+"""Of a place between labels at a step: three exps and a logarithm (Graves et al., ICML 2006, equation 6)."""
+
+
+def _ctc_cost(call: OpCall, passes: int) -> OpCost:
+    """Every step visits the labels of each sample and the blanks around them; passes: forward, once more and back."""
+    likely, labels = call.inputs[-4:-2]
+    steps, samples, _ = likely.shape
+    states = TensorMeta((samples, steps, 2 * labels.shape[-1] + 1), likely.dtype)
+    moved = bytes_moved(call) + passes * states.nbytes
+    return OpCost("transcendental", passes * CTC_FLOPS * states.numel, float(moved), likely.dtype)
+
+
+register(
+    Op(
+        "autopar.ctc.default",
+        lambda call: parse_map("t b c, b s, b, b -> b", call.inputs, call.outputs, whole="t c s"),
+        lambda call: _ctc_cost(call, 1),
+        lambda call: (_ctc_cost(call, 2),),
+        saving("in0", "in1", "in2", "in3"),
+    )
+)
+register_priced("autopar.ctc_backward.default", lambda call: _ctc_cost(call, 2))
