@@ -66,7 +66,7 @@ class Linker:
         self.worth, self.products = worth, products
         self.max_grad_norm, self.local_batches = max_grad_norm, local_batches
         self.optimizer, self.device_kind = optimizer, device_kind
-        self._templates: Templates = {}
+        self._templates = Templates()
         self._prices: dict[tuple[tuple[str, TensorMeta], ...], OptimizerPrice] = {}
         self._updates: Seen = {}
         self._outliner = Outliner(traced, analysis)

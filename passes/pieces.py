@@ -105,7 +105,7 @@ def piece_key(piece: ModelGraph, *, last: bool) -> str:
         target = node.target if isinstance(node.target, str) else getattr(node.target, "__qualname__", "")
         lines.append(f"n{index} {target} {node.target} {args} {piece.metas[node.name]}")
         names[node.name] = f"n{index}"
-    lines.append(f"{names[piece.outputs[0]]} {last}")
+    lines.append(f"{[names[output] for output in piece.outputs]} {last}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,15 @@ from passes.vocabulary import forward_end
 aten = torch.ops.aten
 
 
-Templates = dict[str, tuple[JointGraph, list[str]]]
-"""Traces of pieces by key, with the labels of the piece that was traced; never changed once made."""
+@dataclass(frozen=True)
+class Templates:
+    """Traces by key, with the labels of what was traced; never changed once made.
+
+    pieces: of a chain, with their backward; ambient: what depends on no parameter, with the names of its outputs.
+    """
+
+    pieces: dict[str, tuple[JointGraph, list[str]]] = field(default_factory=dict)
+    ambient: dict[str, tuple[fx.Graph, tuple[str, ...], list[str]]] = field(default_factory=dict)
 
 
 def stage_joint(
@@ -92,7 +99,8 @@ class _Stitch:
         return node
 
     def _lay_ambient(self, ambient: ModelGraph) -> None:
-        graph, results = trace_values(ambient)
+        graph, results, traced_labels = self._ambient_template(ambient)
+        labels = dict(zip(traced_labels, _labels(ambient), strict=True))
         bound: dict[Hashable, Hashable] = {}
         mapped: dict[fx.Node, fx.Node] = {}
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -100,10 +108,17 @@ class _Stitch:
             self._bind(node, self.nodes[item.node], mapped, bound)
         for node in graph.nodes:
             if node.op == "call_function":
-                mapped[node] = self._copy(node, mapped, bound, AMBIENT, {})
+                mapped[node] = self._copy(node, mapped, bound, AMBIENT, labels)
         by_name = {n.name: n for n in graph.nodes}
         for name, result in zip(ambient.outputs, results, strict=True):
             self.nodes[name] = mapped[by_name[result]]
+
+    def _ambient_template(self, ambient: ModelGraph) -> tuple[fx.Graph, tuple[str, ...], list[str]]:
+        """Its trace, shared by equal ones, the names of its outputs, and the labels of the one that was traced."""
+        key, known = piece_key(ambient, last=False), self.templates.ambient
+        if key not in known:
+            known[key] = (*trace_values(ambient), _labels(ambient))
+        return known[key]
 
     def _bind(
         self, node: fx.Node, actual: fx.Node, mapped: dict[fx.Node, fx.Node], bound: dict[Hashable, Hashable]
@@ -131,11 +146,11 @@ class _Stitch:
         """The piece's trace, shared by equal pieces, and the labels of the piece that was traced."""
         strides = self._strides(piece)
         key = f"{piece_key(piece, last=last)} {strides}"
-        if key not in self.templates:
-            labels = [label_of(n) for n in piece.nodes()]
+        known = self.templates.pieces
+        if key not in known:
             named = {item.node: strides[k] for k, item in enumerate(piece.inputs) if k in strides}
-            self.templates[key] = (trace_joint(piece, last=last, strides=named), labels)
-        return self.templates[key]
+            known[key] = (trace_joint(piece, last=last, strides=named), _labels(piece))
+        return known[key]
 
     def _strides(self, piece: ModelGraph) -> dict[int, tuple[int, ...]]:
         """Of inputs that do not lie contiguously, by number: ambient values that are views of others."""
@@ -145,8 +160,7 @@ class _Stitch:
 
     def _lay_forward(self, piece: ModelGraph, final: bool) -> _Laid:
         joint, traced_labels = self._template(piece, final and self.last)
-        own_labels = [label_of(n) for n in piece.nodes()]
-        labels = dict(zip(traced_labels, own_labels, strict=True))
+        labels = dict(zip(traced_labels, _labels(piece), strict=True))
         laid = _Laid(piece, joint, {}, {}, labels, segment_of(piece.nodes()[0]))
         by_name = {n.name: n for n in joint.graph.nodes}
         for name, item in zip(joint.inputs, piece.inputs, strict=True):
@@ -219,3 +233,7 @@ class _Stitch:
         made.meta["label"] = ""
         made.meta["segment"] = segment
         return made
+
+
+def _labels(piece: ModelGraph) -> list[str]:
+    return [label_of(node) for node in piece.nodes()]

@@ -24,8 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 import autopar.link
 import autopar.optimizer_price
 import autopar.planning
+from passes.stitch import Templates
 
 MOST_MODELS, MOST_PIECES, MOST_UPDATES = 64, 512, 512
+UPDATES = (
+    (autopar.optimizer_price, "observe"),
+    (autopar.planning, "is_elementwise"),
+    (autopar.planning, "is_separable"),
+)
 _BY_IDENTITY = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodType)
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -120,13 +126,13 @@ def once(asked: Callable[..., Any], most: int) -> Callable[..., Any]:
 @contextmanager
 def _known_pieces() -> Iterator[None]:
     """Linkers know the pieces that others have traced, under the same settings."""
-    pieces: dict[Any, Kept] = {}
+    known: dict[Any, Templates] = {}
     make = autopar.link.Linker.__init__
 
     @functools.wraps(make)
     def knowing(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        self._templates = pieces.setdefault(_settings(), Kept(MOST_PIECES))
+        self._templates = known.setdefault(_settings(), Templates(Kept(MOST_PIECES), Kept(MOST_PIECES)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autopar.link.Linker, "__init__", knowing)
@@ -138,5 +144,6 @@ def asked_once() -> Iterator[None]:
     """What is planned within shares traces of models and of pieces, and runs of optimizers."""
     with pytest.MonkeyPatch.context() as patch, _known_pieces():
         patch.setattr(autopar.planning, "trace", once(autopar.planning.trace, MOST_MODELS))
-        patch.setattr(autopar.optimizer_price, "observe", once(autopar.optimizer_price.observe, MOST_UPDATES))
+        for module, name in UPDATES:
+            patch.setattr(module, name, once(getattr(module, name), MOST_UPDATES))
         yield

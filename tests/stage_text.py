@@ -12,6 +12,7 @@ from passes.cut import cut_stage
 from passes.graph import ModelGraph
 from passes.segment import segment
 from passes.stage import StageCode, build_stage
+from passes.stitch import Templates
 from passes.trace import trace
 
 
@@ -38,4 +39,4 @@ def whole_stage(model: nn.Module, batch: dict[str, object]) -> ModelGraph:
 
 def built(stage: ModelGraph, choices: Mapping[str, str], size: int) -> StageCode:
     """The stage sharded over ``size`` ranks, as code."""
-    return build_stage(stage, choices, Axes.flat(size), {}, last=True)
+    return build_stage(stage, choices, Axes.flat(size), Templates(), last=True)

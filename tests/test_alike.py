@@ -17,6 +17,9 @@ from autopar.planning import Job, Planned
 from cost_model.errors import VerificationError
 from cost_model.parallelism import Parallelism
 from cost_model.plan import StagePlan
+from passes import stitch
+from passes.joint import trace_values
+from passes.pieces import piece_key
 from passes.verify import verify_priced
 
 LAYERS = 6
@@ -97,3 +100,18 @@ def test_a_stage_that_runs_other_work_is_refused() -> None:
     wrong = replace(first, step=replace(first.step, optimizer_state_bytes=first.step.optimizer_state_bytes + 1))
     with pytest.raises(VerificationError, match="stage 0 runs another program than the one that was priced"):
         verify_priced(found.linked.program, replace(program, stages=(wrong, *program.stages[1:])))
+
+
+def test_what_is_ambient_is_traced_once_for_equal_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage makes ones or a triangle; all are rewritten to be priced, and again to be run."""
+    asked: list[str] = []
+
+    def counted(ambient: Any) -> Any:
+        asked.append(piece_key(ambient, last=False))
+        return trace_values(ambient)
+
+    monkeypatch.setattr(stitch, "trace_values", counted)
+    job, done = planned(masks=True)
+    job._linker._templates = stitch.Templates()  # the suite shares them
+    assert len(job._linker.link(done.plan).stages) == LAYERS
+    assert 1 <= len(asked) == len(set(asked)) < LAYERS
