@@ -8,7 +8,8 @@ comes after it, ``h.detach_()`` becomes ``h.detach()`` for all that comes after 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def detach(module: fx.GraphModule) -> fx.GraphModule:
     for owner in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         for node in list(owner.graph.nodes):
             if _is_region(node):
-                for written in _written_outside(getattr(owner, node.args[1].target), node.args[2:]):
+                for written in _written_outside(getattr(owner, node.args[1].target), node):
                     _detach_from(written, node)
                 _detach_outputs(node)
                 changed = True
@@ -83,25 +84,37 @@ def _insert_detach(source: fx.Node, after: fx.Node) -> fx.Node:
     return made
 
 
-def _written_outside(region: fx.GraphModule, operands: Sequence[Any]) -> list[fx.Node]:
-    """Inputs of the graph that a no_grad region writes to, and views of them through which it does.
+def _written_outside(region: fx.GraphModule, place: fx.Node) -> list[fx.Node]:
+    """Inputs of the graph, and tensors of numbers alone, that a no_grad region (called at a place) writes to, and views
+    of them through which it does.
 
     UnsupportedError where it does what no detaching says.
     """
-    given = dict(zip((n for n in region.graph.nodes if n.op == "placeholder"), operands, strict=True))
+    given = dict(zip((n for n in region.graph.nodes if n.op == "placeholder"), place.args[2:], strict=True))
     found: dict[fx.Node, None] = {}
     for node in region.graph.nodes:
         if _is_switch(node):
             raise UnsupportedError("the model nests torch.enable_grad in torch.no_grad; end no_grad before it")
         for root in _roots_written(node):
             lineage = _lineage(given[root]) if root in given else []
-            if lineage and lineage[-1].op != "placeholder":
+            if lineage and lineage[-1].op != "placeholder" and not _is_without_gradient(lineage[-1], place):
                 raise UnsupportedError(
                     f"the model changes a tensor from outside in torch.no_grad ({node.target}); assign a new tensor, "
                     "or change it outside of forward"
                 )
             found.update(dict.fromkeys(lineage))
     return list(found)
+
+
+def _is_without_gradient(made: fx.Node, place: fx.Node) -> bool:
+    """Whether a value is made of sizes and numbers, and nothing was written to it with gradients before a place."""
+    if not isinstance(made.target, torch._ops.OpOverload):
+        return False
+    name = made.target._schema.name.removeprefix("aten::")
+    if made.all_input_nodes and not name.endswith("_like") and not name.startswith("new_"):
+        return False
+    before = itertools.takewhile(lambda node: node is not place, made.graph.nodes)
+    return not any(_lineage(written)[-1] is made for node in before for written in _written(node))
 
 
 def _check_written(node: fx.Node) -> None:

@@ -45,6 +45,19 @@ def _no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(self.c(torch.tanh(self.b(hidden))) + self.a(x), y)
 
 
+def _laid_down_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Advantages, from the last step to the first, and what is laid down with a gradient afterwards."""
+    value = self.body(x)
+    advantage = torch.zeros_like(value)
+    column = advantage[:, 3]
+    with torch.no_grad():
+        for step in reversed(range(6, 12)):
+            advantage[:, step] = y[:, step] - value[:, step] + 0.9 * advantage[:, (step + 1) % 12]
+        column += value[:, 0]
+    advantage[:, 1] = value[:, 1] * 2
+    return F.mse_loss(value, advantage)
+
+
 def _detached_in_place(self: Any, x: Tensor, y: Tensor) -> Tensor:
     hidden = self.a(x)
     hidden.detach_()
@@ -94,6 +107,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a layer that is not used": lambda: net(Net.forward, _extra),
     "a layer used detached": lambda: net(lambda s, x, y: F.mse_loss(s.body(x) + s.d(x).detach(), y), _extra),
     "first layer in no_grad and outside": lambda: net(_no_grad),
+    "laid down in no_grad": lambda: net(_laid_down_in_no_grad),
     "detached in place": lambda: net(_detached_in_place),
     "detached in the middle": lambda: net(_detached_middle),
     "tied, detached at the end": lambda: net(_tied_but_detached),

@@ -230,9 +230,13 @@ def test_enable_grad_inside_no_grad_keeps_its_gradient() -> None:
     assert _detached(forward) == [["linear"], ["linear_2"]]
 
 
-def test_changing_an_outer_tensor_in_no_grad_is_refused() -> None:
+@pytest.mark.parametrize("has_gradient_before", [True, False])
+def test_changing_an_outer_tensor_in_no_grad_is_refused(has_gradient_before: bool) -> None:
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
         hidden = self.a(x)
+        if has_gradient_before:
+            given, hidden = hidden, torch.zeros_like(hidden)
+            hidden[:, 1] = given[:, 1]
         with torch.no_grad():
             hidden.mul_(2.0)
         return F.mse_loss(self.b(hidden), y)
