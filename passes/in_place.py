@@ -101,11 +101,16 @@ def _storages(node: fx.Node) -> set[int]:
 
 def value_of(node: fx.Node, target: Any = None) -> Any:
     """What a call, or another target, makes of its operands."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _value)
     leaves = pytree.tree_leaves((args, kwargs))
     with next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), torch.no_grad():
         called: Any = target or node.target
         return called(*args, **kwargs)
+
+
+def _value(node: fx.Node) -> Any:
+    """Of a call; or the module that a region runs."""
+    return getattr(node.graph.owning_module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")
 
 
 def _describe(graph: fx.Graph, memory: set[int]) -> None:
