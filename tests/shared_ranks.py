@@ -15,6 +15,7 @@ from torch import Tensor
 import autopar.ranks
 from autopar.runtime.pool import WorkerPool
 
+TARGET = "successive:SuccessiveExecutor"
 KEPT = 4
 """Pools of more ranks end with their module."""
 _POOLS: dict[int, WorkerPool] = {}
@@ -26,7 +27,7 @@ class SharedRanks:
     def __init__(self, cluster: Any) -> None:
         size = cluster.num_devices
         if size not in _POOLS or _POOLS[size].closed:
-            _POOLS[size] = WorkerPool(size, backend=cluster.backend)
+            _POOLS[size] = WorkerPool(size, target=TARGET, backend=cluster.backend)
         self.pool = _POOLS[size]
         self.hosted: Sequence[int] = range(size)
 
