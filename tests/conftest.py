@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: processes of tests run beside each other
 MOST_DEAD_CLASSES = 600
+_living_classes = 0
 
 
 def pytest_collection_finish() -> None:
@@ -27,11 +28,15 @@ def pytest_runtest_logfinish() -> None:
 
     fx gives every graph module a class, and each trace patches ``nn.Module``, of which all subclasses are told.
     """
+    global _living_classes
+    if _graph_classes() > _living_classes + MOST_DEAD_CLASSES:
+        gc.collect()
+        _living_classes = _graph_classes()
+
+
+def _graph_classes() -> int:
     fx = sys.modules.get("torch.fx._lazy_graph_module")
-    if fx is not None:
-        kinds = (fx.GraphModule, fx._LazyGraphModule)
-        if sum(len(kind.__subclasses__()) for kind in kinds) > MOST_DEAD_CLASSES:
-            gc.collect()
+    return 0 if fx is None else sum(len(kind.__subclasses__()) for kind in (fx.GraphModule, fx._LazyGraphModule))
 
 
 @pytest.fixture(scope="session", autouse=True)
