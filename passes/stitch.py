@@ -208,7 +208,12 @@ class _Stitch:
         """A parameter that several pieces use has the sum of their gradients."""
         if before is None:
             return new
-        return self._call(aten.add.Tensor, (before, new), before.meta["val"], segment)
+        parts = [node.meta["val"] for node in (before, new)]
+        made = self._call(aten.add.Tensor, (before, new), parts[0], segment)
+        with FakeTensorMode():  # gradients may lie as their kernels leave them, column by column
+            laid = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype) for part in parts]
+            made.meta["val"] = laid[0] + laid[1]
+        return made
 
     def _zeros(self, name: str) -> fx.Node:
         """In the segment that uses the parameter."""

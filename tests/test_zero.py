@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import example_gpt
+from odd_models import inputs, net
 from parity import ADAMW, check_parity, cpu_cluster, reference
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch.nn import functional as F
 from user_optimizers import MatricesDecay, by_ndim
 
 import autopar
@@ -174,6 +176,19 @@ def test_frozen_parameters_and_groups_of_an_optimizer(zero: int) -> None:
         parameter.requires_grad_("blocks.0" not in name and "h.0" not in name)
     assert {p.requires_grad for p in model.parameters()} == {True, False}
     check_parity(model, batch, 2, 1e-9, optimizer=groups, dp=2, zero=zero, microbatch_size=2)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_sums_of_gradients_that_lie_column_by_column() -> None:
+    """Of one parameter in its own bucket, as a solver leaves them; used in the first block and in the last."""
+
+    def forward(self: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.body(x @ self.square), y) - torch.logdet(self.square) * 0.01
+
+    def build(self: Any) -> None:
+        self.square = torch.nn.Parameter(torch.randn(12, 12).double() * 0.1 + torch.eye(12))
+
+    check_parity(net(forward, build), inputs(), 2, 1e-9, optimizer=ADAMW, dp=2, tp=1, pp=1, zero=3)
 
 
 @pytest.mark.usefixtures("shared_ranks")
