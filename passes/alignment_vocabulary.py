@@ -78,7 +78,7 @@ def alignments_of_samples() -> Iterator[None]:
         reduction: int = _MEAN,
         zero_infinity: bool = False,
     ) -> Tensor:
-        given = log_probs.unsqueeze(1) if log_probs.dim() == 2 else log_probs
+        given = _as_autocast(log_probs.unsqueeze(1) if log_probs.dim() == 2 else log_probs)
         samples = given.shape[1]
         labels = targets.unsqueeze(0) if targets.dim() == 1 and samples == 1 else targets
         if labels.dim() == 1 and not isinstance(labels.shape[0], torch.SymInt):
@@ -91,6 +91,12 @@ def alignments_of_samples() -> Iterator[None]:
 
     with mock.patch.object(torch, "ctc_loss", stated):
         yield
+
+
+def _as_autocast(likely: Tensor) -> Tensor:
+    """What torch's own loss gets in regions of ``torch.autocast``: half types in float32."""
+    is_half = likely.dtype in (torch.float16, torch.bfloat16)
+    return likely.float() if is_half and torch.is_autocast_enabled(likely.device.type) else likely
 
 
 def _numbers(lengths: Tensor | Sequence[int], samples: int) -> Tensor:

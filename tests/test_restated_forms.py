@@ -91,3 +91,17 @@ def spoken() -> dict[str, Tensor]:
 @pytest.mark.usefixtures("thread_ranks")
 def test_alignments_run_as_on_one_device() -> None:
     check_parity(Aligned(), spoken(), 2, 1e-5, SGD, **GRIDS["dp2"])
+
+
+def test_alignments_in_regions_of_autocast_read_float32() -> None:
+    """As torch's own loss does there, which no kernel makes of half types."""
+
+    class Cast(Aligned):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                steps = torch.full((len(x),), x.shape[1])
+                return F.ctc_loss(self.head(x).transpose(0, 1) - 2, labels.abs() + 1, steps, (labels > 0).sum(-1))
+
+    graph = trace(Cast(), spoken()).global_graph
+    (loss,) = (n for n in graph.graph.nodes if n.target is torch.ops.autopar.ctc.default)
+    assert [graph.tensor(node.name).dtype for node in (loss, loss.all_input_nodes[0])] == ["float32"] * 2
