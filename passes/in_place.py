@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from passes.graph import is_getitem
 from passes.storage import mark_storages, memory_of
 from passes.unmutate import write_part
 
@@ -77,8 +78,11 @@ class _Memory:
 
     def is_read_through(self, call: fx.Node, written: fx.Node) -> bool:
         """Whether nothing reads what lies in some memory after a call but through this."""
-        earlier = [other for other in self._families[self.root(written)] if self.order[other] < self.order[call]]
-        return not any(self.order[user] > self.order[call] for other in earlier for user in other.users)
+        memory = _storages(written)
+        family = [other for other in self._families[self.root(written)] if not memory.isdisjoint(_storages(other))]
+        earlier = [other for other in family if self.order[other] < self.order[call]]
+        later = {user for other in earlier for user in other.users if self.order[user] > self.order[call]}
+        return all(is_getitem(user) and memory.isdisjoint(_storages(user)) for user in later)
 
 
 def _plain(target: Any) -> Any:

@@ -110,6 +110,20 @@ def drawn(h: Tensor, x: Tensor) -> Tensor:
     return h + made.detach() * 0.0
 
 
+def one_of_two_results(h: Tensor, x: Tensor) -> Tensor:
+    """As routers of mixtures of experts scale the weights of those that were chosen."""
+    weights, chosen = h.softmax(-1).topk(2)
+    weights /= weights.sum(-1, keepdim=True)
+    return x.gather(1, chosen) * weights
+
+
+def one_of_two_results_read_later(h: Tensor, x: Tensor) -> Tensor:
+    weights, chosen = h.softmax(-1).topk(2)
+    rows = weights[0]
+    weights /= weights.sum(-1, keepdim=True)
+    return x.gather(1, chosen) * weights + rows
+
+
 CASES: list[tuple[Any, bool | None]] = [
     (added, True),
     (of_a_view, True),
@@ -125,6 +139,8 @@ CASES: list[tuple[Any, bool | None]] = [
     (of_another_type, False),
     (strided, True),
     (drawn, False),
+    (one_of_two_results, True),
+    (one_of_two_results_read_later, False),
 ]
 
 
