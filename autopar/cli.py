@@ -286,7 +286,10 @@ def _plan(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: di
 def _compare(command: Command, cluster: autopar.Cluster, user: Loaded, keywords: dict[str, Any]) -> Answer:
     import torch
 
+    from autopar.comparison import check_steps
+
     assert isinstance(command, Compare)
+    check_steps(command.steps)
     if cluster.backend == "nccl" and torch.cuda.device_count() == 0:
         raise ConfigError(f"{cluster.name} has CUDA devices and this machine has none; use --cluster local here")
     with autopar.compile(user.model, cluster, user.inputs, **keywords) as exe:

@@ -110,15 +110,20 @@ class Comparison:
         return render(_whole_table(self), _stage_table(self), _kind_table(self))
 
 
+def check_steps(steps: int, warmup: int = 0) -> None:
+    """Errors: ConfigError where so many cannot be run."""
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
 def compare(exe: Executable, batch: Any, steps: int = 10, *, warmup: int = 3) -> Comparison:
     """Run warm-up and timed steps on a batch and lay what they took beside the estimate.
 
     Every step trains: parameters and optimizer state move on. Under a launcher all ranks call this and get the
     same answer. Errors: ConfigError for fewer than one step, and those of ``Executable.step``.
     """
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    check_steps(steps, warmup)
     planned = _planned(exe, batch)
     program = planned.linked.program
     request = {"warmup": warmup, "steps": steps, "kinds": event_kinds(program)}
