@@ -86,7 +86,7 @@ def _insert_detach(source: fx.Node, after: fx.Node) -> fx.Node:
 
 def _written_outside(region: fx.GraphModule, place: fx.Node) -> list[fx.Node]:
     """Inputs of the graph, and tensors of numbers alone, that a no_grad region (called at a place) writes to, and views
-    of them through which it does.
+    of them that were made before it.
 
     UnsupportedError where it does what no detaching says.
     """
@@ -102,8 +102,9 @@ def _written_outside(region: fx.GraphModule, place: fx.Node) -> list[fx.Node]:
                     f"the model changes a tensor from outside in torch.no_grad ({node.target}); assign a new tensor, "
                     "or change it outside of forward"
                 )
-            found.update(dict.fromkeys(lineage))
-    return list(found)
+            found.update(dict.fromkeys(lineage[-1:]))
+    before = itertools.takewhile(lambda node: node is not place, place.graph.nodes) if found else ()
+    return [value for value in before if _lineage(value)[-1] in found]
 
 
 def _is_without_gradient(made: fx.Node, place: fx.Node) -> bool:
@@ -118,12 +119,19 @@ def _is_without_gradient(made: fx.Node, place: fx.Node) -> bool:
 
 
 def _check_written(node: fx.Node) -> None:
-    """UnsupportedError from a write through ``h.detach()`` or ``h.data`` where ``h`` is read later.
+    """UnsupportedError from a write through ``h.detach()`` or ``h.data`` where ``h``, or another view, is read later.
 
-    Its gradient is that of what ``h`` was, its value what was written, which no functional graph says.
+    The gradient of ``h`` is that of what it was, its value what was written, which no functional graph says; views made
+    before get the value without the gradient.
     """
     for written in _written(node):
-        source = next((n.args[0] for n in _lineage(written) if n.target is aten.detach.default), None)
+        lineage = _lineage(written)
+        source = next((n.args[0] for n in lineage if n.target is aten.detach.default), None)
+        if source is not None and _may_have_gradient(written) and _others_read_after(lineage, node):
+            raise UnsupportedError(
+                f"the model changes a tensor that had no gradient ({node.target}) and reads a view of it from before "
+                "that; take the view afterwards"
+            )
         if not isinstance(source, fx.Node) or _lineage(source)[-1].op == "placeholder":
             continue
         if any(_is_read_after(alias, node) for alias in _lineage(source)):
@@ -131,6 +139,18 @@ def _check_written(node: fx.Node) -> None:
                 f"the model changes a tensor through .detach() or .data ({node.target}) and reads it afterwards; "
                 "assign a new tensor, or change it outside of forward"
             )
+
+
+def _may_have_gradient(value: fx.Node) -> bool:
+    made = value.meta.get("val")
+    return isinstance(made, torch.Tensor) and (made.is_floating_point() or made.is_complex())
+
+
+def _others_read_after(lineage: list[fx.Node], place: fx.Node) -> bool:
+    """Whether other views of what a value is a view of were made before a place, and are read after it."""
+    before = itertools.takewhile(lambda node: node is not place, place.graph.nodes)
+    others = (value for value in before if value not in lineage and _lineage(value)[-1] is lineage[-1])
+    return any(user > place for other in others for user in other.users)
 
 
 def _is_read_after(value: fx.Node, place: fx.Node) -> bool:

@@ -58,6 +58,15 @@ def _laid_down_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(value, advantage)
 
 
+def _view_from_before_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    value = self.body(x)
+    filled = torch.zeros_like(value)
+    column = filled[:, 2]
+    with torch.no_grad():
+        filled.add_(value)
+    return F.mse_loss(value * filled, y) + column.mean()
+
+
 def _detached_in_place(self: Any, x: Tensor, y: Tensor) -> Tensor:
     hidden = self.a(x)
     hidden.detach_()
@@ -108,6 +117,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a layer used detached": lambda: net(lambda s, x, y: F.mse_loss(s.body(x) + s.d(x).detach(), y), _extra),
     "first layer in no_grad and outside": lambda: net(_no_grad),
     "laid down in no_grad": lambda: net(_laid_down_in_no_grad),
+    "a view from before no_grad": lambda: net(_view_from_before_no_grad),
     "detached in place": lambda: net(_detached_in_place),
     "detached in the middle": lambda: net(_detached_middle),
     "tied, detached at the end": lambda: net(_tied_but_detached),

@@ -245,6 +245,22 @@ def test_changing_an_outer_tensor_in_no_grad_is_refused(has_gradient_before: boo
         trace(net(forward), inputs())
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_writes_with_gradient_after_no_grad_beside_views_from_before_are_refused(before: bool) -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        hidden = self.a(x)
+        made = torch.zeros_like(hidden)
+        view = made[:, :3]
+        with torch.no_grad():
+            made[:, 0] = hidden[:, 0]
+        view = view if before else made[:, :3]
+        made[:, 1] = hidden[:, 1]
+        return F.mse_loss(self.b(hidden) * made, y) + view.mean()
+
+    with pytest.raises(UnsupportedError, match="take the view afterwards"):
+        trace(net(forward), inputs())
+
+
 # --- one vocabulary
 
 
