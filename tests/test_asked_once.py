@@ -76,3 +76,18 @@ def test_the_oldest_answers_are_forgotten() -> None:
     for number in (1, 2, 1, 3, 2, 1):
         answer(number)
     assert asked == [1, 2, 3, 1]
+
+
+def test_methods_and_casts_are_part_of_a_question() -> None:
+    class Replaced(Regression):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.up(x).sum()
+
+    model = Replaced()
+    found = [digest(model)]
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            found.append(digest(model))
+    Replaced.forward = Regression.forward  # type: ignore[method-assign]
+    found.append(digest(model))
+    assert len({asked[0] for asked in found if asked is not None}) == 4
