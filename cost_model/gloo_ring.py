@@ -60,12 +60,15 @@ class _Ring:
     def around_s(self, entered_s: _Row, segments: int) -> _Row:
         """When each rank has received so many segments, and sent as many."""
         followed = min(segments, _FOLLOWED + 2 * len(entered_s))
-        given, left, arrived, ended = [entered_s] * 2, [entered_s] * 2, [entered_s] * 2, []
+        given, left, arrived, ended = [entered_s] * 3, [entered_s] * 3, [entered_s] * 2, []
         for _ in range(followed):
-            posted = np.maximum(arrived[-2], given[-2])
-            before = np.where(given[-1] <= posted, left[-1], left[-2]) if self.behind else posted
-            asked = np.roll(np.maximum(posted, before), -1) + self.asking_s
-            given.append(np.maximum(posted, asked))
+            posted = arrived[-2]
+            asking = posted
+            if self.behind:  # the last segment that was given away by then
+                behind = np.where(given[-2] <= posted, left[-2], left[-3])
+                asking = np.maximum(posted, np.where(given[-1] <= posted, left[-1], behind))
+            asked = np.roll(asking, -1) + self.asking_s
+            given.append(np.maximum(given[-1], np.maximum(posted, asked)))
             left.append(np.maximum(given[-1], left[-1]) + self.busy_s)
             arrived.append(np.roll(left[-1] + self.latency_s, 1))
             ended.append(np.maximum(arrived[-1], arrived[-2]))

@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import fx
 
 from cost_model.tensor import TensorMeta
-from passes.dependence import active_nodes, batch_nodes, receiving_nodes
+from passes.dependence import active_nodes, batch_nodes, differentiable_nodes, receiving_nodes
 from passes.graph import ModelGraph
 
 LONG = 12
@@ -81,6 +81,10 @@ class _Facts:
     active: frozenset[str]
     shared: frozenset[str]
     carried: frozenset[str]
+
+    @cached_property
+    def differentiable(self) -> frozenset[str]:
+        return differentiable_nodes(self.model)
 
     @cached_property
     def twins(self) -> dict[str, fx.Node]:
@@ -263,8 +267,11 @@ def _segments(facts: _Facts, runs: list[list[fx.Node]]) -> tuple[Segment, ...]:
 
 
 def _entry_text(facts: _Facts, entry: str | None) -> str:
-    """Of what comes in, whether it is used or not."""
-    return "first" if entry is None else f"{facts.model.metas[entry]}{entry in facts.carried}"
+    """Of what comes in, whether it is used or not. One without a gradient comes from frozen layers: what an op saves
+    depends on that."""
+    if entry is None:
+        return "first"
+    return f"{facts.model.metas[entry]}{entry in facts.carried}{entry in facts.differentiable}"
 
 
 def _label(nodes: list[fx.Node], targets: Mapping[str, str]) -> str:

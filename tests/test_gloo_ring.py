@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cost_model import gloo_ring
@@ -56,6 +56,8 @@ LINKS = st.lists(
 )
 
 
+@example([Link(0.01, 1.03 * MIB), Link(0.01, 2.11 * MIB)], 3.1, 5)
+@example([Link(2.9, 1.03 * MIB), Link(0.37, 1.03 * MIB)], 3.1, 4)
 @given(LINKS, st.sampled_from([0.011, 0.41, 3.1]), st.integers(2, 5))
 def test_segments_one_by_one(links: list[Link], asking: float, each: int) -> None:
     ranks, asking_s = len(links), [asking * (1 + rank / 7) for rank in range(len(links))]

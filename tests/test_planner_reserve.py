@@ -84,3 +84,32 @@ def test_weights_that_are_gathered_over_tp_are_held_until_backward(recompute: st
     (memory,) = (peak.memory for peak in job._stage_peaks(plan))
     (stage,) = found.stages
     assert stage.saved_bytes == pytest.approx(memory.saved - of_inputs * (recompute == "full"), rel=0.03)
+
+
+class Adapted(nn.Module):
+    """A frozen trunk, the upper layers of which have adapters: the lower ones have no backward, and no product with a
+    frozen weight needs what it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.ModuleList(nn.Linear(64, 64) for _ in range(6)).requires_grad_(False)
+        self.down = nn.ModuleList(nn.Linear(64, 4, bias=False) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(4, 64, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.trunk[:3]:
+            x = nn.functional.gelu(layer(x))
+        for layer, down, up in zip(self.trunk[3:], self.down, self.up, strict=True):
+            x = nn.functional.gelu(layer(torch.tanh(x)) + up(down(x)) * 0.5)
+        return nn.functional.mse_loss(x, y)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_what_frozen_weights_multiply_is_not_held(recompute: str) -> None:
+    pins = Parallelism(1, 1, 1, zero=0, recompute=recompute, schedule="1f1b")
+    inputs = {"x": torch.randn(512, 64), "y": torch.randn(512, 64)}
+    job = Job.of(Adapted(), Cluster.load("dgx-a100-80gb", 1), inputs, Options.of(None, ADAMW, pins, None, None, None))
+    found = job.solve()
+    assert isinstance(found, Solution)
+    (memory,) = (peak.memory for peak in job._stage_peaks(job.plan(found)))
+    assert found.stages[0].saved_bytes == pytest.approx(memory.saved, rel=0.03)

@@ -96,7 +96,7 @@ def test_no_cut_at_a_tuple() -> None:
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
         left, right = self.a(x).chunk(2, 1)
         left, right = self.b(torch.cat([right, left], 1)).chunk(2, 1)
-        return F.mse_loss(self.c(torch.cat([left, right], 1)), y)
+        return F.mse_loss(self.c(torch.cat([right, left], 1)), y)
 
     assert _cuts(forward) == [None, "cat", "cat_1"]
 

@@ -16,7 +16,7 @@ from cost_model.placement import (
     Shard,
 )
 from cost_model.tensor import TensorMeta
-from passes.dependence import active_nodes
+from passes.dependence import active_nodes, differentiable_nodes
 from passes.graph import ModelGraph
 from passes.segment import Segment, carried_values
 from passes.specialise import Specialiser
@@ -36,6 +36,7 @@ class Structure:
         model, self.segments = traced.global_graph, traced.segments
         self.carried = carried_values(self.segments)
         self.trainable = frozenset(i.node for i in model.inputs if i.trainable)
+        self.differentiable = differentiable_nodes(model)
         counts = Counter(name for part in self.segments for name in set(part.parameters))
         self.shared = frozenset(name for name, count in counts.items() if count > 1)
         placed = {i.node for i in model.inputs if i.kind == "parameter"} | active_nodes(model)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -112,12 +111,21 @@ class TensorUse:
 
 
 class SegmentLevels:
-    """What each level keeps of one kind of segment. entry: the activation that comes in, and its bytes."""
+    """What each level keeps of one kind of segment.
+
+    entry: the activation that comes in, and its bytes; differentiable: values and weights that have a gradient.
+    """
 
     def __init__(
-        self, space: MeshSpace, entry: tuple[str, int] | None, outside: frozenset[str], weights: set[str]
+        self,
+        space: MeshSpace,
+        entry: tuple[str, int] | None,
+        outside: frozenset[str],
+        weights: set[str],
+        differentiable: frozenset[str],
     ) -> None:
         self.space, self.outside, self.weights = space, outside, frozenset(weights)
+        self.differentiable = differentiable
         self.by_output = {made: tensor for tensor, made in space.values.items()}
         self.views = {op.node for op in space.ops if price_of(op.call) is None}
         self.flow = self._flow(entry)
@@ -153,20 +161,12 @@ class SegmentLevels:
     def _met_bytes(self, op: MeshOp) -> int:
         """Gradients of an op's outputs and of the values it reads, and what its backward makes in between."""
         entry = entry_of(op.call.op)
-        if entry is None or not entry.backward_price(op.call):
+        wanted = {o: m for o, m in zip(op.operands, op.call.inputs, strict=True) if o in self.differentiable}
+        if entry is None or not wanted or not entry.backward_price(op.call):
             return 0
-        values = {o: m for o, m in zip(op.operands, op.call.inputs, strict=True) if o in self.differentiable}
+        values = {o: m for o, m in wanted.items() if o not in self.weights}
         made = WITHIN_BACKWARD[op.call.op](op.call) if op.call.op in WITHIN_BACKWARD else 0
         return made + sum(meta.nbytes for meta in (*op.call.outputs, *values.values()) if meta.is_floating)
-
-    @cached_property
-    def differentiable(self) -> frozenset[str]:
-        """Values that come from the activation or from weights."""
-        found = {*self.weights, *self.flow.fixed}
-        for op in self.space.ops:
-            if any(o in found for o in op.operands) and any(meta.is_floating for meta in op.call.outputs):
-                found.update(self._outputs(op))
-        return frozenset(found - self.weights)
 
     def _level(self, name: str) -> Level:
         kept, again = repeated(self.flow, name, self.needed, self.heavy)
@@ -195,7 +195,7 @@ class SegmentLevels:
 
     def _saved_by(self, op: MeshOp) -> set[str]:
         found: set[str] = set()
-        for name in saves_of(op):
+        for name in saves_of(op, self.differentiable):
             index = int(name.removeprefix("in").removeprefix("out"))
             found.add(op.operands[index] if name.startswith("in") else self.output(op, index))
         return found & self.flow.operands.keys()

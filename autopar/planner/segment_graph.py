@@ -59,7 +59,7 @@ class SegmentGraph:
         if part.entry is not None:
             self._placed(part.entry, self._boundary(part.entry))
         self.weights = with_views(self.space, part.parameters)
-        self.read_back = read_back(self.space, self.weights)
+        self.read_back = read_back(self.space, self.weights, self.local.structure.differentiable)
         self.held: dict[str, str] = {}
         for name in (*part.reads, *part.gives):
             self._hold(name)
@@ -90,7 +90,13 @@ class SegmentGraph:
     def segment_levels(self) -> SegmentLevels:
         entry = None if self.part.entry is None else (self.part.entry, self._meta(self.part.entry).nbytes)
         parameters = frozenset(self.part.parameters)
-        return SegmentLevels(self.space, entry, parameters | self.local.structure.ambient, set(parameters))
+        return SegmentLevels(
+            self.space,
+            entry,
+            parameters | self.local.structure.ambient,
+            set(parameters),
+            self.local.structure.differentiable,
+        )
 
     def _at_levels(self, names: tuple[str, ...]) -> tuple[Factor, ...]:
         """The factors that know no mesh, under a choice of recompute levels."""
@@ -185,8 +191,11 @@ class SegmentGraph:
 
     def _saved_outputs(self, op: MeshOp, index: int) -> int:
         strategy = op.strategies[index]
-        kept = [int(name[3:]) for name in saves_of(op) if name.startswith("out")]
+        kept = [int(name[3:]) for name in self._saves(op) if name.startswith("out")]
         return sum(self.prices.local_meta(op.call.outputs[k], strategy.outputs[k]).nbytes for k in kept)
+
+    def _saves(self, op: MeshOp) -> tuple[str, ...]:
+        return saves_of(op, self.local.structure.differentiable)
 
     def _parameter_places(self, name: str) -> tuple[Placements, ...]:
         meta = self._meta(name)
@@ -249,7 +258,7 @@ class SegmentGraph:
         saved_by_form = False
         for op, index in users:
             wanted = tuple(s.inputs[index] for s in op.strategies)
-            saves = tensor in self.read_back if tensor in self.weights else f"in{index}" in saves_of(op)
+            saves = tensor in self.read_back if tensor in self.weights else f"in{index}" in self._saves(op)
             again = saves and saved_by_form
             self._pair(
                 tensor,
@@ -268,7 +277,7 @@ class SegmentGraph:
         if tensor not in self.space.values:
             return False
         op_name, index = self.space.values[tensor]
-        return f"out{index}" in saves_of(self.ops[op_name])
+        return f"out{index}" in self._saves(self.ops[op_name])
 
     def _forms(self, tensor: str, places: tuple[Placements, ...]) -> tuple[Placements, ...]:
         more = self.space.places(tensor, self._meta(tensor).shape, (REPLICATE, VARYING, PARTIAL))

@@ -1,17 +1,24 @@
-"""Weights within a segment: parameters and views of them, and which of these its backward reads."""
+"""What backwards read of a segment: operands and outputs of its ops, and of weights those that are gathered."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
 from autopar.planner.mesh_strategies import MeshOp, MeshSpace
-from cost_model.ops import entry_of, price_of
+from cost_model.ops import PRODUCTS, entry_of, price_of
 
 
-def saves_of(op: MeshOp) -> tuple[str, ...]:
-    """What an op saves, by the op table; one without an entry saves all it reads."""
-    entry = entry_of(op.call.op)
-    return tuple(f"in{i}" for i in range(len(op.operands))) if entry is None else entry.saves(op.call)
+def saves_of(op: MeshOp, differentiable: Collection[str]) -> tuple[str, ...]:
+    """What an op saves, by the op table; one without an entry saves all it reads.
+
+    differentiable: values that have a gradient. Without one among its operands an op saves nothing, and a product saves
+    what gradients of the others need: not what a frozen weight multiplies.
+    """
+    entry, wanted = entry_of(op.call.op), [operand in differentiable for operand in op.operands]
+    names = tuple(f"in{i}" for i in range(len(op.operands))) if entry is None else entry.saves(op.call)
+    if op.call.op not in PRODUCTS:
+        return names if any(wanted) else ()
+    return tuple(name for i, name in ((int(name[2:]), name) for name in names) if any(wanted[:i] + wanted[i + 1 :]))
 
 
 def with_views(space: MeshSpace, parameters: Collection[str]) -> frozenset[str]:
@@ -23,11 +30,11 @@ def with_views(space: MeshSpace, parameters: Collection[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def read_back(space: MeshSpace, weights: Collection[str]) -> frozenset[str]:
+def read_back(space: MeshSpace, weights: Collection[str], differentiable: Collection[str]) -> frozenset[str]:
     """Those of ``with_views`` that a backward reads, as they are or through views."""
     found, made = set[str](), _outputs(space)
     for op in reversed(space.ops):
-        saves = saves_of(op)
+        saves = saves_of(op, differentiable)
         found.update(o for index, o in enumerate(op.operands) if o in weights and f"in{index}" in saves)
         if _shows(op, weights) and found.intersection(made[op.node]):
             found.add(op.operands[0])

@@ -23,12 +23,24 @@ from cost_model.ops import (
     spectral,
     views,
 )
-from cost_model.ops.table import BETWEEN_REPLICAS, INSIDE, OPS, WITHIN_BACKWARD, Op, OpCall, Ref, entry_of, price_of
+from cost_model.ops.table import (
+    BETWEEN_REPLICAS,
+    INSIDE,
+    OPS,
+    PRODUCTS,
+    WITHIN_BACKWARD,
+    Op,
+    OpCall,
+    Ref,
+    entry_of,
+    price_of,
+)
 
 __all__ = [
     "BETWEEN_REPLICAS",
     "INSIDE",
     "OPS",
+    "PRODUCTS",
     "WITHIN_BACKWARD",
     "Op",
     "OpCall",

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_model.factors import FactorMap, parse_map
-from cost_model.ops.table import INSIDE, Op, OpCall, register, register_priced, saving, sweep
+from cost_model.ops.table import INSIDE, PRODUCTS, Op, OpCall, register, register_priced, saving, sweep
 from cost_model.placement import Shard
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
@@ -188,4 +188,5 @@ for _name in (
 ).split():
     register(Op(f"aten.{_name}", _factors, _price, _planned_backward, saving("in0", "in1")))
     INSIDE[f"aten.{_name}"] = _edges
+    PRODUCTS.add(f"aten.{_name}")
 register_priced("aten.convolution_backward.default", _traced_backward)

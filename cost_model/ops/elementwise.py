@@ -7,6 +7,7 @@ from collections.abc import Callable
 from cost_model.factors import FactorMap, parse_map
 from cost_model.ops.rows import alike
 from cost_model.ops.table import (
+    PRODUCTS,
     Op,
     OpCall,
     Ref,
@@ -186,6 +187,7 @@ elementwise("rsub.Tensor", "elementwise", _jointly, _difference_backward(0))
 elementwise("add.Scalar sub.Scalar", "elementwise", nowhere_linear, no_backward)
 elementwise("rsub.Scalar", "elementwise", nowhere_linear, gradient_of("oo"))
 elementwise("mul.Tensor mul.Scalar", "elementwise", _each, _mul_backward, _other_operands)
+PRODUCTS.add("aten.mul.Tensor")
 elementwise("div.Tensor div.Scalar", "elementwise", linear_in_first, _div_backward, _other_operands)
 elementwise("neg.default", "elementwise", linear_in_first, gradient_of("oo"))
 elementwise("abs.default", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0"))

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from cost_model.factors import FactorMap, parse_map
-from cost_model.ops.table import Op, OpCall, bytes_moved, register, register_priced, saving, sweep
+from cost_model.ops.table import PRODUCTS, Op, OpCall, bytes_moved, register, register_priced, saving, sweep
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 
@@ -128,6 +128,7 @@ for _name, _factors in (
     ("aten.matmul.default", _matmul_factors),
 ):
     register(Op(_name, _factors, _matmul_price, _matmul_backward, saving("in0", "in1")))
+PRODUCTS |= {f"aten.{_name}.default" for _name in ("linear", "addmm", "mm", "bmm", "matmul")}
 
 
 def _baddbmm_price(call: OpCall) -> OpCost:

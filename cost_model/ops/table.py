@@ -71,6 +71,10 @@ Asked with a rank's call and the number of replicas.
 """
 
 
+PRODUCTS: set[str] = set()
+"""Ops of which the backward reads each operand for the gradients of the others alone."""
+
+
 WITHIN_BACKWARD: dict[str, Callable[[OpCall], int]] = {}
 """Bytes that backwards make on the way from the gradients of outputs to those of inputs, of ops where that is much."""
 
