@@ -43,7 +43,8 @@ class _Windows:
 
 def refuse_sparse(node: fx.Node) -> None:
     """UnsupportedError where a call takes or makes tensors that are not laid out by strides."""
-    values = [node.meta.get("val"), *(operand.meta.get("val") for operand in node.all_input_nodes)]
+    given = [operand for operand in node.all_input_nodes if operand.op != "call_function"]  # calls were looked at
+    values = [one.meta.get("val") for one in (node, *given)]
     if any(isinstance(v, torch.Tensor) and v.layout is not torch.strided for v in pytree.tree_leaves(values)):
         raise UnsupportedError(
             f"{node.target} takes or makes a sparse tensor ({source_of(node)}), which no rule divides: make it dense "

@@ -37,15 +37,22 @@ def wide() -> tuple[nn.Module, Any]:
     return Wide(), {"x": torch.randn(64, 32), "y": torch.randn(64, 4096)}
 
 
+def solved(model: nn.Module, inputs: Any, pins: Parallelism) -> tuple[Job, Solution]:
+    """On as many devices as the pins take."""
+    assert isinstance(pins.tp, int) and isinstance(pins.pp, int)
+    cluster = Cluster.load("dgx-a100-80gb", pins.tp * pins.pp)
+    job = Job.of(model, cluster, inputs, Options.of(None, ADAMW, pins, None, None, None))
+    found = job.solve()
+    assert isinstance(found, Solution)
+    return job, found
+
+
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("build", [gpt, wide])
 def test_the_last_stage_reserves_what_gradients_of_its_output_take(build: Any, pp: int) -> None:
     """Never more than the program needs, and most of it: search would propose plans that do not fit, one by one."""
     pins = Parallelism(1, 1, pp, zero=0, recompute="none", schedule="1f1b")
-    model, inputs = build()
-    job = Job.of(model, Cluster.load("dgx-a100-80gb", pp), inputs, Options.of(None, ADAMW, pins, None, None, None))
-    found = job.solve()
-    assert isinstance(found, Solution)
+    job, found = solved(*build(), pins)
     c, last = found.configuration, found.stages[-1]
     chain = job.pinned_space().chain(c.dp, c.tp, c.microbatch_size)
     assert chain is not None
@@ -72,10 +79,7 @@ class Tall(nn.Module):
 def test_weights_that_are_gathered_over_tp_are_held_until_backward(recompute: str) -> None:
     """Rows split over tp as well, each rank with half of a weight: what a forward gathers its backward reads."""
     pins = Parallelism(1, 2, 1, zero=0, recompute=recompute, schedule="1f1b")
-    inputs = {"x": torch.randn(4096, 64), "y": torch.randn(4096, 64)}
-    job = Job.of(Tall(), Cluster.load("dgx-a100-80gb", 2), inputs, Options.of(None, ADAMW, pins, None, None, None))
-    found = job.solve()
-    assert isinstance(found, Solution)
+    job, found = solved(Tall(), {"x": torch.randn(4096, 64), "y": torch.randn(4096, 64)}, pins)
     plan = job.plan(found)
     chunk = job.program(plan).stages[0].chunks[0]
     made = [(i, value) for i in chunk.forward.instructions for value in i.outputs if value.storage in chunk.saved]
@@ -107,9 +111,6 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_what_frozen_weights_multiply_is_not_held(recompute: str) -> None:
     pins = Parallelism(1, 1, 1, zero=0, recompute=recompute, schedule="1f1b")
-    inputs = {"x": torch.randn(512, 64), "y": torch.randn(512, 64)}
-    job = Job.of(Adapted(), Cluster.load("dgx-a100-80gb", 1), inputs, Options.of(None, ADAMW, pins, None, None, None))
-    found = job.solve()
-    assert isinstance(found, Solution)
+    job, found = solved(Adapted(), {"x": torch.randn(512, 64), "y": torch.randn(512, 64)}, pins)
     (memory,) = (peak.memory for peak in job._stage_peaks(job.plan(found)))
     assert found.stages[0].saved_bytes == pytest.approx(memory.saved, rel=0.03)

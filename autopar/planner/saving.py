@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autopar.planner.backward_reads import saves_of, with_views
 from autopar.planner.factor_graph import BoolArray, Factor, FloatArray
 from autopar.planner.mesh_strategies import MeshOp, MeshSpace
-from autopar.planner.weights import saves_of, with_views
 from cost_model.ops import WITHIN_BACKWARD, entry_of, price_of
 from passes.recompute import Flow, is_heavy, repeated
 

@@ -7,13 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
+from autopar.planner.backward_reads import read_back, saves_of, with_views
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.local_model import EXIT, LocalModel, boundary_placements, sequence_of
 from autopar.planner.mesh_strategies import MeshOp, combined, mesh_space
 from autopar.planner.prices import MeshPrices
 from autopar.planner.saving import NONE, RECOMPUTE, OpUse, Saving, SegmentLevels, TensorUse
 from autopar.planner.strategies import SEQUENCE, OpSpace, op_space, pin_sequence
-from autopar.planner.weights import read_back, saves_of, with_views
 from cost_model.ops import BETWEEN_REPLICAS
 from cost_model.placement import (
     PARTIAL,
