@@ -23,12 +23,13 @@ from passes import (  # noqa: F401  (with others add to REWRITES)
     restate_losses,
     restate_parts,
     restate_placed,
+    restate_strided,
 )
 from passes.calls import schema_arguments
 from passes.graph import RESERVED, GraphInput, Meta, ModelGraph, drop_dead_calls, meta_of, source_of
 from passes.restate import HALF, REWRITES
 from passes.restate_masks import refuse_unknown_shape
-from passes.restate_strided import refuse_sparse
+from passes.restate_sparse import sparse_call, touches_sparse
 from passes.rewriter import GraphBuilder
 from passes.unfold import unfolded
 from passes.written import write_buffers
@@ -90,7 +91,8 @@ class Cleaner:
         if node.target in _DROPPED:
             return None
         refuse_unknown_shape(node)
-        refuse_sparse(node)
+        if touches_sparse(self, node):
+            return sparse_call(self, node)
         rewrite = REWRITES.get(node.target)
         if rewrite is not None:
             result = rewrite(self, node, {k: self.operand(v) for k, v in schema_arguments(node).items()})

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
@@ -39,18 +38,6 @@ class _Windows:
     places: int
     inside: int
     step: int
-
-
-def refuse_sparse(node: fx.Node) -> None:
-    """UnsupportedError where a call takes or makes tensors that are not laid out by strides."""
-    given = [operand for operand in node.all_input_nodes if operand.op != "call_function"]  # calls were looked at
-    values = [one.meta.get("val") for one in (node, *given)]
-    if any(isinstance(v, torch.Tensor) and v.layout is not torch.strided for v in pytree.tree_leaves(values)):
-        raise UnsupportedError(
-            f"{node.target} takes or makes a sparse tensor ({source_of(node)}), which no rule divides: make it dense "
-            "(.to_dense()), or keep places and values as tensors and add up what they reach "
-            "(x.new_zeros(n, d).index_add(0, rows, values[:, None] * x[columns]))"
-        )
 
 
 @rewrites(aten.as_strided.default)

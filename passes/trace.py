@@ -37,6 +37,7 @@ from passes.pick import pick
 from passes.picked import check_picked, picked_notes
 from passes.questions import Questions
 from passes.repeats import HiddenError, Repeats
+from passes.restate_sparse import is_sparse, spell_out
 from passes.running_statistics import statistics_as_traced
 from passes.segment import Segment, segment
 from passes.specialise import are_twins, named_like, twins
@@ -340,6 +341,10 @@ def _to_model_graph(
     written: dict[str, int] = {}
     for node, item in zip(placeholders, exported.graph_signature.input_specs, strict=True):
         entry = _describe(node, item, leaf_paths, size, aliases)
+        if is_sparse(node.meta.get("val")) and entry.kind != "batch":
+            for name, (part, tensor) in spell_out(node, entry, _held(exported, item)).items():
+                described[name], constants[part.target] = part, tensor
+            continue
         if entry.kind == "constant":
             constants[entry.target] = exported.constants[entry.target]
         if entry.kind in ("parameter", "buffer"):
@@ -357,6 +362,12 @@ def _to_model_graph(
     graph = clean(exported.graph_module, described, size, loss, written)
     check_statistics(graph, {aliases.get(name, name): norms for name, norms in changed.statistics.items()})
     return graph, constants
+
+
+def _held(exported: torch.export.ExportedProgram, item: Any) -> torch.Tensor:
+    known = exported.state_dict if item.target in exported.state_dict else exported.constants
+    held: torch.Tensor = known[item.target]
+    return held
 
 
 def _name(item: Any) -> str:
