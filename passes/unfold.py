@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -23,6 +23,7 @@ from cost_model.errors import VerificationError
 from cost_model.ops import entry_of
 from cost_model.ops.table import backward_only
 from passes.graph import is_getitem
+from passes.plain_forms import PLAIN_FORMS
 from passes.rewriter import SOURCE_KEYS
 from passes.unmutate import unmutate
 
@@ -95,33 +96,4 @@ def _made_of(target: Any) -> tuple[Callable[..., Any] | None, bool]:
 
 @cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    return {**torch.export.default_decompositions(), **_OURS}
-
-
-def _weighed(added: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
-    """What is added counts for nothing where ``beta`` is 0, even if it is no number."""
-    product = product if alpha == 1 else product * alpha
-    return product if beta == 0 else added * beta + product
-
-
-def _addmv(self: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _weighed(self, torch.mv(mat, vec), beta, alpha)
-
-
-def _addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """One product of matrices whose common dim is that of all matrices one behind the other."""
-    product = batch1.transpose(0, 1).flatten(1) @ batch2.flatten(0, 1)
-    return _weighed(self, product, beta, alpha)
-
-
-def _dist(self: Tensor, other: Tensor, p: float = 2) -> Tensor:
-    made: Tensor = torch.linalg.vector_norm(self - other, p)
-    return made
-
-
-_OURS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.addmv.default: _addmv,
-    torch.ops.aten.addbmm.default: _addbmm,
-    torch.ops.aten.dist.default: _dist,
-}
-"""What torch has no such form of."""
+    return {**torch.export.default_decompositions(), **PLAIN_FORMS}

@@ -72,6 +72,11 @@ def _solved(d: Draw) -> tuple[Any, ...]:
     return matrices, d.normal(*matrices.shape[:-1], 2)
 
 
+def _solved_by_factors(d: Draw) -> tuple[Any, ...]:
+    matrices, wanted = _solved(d)
+    return *torch.linalg.lu_factor(matrices), wanted
+
+
 def _searched(d: Draw) -> tuple[Any, ...]:
     lead = d.shape(0, 2)
     return d.normal(*d.pick((), lead), 5).sort().values, d.normal(*lead, d.size())
@@ -432,6 +437,14 @@ MORE: list[Drawn] = [
         6,
         lambda d: (d.positive(*d.shape()).tanh(),),
     ),
+    (
+        """special_bessel_j0.default special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default
+        special_modified_bessel_i0.default special_modified_bessel_i1.default special_modified_bessel_k0.default
+        special_modified_bessel_k1.default special_scaled_modified_bessel_k0.default
+        special_scaled_modified_bessel_k1.default special_spherical_bessel_j0.default special_airy_ai.default""",
+        2,
+        lambda d: (d.positive(*d.shape()),),
+    ),
     ("polygamma.default", 4, lambda d: (1, d.positive(*d.shape()))),
     ("copysign.Tensor ldexp.Tensor", 6, lambda d: tuple(d.normal(*shape) for shape in [d.shape()] * 2)),
     ("searchsorted.Tensor", 8, _searched),
@@ -450,6 +463,7 @@ MORE: list[Drawn] = [
     ("_linalg_svd.default", 6, lambda d: (_definite(d), False, True)),
     ("_linalg_eigh.default", 6, lambda d: (_definite(d), "L", True)),
     ("_linalg_solve_ex.default", 6, _solved),
+    ("linalg_lu_solve.default", 6, _solved_by_factors),
     ("cholesky_solve.default", 6, lambda d: _solved(d)[::-1]),
     ("linalg_solve_triangular.default", 6, lambda d: (*_solved(d), {"upper": True})),
     ("_cdist_forward.default", 6, lambda d: (d.normal(4, 6, 3), d.normal(4, 2, 3), 2.0, None)),

@@ -17,9 +17,11 @@ from unseen_models import BATCH, classes, normal
 from cost_model.ops import entry_of
 from passes.covariances import covariances_as_sums
 from passes.graph import is_getitem
+from passes.plain_forms import PLAIN_FORMS
 from passes.trace import trace
 from passes.unmutate import unmutate
 
+aten = torch.ops.aten
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
 
@@ -105,6 +107,7 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "norms": lambda: Model(lambda _, x: x / torch.linalg.vector_norm(x, 3, -1, keepdim=True)),
     "mapped": lambda: Model(lambda _, x: torch.vmap(lambda row: row.tanh() + 0.1 * row.norm())(x)),
     "empty_cat": lambda: Model(lambda _, x: torch.cat([torch.tensor([]), x], -1)),
+    "rounded": lambda: Model(lambda _, x: torch.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127)),
     "expand_as": lambda: Model(lambda _, x: x * x[:, :1].expand_as(x)),
 }
 
@@ -131,6 +134,32 @@ def test_covariances_are_those_of_torch(weights: dict[str, Any]) -> None:
         found = [rows.cov(**weights), rows.real.cov(fweights=often, **weights), rows.real[0].cov(), rows.corrcoef()]
     expected = [rows.cov(**weights), rows.real.cov(fweights=often, **weights), rows.real[0].cov(), rows.corrcoef()]
     torch.testing.assert_close(found, expected)
+
+
+STEPS = torch.linspace(-5, 4.75, 40).repeat(2, 1)
+"""Values in the middle between two steps, and out of range."""
+FORMS: dict[Any, tuple[Any, ...]] = {
+    aten.fake_quantize_per_tensor_affine_cachemask.default: (STEPS, 0.5, 3, -8, 7),
+    aten.fake_quantize_per_channel_affine_cachemask.default: (
+        STEPS, torch.tensor([0.5, 0.25]), torch.tensor([1, -3], dtype=torch.int32), 0, -8, 7,
+    ),
+    aten.multilabel_margin_loss_forward.default: (STEPS[:, ::10], torch.tensor([[1, 3, -1, 2], [-1, 0, 0, 0]]), 0),
+    aten.addmv.default: (STEPS[0, :2], STEPS, STEPS[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", FORMS, ids=str)
+def test_plain_forms_are_what_kernels_make(op: Any) -> None:
+    x, *rest = FORMS[op]
+    results, gradients = [], []
+    for call in (op, PLAIN_FORMS[op]):
+        given = x.clone().requires_grad_()
+        made = call(given, *rest)
+        results.append(made)
+        value = made[0] if isinstance(made, tuple) else made
+        gradients += torch.autograd.grad((value * torch.arange(1.0, value.numel() + 1).view_as(value)).sum(), given)
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("name", BETWEEN)

@@ -48,6 +48,15 @@ elementwise(
     gradient_of("too ooo"),
     saving("in0"),
 )
+elementwise(
+    """special_bessel_j0.default special_bessel_j1.default special_bessel_y0.default special_bessel_y1.default
+    special_modified_bessel_i0.default special_modified_bessel_i1.default special_modified_bessel_k0.default
+    special_modified_bessel_k1.default special_scaled_modified_bessel_k0.default
+    special_scaled_modified_bessel_k1.default special_spherical_bessel_j0.default special_airy_ai.default""",
+    "transcendental",
+    nowhere_linear,
+    no_backward,
+)
 elementwise("copysign.Tensor", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0", "in1"))
 elementwise("ldexp.Tensor", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0", "in1"))
 elementwise(

@@ -68,6 +68,19 @@ def _from_factor(call: OpCall) -> FactorMap | None:
     return parse_map(notation, call.inputs, call.outputs, whole="m n", linear=((0,),))
 
 
+def _from_factors(call: OpCall) -> FactorMap | None:
+    """linalg_lu_solve: linear in what it is solved for, whose columns stay apart (rows where X stands left)."""
+    matrix, _, solved = call.inputs
+    lead = len(matrix.shape) - 2
+    if solved.shape[:-2] != matrix.shape[:-2]:
+        return None
+    batch = " ".join(f"a{i}" for i in range(lead))
+    free = f"{batch} m k" if call.args.get("left", True) else f"{batch} k m"
+    return parse_map(
+        f"{batch} m n, {batch} p, {free} -> {free}", call.inputs, call.outputs, whole="m n p", linear=((2,),)
+    )
+
+
 def _cubic(call: OpCall) -> OpCost:
     """One multiplication and addition for each element of a matrix and each of its rows."""
     rows = call.inputs[0].shape[-1]
@@ -114,6 +127,7 @@ _register(
 )
 _register("linalg_pinv.atol_rtol_tensor", _inverted)
 _register("cholesky_solve.default", _from_factor)
+_register("linalg_lu_solve.default", _from_factors)
 _register("_linalg_solve_ex.default", _alike)
 _register("linalg_solve_triangular.default", _triangular)
 register(
