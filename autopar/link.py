@@ -187,7 +187,7 @@ class Linker:
         def build(cut: ModelGraph) -> StageCode:
             """Made once for all that are the same but for names and, where microbatches do not see it, split state."""
             key = (options, outline(cut, state if apart and state is not None else stage.choices, levels, shared))
-            code = self._made.once(key, cut, functools.partial(self._rewritten, plan, index))
+            code = self._made.once(key, cut, functools.partial(self._rewritten, plan, index, printed=False))
             return replace(code, buckets=buckets(code.gradients, cut, code.placements, code.metas)) if apart else code
 
         return priced_code(whole, stage.choices, levels, build, buckets)
@@ -201,7 +201,9 @@ class Linker:
         first, last = stage.first_segment, stage.last_segment
         return cut_stage(model, self.traced.segments, first, last, self.analysis, whole, mesh.dp)
 
-    def _rewritten(self, plan: Plan, index: int, cut: ModelGraph, zeros: frozenset[str] = frozenset()) -> StageCode:
+    def _rewritten(
+        self, plan: Plan, index: int, cut: ModelGraph, zeros: frozenset[str] = frozenset(), *, printed: bool = True
+    ) -> StageCode:
         stage, segments, mesh = plan.stages[index], self.traced.segments, plan.mesh(index % plan.pp)
         return build_stage(
             cut,
@@ -223,6 +225,7 @@ class Linker:
             products=self.products,
             device_kind=self.device_kind,
             segments=[part.label for part in segments],
+            printed=printed,
         )
 
     def _price(self, stage: LinkedStage) -> OptimizerPrice:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autopar.report import seconds_text
-from autopar.schedules import WORTH
 from cost_model.precision import SENT, Precision
 
 if TYPE_CHECKING:
     from autopar.planning import Decision, Job
+
+WORTH = 0.01
+"""The least part of a step that a less simple program must save."""
 
 
 def narrower(job: Job, exact: Decision, start: float) -> Decision:

@@ -20,7 +20,7 @@ from autopar.link import Linker
 from autopar.linked import Linked, device_map
 from autopar.meshes import DifferentMeshes, may_differ
 from autopar.model_notes import analysed, random_notes, scaling_notes
-from autopar.narrower import narrower
+from autopar.narrower import WORTH, narrower
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed, timed_s
@@ -37,7 +37,6 @@ from autopar.report import seconds_text
 from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
-from autopar.schedules import WORTH
 from autopar.uneven import moved
 from autopar.whole_state import whole_state_gain_s
 from cost_model.axes import Axes

@@ -17,7 +17,7 @@ from autopar.options import FLAT
 from autopar.planner.search import Configuration, search
 from autopar.planner.solution import Pins, Progress, Solution, is_interrupted
 from autopar.report import seconds_text
-from autopar.schedules import WORTH, faster_schedules, may_fit
+from autopar.schedules import faster_schedules, may_fit
 from cost_model.errors import ParallelismError
 from cost_model.plan import Plan
 
@@ -50,14 +50,14 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     mesh.
     """
     plan = job.plan(solution)
-    best, limit_s = plan, (1 - WORTH) * job.step_s(plan)
+    best, limit_s = plan, job.step_s(plan)
 
     def is_faster(other: Solution) -> bool:
         nonlocal best, limit_s
         made = job.plan(other)
         if job.step_s(made) >= limit_s:
             return False
-        best, limit_s = made, (1 - WORTH) * job.step_s(made)
+        best, limit_s = made, job.step_s(made)
         return True
 
     plain = _is_plain(job, solution)

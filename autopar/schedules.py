@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import add
 
 from autopar.planner.placed_prices import MAX_WINDOW
 from autopar.planner.search import Configuration
@@ -14,10 +15,13 @@ from cost_model.parallelism import Parallelism
 from cost_model.program import Program
 from cost_model.schedule import refusal
 from cost_model.simulate import SimulationResult
-from cost_model.sketch import least_saved_bytes, sketched_step_s, with_virtual_stages, with_weight_blocks
-
-WORTH = 0.01
-"""The least part of a step that another schedule must save: sketches are no more exact, and simple is better."""
+from cost_model.sketch import (
+    least_saved_bytes,
+    most_saved_bytes,
+    sketched_step_s,
+    with_virtual_stages,
+    with_weight_blocks,
+)
 
 
 def faster_schedules(
@@ -29,11 +33,10 @@ def faster_schedules(
     Where hardly any time is spent waiting for other stages and their messages, none is looked at.
     """
     waits_s = base.breakdown.bubble_s + max(stage.op_kinds_s.get("receive", 0.0) for stage in base.stages)
-    if solution.configuration.pp == 1 or waits_s < WORTH * base.step_time_s:
+    if solution.configuration.pp == 1 or waits_s <= 0.0:
         return []
-    found = [(seconds, c) for seconds, c in _sketched(solution, program, cluster, pins)]
-    worth = [(seconds, c) for seconds, c in found if seconds < (1 - WORTH) * base.step_time_s]
-    return sorted(worth, key=lambda each: each[0])
+    found = [(seconds, c) for seconds, c in _sketched(solution, program, cluster, pins) if seconds < base.step_time_s]
+    return sorted(found, key=lambda each: each[0])
 
 
 def _sketched(
@@ -67,7 +70,9 @@ def may_fit(
     them together hold as much, and what they save.
     """
     if c.virtual_stages == 1:
-        return True
+        sketch = with_weight_blocks(program) if c.schedule == "zero_bubble" else replace(program, window=c.window)
+        held = map(add, static_bytes, most_saved_bytes(sketch))
+        return all(each <= cap for each, cap in zip(held, caps_bytes, strict=True))
     ends = [part.last for part in recut(solution.stages, c.pp * c.virtual_stages)]
     return sum(static_bytes) + least_saved_bytes(program, ends) <= sum(caps_bytes)
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cost_model.axes import is_inside_replica
+from cost_model.axes import DP, is_inside_replica
 from cost_model.axis_groups import axis_groups, collective_stages
 from cost_model.block_price import BlockPrice, block_price, spent_seconds
 from cost_model.cold_calls import cold_seconds
@@ -110,8 +110,9 @@ def _check_chain(program: Program) -> None:
 def hidable_s(program: Program, cluster: PricedCluster) -> float:
     """The most that a step can gain where collectives move behind compute, of the stage that gains most.
 
-    Gradients are complete in the last microbatch's backward, so what is done with them once a step hides behind no
-    more than that; with several chunks behind those of others too.
+    Of what every microbatch does, sums move, and what gathers and scatters the parts that replicas have. Gradients are
+    complete in the last microbatch's backward, so what is done with them once a step hides behind no more than that;
+    with several chunks behind those of others too.
     """
     pricer = _Pricer(program, cluster)
 
@@ -120,15 +121,15 @@ def hidable_s(program: Program, cluster: PricedCluster) -> float:
         moving = (c for c in collectives if c.kind in BEHIND_KINDS and collective_stages(program, c.axis, stage) == own)
         return sum(pricer.hidden_s(stage, every, c) for c in moving)
 
+    def each_s(own: StageProgram) -> float:
+        found = (c for chunk in own.chunks for block in chunk.blocks for c in block.collectives())
+        return gain_s(own.stage, (c for c in found if c.kind == "all_reduce" or c.axis == DP))
+
     def once_s(own: StageProgram) -> float:
         found = gain_s(own.stage, own.step.collectives)
         return min(found, pricer.backward_s(own.stage)) if program.virtual_stages == 1 else found
 
-    return max(
-        program.microbatches * gain_s(own.stage, (c for k in own.chunks for b in k.blocks for c in b.collectives()))
-        + once_s(own)
-        for own in program.stages
-    )
+    return max(program.microbatches * each_s(own) + once_s(own) for own in program.stages)
 
 
 class _Pricer:

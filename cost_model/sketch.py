@@ -12,7 +12,7 @@ from dataclasses import replace
 from cost_model.priced import PricedCluster
 from cost_model.prices import price_stages
 from cost_model.program import Block, Chunk, Instruction, Program
-from cost_model.schedule import Backward, Forward, Step, splits_backward, stage_schedule
+from cost_model.schedule import Backward, Forward, Step, Weight, splits_backward, stage_schedule
 from cost_model.simulate import step_time_s
 
 
@@ -62,26 +62,57 @@ def least_saved_bytes(program: Program, ends: Sequence[int]) -> int:
     """What the stages of ``with_virtual_stages`` have saved when each has most, all together, but for what crosses a
     cut: no more than they will."""
     saved = [_saved_bytes(program, first, last) for first, last in zip((0, *ends), ends, strict=False)]
-    parts = len(ends) // program.pp
+    parts, unkept = len(ends) // program.pp, [0] * (len(ends) // program.pp)
     return sum(
         _most_held(
             saved[stage :: program.pp],
+            unkept,
             stage_schedule("interleaved", stage, program.pp, program.microbatches, parts),
         )
         for stage in range(program.pp)
     )
 
 
-def _most_held(saved: Sequence[int], steps: Sequence[Step]) -> int:
-    """saved: bytes of one microbatch in each chunk of a stage."""
+def most_saved_bytes(sketch: Program) -> tuple[int, ...]:
+    """What each stage of a program or of ``with_weight_blocks`` has saved, and kept for gradients of parameters, when
+    it has most: no more than it will hold."""
+    found = []
+    for stage in sketch.stages:
+        steps = stage_schedule(
+            sketch.schedule, stage.stage, sketch.pp, sketch.microbatches, sketch.virtual_stages, sketch.window
+        )
+        saved = [_saved_bytes(sketch, chunk.segments[0], chunk.segments[-1] + 1) for chunk in stage.chunks]
+        found.append(_most_held(saved, list(map(_kept_bytes, stage.chunks)), steps))
+    return tuple(found)
+
+
+def _most_held(saved: Sequence[int], kept: Sequence[int], steps: Sequence[Step]) -> int:
+    """Bytes of one microbatch in each chunk of a stage. saved: until its backward; kept: from then on until its weight
+    block has run."""
     held = most = 0
     for step in steps:
         if isinstance(step, Forward):
             held += saved[step.chunk]
-            most = max(most, held)
         elif isinstance(step, Backward):
-            held -= saved[step.chunk]
+            held += kept[step.chunk] - saved[step.chunk]
+        elif isinstance(step, Weight):
+            held -= kept[step.chunk]
+        most = max(most, held)
     return most
+
+
+def _kept_bytes(chunk: Chunk) -> int:
+    """What its weight block reads of what was saved, or made on the way to the gradient that is sent back."""
+    if chunk.weight is None:
+        return 0
+    forward, backward = (
+        [v for i in block.instructions for v in i.outputs] for block in (chunk.forward, chunk.backward)
+    )
+    given = {v.storage for v in chunk.backward.inputs}
+    held = {*chunk.saved, *(v.storage for v in backward if v.storage not in given)}
+    values = {v.name: v for v in (*forward, *backward) if v.storage in held}
+    read = (values[name] for i in chunk.weight.instructions for name in i.inputs if name in values)
+    return sum({v.storage: v.storage_bytes for v in read}.values())
 
 
 def _saved_bytes(program: Program, first: int, last: int) -> int:

@@ -6,6 +6,7 @@ dies, what a collective moves and what shares memory are decided here, once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
@@ -183,8 +184,8 @@ class _Lower:
     def _instruction(
         self, node: fx.Node, variables: list[fx.Node], in_place: bool, frees: tuple[str, ...]
     ) -> Instruction:
-        cost, workspace = self._work(node, in_place)
         collective = _collective(node, self.metas)
+        cost, workspace = self._work(node, in_place, collective)
         return Instruction(
             op=str(node.target),
             inputs=tuple(o.name for o in node.all_input_nodes),
@@ -199,17 +200,16 @@ class _Lower:
             completes=str(node.args[0]) if node.target is complete else None,
         )
 
-    def _work(self, node: fx.Node, in_place: bool) -> tuple[OpCost | None, int]:
+    def _work(self, node: fx.Node, in_place: bool, collective: Collective | None) -> tuple[OpCost | None, int]:
         """(cost, bytes that the call needs beside its results)."""
         if isinstance(node.target, Kernel):
             return node.target.cost, node.target.workspace_bytes
         call = call_of(node, self.metas if node.name in self.metas else {**self.metas, node.name: ()})
-        collective = _collective(node, self.metas)
         cost = None if is_view(node) else price_of(call)
         copy = OpCost("copy", 0.0, 2.0 * call.inputs[0].nbytes, call.inputs[0].dtype) if call.inputs else None
         if collective is not None and collective.kind == "all_reduce":
             cost = None if in_place else copy
-        staged = _staging_bytes(node, self.metas) + _parts_bytes(node, self.metas)
+        staged = _staging_bytes(node, self.metas, collective) + _parts_bytes(node, self.metas)
         copies = copied_bytes(node) if self.device_kind == CPU and not is_view(node) else 0
         return cost, staged + copies + workspace_bytes(node, cost)
 
@@ -225,7 +225,7 @@ class _Lower:
 
     def _reduces_in_place(self, index: int, node: fx.Node) -> bool:
         """An all_reduce whose operand is its own contiguous storage that dies here."""
-        if "all_reduce" not in str(node.target):
+        if _collective_kind(node) != "all_reduce":
             return False
         operand = node.all_input_nodes[0]
         value = operand.meta["val"]
@@ -245,13 +245,28 @@ def label_of(node: fx.Node) -> str:
 
 def _collective(node: fx.Node, metas: Mapping[str, Meta]) -> Collective | None:
     """nbytes: the larger side of the op."""
-    namespace, _, rest = str(node.target).partition(".")
-    kind = rest.split(".")[0].removeprefix(BEGIN)
-    if namespace != "autopar" or kind not in _COLLECTIVES:
+    kind = _collective_kind(node)
+    if kind is None:
         return None
     axis = node.args[1]
     assert isinstance(axis, str)
     return Collective(kind, axis, max(_bytes(metas[node.name]), _bytes(metas[node.all_input_nodes[0].name])))
+
+
+def _collective_kind(node: fx.Node) -> str | None:
+    """None where a call is not a collective or the beginning of one."""
+    kind = _own_name(node).removeprefix(BEGIN)
+    return kind if kind in _COLLECTIVES else None
+
+
+def _own_name(node: fx.Node) -> str:
+    """The name of one of this compiler's own ops; empty for others."""
+    return _name_of(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+@functools.cache
+def _name_of(op: torch._ops.OpOverload) -> str:
+    return op.overloadpacket.__name__ if op.namespace == "autopar" else ""
 
 
 def _awaited(node: fx.Node) -> str | None:
@@ -264,12 +279,11 @@ def _bytes(meta: Meta) -> int:
     return meta.nbytes
 
 
-def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
+def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta], collective: Collective | None) -> int:
     """Buffers inside a collective: its operand laid out rank after rank, parts that arrive before they are interleaved.
 
     Shards that lie one behind the other need neither; what is summed arrives in parts all the same.
     """
-    collective = _collective(node, metas)
     if collective is None or collective.kind == "all_reduce" or node.target in BEGINS:
         return 0
     operand = node.all_input_nodes[0]
@@ -290,7 +304,7 @@ def _staging_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
 
 def _parts_bytes(node: fx.Node, metas: Mapping[str, Meta]) -> int:
     """Attention of a rank's queries works over its own keys and over those before them: a second set of results."""
-    if "attention_rows" not in str(node.target):
+    if not _own_name(node).startswith("attention_rows"):
         return 0
     outputs = metas[node.name]
     assert isinstance(outputs, tuple)

@@ -130,6 +130,7 @@ def build_stage(
     products: str = BLAS,
     device_kind: str = CPU,
     segments: Sequence[str] = (),
+    printed: bool = True,
 ) -> StageCode:
     """Shard, trace jointly, split, lower and print one stage's cut graph.
 
@@ -140,7 +141,7 @@ def build_stage(
     one that is made apart and added, so it is not fused. overlaps: whether collectives move behind compute. given: the
     buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs; None: none
     are. products: of ``PRODUCT_LIBRARIES``. device_kind: "cpu" or "cuda", whose kernels take memory of their own.
-    segments: labels of the chain's segments, for profilers.
+    segments: labels of the chain's segments, for profilers. printed: whether it is to run; else it has no text.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
     inputs, degrees, places = sharded.graph.inputs, (dp, mesh), sharded.placements
@@ -168,7 +169,8 @@ def build_stage(
         graphs = overlap(graphs, STATE_AXIS)
         early = _reduced_early(alone, kept, buckets, places, degrees, shared)
         groups = mark_groups(graphs.backwards[-1], {name: metas[node].nbytes for node, name in early.items()}, suffix)
-    return _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments, device_kind).build()
+    made = _Builder(sharded, graphs, last, buckets, gradients, groups, suffix, precision, segments, device_kind)
+    return made.build(printed)
 
 
 def _weight_apart(graphs: SplitGraphs, inputs: Sequence[GraphInput]) -> SplitGraphs:
@@ -237,7 +239,7 @@ class _Builder:
         self.storages = Storages(given)
         self.names = new_names()
 
-    def build(self) -> StageCode:
+    def build(self, printed: bool) -> StageCode:
         graphs = self.graphs
         backward_reads = {n.name for n in graphs.backward.nodes if n.op == "placeholder"}
         keeps_activation = self.activation is not None and self.activation in backward_reads
@@ -250,25 +252,12 @@ class _Builder:
         results = (*self._returned_gradient(), *graphs.kept)
         backward = self._lower(graphs.backward, "backward", frozenset(handed), results)
         weight = self._weight()
-        texts = [
-            self._text(setup, SETUP_SIGNATURE, (), None, "Values that never change, computed once."),
-            self._text(forward, FORWARD_SIGNATURE, (), kept, "One microbatch: (activation or loss, saved values)."),
-            self._text(
-                backward,
-                BACKWARD_SIGNATURE,
-                self._taken(kept, grad_in),
-                None if weight is None else graphs.kept,
-                _BACKWARD_DOC if weight is None else _FIRST_DOC,
-            ),
-        ]
-        if weight is not None:
-            texts.append(self._text(weight, BACKWARD_SIGNATURE, graphs.kept, None, _BACKWARD_DOC))
-        texts = [*(render_kernel(kernel, self.names) for kernel in self.names.kernels.values()), *texts]
+        functions = self._functions(setup, forward, backward, weight, kept, grad_in) if printed else ""
         changed = {i.target for i in self.inputs.values() if i.changes}
         return StageCode(
             suffix=self.suffix,
             ops=dict(self.names.used),
-            functions="\n\n\n".join(texts) + "\n",
+            functions=functions,
             forward=forward.block,
             backward=backward.block,
             saved=self._storages_in(forward, kept),
@@ -288,6 +277,32 @@ class _Builder:
             kept=self._storages_in(backward, graphs.kept),
             kernels=tuple(self.names.kernels.values()),
         )
+
+    def _functions(
+        self,
+        setup: Function,
+        forward: Function,
+        backward: Function,
+        weight: Function | None,
+        kept: tuple[str, ...],
+        grad_in: str | None,
+    ) -> str:
+        """All of them as text."""
+        texts = [
+            self._text(setup, SETUP_SIGNATURE, (), None, "Values that never change, computed once."),
+            self._text(forward, FORWARD_SIGNATURE, (), kept, "One microbatch: (activation or loss, saved values)."),
+            self._text(
+                backward,
+                BACKWARD_SIGNATURE,
+                self._taken(kept, grad_in),
+                None if weight is None else self.graphs.kept,
+                _BACKWARD_DOC if weight is None else _FIRST_DOC,
+            ),
+        ]
+        if weight is not None:
+            texts.append(self._text(weight, BACKWARD_SIGNATURE, self.graphs.kept, None, _BACKWARD_DOC))
+        texts = [*(render_kernel(kernel, self.names) for kernel in self.names.kernels.values()), *texts]
+        return "\n\n\n".join(texts) + "\n"
 
     def _lower(self, graph: fx.Graph, name: str, owned: frozenset[str], returned: tuple[str, ...]) -> Function:
         return lower(graph, name + self.suffix, owned, returned, self.storages, self.device_kind)

@@ -53,7 +53,9 @@ def stage_of(overlap: bool = True, **pins: Any) -> StageProgram:
 # --- What they gain
 
 
-@pytest.mark.parametrize("pins", [{"dp": 4, "zero": 2}, {"dp": 4, "zero": 3}, {"dp": 2, "tp": 2, "zero": 3}])
+@pytest.mark.parametrize(
+    "pins", [{"dp": 4, "zero": 2}, {"dp": 4, "zero": 3}, {"dp": 2, "tp": 2, "zero": 3}, {"dp": 1, "tp": 4}]
+)
 def test_no_more_is_gained_than_can_be_hidden(pins: dict[str, int]) -> None:
     """On GPUs, whose links move bytes while they compute; nor is it more than all collectives take."""
     model, batch = example_gpt()
@@ -65,7 +67,8 @@ def test_no_more_is_gained_than_can_be_hidden(pins: dict[str, int]) -> None:
     job = Job.of(model, cluster, batch, options)
     plain = job.plan(job.solve())
     most_s, step = hidable_s(job.program(plain), cluster), job.simulated(plain)
-    assert 0 < step.step_time_s - job.step_s(replace(plain, overlap=True)) <= most_s
+    gained_s = step.step_time_s - job.step_s(replace(plain, overlap=True))
+    assert -1e-12 <= gained_s <= most_s and (gained_s > 0 or "zero" not in pins)
     assert most_s <= (step.breakdown.communication_s + step.breakdown.reduction_s) * (1 + 1e-9)
 
 

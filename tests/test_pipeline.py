@@ -21,7 +21,6 @@ import autopar
 from autopar import Parallelism
 from autopar.options import Options
 from autopar.planning import Job
-from autopar.schedules import WORTH
 from cost_model.errors import BatchError, ParallelismError
 from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_blocks
 
@@ -294,7 +293,7 @@ def test_the_schedule_that_is_fastest_is_chosen(microbatch_size: int) -> None:
         job = Job.of(model, cpu_cluster(2, 1e11), batch, Options.of(None, ADAMW, pins, None, None, None))
         found[schedule] = job.planned(job.decide(0.0))
     times = {schedule: each.estimate.step_time_s for schedule, each in found.items()}
-    assert times[None] <= min(times.values()) / (1 - WORTH) and times[None] < times["1f1b"]
+    assert times[None] <= min(times.values()) and times[None] < times["1f1b"]
     assert any("was chosen after the search" in note for note in found[None].estimate.notes)
     cluster, program = cpu_cluster(2, 1e11), found["1f1b"].linked.program
     assert sketched_step_s(with_weight_blocks(program), cluster) == pytest.approx(times["zero_bubble"], rel=0.02)
