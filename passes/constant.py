@@ -7,6 +7,7 @@ small, so it is simply run, at the global batch and at a smaller one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -63,9 +64,10 @@ def _first_numbered(
 
 
 def _by_sample(value: Tensor, dim: int, outer: int, batch: int) -> Tensor:
-    """``dim`` seen as outer x batch x inner."""
-    inner = value.shape[dim] // (outer * batch)
-    return value.reshape(*value.shape[:dim], outer, batch, inner, *value.shape[dim + 1 :])
+    """``dim`` seen as outer x batch x inner; as outer x groups x inner where several rows of a batch are one sample."""
+    along = value.shape[dim] // outer
+    groups = math.gcd(along, batch)
+    return value.reshape(*value.shape[:dim], outer, groups, along // groups, *value.shape[dim + 1 :])
 
 
 def _batches(traced: Traced, names: list[str]) -> list[int]:

@@ -98,6 +98,12 @@ def _mask_of_groups(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(windows * masked, y.view(-1, 4))
 
 
+def _rows_of_samples(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Two rows of the batch are one sample, for which a mask is made."""
+    samples = self.body(x).view(-1, 2, 3, 4).sum(1)
+    return F.mse_loss(samples * torch.ones(samples.shape[0], 3, 4, dtype=x.dtype).tril(), y[::2].view(-1, 3, 4))
+
+
 SPLIT: dict[str, Case] = {
     "mse": lambda: (Net(), inputs()),
     "sum of squares": _forward(lambda self, x, y: (self.body(x) - y).pow(2).sum() / 100),
@@ -116,6 +122,7 @@ SPLIT: dict[str, Case] = {
         lambda s: s.add_module("n", nn.BatchNorm1d(12).double().eval()),
     ),
     "rows picked by number": _forward(_picked, t=labels()),
+    "a mask for a sample of two rows": _forward(_rows_of_samples),
     "a mask for groups of rows": _forward(_mask_of_groups),
     "the same repeated": _forward(lambda self, x, y: F.mse_loss(self.a(x) + self.b.bias.repeat(x.size(0), 1), y)),
     "weight decay in the loss": _forward(_weight_decay),
