@@ -20,6 +20,7 @@ from cost_model.schedule import (
     Step,
     Weight,
     stage_schedule,
+    telling_microbatches,
 )
 from cost_model.tensor import TensorMeta
 
@@ -114,10 +115,14 @@ class StagePeaks:
         """As ``stage_peak`` of each stage."""
         found = []
         for stage, (blocks, static) in zip(self.stages, self._parts, strict=True):
-            walk = _StageWalk(blocks, window)
-            for step in stage_schedule(schedule, stage.stage, pp, microbatches, len(stage.chunks), window):
+            walk, shape = _StageWalk(blocks, window), (len(stage.chunks), window)
+            few = telling_microbatches(schedule, stage.stage, pp, microbatches, *shape)
+            steps = stage_schedule(schedule, stage.stage, pp, few, *shape)
+            for step in steps:
                 walk.run(step)
             walk.finish(stage, self._round_bytes)
+            if few < microbatches:
+                walk.move(steps, stage_schedule(schedule, stage.stage, pp, microbatches, *shape))
             found.append(walk.peak(static))
         return found
 
@@ -326,6 +331,14 @@ class _StageWalk:
         self._see("reduction", _Amount.buffer({"collective": buffer}, round_bytes))
         workspace = {"workspace": stage.step.optimizer_workspace_bytes}
         self._see("optimizer", _Amount.buffer(workspace, round_bytes))
+
+    def move(self, steps: Sequence[Step], whole: Sequence[Step]) -> None:
+        """To the whole schedule, that begins and ends as the one that was walked."""
+        moment, *_ = self.best_moment
+        if not isinstance(moment, str):
+            place = steps.index(moment)
+            if whole[place] != moment:
+                self.best_moment = (whole[place - len(steps)], *self.best_moment[1:])
 
     def peak(self, static: MemoryBreakdown) -> StagePeak:
         moment, count, carried, buffers, own = self.best_moment

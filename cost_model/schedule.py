@@ -140,6 +140,19 @@ def in_flight(schedule: str, stage: int, pp: int, microbatches: int, virtual_sta
     return min(_warmup(schedule, stage, pp, microbatches, virtual_stages, window) + 1 + late, count)
 
 
+def telling_microbatches(
+    schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1, window: int = 1
+) -> int:
+    """So few microbatches that a stage's schedule of them begins and ends as that of all, which only repeats more often
+    what comes between; all where there is no such number."""
+    warmup = -(-_warmup(schedule, stage, pp, microbatches, virtual_stages, window) // virtual_stages)
+    late = stage if splits_backward(schedule, stage) else 0
+    least = warmup + late + 2 * window + 2
+    if virtual_stages > 1:
+        least = -(-least // pp) * pp + 2 * pp
+    return least if least < microbatches else microbatches
+
+
 @functools.lru_cache(maxsize=1024)
 def stage_schedule(
     schedule: str, stage: int, pp: int, microbatches: int, virtual_stages: int = 1, window: int = 1

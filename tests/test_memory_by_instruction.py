@@ -4,11 +4,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from stage_by_hand import ACTIVATION, hand_stage, line, same, value
 
-from cost_model.memory import allocator_rounding, stage_memory
+from cost_model.memory import allocator_rounding, stage_memory, stage_peak
 from cost_model.program import Block, Chunk, Instruction, StageProgram, StepWork, Value
 from cost_model.schedule import (
     Backward,
@@ -164,7 +165,7 @@ def lines_of(draw: st.DrawFn, made: Sequence[Value], dying: Sequence[str]) -> tu
     )
 
 
-@given(stages(), st.integers(1, 6), st.sampled_from(("gpipe", "1f1b")))
+@given(stages(), st.integers(1, 12), st.sampled_from(("gpipe", "1f1b")))
 def test_stage_memory_is_that_of_every_instruction(made: tuple[StageProgram, int], count: int, schedule: str) -> None:
     stage, pp = made
     memory = stage_memory(stage, pp, count, schedule, same)
@@ -174,7 +175,7 @@ def test_stage_memory_is_that_of_every_instruction(made: tuple[StageProgram, int
     assert memory.rounding == 0
 
 
-@given(stages(), st.integers(1, 8), st.integers(2, 4))
+@given(stages(), st.integers(1, 26), st.integers(2, 4))
 def test_memory_in_windows_is_that_of_every_instruction(
     made: tuple[StageProgram, int], count: int, window: int
 ) -> None:
@@ -186,7 +187,7 @@ def test_memory_in_windows_is_that_of_every_instruction(
     )
 
 
-@given(interleaved_stages(), st.integers(1, 3))
+@given(interleaved_stages(), st.integers(1, 7))
 def test_memory_of_interleaved_stages_is_that_of_every_instruction(made: tuple[StageProgram, int], rounds: int) -> None:
     stage, pp = made
     memory = stage_memory(stage, pp, rounds * pp, "interleaved", same)
@@ -194,7 +195,7 @@ def test_memory_of_interleaved_stages_is_that_of_every_instruction(made: tuple[S
     assert memory.total_bytes == static + dynamic_bytes(stage, pp, rounds * pp, "interleaved")
 
 
-@given(split_stages(), st.integers(1, 6))
+@given(split_stages(), st.integers(1, 12))
 def test_memory_with_weight_blocks_is_that_of_every_instruction(made: tuple[StageProgram, int], count: int) -> None:
     stage, pp = made
     memory = stage_memory(stage, pp, count, "zero_bubble", same)
@@ -215,3 +216,22 @@ def test_rounding_only_adds(made: tuple[StageProgram, int], count: int, schedule
     rounded = stage_memory(stage, pp, count, schedule, allocator_rounding(kind))
     assert rounded.rounding >= 0
     assert rounded.total_bytes >= stage_memory(stage, pp, count, schedule, same).total_bytes
+
+
+@given(
+    st.one_of(
+        st.tuples(stages(), st.integers(1, 40), st.sampled_from(("gpipe", "1f1b")), st.integers(1, 3)),
+        st.tuples(interleaved_stages(), st.integers(1, 8), st.just("interleaved"), st.just(1)),
+        st.tuples(split_stages(), st.integers(1, 30), st.just("zero_bubble"), st.just(1)),
+    )
+)
+def test_a_peak_is_found_where_it_is_in_the_whole_schedule(
+    drawn: tuple[tuple[StageProgram, int], int, str, int],
+) -> None:
+    (stage, pp), count, schedule, window = drawn
+    count = count * pp if schedule == "interleaved" else count
+    window = window if schedule == "1f1b" else 1
+    found = stage_peak(stage, pp, count, schedule, same, window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cost_model.memory.telling_microbatches", lambda schedule, stage, pp, count, *shape: count)
+        assert stage_peak(stage, pp, count, schedule, same, window) == found
