@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cost_model.errors import UnsupportedError
 from passes.graph import is_getitem
@@ -52,9 +53,55 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _detach_outputs(region: fx.Node) -> None:
+    """What a region makes has no gradient; what it only hands on is the operand that it was, with its gradient."""
+    operands = _untouched(region)
     for output in list(region.users):
         assert is_getitem(output), output
-        _insert_detach(output, output)
+        operand = operands.get(output.args[1])
+        if operand is None:
+            _insert_detach(output, output)
+        else:
+            output.replace_all_uses_with(operand)
+
+
+def _untouched(region: fx.Node) -> dict[Any, fx.Node]:
+    """Index of an output -> the operand that it is, where the region does not write to it.
+
+    ``h.float()`` may be ``h`` itself, and the exporter calls ``h`` by its last name from then on.
+    """
+    inner = _inside(region)
+    written = {root for node in inner.nodes for root in _roots_written(node)}
+    given = dict(zip(inner.find_nodes(op="placeholder"), region.args[2:], strict=True))
+    returned: Any = inner.output_node().args[0]
+    same = enumerate(_itself(result) for result in returned)
+    return {index: given[root] for index, root in same if root in given and root not in written}
+
+
+def _itself(value: Any) -> Any:
+    """What a value is, behind calls that give their operand back."""
+    while isinstance(value, fx.Node) and _gives_back(value):
+        value = value.args[0]
+    return value
+
+
+def _gives_back(node: fx.Node) -> bool:
+    """Whether the result of a call is its first operand, the very tensor: found by calling it."""
+    target, operand = node.target, node.args[0] if node.args else None
+    if not (isinstance(target, torch._ops.OpOverload) and isinstance(operand, fx.Node)) or target._schema.is_mutable:
+        return False
+    value, made = operand.meta.get("val"), node.meta.get("val")
+    if len(node.all_input_nodes) > 1 or not isinstance(value, FakeTensor) or not isinstance(made, FakeTensor):
+        return False
+    if (value.shape, value.stride(), value.dtype) != (made.shape, made.stride(), made.dtype):
+        return False
+    with value.fake_mode:
+        given = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return target(given, *node.args[1:], **node.kwargs) is given
+
+
+def _inside(region: Any) -> fx.Graph:
+    graph: fx.Graph = getattr(region.graph.owning_module, region.args[1].target).graph
+    return graph
 
 
 def _detach_from_here(node: fx.Node) -> None:
@@ -180,8 +227,9 @@ def _source(value: fx.Node) -> fx.Node | None:
 
 def _handed_on(region: Any, index: Any) -> fx.Node | None:
     """The operand of a region that one of its outputs is, by itself, through views or by a write to it."""
-    inner = getattr(region.graph.owning_module, region.args[1].target).graph
-    result = inner.output_node().args[0][index]
+    inner = _inside(region)
+    returned: Any = inner.output_node().args[0]
+    result = returned[index]
     same = {*_roots_written(result), _lineage(result)[-1]}
     given = zip(inner.find_nodes(op="placeholder"), region.args[2:], strict=True)
     return next((operand for name, operand in given if name in same), None)

@@ -45,6 +45,15 @@ def _no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(self.c(torch.tanh(self.b(hidden))) + self.a(x), y)
 
 
+def _the_same_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Calls in a region that give back a parameter and a value, which go on with their gradients afterwards."""
+    hidden = self.a(x)
+    with torch.no_grad():
+        scale = hidden.to(x.dtype).contiguous().abs().amax(-1, keepdim=True) + self.b.weight.flatten(1).norm()
+        view = hidden.view(-1, 12)
+    return F.mse_loss(self.c(torch.tanh(self.b(hidden) / scale)) + hidden, y) + view.square().mean()
+
+
 def _laid_down_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     """Advantages, from the last step to the first, and what is laid down with a gradient afterwards."""
     value = self.body(x)
@@ -116,6 +125,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a layer that is not used": lambda: net(Net.forward, _extra),
     "a layer used detached": lambda: net(lambda s, x, y: F.mse_loss(s.body(x) + s.d(x).detach(), y), _extra),
     "first layer in no_grad and outside": lambda: net(_no_grad),
+    "the same in no_grad": lambda: net(_the_same_in_no_grad),
     "laid down in no_grad": lambda: net(_laid_down_in_no_grad),
     "a view from before no_grad": lambda: net(_view_from_before_no_grad),
     "detached in place": lambda: net(_detached_in_place),
