@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,21 @@ def _addbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, al
 def _dist(self: Tensor, other: Tensor, p: float = 2) -> Tensor:
     made: Tensor = torch.linalg.vector_norm(self - other, p)
     return made
+
+
+def _sinc(x: Tensor) -> Tensor:
+    """With a slope of zero at zero, where torch's form of it has none."""
+    turned = x * math.pi
+    is_flat = turned * x == 0
+    apart = torch.where(is_flat, 1.0, turned)
+    return torch.where(is_flat, 1.0, apart.sin() / apart)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Norms of each place along ``dim``: torch's form takes one of a whole vector."""
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    norm = torch.linalg.vector_norm(v, 2, others, keepdim=True) if others else v.abs()
+    return v * (g / norm), norm
 
 
 def _rounded(
@@ -59,6 +75,8 @@ def _margins_of_labels(x: Tensor, labels: Tensor, reduction: int) -> tuple[Tenso
 
 
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.sinc.default: _sinc,
+    torch.ops.aten._weight_norm_interface.default: _weight_norm,
     torch.ops.aten.fake_quantize_per_tensor_affine_cachemask.default: _rounded,
     torch.ops.aten.fake_quantize_per_channel_affine_cachemask.default: _rounded_by_channel,
     torch.ops.aten.multilabel_margin_loss_forward.default: _margins_of_labels,

@@ -144,6 +144,8 @@ FORMS: dict[Any, tuple[Any, ...]] = {
         STEPS, torch.tensor([0.5, 0.25]), torch.tensor([1, -3], dtype=torch.int32), 0, -8, 7,
     ),
     aten.multilabel_margin_loss_forward.default: (STEPS[:, ::10], torch.tensor([[1, 3, -1, 2], [-1, 0, 0, 0]]), 0),
+    aten.sinc.default: (STEPS,),
+    aten._weight_norm_interface.default: (STEPS[0] + 6, STEPS[1]),
     aten.addmv.default: (STEPS[0, :2], STEPS, STEPS[0]),
 }  # fmt: skip
 
