@@ -14,6 +14,8 @@ from passes.pieces import AMBIENT
 from passes.rewriter import GraphBuilder
 from passes.segment import Segment, carried_values
 
+SHARE = "share_of_"
+"""Names of calls that scale a term that knows no batch begin so, as none of a model's later do."""
 _KIND_ORDER = {"parameter": 0, "buffer": 1, "constant": 2, "batch": 3, "step": 4, "scale": 5, "activation": 6}
 
 
@@ -107,7 +109,7 @@ def _scale_shared(
         if fraction != 1 and (node.name, operand.name) in analysis.shared:
             source = mapped[operand]
             with built.graph.inserting_before(copied):
-                name = f"share_of_{operand.name}_in_{node.name}"  # none that a call of the model takes later on
+                name = f"{SHARE}{operand.name}_in_{node.name}"
                 times, meta = torch.ops.aten.mul.Tensor, built.metas[source.name]
                 scaled = built.call(times, (source, fraction), meta, like=node, name=name)
             scaled.meta["segment"] = copied.meta["segment"]

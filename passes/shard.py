@@ -14,10 +14,12 @@ from torch import fx
 
 from cost_model.axes import Axes
 from cost_model.errors import VerificationError
+from cost_model.factors import Strategy
 from cost_model.placement import REPLICATE, Partial, Placements, Shard, mesh_shape, parse_placements
 from cost_model.strategies import MeshStrategy, parse_mesh_strategy, replicated
 from cost_model.tensor import TensorMeta
 from passes.calls import tensor_args
+from passes.cut import SHARE
 from passes.dependence import active_nodes
 from passes.graph import Meta, ModelGraph, drop_dead_calls, is_getitem
 from passes.localise import localise
@@ -134,6 +136,9 @@ class _Shard:
         text = self.choices.get(op_key(node.name))
         if text is not None:
             return parse_mesh_strategy(text)
+        if node.name.startswith(SHARE):  # which no plan knows: the term lies as it lay
+            (term,) = tensor_args(node)
+            return MeshStrategy(tuple(Strategy((place,), (place,)) for place in self.places[term]))
         meta = self.model.metas[node.name]
         plain = replicated(num_inputs, 1 if isinstance(meta, TensorMeta) else len(meta))
         return MeshStrategy((plain,) * len(self.whole))

@@ -54,6 +54,11 @@ def _the_same_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(self.c(torch.tanh(self.b(hidden) / scale)) + hidden, y) + view.square().mean()
 
 
+def _ratio_of_norms(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    """A term of parameters alone, which each part of the batch has a share in."""
+    return F.mse_loss(self.a(x), y) + self.b.weight.norm() / self.c.weight.norm()
+
+
 def _laid_down_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     """Advantages, from the last step to the first, and what is laid down with a gradient afterwards."""
     value = self.body(x)
@@ -126,6 +131,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "a layer used detached": lambda: net(lambda s, x, y: F.mse_loss(s.body(x) + s.d(x).detach(), y), _extra),
     "first layer in no_grad and outside": lambda: net(_no_grad),
     "the same in no_grad": lambda: net(_the_same_in_no_grad),
+    "a ratio of norms": lambda: net(_ratio_of_norms),
     "laid down in no_grad": lambda: net(_laid_down_in_no_grad),
     "a view from before no_grad": lambda: net(_view_from_before_no_grad),
     "detached in place": lambda: net(_detached_in_place),
