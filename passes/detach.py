@@ -159,7 +159,8 @@ def _is_without_gradient(made: fx.Node, place: fx.Node) -> bool:
     if not isinstance(made.target, torch._ops.OpOverload):
         return False
     name = made.target._schema.name.removeprefix("aten::")
-    if made.all_input_nodes and not name.endswith("_like") and not name.startswith("new_"):
+    of_shapes = name.endswith("_like") or name.startswith("new_")
+    if not of_shapes and not all(_is_without_gradient(operand, place) for operand in made.all_input_nodes):
         return False
     before = itertools.takewhile(lambda node: node is not place, made.graph.nodes)
     return not any(_lineage(written)[-1] is made for node in before for written in _written(node))

@@ -62,7 +62,7 @@ def _ratio_of_norms(self: Any, x: Tensor, y: Tensor) -> Tensor:
 def _laid_down_in_no_grad(self: Any, x: Tensor, y: Tensor) -> Tensor:
     """Advantages, from the last step to the first, and what is laid down with a gradient afterwards."""
     value = self.body(x)
-    advantage = torch.zeros_like(value)
+    advantage = torch.zeros(x.shape).double()
     column = advantage[:, 3]
     with torch.no_grad():
         for step in reversed(range(6, 12)):
