@@ -69,38 +69,85 @@ def _untouched(region: fx.Node) -> dict[Any, fx.Node]:
 
     ``h.float()`` may be ``h`` itself, and the exporter calls ``h`` by its last name from then on.
     """
-    inner = _inside(region)
-    written = {root for node in inner.nodes for root in _roots_written(node)}
-    given = dict(zip(inner.find_nodes(op="placeholder"), region.args[2:], strict=True))
-    returned: Any = inner.output_node().args[0]
-    same = enumerate(_itself(result) for result in returned)
-    return {index: given[root] for index, root in same if root in given and root not in written}
+    returned: Any = _inside(region).output_node().args[0]
+    found = ((index, _handed_through(region, result)) for index, result in enumerate(returned))
+    return {index: operand for index, operand in found if operand is not None}
+
+
+def _handed_through(region: fx.Node, result: Any) -> fx.Node | None:
+    """The operand of a region, of whatever kind, that a value inside is, if the region does not write to it."""
+    root = _itself(result)
+    operand = _given(region).get(root)
+    return None if operand is None or root in _roots_written_in(_inside(region)) else operand
 
 
 def _itself(value: Any) -> Any:
-    """What a value is, behind calls that give their operand back."""
-    while isinstance(value, fx.Node) and _gives_back(value):
-        value = value.args[0]
+    """What a value is, behind calls that give their operand back and regions that hand theirs through."""
+    while isinstance(value, fx.Node):
+        source: Any = value.args[0] if value.args else None
+        if is_getitem(value) and _body(source) is not None:
+            returned: Any = _inside(source).output_node().args[0]
+            source = _handed_through(source, returned[value.args[1]])
+        elif not _gives_back(value):
+            return value
+        if source is None:
+            return value
+        value = source
     return value
 
 
 def _gives_back(node: fx.Node) -> bool:
     """Whether the result of a call is its first operand, the very tensor: found by calling it."""
-    target, operand = node.target, node.args[0] if node.args else None
-    if not (isinstance(target, torch._ops.OpOverload) and isinstance(operand, fx.Node)) or target._schema.is_mutable:
+    target, operands = node.target, node.all_input_nodes
+    if not (isinstance(target, torch._ops.OpOverload) and target._can_decompose()) or target._schema.is_mutable:
         return False
-    value, made = operand.meta.get("val"), node.meta.get("val")
-    if len(node.all_input_nodes) > 1 or not isinstance(value, FakeTensor) or not isinstance(made, FakeTensor):
+    values = [value for each in (node, *operands) if (value := _static(each)) is not None]
+    if not operands or node.args[0] is not operands[0] or len(values) <= len(operands):
         return False
-    if (value.shape, value.stride(), value.dtype) != (made.shape, made.stride(), made.dtype):
+    made, first = values[:2]
+    if (first.shape, first.stride(), first.dtype) != (made.shape, made.stride(), made.dtype):
         return False
-    with value.fake_mode:
-        given = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        return target(given, *node.args[1:], **node.kwargs) is given
+    with first.fake_mode:
+        empty = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values[1:]]
+        given = dict(zip(operands, empty, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: given[each])
+        return target(*args, **kwargs) is empty[0]
+
+
+def _static(node: fx.Node) -> FakeTensor | None:
+    """A value whose shape depends on no other's elements."""
+    value = node.meta.get("val")
+    return value if isinstance(value, FakeTensor) and all(isinstance(extent, int) for extent in value.shape) else None
+
+
+def _body(node: Any) -> int | None:
+    """At which of its arguments a region of the model (without gradients, or of autocast) has its graph."""
+    if not (isinstance(node, fx.Node) and isinstance(node.target, torch._ops.HigherOrderOperator)):
+        return None
+    return next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"), None)
+
+
+def _given(region: fx.Node) -> dict[fx.Node, Any]:
+    """Placeholder of a region's graph -> operand."""
+    place = _body(region)
+    assert place is not None
+    return dict(zip(_inside(region).find_nodes(op="placeholder"), region.args[place + 1 :], strict=True))
+
+
+def _roots_written_in(graph: fx.Graph) -> set[fx.Node]:
+    """What the calls of a graph write to, those of regions in it included."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _body(node) is None:
+            found.update(_roots_written(node))
+        else:
+            inner = _roots_written_in(_inside(node))
+            found.update(_lineage(operand)[-1] for name, operand in _given(node).items() if name in inner)
+    return found
 
 
 def _inside(region: Any) -> fx.Graph:
-    graph: fx.Graph = getattr(region.graph.owning_module, region.args[1].target).graph
+    graph: fx.Graph = getattr(region.graph.owning_module, region.args[_body(region)].target).graph
     return graph
 
 
