@@ -32,6 +32,7 @@ from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution
 from autopar.planner.space import ModelSpace, PinnedSpace
 from autopar.progress import planning_progress
+from autopar.reductions import reduced
 from autopar.relaxations import decided
 from autopar.report import seconds_text
 from autopar.rescheduled import scheduled
@@ -49,7 +50,6 @@ from cost_model.mesh import Mesh, of_stages
 from cost_model.parallelism import Parallelism
 from cost_model.plan import Plan
 from cost_model.precision import Precision
-from cost_model.prices import hidable_s
 from cost_model.program import Program
 from cost_model.simulate import SimulationResult, estimate_of, simulate
 from cost_model.tensor import TensorMeta
@@ -207,7 +207,7 @@ class Job:
 
     def _decision(self, solution: Solution, start: float) -> Decision:
         found = scheduled(self, solution)
-        plan, more = self._overlapped(found.plan)
+        plan, more = reduced(self, found)
         return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *found.notes, *more))
 
     def _write_lp(self, solution: Solution) -> None:
@@ -224,23 +224,12 @@ class Job:
         """Whether the rewritten program's stages stay under their caps."""
         return all(peak <= cap for peak, cap in zip(self.peaks(plan), self.stage_caps(plan), strict=True))
 
-    def _overlapped(self, plan: Plan) -> tuple[Plan, tuple[str, ...]]:
-        """The plan with its collectives behind compute, where that is pinned, or faster and fits."""
-        other, pinned = replace(plan, overlap=True), self.options.parallelism.overlap
-        worth_s = WORTH * self.step_s(plan)
-        if pinned is False or (pinned is None and hidable_s(self.program(plan), self.cluster) < worth_s):
-            return plan, ()
-        needed, cap = self._tightest(self.program(other), self.stage_caps(other))
-        if pinned:
-            if needed > cap:
-                advice = "leave overlap None, or raise memory_cap to that"
-                raise self._over_cap(cap, needed, other, advice, "the plan does not fit with overlap=True")
-            return other, ()
-        before_s, after_s = self.step_s(plan), self.step_s(other)
-        if needed > cap or before_s - after_s < worth_s:
-            return plan, ()
-        seconds = f"{seconds_text(after_s)} against {seconds_text(before_s)}"
-        return other, (f"collectives move behind compute, chosen after the search: {seconds}",)
+    def check_overlap(self, plan: Plan) -> None:
+        """Errors: InfeasiblePlanError where a plan whose collectives move behind compute does not fit."""
+        needed, cap = self._tightest(self.program(plan), self.stage_caps(plan))
+        if needed > cap:
+            advice = "leave overlap None, or raise memory_cap to that"
+            raise self._over_cap(cap, needed, plan, advice, "the plan does not fit with overlap=True")
 
     def step_s(self, plan: Plan) -> float:
         """Seconds of a step of a plan's program."""

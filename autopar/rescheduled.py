@@ -32,9 +32,10 @@ _SMALLER = 2  # sizes of microbatches below the one that was found
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A plan as it is to run, and what to tell of it."""
+    """A plan as it is to run, what it was made of, and what to tell of it."""
 
     plan: Plan
+    solution: Solution
     notes: tuple[str, ...]
 
 
@@ -50,14 +51,14 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     mesh.
     """
     plan = job.plan(solution)
-    best, limit_s = plan, job.step_s(plan)
+    best, chosen, limit_s = plan, solution, job.step_s(plan)
 
     def is_faster(other: Solution) -> bool:
-        nonlocal best, limit_s
+        nonlocal best, chosen, limit_s
         made = job.plan(other)
         if job.step_s(made) >= limit_s:
             return False
-        best, limit_s = made, job.step_s(made)
+        best, chosen, limit_s = made, other, job.step_s(made)
         return True
 
     plain = _is_plain(job, solution)
@@ -76,10 +77,10 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
             for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
                 is_faster(other)
     if best is plan:
-        return Scheduled(plan, ())
+        return Scheduled(plan, solution, ())
     seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
     note = f"{best.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}"
-    return Scheduled(best, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
+    return Scheduled(best, chosen, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
 
 
 def _is_plain(job: Job, solution: Solution) -> bool:
