@@ -19,6 +19,7 @@ from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
 from passes import (  # noqa: F401  (with others add to REWRITES)
     restate_attention,
+    restate_bags,
     restate_forms,
     restate_losses,
     restate_parts,

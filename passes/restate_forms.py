@@ -1,8 +1,4 @@
-"""Restate calls whose form hides what they do: numbers that take only a dtype from an operand, bags of equal size.
-
-Samples of ``x.new_zeros(...)`` are no samples of x, and an ``embedding_bag`` over bags of one size, which torch calls
-with offsets into one row of ids, is a lookup and a reduction along the bag.
-"""
+"""Restate calls whose form hides what they do: samples of ``x.new_zeros(...)`` are no samples of x."""
 
 from __future__ import annotations
 
@@ -27,8 +23,6 @@ _PLAIN: dict[Any, Any] = {
 }
 """Ops that return what others do, in memory of another kind."""
 _EXTREMA = (aten.amin.default, aten.amax.default)
-_SUM, _MEAN, _MAX = range(3)
-"""Modes of an embedding bag, as torch numbers them."""
 
 
 @rewrites(*_PLAIN)
@@ -177,62 +171,6 @@ def _added_number(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     if other == 0:
         return a["self"]
     return run.call(node.target, (a["self"], _full(run, node, other)), meta, like=node)
-
-
-@rewrites(aten.embedding_bag.padding_idx, aten.embedding_bag.default)
-def _equal_bags(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """[bags, words] ids: rows of the table, those of the padding left out, reduced along the words."""
-    ids, table, padding = run.tensor(a["indices"]), run.tensor(a["weight"]), a.get("padding_idx")
-    words = _bag_size(a["offsets"], ids)
-    if words is None or a["scale_grad_by_freq"] or a["include_last_offset"]:
-        return NotImplemented
-    flat, wide = TensorMeta((ids.numel // words, words), ids.dtype), (ids.numel // words, words, table.shape[1])
-    places = run.call(aten.reshape.default, (a["indices"], list(flat.shape)), flat, like=node)
-    rows = run.call(aten.embedding.default, (a["weight"], places), TensorMeta(wide, table.dtype), like=node)
-    kept = None
-    if padding is not None:
-        kept = run.call(aten.ne.Scalar, (places, padding % table.shape[0]), TensorMeta(flat.shape, "bool"), like=node)
-    if a["per_sample_weights"] is not None:
-        weights = TensorMeta((*flat.shape, 1), run.tensor(a["per_sample_weights"]).dtype)
-        each = run.call(aten.reshape.default, (a["per_sample_weights"], list(weights.shape)), weights, like=node)
-        rows = run.call(aten.mul.Tensor, (rows, each), TensorMeta(wide, table.dtype), like=node)
-    return [_reduced(run, node, rows, kept, a["mode"]), None, None, None]
-
-
-def _bag_size(offsets: Any, ids: TensorMeta) -> int | None:
-    """The size that all bags have; None where offsets are not those of torch's own [bags, words] form."""
-    is_range = isinstance(offsets, fx.Node) and offsets.target in (aten.arange.start_step, aten.arange.start)
-    if not is_range:
-        return None
-    start, end, *rest = offsets.args
-    step = rest[0] if rest else 1
-    return step if isinstance(step, int) and (start, end) == (0, ids.numel) and ids.numel % step == 0 else None
-
-
-def _reduced(run: Cleaner, node: fx.Node, rows: fx.Node, kept: fx.Node | None, mode: int) -> Any:
-    """[bags, words, width] -> [bags, width]; words that are not kept count nothing, and a bag of none is zero."""
-    meta = run.tensor(rows)
-    bags, words, _ = meta.shape
-    if kept is not None:
-        column = TensorMeta((bags, words, 1), "bool")
-        shown = run.call(aten.unsqueeze.default, (kept, 2), column, like=node)
-        filler = -torch.inf if mode == _MAX else 0.0
-        rows = run.call(aten.where.ScalarOther, (shown, rows, filler), meta, like=node)
-    out = TensorMeta((bags, meta.shape[2]), meta.dtype)
-    if mode == _MAX:
-        largest = run.call(aten.amax.default, (rows, [1]), out, like=node)
-        if kept is None:
-            return largest
-        some = run.call(aten.any.dim, (kept, 1, True), TensorMeta((bags, 1), "bool"), like=node)
-        return run.call(aten.where.ScalarOther, (some, largest, 0.0), out, like=node)
-    total = run.cast(node, run.summed(node, rows, [1]), meta.dtype)
-    if mode == _SUM:
-        return total
-    if kept is None:
-        return run.call(aten.mul.Tensor, (total, 1.0 / words), out, like=node)
-    number = run.call(aten.sum.dim_IntList, (kept, [1], True), TensorMeta((bags, 1), "int64"), like=node)
-    least = run.call(aten.clamp_min.default, (number, 1), TensorMeta((bags, 1), "int64"), like=node)
-    return run.call(aten.div.Tensor, (total, run.cast(node, least, meta.dtype)), out, like=node)
 
 
 @rewrites(aten.bilinear.default)
