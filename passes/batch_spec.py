@@ -73,3 +73,15 @@ def _path_text(path: tuple[Any, ...]) -> str:
 
 def is_batched(shape: tuple[int, ...], batch: int) -> bool:
     return len(shape) > 0 and shape[0] == batch
+
+
+def turned_samples(spec: BatchSpec) -> str:
+    """What to do about inputs whose samples may lie along another dim than 0; nothing where there is none."""
+    shapes = {path: tuple(tensor.shape) for path, tensor in spec.tensors().items()}
+    turned = next((path for path, s in shapes.items() if not is_batched(s, spec.size) and spec.size in s[1:]), None)
+    if turned is None:
+        return ""
+    return (
+        f"\n  input {turned!r} is {list(shapes[turned])}, and samples are those of dim 0: if they lie along another "
+        "dim, pass it transposed and transpose it in forward"
+    )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from passes.followed import Followed
+from passes.settled import settled
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Questions:
 
         def asked(plain: Callable[[Tensor], Any], tensor: Tensor) -> Any:
             nonlocal following
-            if self.answers is None:
+            if self.answers is None or (not self._recording and settled(tensor) is not None):
                 return plain(tensor)
             if self._recording:
                 self.answers.append(self._note(tensor, bool(plain(tensor))))
@@ -136,7 +137,7 @@ class Questions:
 
         def note(tensor: Tensor, answer: bool) -> bool:
             place = len(self.lines)
-            if tensor in followed.found:
+            if followed.finds(tensor):
                 changing.append(place)
             return answer != (place == turned)
 

@@ -86,6 +86,8 @@ DIFFERENTIABLE[torch.ops.autopar.replica_gather.default] = _gather
 def exchange_between_replicas(traced: Traced) -> tuple[Traced, BatchAnalysis]:
     """The model with what replicas exchange, where its batch splits so and only so, and how its batch splits then."""
     whole, other = traced.global_graph, traced.other
+    if traced.alone is not None:
+        return traced, BatchAnalysis(traced.alone)
     analysis = analyse_batch(whole, other, exchange=True)
     if analysis.reason is not None or not (analysis.summed or analysis.shares_loss or analysis.joined) or other is None:
         return traced, analysis

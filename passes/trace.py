@@ -23,10 +23,11 @@ from torch.utils import _pytree as pytree
 
 from cost_model.errors import AutoparError, ConfigError, TraceError, UnsupportedError
 from passes.as_traced import as_traced
-from passes.batch_spec import BatchSpec, batch_spec, is_batched
+from passes.batch_spec import BatchSpec, batch_spec, is_batched, turned_samples
 from passes.clean import clean
 from passes.draws import give_draws
 from passes.experts import traceable_experts
+from passes.fakes import as_on_cpu, fake_inputs
 from passes.functionalise import functional
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
@@ -52,7 +53,8 @@ LossFn = Callable[[Any, Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class Traced:
-    """global_graph: at the global batch; other: the same graph at another batch size, None if it cannot be had.
+    """global_graph: at the global batch; other: the same graph at another batch size, None if it cannot be had; alone:
+    why there is none, where the model does not trace at one.
 
     aliases: every name of a shared parameter or buffer -> the one name the graph uses.
     constants: tensors made from Python values inside the model, by target.
@@ -66,6 +68,7 @@ class Traced:
     spec: BatchSpec
     notes: tuple[str, ...]
     counters: Mapping[str, int | float] = field(hash=False, default_factory=dict)
+    alone: str | None = None
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -155,20 +158,34 @@ def trace(model: nn.Module, inputs: Any, loss_fn: LossFn | None = None, *, sourc
         while True:
             try:
                 with _stack_traces(sources), traceable_experts(model):
-                    return _traced(wrapped, spec, sources)
-            except FunctionMet as met:
-                wrapped.functions.judge(met)
-            except TraceError as error:
-                if isinstance(error.__cause__, DEPENDS_ON_VALUES):
-                    traceable = wrapped.questions.record(wrapped, *given)
-                else:
-                    traceable = wrapped.awareness.give_up(error.source or str(error.__cause__))
-                if not traceable:
+                    return _judged(wrapped, spec, sources)
+            except (TraceError, UnsupportedError) as error:
+                if not _may_succeed(wrapped, error, given):
                     raise
     except UnsupportedError:
         if sources:
             raise
         return trace(model, inputs, loss_fn, sources=True)
+
+
+def _judged(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
+    """A trace in which every autograd Function is one that programs can hold."""
+    while True:
+        try:
+            return _traced(wrapped, spec, sources)
+        except FunctionMet as met:
+            wrapped.functions.judge(met)
+
+
+def _may_succeed(wrapped: _WithLoss, error: TraceError | UnsupportedError, given: tuple[Any, Any]) -> bool:
+    """Whether there is something else that the model can be told, after a trace failed: then it is told so."""
+    source = error.source if isinstance(error, TraceError) else None
+    failed = source or str(error.args[0]).partition("\n")[0]
+    if wrapped.awareness.tell_last(failed):
+        return True
+    if isinstance(error.__cause__, DEPENDS_ON_VALUES) and wrapped.questions.record(wrapped, *given):
+        return True
+    return wrapped.awareness.tell_all(failed)
 
 
 def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
@@ -182,31 +199,32 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
         *wrapped.questions.notes(),
         *wrapped.awareness.notes(),
     )
-    other, failures = _other(wrapped, spec, aliases, graph)
+    other, alone = _other(wrapped, spec, aliases, graph)
+    failures = () if alone is None else (f"the batch cannot be split: {alone}",)
     graph, other = give_draws(graph, other)
     for made in (graph, other):
         if made is not None:
             check_picked(made)
     merge_equal([graph] if other is None else [graph, other])
-    return Traced(graph, other, aliases, constants, spec, (*notes, *picked_notes(graph), *failures), counters)
+    return Traced(graph, other, aliases, constants, spec, (*notes, *picked_notes(graph), *failures), counters, alone)
 
 
 def _other(
     wrapped: _WithLoss, spec: BatchSpec, aliases: Mapping[str, str], graph: ModelGraph
-) -> tuple[ModelGraph | None, tuple[str, ...]]:
-    """The graph at another batch size, of the same calls where a size has it; why there is none, as a note."""
-    other, failures = None, tuple[str, ...]()
+) -> tuple[ModelGraph | None, str | None]:
+    """The graph at another batch size, of the same calls where a size has it; why there is none."""
+    other, alone = None, None
     for size in _other_sizes(spec.size):
         try:
             with _stack_traces(False):
                 other, *_ = _export(wrapped, spec, size, aliases, folded=True)
         except TraceError as error:
-            failures = (f"the batch cannot be split: the model does not trace at batch {size} ({error.args[0]})",)
+            alone = f"the model does not trace at batch {size} ({error.args[0]}{turned_samples(spec)})"
         else:
             other = named_like(other, graph)
             if are_twins(graph, other):
-                return other, ()
-    return other, () if other is not None else failures
+                return other, None
+    return other, alone if other is None else None
 
 
 @contextmanager
@@ -233,51 +251,13 @@ def _other_sizes(batch: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*parts[:1], *parts[-1:], 2 * batch)))
 
 
-@contextmanager
-def _as_on_cpu(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """The tensors of a model on the meta device as fake ones of a CPU: its graph is that of a model with weights."""
-    owners: list[dict[str, Any]] = [own for m in model.modules() for own in (m._parameters, m._buffers)]
-    held = [(own, name, tensor) for own in owners for name, tensor in own.items()]
-    on_meta = [(own, name, tensor) for own, name, tensor in held if tensor is not None and tensor.is_meta]
-    with mode:
-        fake = {id(tensor): _fake(tensor) for _, _, tensor in on_meta}
-    for own, name, tensor in on_meta:
-        own[name] = fake[id(tensor)]
-    try:
-        yield
-    finally:
-        for own, name, tensor in on_meta:
-            own[name] = tensor
-
-
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-
-
-def _fake_inputs(spec: BatchSpec, size: int, device: torch.device, mode: FakeTensorMode) -> Any:
-    """The batch as fake tensors of ``size`` samples; each leaf its own tensor, so that none is merged with another."""
-    with mode:
-        leaves = [_resize(leaf, spec.size, size, device) for leaf in spec.leaves]
-    return pytree.tree_unflatten(leaves, spec.treespec)
-
-
-def _resize(leaf: Any, batch: int, size: int, device: torch.device) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    shape = tuple(leaf.shape)
-    if is_batched(shape, batch):
-        shape = (size, *shape[1:])
-    return torch.empty(shape, dtype=leaf.dtype, device=device)
-
-
 def _export(
     module: _WithLoss, spec: BatchSpec, size: int, aliases: Mapping[str, str], *, folded: bool
 ) -> tuple[ModelGraph, dict[str, torch.Tensor], dict[str, int | float]]:
     """The graph, its constants and its counters. folded: layers that are alike may be traced once."""
     tensors, mode = [*module.parameters(), *module.buffers()], FakeTensorMode()
     device = next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
-    batch = _fake_inputs(spec, size, device, mode)
+    batch = fake_inputs(spec, size, device, mode)
     args, kwargs = ((), batch) if spec.is_kwargs else (batch, {})
     try:
         with as_traced(module.functions):
@@ -301,7 +281,7 @@ def _export(
 
 
 def _exported(module: _WithLoss, args: Any, kwargs: Any, mode: FakeTensorMode) -> torch.export.ExportedProgram:
-    with _as_on_cpu(module, mode), _use_lazy_graph_module(True):  # whose code, which nobody runs, is not printed
+    with as_on_cpu(module, mode), _use_lazy_graph_module(True):  # whose code, which nobody runs, is not printed
         return torch.export.export(module, args, kwargs, strict=False)
 
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from cost_model.errors import BatchError, TraceError
 
 DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
-_OURS = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("trace", "questions", "unaware"))
+_OURS = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("trace", "questions", "unaware", "settled"))
 _INSTEAD = {
     "_ctc_loss": "labels of all samples one behind the other: pass rows [samples, labels] with their lengths",
     "Could not extract specialized integer": "len(x) and int(x) are numbers of Python: of what a mask picks write "

@@ -225,6 +225,24 @@ def test_a_batch_that_must_stay_whole(pins: dict[str, int]) -> None:
         estimate(KnowsItsBatch(), **pins)
 
 
+class Turned(nn.Module):
+    """Its state has samples along dim 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNN(3, 3)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.cell(x.transpose(0, 1), state)[0].square().mean()
+
+
+def test_samples_along_another_dim_are_named() -> None:
+    given = {"x": torch.zeros(4, 5, 3), "state": torch.zeros(1, 4, 3)}
+    pins = autopar.Parallelism(dp=2)
+    with pytest.raises(ParallelismError, match=r"'state' is \[1, 4, 3\].*pass it transposed(?s:.*)leave dp and"):
+        autopar.estimate(Turned(), TWO, given, parallelism=pins)
+
+
 def test_samples_that_meet_need_one_microbatch() -> None:
     with pytest.raises(ParallelismError, match="all samples .* one microbatch, of 4 samples; leave"):
         estimate(MixesSamples(), dp=2, microbatch_size=1)

@@ -26,14 +26,14 @@ class Asking(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.front, self.norm, self.head = nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.register_buffer("scale", torch.full((16,), 2.0))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         if labels.max() >= 4:
             raise ValueError("too large")
         h = self.norm(self.front(x))
-        scale = torch.full((16,), 2.0)
-        if (scale > 1).all():
-            h = h / scale
+        if (self.scale > 1).all():
+            h = h / self.scale
         assert (labels >= 0).all().item()
         return F.cross_entropy(self.head(h), labels)
 

@@ -29,23 +29,6 @@ def test_the_users_line_is_in_the_error() -> None:
     assert __file__ in caught.value.source and "# the culprit" in caught.value.source
 
 
-def test_a_path_that_only_traces_take_and_that_fails_is_left() -> None:
-    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
-        mask = None if torch.compiler.is_exporting() else torch.ones(x.shape)
-        return F.mse_loss(self.body(x * mask[0]), y)  # the culprit
-
-    (note,) = trace(net(forward), inputs()).notes
-    assert "fails where it asks whether it is traced" in note and "# the culprit" in note and __file__ in note
-
-
-def test_an_own_path_of_traces_is_taken_where_it_works() -> None:
-    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(self.body(x.sin() if torch.compiler.is_compiling() else x.cos()), y)
-
-    traced = trace(net(forward), inputs())
-    assert not traced.notes and any("sin" in node.name for node in traced.global_graph.nodes())
-
-
 def test_rows_that_a_mask_picks_are_refused_with_what_to_write() -> None:
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
         out = self.body(x)
