@@ -74,6 +74,20 @@ def _margins_of_labels(x: Tensor, labels: Tensor, reduction: int) -> tuple[Tenso
     return (each, each.mean(), each.sum())[reduction], chosen.to(x.dtype)
 
 
+def _distances_of_pairs(x: Tensor, p: float = 2) -> Tensor:
+    """pdist: of each row to each behind it."""
+    count = x.shape[0]
+    each = torch.cdist(x, x, p, compute_mode="donot_use_mm_for_euclid_dist").flatten()
+    rows, columns = torch.triu_indices(count, count, 1, device=x.device).unbind(0)
+    return each.index_select(0, rows * count + columns)
+
+
+def _places_repeated(repeats: Tensor, *, output_size: int) -> Tensor:
+    """Each place as often as it is repeated."""
+    places = torch.arange(output_size, dtype=repeats.dtype, device=repeats.device)
+    return torch.searchsorted(repeats.cumsum(0), places, right=True)
+
+
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.sinc.default: _sinc,
     torch.ops.aten._weight_norm_interface.default: _weight_norm,
@@ -83,5 +97,7 @@ PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.addmv.default: _addmv,
     torch.ops.aten.addbmm.default: _addbmm,
     torch.ops.aten.dist.default: _dist,
+    torch.ops.aten._pdist_forward.default: _distances_of_pairs,
+    torch.ops.aten.repeat_interleave.Tensor: _places_repeated,
 }
 """What torch has no such form of."""

@@ -219,7 +219,8 @@ def _other(
             with _stack_traces(False):
                 other, *_ = _export(wrapped, spec, size, aliases, folded=True)
         except TraceError as error:
-            alone = f"the model does not trace at batch {size} ({error.args[0]}{turned_samples(spec)})"
+            failed = str(error.args[0]).partition("\n  next:")[0]
+            alone = f"the model does not trace at batch {size} ({failed}{turned_samples(spec)})"
         else:
             other = named_like(other, graph)
             if are_twins(graph, other):

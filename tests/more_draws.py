@@ -413,6 +413,18 @@ MORE: list[Drawn] = [
     ("unfold.default", 6, lambda d: (d.normal(*d.shape(1, 2), 6), -1, 2, 2)),
     ("linspace.default logspace.default", 4, lambda d: (0.0, 1.0, d.pick(4, 6))),
     ("eye.default", 4, lambda d: (d.pick(4, 6),)),
+    (
+        "bartlett_window.default blackman_window.default hamming_window.default kaiser_window.default",
+        2,
+        lambda d: (d.pick(4, 6),),
+    ),
+    (
+        "bartlett_window.periodic blackman_window.periodic hamming_window.periodic kaiser_window.periodic",
+        2,
+        lambda d: (d.pick(4, 6), False),
+    ),
+    ("hamming_window.periodic_alpha kaiser_window.beta", 2, lambda d: (6, True, 0.6)),
+    ("hamming_window.periodic_alpha_beta", 2, lambda d: (6, False, 0.6, 0.4)),
     ("eye.m", 4, lambda d: (4, 6)),
     ("tril_indices.default triu_indices.default", 4, lambda d: (4, 4)),
     (

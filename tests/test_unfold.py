@@ -54,8 +54,15 @@ def _filtered(_: nn.Module, x: Tensor) -> Tensor:
 
 
 def _short_time(_: nn.Module, x: Tensor) -> Tensor:
-    window = torch.hann_window(4)
+    window = torch.hann_window(4) + torch.hamming_window(4, False, 0.5) + torch.kaiser_window(4)
     return torch.stft(x.flatten(1), 4, 2, window=window, return_complex=True).abs().add(0.01).log()
+
+
+def _repeated(_: nn.Module, x: Tensor) -> Tensor:
+    """By counts of numbers alone."""
+    counts = torch.tensor([1, 2, 0, 1, 1, 2])
+    twice = torch.repeat_interleave(x.repeat_interleave(counts, 1), torch.tensor([2]), 2)
+    return torch.cat([twice, x[:, torch.repeat_interleave(counts)[1:]].repeat(1, 1, 2)], 1)
 
 
 def _turned(_: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +76,7 @@ def _added_products(part: nn.Module, x: Tensor) -> Tensor:
     weights = torch.addbmm(torch.eye(8), part.weight, part.weight, beta=0.5, alpha=0.1)
     bias = torch.addmv(weights[0], weights, weights[1], alpha=0.1)
     low, high = (x @ weights + bias).aminmax(dim=-1, keepdim=True)
-    return x * torch.dist(weights[0], weights[1]) / (1 + high - low)
+    return x * torch.dist(weights[0], weights[1]) / (1 + high - low) + torch.pdist(weights).mean()
 
 
 def _covaried(_: nn.Module, x: Tensor) -> Tensor:
@@ -101,6 +108,7 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
     "distances": lambda: Model(lambda _, x: torch.cdist(x, x[:, :2])),
+    "repeated": lambda: Model(_repeated),
     "covariances": lambda: Model(_covaried),
     "slopes": lambda: Model(_slopes),
     "products": lambda: Model(_added_products, nn.Bilinear(8, 8, 8, bias=False)),
@@ -147,6 +155,7 @@ FORMS: dict[Any, tuple[Any, ...]] = {
     aten.sinc.default: (STEPS,),
     aten._weight_norm_interface.default: (STEPS[0] + 6, STEPS[1]),
     aten.addmv.default: (STEPS[0, :2], STEPS, STEPS[0]),
+    aten._pdist_forward.default: (STEPS.view(8, 10).sin(), 1.5),
 }  # fmt: skip
 
 

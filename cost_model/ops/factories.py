@@ -50,7 +50,9 @@ def _register_factories(names: str, factors: Callable[[OpCall], FactorMap | None
 _register_factories(
     """arange.default arange.start arange.start_step full.default zeros.default ones.default scalar_tensor.default
     new_zeros.default new_ones.default new_full.default linspace.default logspace.default eye.default eye.m
-    tril_indices.default triu_indices.default""",
+    tril_indices.default triu_indices.default bartlett_window.default bartlett_window.periodic blackman_window.default
+    blackman_window.periodic hamming_window.default hamming_window.periodic hamming_window.periodic_alpha
+    hamming_window.periodic_alpha_beta kaiser_window.default kaiser_window.periodic kaiser_window.beta""",
     _sized_factors,
 )
 _register_factories("zeros_like.default ones_like.default full_like.default", aligned(nowhere_linear))
