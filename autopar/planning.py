@@ -27,7 +27,7 @@ from autopar.placing import fastest_placed, timed_s
 from autopar.plan_of import parts_of, stage_plans, unplaced
 from autopar.planner.candidates import fastest_view, smallest_cuts
 from autopar.planner.regional import search_placed
-from autopar.planner.search import Configuration, search
+from autopar.planner.search import Configuration, Timed, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution
 from autopar.planner.space import ModelSpace, PinnedSpace
@@ -35,7 +35,7 @@ from autopar.progress import planning_progress
 from autopar.reductions import reduced
 from autopar.relaxations import decided
 from autopar.report import seconds_text
-from autopar.rescheduled import scheduled
+from autopar.rescheduled import scheduled, waited_s
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.uneven import moved
@@ -127,6 +127,7 @@ class Job:
         self._simulated: dict[Plan, SimulationResult] = {}
         self._walked: dict[tuple[int, str], StagePeaks] = {}
         self._peaks_of: dict[tuple[object, ...], list[StagePeak]] = {}
+        self.elsewhere: dict[tuple[Parallelism, int], Solution | None] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
             self.traced,
@@ -357,8 +358,9 @@ class Job:
         p = self.options.parallelism
         if self.cluster.network is not None and self.cluster.uneven and p.placement is None:
             return self._placed(pins)
-        found = self._on_axes(self._searched_under(pins))
-        if isinstance(found, Infeasible) or len(set(self.cluster.devices)) == 1:
+        alike = len(set(self.cluster.devices)) == 1
+        found = self._on_axes(self._searched_under(pins, functools.partial(waited_s, self) if alike else None))
+        if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]
 
@@ -381,7 +383,8 @@ class Job:
                 best = replace(other, configuration=known, bound_s=bound_s, notes=(*found.notes, note))
         return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
 
-    def _searched_under(self, pins: Pins) -> Solution | Infeasible:
+    def _searched_under(self, pins: Pins, timed: Timed | None = None) -> Solution | Infeasible:
+        """timed: as in ``search``."""
         with planning_progress() as report:
             return search(
                 self.pinned_space(),
@@ -390,6 +393,7 @@ class Job:
                 cap_bytes=self.cap_bytes,
                 pins=pins,
                 confirm=self._peaks,
+                timed=timed,
                 progress=report,
                 flat=self.options.solver == FLAT,
             )
@@ -475,7 +479,7 @@ class Job:
     def on(self, cluster: Cluster) -> Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
         job = copy.copy(self)
-        job.cluster, job._simulated = cluster, {}
+        job.cluster, job._simulated, job.elsewhere = cluster, {}, {}
         job.__dict__.pop("space", None)
         return job
 
@@ -508,6 +512,10 @@ class Job:
     def static_bytes(self, plan: Plan) -> list[int]:
         """What each stage of the rewritten program holds during its whole step."""
         return [peak.memory.static_bytes for peak in self._stage_peaks(plan)]
+
+    def held_bytes(self, plan: Plan) -> list[int]:
+        """That, and what microbatches have saved where it holds most."""
+        return [peak.memory.static_bytes + peak.memory.saved for peak in self._stage_peaks(plan)]
 
     def _stage_peaks(self, plan: Plan, exact: int | None = None) -> list[StagePeak]:
         """exact: a stage whose tensors have their own names, not those of a stage that is alike."""

@@ -33,7 +33,8 @@ def reduced(job: Job, found: Scheduled) -> tuple[Plan, tuple[str, ...]]:
         other = job.under(pins, job.options.memory_cap_bytes).plan(found.solution)
         if not _may_be_faster(job, other, job.step_s(best)):
             continue
-        other, more = _behind_compute(job, other)
+        hides = best.overlap or not zero  # gradients of split state are summed after backward, whatever moves
+        other, more = _behind_compute(job, other) if hides else (other, ())
         if job.step_s(other) < job.step_s(best):
             seconds = f"{seconds_text(job.step_s(other))} against {seconds_text(job.step_s(best))}"
             where = "split over replicas" if zero else "whole on every replica"
@@ -56,8 +57,8 @@ def _levels(job: Job, found: Scheduled) -> Sequence[int]:
 
 
 def _whole_state_fits(job: Job, plan: Plan) -> bool:
-    """Whether optimizer state has room on every replica, beside what each stage holds during its whole step."""
-    needed = map(add, job.static_bytes(plan), map(_shared_bytes, job.program(plan).stages))
+    """Whether optimizer state may have room on every replica, beside what each stage holds already."""
+    needed = map(add, job.held_bytes(plan), map(_shared_bytes, job.program(plan).stages))
     return all(each <= cap for each, cap in zip(needed, job.stage_caps(plan), strict=True))
 
 

@@ -83,6 +83,22 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     return Scheduled(best, chosen, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
 
 
+def waited_s(job: Job, solution: Solution) -> float:
+    """Seconds of a step of a plan that was found, under the schedule that is fastest for its very choices, or of the
+    plan of any mesh that is found for the schedule that waits least."""
+    plan = job.plan(solution)
+    step_s, program = job.step_s(plan), job.program(plan)
+    elsewhere = _elsewhere(job, step_s) if _is_plain(job, solution) else None
+    least_s = step_s if elsewhere is None else min(step_s, job.step_s(job.plan(elsewhere)))
+    for sketched_s, c in faster_schedules(solution, program, job.simulated(plan), job.cluster, job.options.parallelism):
+        same = replace(solution, configuration=c)
+        if sketched_s >= least_s:
+            break
+        if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
+            return min(least_s, job.step_s(job.plan(same)))
+    return least_s
+
+
 def _is_plain(job: Job, solution: Solution) -> bool:
     """Whether a search of one mesh of equal stages, that nobody stopped, gave it, on devices in their own order."""
     placed = (solution.meshes, solution.placement, solution.configuration.tp_axes)
@@ -110,22 +126,27 @@ def _searched_on_mesh(job: Job, c: Configuration, size: int, worth_s: float) -> 
 
 
 def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) -> Solution | None:
-    """What a search finds, if it is one of the first plans to be rewritten and of a lower price."""
-    rewritten = itertools.count()
+    """What a search finds of a lower price, if one of the first plans to be rewritten fits: the fastest of those that
+    come then."""
+    rewritten, fitting = itertools.count(), list[Solution]()
 
     def report(progress: Progress) -> None:
-        if progress.solved == _MOST_SOLVED:
+        if progress.solved == _MOST_SOLVED and not fitting:
             raise _NotWorthIt
 
     def confirm(found: Solution) -> Sequence[int]:
-        if found.configuration.pp == 1 or found.objective_s >= worth_s or next(rewritten) == _MOST_REWRITTEN:
+        if next(rewritten) >= _MOST_REWRITTEN and not fitting:
             raise _NotWorthIt
         return job.peaks(job.plan(found))
 
+    def timed(found: Solution) -> float:
+        fitting.append(found)
+        return job.step_s(job.plan(found))
+
     space, count, cap = job.pinned_space(), job.cluster.num_devices, job.cap_bytes
-    ask = functools.partial(search, cap_bytes=cap, pins=pins, confirm=confirm, progress=report, cutoff_s=worth_s)
+    ask = functools.partial(search, cap_bytes=cap, pins=pins, confirm=confirm, timed=timed, cutoff_s=worth_s)
     try:
-        found = ask(space, count, job.batch, fastest_only=fastest_only)
+        found = ask(space, count, job.batch, progress=report, fastest_only=fastest_only)
     except (
         _NotWorthIt,
         ParallelismError,
@@ -136,11 +157,16 @@ def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) 
 
 
 def _elsewhere(job: Job, worth_s: float) -> Solution | None:
-    """The plan of any mesh that takes least under the schedule that waits least, if it takes less and saves nothing.
+    """The plan of any mesh that takes least under the schedule that waits least, if it takes less and saves nothing;
+    searched for once.
 
     Where little is waited for other stages, more of them hold less each, and need not trade time for memory.
     """
-    pins = job.options.parallelism
-    if pins.meshes_differ or (pins.schedule, pins.virtual_stages, pins.window) != (None, None, None):
+    p = job.options.parallelism
+    if p.meshes_differ or (p.schedule, p.virtual_stages, p.window) != (None, None, None):
         return None
-    return _first(job, job.pins(_WAITS_LEAST), worth_s, fastest_only=True)
+    key = (p, job.cap_bytes)
+    if key not in job.elsewhere:
+        pins = replace(job.pins(_WAITS_LEAST), pipelined=True)
+        job.elsewhere[key] = _first(job, pins, worth_s, fastest_only=True)
+    return job.elsewhere[key]

@@ -383,3 +383,38 @@ def test_dropping_edges_loses_nothing(part: float, monkeypatch: pytest.MonkeyPat
     assert isinstance(dropping, Solution) and isinstance(keeping, Solution)
     assert dropping.bound_s <= keeping.objective_s
     assert dropping.objective_s <= keeping.objective_s * 1.001
+
+
+def test_plans_whose_steps_take_longer_than_their_price_are_timed_with_others_below() -> None:
+    """The fastest of those timed is the answer; one of a higher price than its step is not asked for."""
+    space, asked = RandomSpace(3), list[Solution]()
+    plain = search(space, DEVICES, BATCH)
+    assert isinstance(plain, Solution)
+
+    def timed(found: Solution) -> float:
+        asked.append(found)
+        return found.objective_s * (1.5 if found.configuration.pp == plain.configuration.pp else 1.0)
+
+    found = search(space, DEVICES, BATCH, timed=timed)
+    assert isinstance(found, Solution)
+    steps_s = {each.configuration: timed(each) for each in tuple(asked)}
+    assert len(steps_s) > 1 and plain.configuration in steps_s
+    assert steps_s[found.configuration] == min(steps_s.values()) <= 1.5 * plain.objective_s
+    assert all(each.objective_s <= min(steps_s.values()) for each in asked)
+    assert any("were simulated, too" in note for note in found.notes)
+
+
+def test_a_plan_that_takes_what_it_is_priced_at_is_the_only_one_timed() -> None:
+    asked = list[Solution]()
+
+    def timed(found: Solution) -> float:
+        asked.append(found)
+        return found.objective_s
+
+    found = search(RandomSpace(3), DEVICES, BATCH, timed=timed)
+    assert found == search(RandomSpace(3), DEVICES, BATCH) and asked == [found]
+
+
+def test_only_meshes_of_several_stages_are_searched_where_a_pipeline_is_wanted() -> None:
+    found = search(RandomSpace(3), DEVICES, BATCH, pins=Pins(pipelined=True))
+    assert isinstance(found, Solution) and found.configuration.pp > 1

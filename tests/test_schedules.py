@@ -13,6 +13,7 @@ from autopar.options import Options
 from autopar.planner.search import Solution
 from autopar.planning import Job, Planned
 from autopar.schedules import faster_schedules, may_fit
+from cost_model.cluster import Cluster
 from cost_model.parallelism import Parallelism
 
 
@@ -39,7 +40,7 @@ def test_a_schedule_that_waits_less_is_searched_for_with_any_number_of_stages() 
     model, batch = example_gpt(n_layer=4)
     free = Parallelism(microbatch_size=1)
     job = Job.of(model, cpu_cluster(4, 1e9), batch, Options.of(None, ADAMW, free, None, None, None))
-    cap = round(0.7 * max(job.peaks(job.plan(job.solve()))))
+    cap = round(0.6 * max(job.peaks(job.plan(job.solve()))))
     under = job.under(free, cap)
     chosen, found = under.attempt(), under.solve().configuration
     pins = replace(free, tp=found.tp, schedule="zero_bubble", recompute="none")
@@ -96,3 +97,15 @@ def test_what_a_schedule_is_known_to_hold_is_near_what_it_holds(pins: dict[str, 
         for stage, (always, most) in enumerate(zip(static, peaks, strict=True)):
             caps = [*peaks[:stage], always + round(nearly * (most - always)), *peaks[stage + 1 :]]
             assert not may_fit(solution, c, program, static, caps)
+
+
+def test_messages_between_nodes_are_waited_for_in_every_plan_that_is_compared() -> None:
+    """Stages of half a node send over fast and slow links in turn: no pipeline is faster than the plan chosen."""
+    model, batch = example_gpt(n_layer=4, n_embd=128)
+    batch = {name: value.repeat(8, 1) for name, value in batch.items()}
+    cluster = Cluster.load("p3.8xlarge", num_devices=8)
+    job = Job.of(model, cluster, batch, Options.of(None, ADAMW, Parallelism(), None, None, None))
+    chosen = job.decide(0.0).plan
+    for pp, tp in ((4, 1), (4, 2), (1, 4)):
+        pins = Parallelism(dp=8 // pp // tp, tp=tp, pp=pp)
+        assert job.step_s(chosen) <= job.step_s(job.under(pins, None).decide(0.0).plan), pins

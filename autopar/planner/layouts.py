@@ -17,6 +17,8 @@ def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configu
     if pins.schedule not in (None, *SCHEDULES):
         raise UnknownNameError("schedule", pins.schedule, SCHEDULES)
     for pp in _divisors(num_devices, pins.pp):
+        if pins.pipelined and pp == 1:
+            continue
         for tp in _divisors(num_devices // pp, pins.tp):
             dp = num_devices // pp // tp
             if pins.dp not in (None, dp) or batch % dp:

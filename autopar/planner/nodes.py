@@ -31,7 +31,7 @@ class Unit:
 
     capped: makes the solvers under the cap while ``solver`` knows of none; left_out: it made none. loose, tight: extra
     bytes of its stages under which the plan found was too large, and under which there was none. nearest: the plan that
-    needed least.
+    needed least. step_s: what a step of the plan found takes, once that was asked for.
     """
 
     order: tuple[int, ...]
@@ -46,6 +46,7 @@ class Unit:
     loose: list[float] | None = None
     tight: list[float] | None = None
     nearest: Infeasible | None = None
+    step_s: float | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -315,14 +315,25 @@ class MeshPrices:
         whole, split = (self.parameter_costs(meta, places, True, zero)[1] for zero in (0, 1))
         return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
+    @cached_property
+    def _hops(self) -> Mapping[tuple[int, int], float]:
+        """Ends of messages between neighbouring stages, and the share of all cuts whose slowest message is as fast."""
+        stride, level_of = self.dp * self.tp, self.cluster.link_name
+        found: dict[str, tuple[tuple[int, int], int]] = {}
+        for first in range(stride, self.cluster.num_devices, stride):
+            pairs = [(after - stride, after) for after in (first, first + stride - 1)]  # others cross no more nodes
+            slowest = max(pairs, key=lambda ends: self.cluster.transfer_time_s(_LARGE, *ends))
+            ends, count = found.get(level_of(slowest), (slowest, 0))
+            found[level_of(slowest)] = ends, count + 1
+        return {ends: count / (self.cluster.num_devices // stride - 1) for ends, count in found.values()}
+
     def transfer_s(self, meta: TensorMeta, places: Placements, carried_bytes: int = 0) -> float:
-        """An activation, with what is carried beside it, to the next stage and the gradients back; cast where they go
-        in a narrower dtype."""
-        stride = self.dp * self.tp
-        if stride >= self.cluster.num_devices:
+        """An activation, with what is carried beside it, to the next stage and the gradients back, in the mean of all
+        cuts; cast where they go in a narrower dtype."""
+        if not self._hops:
             return 0.0
         held = self.local_meta(meta, places).nbytes + carried_bytes
         nbytes = self.precision.sent_bytes(held, meta)
         casts_s = 4 * self.copy_s(held + nbytes, meta.dtype) if nbytes < held else 0.0
-        there_s, back_s = (self.cluster.transfer_time_s(nbytes, *ends) for ends in ((0, stride), (stride, 0)))
-        return there_s + back_s + casts_s
+        ways = ((share, ends[::step]) for ends, share in self._hops.items() for step in (1, -1))
+        return casts_s + sum(share * self.cluster.transfer_time_s(nbytes, *ends) for share, ends in ways)

@@ -3,8 +3,10 @@
 Configurations wait in a queue under a proven bound. One that comes out is made into units, one for each choice of
 labels of shared variables, which wait under theirs; a solved unit waits under its objective. A unit that may fit is
 solved without a cap first: where it does, no way to save memory is worth its time; where it does not, the unit waits
-again, for a solution under the cap with all of them. The first solved unit to come out, once the caller has confirmed
-that its rewritten program fits, is the answer: nothing left in the queue can beat it.
+again, for a solution under the cap with all of them. A solved unit that comes out waits once more under what its step
+takes, once the caller has confirmed that its rewritten program fits and has simulated it: prices know nothing of what
+stages wait for each other's messages. The first such unit to come out is the answer: nothing left in the queue can
+beat it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import functools
 import heapq
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -51,9 +54,16 @@ NEAR = 1.05
 GLANCES = 2
 HINTS = 4
 ALIKE = 0.2
+EXACT = 1.02
+"""So far above its price a step may be before plans of a higher price are looked at."""
+MOST_TIMED = 8
+MOST_SOLVED = 50
+"""Plans that are simulated, and nodes that are solved after the first of them: where none was faster, hardly any other
+will be."""
 
 
 Confirm = Callable[[Solution], Sequence[int]]
+Timed = Callable[[Solution], float]
 
 
 def search(
@@ -64,6 +74,7 @@ def search(
     cap_bytes: int | None = None,
     pins: Pins | None = None,
     confirm: Confirm | None = None,
+    timed: Timed | None = None,
     progress: Callable[[Progress], None] | None = None,
     flat: bool = False,
     fastest_only: bool = False,
@@ -72,15 +83,19 @@ def search(
     """The fastest plan for a global batch on all devices, under a memory cap per device (None: no cap).
 
     confirm(solution) gives the exact peak bytes of each stage after rewriting; a stage over the cap is
-    tightened by the difference and solved again. flat: each configuration is one integer program (``flat_solver``).
-    fastest_only: configurations whose fastest plan, memory aside, is too large are left out. cutoff_s: plans
-    of as high a price or a higher are not wanted.
+    tightened by the difference and solved again. timed(solution) gives the seconds of a step, waiting and all: where
+    these are above the price, plans of other prices below them are timed, too, the fastest is the answer, and the gap
+    is that of its price to those of plans that were not timed. flat: each configuration is one integer program
+    (``flat_solver``). fastest_only: configurations whose fastest plan, memory aside, is too large are left out.
+    cutoff_s: plans of as high a price or a higher are not wanted.
     Ctrl-C returns the best plan so far with its gap, if there is one. Equal input gives an equal answer;
     ties go to fewer stages, then less tensor parallelism, then larger microbatches, then first labels.
     Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver,
     ProblemSizeError where ``flat`` is asked for and the program would be too large.
     """
-    run = _Search(space, num_devices, batch, cap_bytes, pins or Pins(), confirm, progress, flat, fastest_only, cutoff_s)
+    run = _Search(
+        space, num_devices, batch, cap_bytes, pins or Pins(), confirm, timed, progress, flat, fastest_only, cutoff_s
+    )
     try:
         return run.answer()
     except KeyboardInterrupt:
@@ -96,6 +111,7 @@ class _Search:
         cap_bytes: int | None,
         pins: Pins,
         confirm: Confirm | None,
+        timed: Timed | None,
         progress: Callable[[Progress], None] | None,
         flat: bool,
         fastest_only: bool,
@@ -105,7 +121,8 @@ class _Search:
         self.flat, self.solver = flat, FlatSolver if flat else ConfigurationSolver
         self.space, self.num_devices, self.batch, self.pins = space, num_devices, batch, pins
         self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
-        self.confirm, self.progress = confirm, progress
+        self.confirm, self.timed, self.progress = confirm, timed, progress
+        self.most_solved, self.waits_s = sys.maxsize, dict[Configuration, float]()
         self.segments: dict[FactorGraph, Segment] = {}
         self.units: list[Unit] = []
         self.queue: list[tuple[float, tuple[int, ...], Unit | Waiting | Relaxed]] = []
@@ -116,17 +133,36 @@ class _Search:
 
     def answer(self) -> Solution | Infeasible:
         self._gather()
-        while self.queue and self.queue[0][0] < self.cutoff_s:
+        while self.queue and self.queue[0][0] < self.cutoff_s and not self._has_timed_enough():
             self.floor_s, _, unit = heapq.heappop(self.queue)
-            if isinstance(unit, Waiting):
+            if self._key(unit) > self.floor_s:  # its configuration has been timed since
+                self._push(unit)
+            elif isinstance(unit, Waiting):
                 self._open(unit)
             elif isinstance(unit, Relaxed):
                 self._prove(unit)
             elif unit.solution is None:
                 self._solve(unit)
-            elif self._fits(unit):
-                return self._final(unit, ())
-        return self._infeasible()
+            elif unit.step_s is not None or (self._fits(unit) and not self._waits_timed(unit)):
+                break
+        known = [unit for unit in self.units if unit.step_s is not None]
+        return self._final(min(known, key=lambda unit: (unit.step_s, unit.order)), ()) if known else self._infeasible()
+
+    def _waits_timed(self, unit: Unit) -> bool:
+        """Whether a unit whose plan fits is back in the queue, under what its step takes."""
+        assert unit.solution is not None
+        unit.step_s = unit.solution.objective_s if self.timed is None else self.timed(unit.solution)
+        if self.timed is None:
+            return False
+        self.most_solved = min(self.most_solved, self.solved + MOST_SOLVED)
+        known_s = unit.solution.objective_s
+        self.waits_s[unit.solver.configuration] = max(0.0, unit.step_s / EXACT - known_s)
+        self._push(unit)
+        return True
+
+    def _has_timed_enough(self) -> bool:
+        timed = sum(unit.step_s is not None for unit in self.units)
+        return timed == MOST_TIMED or self.solved > self.most_solved
 
     def interrupted(self) -> Solution:
         """The best confirmed plan, else the best plan, else the interruption itself."""
@@ -301,15 +337,21 @@ class _Search:
             self._push(other)
 
     def _key(self, unit: Unit | Waiting | Relaxed) -> float:
-        """Twelve digits: sums that differ in the last bits are ties."""
-        solution = unit.solution if isinstance(unit, Unit) else None
-        return float(f"{unit.bound_s if solution is None else solution.objective_s:.12g}")
+        """Twelve digits: sums that differ in the last bits are ties. Plans of one configuration wait alike."""
+        return float(f"{self._price_s(unit):.12g}")
+
+    def _price_s(self, unit: Unit | Waiting | Relaxed) -> float:
+        known_s = unit.bound_s
+        if isinstance(unit, Unit) and unit.solution is not None:
+            known_s = unit.solution.objective_s
+        c = unit.configuration if isinstance(unit, Waiting) else unit.solver.configuration
+        return known_s + self.waits_s.get(c, 0.0)
 
     def _push(self, unit: Unit | Waiting | Relaxed) -> None:
         heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
 
     def _best_s(self) -> float:
-        return min((unit.solution.objective_s for unit in self.units if unit.solution is not None), default=math.inf)
+        return min((self._price_s(unit) for unit in self.units if unit.solution is not None), default=math.inf)
 
     def _solve(self, unit: Unit) -> None:
         if unit.capped is not None and unit.solver.guess_bytes > self.cap_bytes:
@@ -439,8 +481,11 @@ class _Search:
     def _final(self, unit: Unit, notes: tuple[str, ...]) -> Solution:
         assert unit.solution is not None
         found = unit.solution
-        waiting = (other.bound_s for _, _, other in self.queue)
-        bound_s = min(found.objective_s, self.left_out_s, *(other.bound_s for other in self.units), *waiting)
+        slower = {id(other) for other in self.units if other is not unit and other.step_s is not None}
+        others = (other.bound_s for other in (*self.units, *(row[2] for row in self.queue)) if id(other) not in slower)
+        bound_s = min(found.objective_s, self.left_out_s, *others)
+        if slower:
+            notes = (*notes, f"{len(slower)} plans of other meshes or microbatches were simulated, too, and are slower")
         gap = _gap(found.objective_s, bound_s)
         return replace(found, bound_s=bound_s, gap=gap, notes=(*found.notes, *notes))
 

@@ -37,7 +37,7 @@ class Pins:
     """Choices already made; None leaves one to the search.
 
     1f1b never holds more than another schedule, so it alone is searched unless another is pinned; with pp = 1 a plan is
-    called 1f1b by convention.
+    called 1f1b by convention. pipelined: whether there is to be more than one stage.
     """
 
     dp: int | None = None
@@ -47,6 +47,7 @@ class Pins:
     schedule: str | None = None
     virtual_stages: int | None = None
     window: int | None = None
+    pipelined: bool | None = None
 
     @property
     def parts(self) -> int:
