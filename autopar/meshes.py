@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from autopar.hops import Hops
 from autopar.link import joins_replicas
-from autopar.planner.mixed import MixedSolver, Pool, Shape
+from autopar.planner.arrangements import Arrangement, Pool, Seat
+from autopar.planner.mixed import Arranged, MixedSolver, Shape
 from autopar.planner.solution import Infeasible, Solution, Space
 from autopar.rescheduled import scheduled
+from autopar.sites import alike, only, together
 from cost_model.cluster import Cluster
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh, meshes_of
-from cost_model.network import Network
 from cost_model.parallelism import Parallelism
 from cost_model.placement import Partial, Shard, parse_placement
 from cost_model.schedule import refusal
 
 if TYPE_CHECKING:
+    from autopar.equal_meshes import EqualMeshes
     from autopar.planning import Job
 
 MAX_TIGHTENINGS = 6
-MOST_STAGES = 4
-MOST_DEVICES, MOST_ALIKE, MOST_KINDS = 8, 6, 3
-"""Up to so many devices meshes that differ are looked for unasked: of several kinds, of one kind; and of up to so many
-kinds, since six devices of five kinds take minutes."""
+FEWEST_STAGES = 4
+"""Of up to so many all arrangements are looked at, of more while they are no more than ``MOST_ARRANGEMENTS``."""
+MOST_ARRANGEMENTS = 1024
+MOST_DEVICES = 8
+"""Up to so many devices meshes that differ are looked for unasked."""
+LOSS_BYTES = 8
+REWRITTEN, TRIED = 4, 16
+"""So many of the best by price that fit are simulated, and so many are rewritten for it."""
+SLACK = 0.1
+"""None is whose price is so much above that of the fastest, which prices err by less."""
+MOVED = 0.1
+"""Of a step, what moving the cuts of a placed plan may save."""
 WORTH = 0.01
 """The least part of a step that stages of different meshes must save: equal ones are simpler."""
 
 
 def may_differ(pins: Parallelism, cluster: Cluster) -> bool:
-    """Whether stages of different meshes are worth a look: devices differ, or their number has odd parts."""
-    count, kinds = cluster.num_devices, len(set(cluster.devices))
+    """Whether stages of different meshes are worth a look: devices or links differ, or their number has odd parts."""
+    count = cluster.num_devices
     if pins.tp is not None or pins.pp == 1 or pins.placement is not None or pins.virtual_stages not in (None, 1):
         return False
-    if pins.schedule == "interleaved" or pins.sequence_parallel is not None or kinds > MOST_KINDS:
+    if pins.schedule == "interleaved" or pins.sequence_parallel is not None:
         return False
-    return 2 < count <= (MOST_DEVICES if kinds > 1 else MOST_ALIKE) and (kinds > 1 or count & (count - 1) != 0)
+    return 2 < count <= MOST_DEVICES and (cluster.uneven or count & (count - 1) != 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +63,30 @@ class DifferentMeshes:
     held: Callable[[Space], Space] = lambda space: space
 
     @cached_property
-    def kinds(self) -> tuple[tuple[int, ...], ...]:
-        """Devices that are alike."""
-        devices = self.job.cluster.devices
-        return tuple(tuple(i for i, d in enumerate(devices) if d == kind) for kind in dict.fromkeys(devices))
+    def pools(self) -> list[Pool]:
+        """Of devices that are alike, and of neighbours together; those whose devices and links are equal share a
+        space."""
+        cluster, views = self.job.cluster, dict[tuple[object, ...], Space]()
+        groups = alike(cluster)
+        nbytes = self.job.sent_bytes(1) if self.job.batch else 0.0
+        found = []
+        for devices, whole in [*((g, False) for g in groups), *((u, True) for u in together(cluster, groups, nbytes))]:
+            view = only(cluster, tuple(sorted(devices)))
+            key = (view.devices, view.network)
+            if key not in views:
+                job = self.job if view.num_devices == cluster.num_devices else self.job.on(view)
+                views[key] = self.held(job.pinned_space())
+            cap_bytes = min(map(self.job.device_cap_bytes, devices))
+            found.append(Pool(devices, views[key], cap_bytes, whole))
+        return found
 
     @cached_property
     def solver(self) -> MixedSolver:
-        pools = []
-        for devices in self.kinds:
-            view = self.job if len(self.kinds) == 1 else self.job.on(_only(self.job.cluster, devices))
-            pools.append(Pool(devices, self.held(view.pinned_space()), min(map(self.job.device_cap_bytes, devices))))
-        return MixedSolver(pools, self._cut_s)
+        return MixedSolver(self.pools, self)
 
     def pinned(self) -> Solution | Infeasible:
         """The fastest plan with the meshes that are pinned. Errors: ParallelismError."""
-        found = self._best(self._pinned_shapes(), math.inf)
+        found = self._best(list(self._pinned_shapes()))
         if found is None:
             pins = self.job.options.parallelism
             raise ParallelismError(
@@ -80,55 +101,89 @@ class DifferentMeshes:
         Both under the schedules that suit them: a long chain of equal stages gains more by another than a short one.
         """
         if isinstance(known, Infeasible):
-            found = self._best(self._free_shapes(), math.inf)
+            found = self._best(list(self._free_shapes()))
             return known if found is None or isinstance(found, Infeasible) else _noted(found, "no others fit")
-        found = self._best(self._free_shapes(), self.job.step_s(self.job.plan(known)))
+        known_s = self._step_s(known)
+        found = self._best(list(self._free_shapes()), (1 - WORTH) * known_s)
         if found is None or isinstance(found, Infeasible):
             return known
-        known_s, found_s = (self.job.step_s(scheduled(self.job, each).plan) for each in (known, found))
-        return _noted(found, f"{known_s / found_s:.2f} times as fast") if found_s < (1 - WORTH) * known_s else known
+        return _noted(found, f"{known_s / self._step_s(found):.2f} times as fast")
 
-    def _best(self, shapes: Iterator[Shape], limit_s: float) -> Solution | Infeasible | None:
-        """The fastest under a limit as simulated, else what memory is short of; None where there is neither.
+    def unless_faster(self, equal: EqualMeshes) -> Solution | Infeasible:
+        """The fastest, or the fastest with equal meshes, which are simpler.
 
-        Shapes come by their bounds, and are as few as can beat what has been found.
+        Each search ends where the other one is likely to be faster: arrangements by the price of equal meshes, these,
+        which take longer, by the step that was found, and where arrangements were given up too early, they go on.
         """
-        bounded = [(self.solver.bound_s(shape), number, shape) for number, shape in enumerate(shapes)]
+        worth_s = equal.price_s * (1 + SLACK)
+        found = self._best(list(self._free_shapes()), worth_s=worth_s)
+        if not isinstance(found, Solution):
+            known = equal.fastest()
+            late = isinstance(known, Infeasible) or self._step_s(known) > worth_s
+            return self.faster(known) if late else known
+        found_s = self._step_s(found)
+        other = equal.faster_than(found_s * (1 + MOVED))
+        if not isinstance(other, Solution):
+            return _noted(found, "no equal ones are as fast")
+        other_s = self._step_s(other)
+        return _noted(found, f"{other_s / found_s:.2f} times as fast") if found_s < (1 - WORTH) * other_s else other
+
+    def _step_s(self, solution: Solution) -> float:
+        """Under the schedule that suits it."""
+        return self.job.step_s(scheduled(self.job, solution).plan)
+
+    def _best(
+        self, shapes: Sequence[Shape], limit_s: float = math.inf, worth_s: float = math.inf
+    ) -> Solution | Infeasible | None:
+        """The fastest under a limit as simulated, of those whose price is under another, else what memory is short of;
+        None where there is neither.
+
+        They come by price, and are as few as can beat what has been found.
+        """
         best: Solution | None = None
         short: Infeasible | None = None
-        floor_s = math.inf
-        for bound_s, _, shape in sorted(bounded, key=lambda item: item[:2]):
-            if bound_s >= limit_s or not math.isfinite(bound_s):
-                floor_s = min(floor_s, bound_s)
+        worth_s, bound_s = min(worth_s, limit_s * (1 + SLACK)), math.inf
+        fitting, rewritten = 0, set[tuple[object, ...]]()
+        for arranged in self.solver.fastest(shapes, worth_s):
+            assert arranged.solution is not None
+            bound_s, price_s = arranged.bound_s, arranged.solution.objective_s
+            if price_s >= worth_s or fitting == REWRITTEN or len(rewritten) == TRIED:
                 break
-            found = self._fitting(shape)
+            alike = price_s, arranged.solution.meshes, tuple(stage.last for stage in arranged.solution.stages)
+            if alike in rewritten:
+                continue
+            rewritten.add(alike)
+            found = self._fitting(arranged, arranged.solution)
             if isinstance(found, Infeasible):
                 short = found if short is None or found.needed_bytes < short.needed_bytes else short
-            elif found is not None:
-                floor_s = min(floor_s, found.bound_s)
-                step_s = self.job.step_s(self.job.plan(found))
-                if step_s < limit_s:
-                    best, limit_s = found, step_s
+                continue
+            fitting += 1
+            if (step_s := self._step_s(found)) < limit_s:
+                best, limit_s = found, step_s
+                worth_s = min(worth_s, found.objective_s * (1 + SLACK))
         if best is None:
-            return short
-        bound_s = min(floor_s, best.objective_s)
+            limited = short is not None or math.isfinite(worth_s) or math.isfinite(bound_s)
+            return short if limited else self.solver.shortage(shapes)
+        bound_s = min(bound_s, best.objective_s)
         return replace(best, bound_s=bound_s, gap=best.objective_s / bound_s - 1)
 
-    def _fitting(self, shape: Shape) -> Solution | Infeasible | None:
+    def _fitting(self, arranged: Arranged, found: Solution) -> Solution | Infeasible:
         """The solver's choice; where its program is over a cap, another that leaves as much more."""
-        extra = [0.0] * shape.pp
-        found = self.solver.solve(shape)
+        extra, chosen = [0.0] * arranged.shape.pp, found
+        nearest: Infeasible | None = None
         for _ in range(MAX_TIGHTENINGS):
-            if not isinstance(found, Solution):
-                return found
-            plan = self.job.plan(found)
+            plan = self.job.plan(chosen)
             peaks, caps = self.job.peaks(plan), self.job.stage_caps(plan)
             if all(peak <= cap for peak, cap in zip(peaks, caps, strict=True)):
-                return found
+                return chosen
             extra = [x + max(0.0, peak - cap) for x, peak, cap in zip(extra, peaks, caps, strict=True)]
-            nearest = Infeasible(max(peaks), peaks.index(max(peaks)), found.configuration, found.stages,
-                                 found.placement, found.meshes)  # fmt: skip
-            found = self.solver.solve(shape, extra)
+            nearest = Infeasible(max(peaks), peaks.index(max(peaks)), chosen.configuration, chosen.stages,
+                                 chosen.placement, chosen.meshes)  # fmt: skip
+            tighter = self.solver.solve(arranged, extra)
+            if tighter is None:
+                break
+            chosen = tighter
+        assert nearest is not None
         return nearest
 
     def _pinned_shapes(self) -> Iterator[Shape]:
@@ -140,12 +195,15 @@ class DifferentMeshes:
 
     def _free_shapes(self) -> Iterator[Shape]:
         """Every number of replicas and of stages, with every number of shards for each stage."""
-        pins, count = self.job.options.parallelism, self.job.cluster.num_devices
+        pins, count, left = self.job.options.parallelism, self.job.cluster.num_devices, MOST_ARRANGEMENTS
         assert not isinstance(pins.dp, tuple)
-        for dp in [pins.dp] if pins.dp else range(1, count // 2 + 1):
-            for pp in [pins.pp] if pins.pp else range(2, min(MOST_STAGES, count // dp) + 1):
-                if self.job.batch % dp == 0 and all(len(kind) % dp == 0 for kind in self.kinds):
-                    meshes = tuple(Mesh(dp, tp) for tp in range(1, count // dp - pp + 2))
+        dps = [pins.dp] if pins.dp else [dp for dp in range(1, count // 2 + 1) if self.job.batch % dp == 0]
+        for pp in [pins.pp] if pins.pp else range(2, min(count, self.job.segments) + 1):
+            for dp in dps:
+                meshes = tuple(Mesh(dp, tp) for tp in range(1, count // dp - pp + 2))
+                arrangements = self.solver.arranger.count((meshes,) * pp)
+                if arrangements and (pp <= FEWEST_STAGES or arrangements <= left):
+                    left -= arrangements
                     yield from self._shapes((meshes,) * pp)
 
     def _shapes(self, meshes: tuple[tuple[Mesh, ...], ...]) -> Iterator[Shape]:
@@ -158,49 +216,60 @@ class DifferentMeshes:
             if fits and refusal(schedule, len(meshes), batch // samples, 1) is None:
                 yield Shape(meshes, samples, batch // samples, schedule, pins.window or 1)
 
-    def _cut_s(self, mesh: Mesh, samples: int, position: int, label: str) -> float:
-        """Over the slowest link between kinds of devices, or among devices that are alike."""
-        local = self.job.space.local_model(samples)
+    def cut_bytes(self, mesh: Mesh, samples: int, position: int, label: str) -> float:
+        local = self.job.space.local_model(samples // mesh.dp)
         assert local is not None
         exit, carried_bytes = local.cut_before[position]
         place, nbytes = parse_placement(label), exit.nbytes
         if isinstance(place, Partial) or not self._may_cut(position):
             return math.inf
         if isinstance(place, Shard):
-            whole = (exit.shape[0] * mesh.dp, *exit.shape[1:])
-            if carried_bytes or not place.is_consecutive(whole):
+            if carried_bytes or not place.is_consecutive(exit.shape):
                 return math.inf
             nbytes //= mesh.tp
-        return self._hop_s(self.job.options.precision.sent_bytes(nbytes + carried_bytes, exit))
+        return self.job.options.precision.sent_bytes(nbytes + carried_bytes, exit)
 
     def _may_cut(self, position: int) -> bool:
         """Where replicas differ, not everything can go from so many to others."""
         segment = self.job.traced.segments[position]
         return not isinstance(self.job.options.parallelism.dp, tuple) or joins_replicas(segment, self.job.analysis)
 
+    def hop_s(self, source: Seat, target: Seat, nbytes: float, split: bool) -> tuple[float, float]:
+        return self._hop_s(source, target, int(nbytes), split)
+
+    def once_s(self, seats: Arrangement) -> float:
+        return self._once_s(tuple(seat.devices for seat in seats))
+
     @cached_property
-    def _hop_s(self) -> Callable[[int], float]:
-        ends = [devices[0] for devices in self.kinds]
-        pairs = [(a, b) for a in ends for b in ends if a != b] or [(0, self.job.cluster.num_devices - 1)]
-        known: dict[int, float] = {}
+    def _once_s(self) -> Callable[[tuple[tuple[int, ...], ...]], float]:
+        return functools.cache(self._exchanged_s)
 
-        def seconds(nbytes: int) -> float:
-            if nbytes not in known:
-                transfer_s = self.job.cluster.transfer_time_s
-                known[nbytes] = max(transfer_s(nbytes, a, b) + transfer_s(nbytes, b, a) for a, b in pairs)
-            return known[nbytes]
+    def _exchanged_s(self, stages: tuple[tuple[int, ...], ...]) -> float:
+        """The sum of the loss, and of gradients of parameters that the first and the last stage have, or all."""
+        all_reduce_s = functools.partial(self.job.cluster.collective_time_s, "all_reduce")
+        ends = tuple(dict.fromkeys((*stages[0], *stages[-1])))
+        every = tuple(device for devices in stages for device in devices)
+        of_ends, of_all = self._tied_bytes
+        tied_s = sum(all_reduce_s(n, own) for n, own in ((of_ends, ends), (of_all, every)) if n)
+        return tied_s + all_reduce_s(LOSS_BYTES, every)
 
-        return seconds
+    @cached_property
+    def _tied_bytes(self) -> tuple[float, float]:
+        """Of gradients of parameters in the first and the last segment, and of those in most."""
+        segments, whole, kept = self.job.traced.segments, self.job.traced.global_graph, self.job.options.precision.kept
+        users = Counter(name for segment in segments for name in dict.fromkeys(segment.parameters))
+        ends = set(segments[0].parameters) & set(segments[-1].parameters)
+        found = [0.0, 0.0]
+        for name, count in users.items():
+            if count > 1 and (name in ends or 2 * count > len(segments)):
+                meta = whole.tensor(name)
+                found[count > 2] += replace(meta, dtype=kept(meta.dtype).reduce).nbytes
+        return found[0], found[1]
+
+    @cached_property
+    def _hop_s(self) -> Callable[[Seat, Seat, int, bool], tuple[float, float]]:
+        return functools.cache(Hops(self.job.cluster).seconds)
 
 
 def _noted(found: Solution, against: str) -> Solution:
     return replace(found, notes=(*found.notes, f"stages have meshes of their own: {against}"))
-
-
-def _only(cluster: Cluster, devices: Sequence[int]) -> Cluster:
-    """Some devices of a cluster with several kinds, which has a network."""
-    assert cluster.network is not None
-    latency, bandwidth = cluster.network.latencies_s, cluster.network.bandwidths
-    rows = [tuple(tuple(float(values[a, b]) for b in devices) for a in devices) for values in (latency, bandwidth)]
-    network = replace(Network.of_matrix(*rows), start_s=cluster.network.start_s)
-    return Cluster(cluster.name, tuple(cluster.devices[i] for i in devices), (), cluster.backend, network)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
+from autopar.equal_meshes import EqualMeshes
 from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linker
 from autopar.linked import Linked, device_map
@@ -23,10 +24,9 @@ from autopar.model_notes import analysed, random_notes, scaling_notes
 from autopar.narrower import WORTH, narrower
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
-from autopar.placing import fastest_placed, timed_s
+from autopar.placing import fastest_placed
 from autopar.plan_of import parts_of, stage_plans, unplaced
-from autopar.planner.candidates import fastest_view, smallest_cuts
-from autopar.planner.regional import search_placed
+from autopar.planner.candidates import smallest_cuts
 from autopar.planner.search import Configuration, Timed, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution
@@ -38,8 +38,6 @@ from autopar.report import seconds_text
 from autopar.rescheduled import scheduled, waited_s
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
-from autopar.uneven import moved
-from autopar.whole_state import whole_state_gain_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
@@ -343,9 +341,18 @@ class Job:
                 )
             self._stages(p.pp)
             return DifferentMeshes(self).pinned()
-        found = self._searched_alike(self.pins(p.schedule))
-        tries = self.separable and not flat and p.tp_axes is None and may_differ(p, self.cluster)
-        return DifferentMeshes(self).faster(found) if tries else found
+        pins, tries = self.pins(p.schedule), self.separable and not flat and p.tp_axes is None
+        if not tries or not may_differ(p, self.cluster):
+            return self._searched_alike(pins)
+        if not self._is_placed:
+            return DifferentMeshes(self).faster(self._searched_alike(pins))
+        return DifferentMeshes(self).unless_faster(EqualMeshes(self, pins))
+
+    @property
+    def _is_placed(self) -> bool:
+        """Whether meshes are placed on devices as they are searched."""
+        cluster, pinned = self.cluster, self.options.parallelism.placement
+        return cluster.network is not None and cluster.uneven and pinned is None
 
     def pins(self, schedule: str | None) -> Pins:
         """Those that the options have, with a schedule."""
@@ -355,11 +362,10 @@ class Job:
 
     def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
         """With one mesh for all stages."""
-        p = self.options.parallelism
-        if self.cluster.network is not None and self.cluster.uneven and p.placement is None:
-            return self._placed(pins)
+        if self._is_placed:
+            return EqualMeshes(self, pins).fastest()
         alike = len(set(self.cluster.devices)) == 1
-        found = self._on_axes(self._searched_under(pins, functools.partial(waited_s, self) if alike else None))
+        found = self._on_axes(self.searched_under(pins, functools.partial(waited_s, self) if alike else None))
         if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]
@@ -383,7 +389,7 @@ class Job:
                 best = replace(other, configuration=known, bound_s=bound_s, notes=(*found.notes, note))
         return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
 
-    def _searched_under(self, pins: Pins, timed: Timed | None = None) -> Solution | Infeasible:
+    def searched_under(self, pins: Pins, timed: Timed | None = None) -> Solution | Infeasible:
         """timed: as in ``search``."""
         with planning_progress() as report:
             return search(
@@ -397,42 +403,6 @@ class Job:
                 progress=report,
                 flat=self.options.solver == FLAT,
             )
-
-    def _placed(self, pins: Pins) -> Solution | Infeasible:
-        """On an uneven network: meshes are priced on its fastest links, placed, and simulated where they are."""
-        usable = [self.device_cap_bytes(device) for device in range(self.cluster.num_devices)]
-        caps = dict.fromkeys((min(usable), sum(usable) // len(usable)))  # more on larger devices makes room on smaller
-        view = self.on(fastest_view(self.cluster, self.product_dtype))
-        space = view.pinned_space()  # made before it is shared
-        views = [view.under(self.options.parallelism, cap) for cap in caps]
-
-        def searched(known: Pins, dp_inner: int) -> list[Solution | Infeasible]:
-            return [way._in_groups(dp_inner)._searched_under(known) for way in views]
-
-        def whole(known: Pins, placed: Sequence[Solution], least_s: float) -> list[Solution | Infeasible]:
-            gains = any(self._whole_state_gain_s(each) >= least_s for each in placed)
-            return [way._undivided()._searched_under(known) for way in views if gains]
-
-        simulate = functools.partial(fastest_placed, self, pins)
-        found = search_placed(self.cluster, space, self.batch, pins, self, searched, whole, simulate)
-        return found if isinstance(found, Infeasible) else moved(self, found, functools.partial(timed_s, self))
-
-    def _in_groups(self, dp_inner: int) -> Job:
-        """With parameters and state that are whole on each replica, where their gradients may be summed in groups."""
-        p = self.options.parallelism
-        return self if dp_inner == 1 or p.dp_inner is not None or p.zero is not None else self._undivided()
-
-    def _undivided(self) -> Job:
-        """With parameters and state that are whole on each replica."""
-        return self.under(replace(self.options.parallelism, zero=0), self.options.memory_cap_bytes)
-
-    def _whole_state_gain_s(self, placed: Solution) -> float:
-        """What a step of a placed plan could gain if it split no state over replicas, as the planner may have chosen by
-        the price of the fastest links; nothing where that is pinned."""
-        if self.options.parallelism.zero is not None:
-            return 0.0
-        plan = self.plan(placed)
-        return whole_state_gain_s(plan, self.program(plan), self.cluster)
 
     def sent_bytes(self, microbatch_size: int, pp: int | None = None) -> float:
         """The largest activation between segments, as it is sent; pp: between stages that are cut where least is."""

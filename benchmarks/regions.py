@@ -58,7 +58,7 @@ def compared(job: Job) -> dict[str, Any]:
     cpu_s, wall_s = time.process_time() - start, time.perf_counter() - wall
     fixed = job.under(FIXED, None).on(job.cluster)
     draw = np.random.default_rng(0)
-    base = fixed.plan(fixed._searched_under(_pins()))
+    base = fixed.plan(fixed.searched_under(_pins()))
     mixed = [tuple(draw.permutation(64).tolist()) for _ in range(RANDOM)]
     return {
         "search_cpu_s": cpu_s,

@@ -83,7 +83,7 @@ def by_hand(job: Job) -> Iterator[tuple[float, Plan]]:
         dp = count // pp
         if job.batch % dp or pp > len(job.traced.segments):
             continue
-        found = job._searched_under(Pins(dp, 1, pp, 1, "1f1b"))
+        found = job.searched_under(Pins(dp, 1, pp, 1, "1f1b"))
         if not isinstance(found, Solution):
             continue
         devices = np.arange(count)
@@ -96,7 +96,10 @@ def by_hand(job: Job) -> Iterator[tuple[float, Plan]]:
 
 
 def even_s(job: Job, solution: Solution) -> float:
-    """The same choices, mesh and placement with as many segments in every stage; infinite if one does not fit."""
+    """The same choices, mesh and placement with as many segments in every stage; infinite if one does not fit, or where
+    stages have meshes of their own, whose choices are no other stage's."""
+    if solution.meshes is not None:
+        return math.inf
     count, pp = solution.stages[-1].last, solution.configuration.pp
     even = job.plan(cut_at(solution, tuple((stage + 1) * count // pp for stage in range(pp))))
     fits = all(peak <= cap for peak, cap in zip(job.peaks(even), job.stage_caps(even), strict=True))

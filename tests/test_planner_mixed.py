@@ -15,16 +15,18 @@ from models import example_gpt
 from parity import ADAMW
 
 import autopar
+from autopar.equal_meshes import EqualMeshes
 from autopar.meshes import may_differ
-from autopar.planner.bounds import Objective
+from autopar.options import Options
+from autopar.planner.arrangements import Arrangement, Arranger, Pool, Seat
 from autopar.planner.chain import Chain
-from autopar.planner.columns import Column
 from autopar.planner.factor_graph import Factor, FactorGraph
-from autopar.planner.ilp import objective_s
-from autopar.planner.mixed import MixedSolver, Pool, Shape
-from autopar.planner.mixed_ilp import Offer
+from autopar.planner.mixed import MixedSolver, Shape
 from autopar.planner.solution import Infeasible, Solution
-from autopar.planner.worthwhile import worthwhile
+from autopar.planner.worthwhile import Ways, worthwhile
+from autopar.planning import Job
+from autopar.rescheduled import scheduled
+from autopar.sites import alike, only, together
 from cost_model.errors import ParallelismError
 from cost_model.mesh import Mesh
 
@@ -49,7 +51,8 @@ class RandomSpace:
             domains = {"in": labels, "out": labels} if 0 < number < SEGMENTS - 1 else {}
             domains = domains or ({"out": labels} if number == 0 else {"in": labels})
             shape = (len(labels),) * len(domains)
-            time_s, step_s, state, saved = (rng.integers(1, 30, shape).astype(float) for _ in range(4))
+            time_s = rng.integers(30, 60, shape).astype(float)  # shards are no more than so many times as fast
+            step_s, state, saved = (rng.integers(1, 30, shape).astype(float) for _ in range(3))
             factor = Factor(tuple(domains), time_s, step_s, state, saved)
             ends = (name if name in domains else None for name in ("in", "out"))
             kinds.append(FactorGraph(domains, (factor,), *ends, ()))
@@ -60,7 +63,21 @@ class RandomSpace:
 
 
 def cut_s(mesh: Mesh, samples: int, position: int, label: str) -> float:
-    return position + (2.0 if label == "R" else 1.0) / mesh.tp
+    """Of whole values as long on all meshes."""
+    return 6.0 * position / (1 if label == "R" else mesh.tp)
+
+
+class Bytes:
+    """Links on which a byte takes a second there and back, and no time of the link."""
+
+    def cut_bytes(self, mesh: Mesh, samples: int, position: int, label: str) -> float:
+        return cut_s(mesh, samples, position, label)
+
+    def hop_s(self, source: Seat, target: Seat, nbytes: float, split: bool) -> tuple[float, float]:
+        return nbytes, 0.0
+
+    def once_s(self, seats: Arrangement) -> float:
+        return 0.0
 
 
 def solver(seed: int, cap_bytes: float) -> MixedSolver:
@@ -69,7 +86,7 @@ def solver(seed: int, cap_bytes: float) -> MixedSolver:
         Pool(tuple(range(first, first + count)), RandomSpace(seed, kind), cap_bytes)
         for kind, (first, count) in enumerate(zip(firsts, COUNTS, strict=False))
     ]
-    return MixedSolver(pools, cut_s)
+    return MixedSolver(pools, Bytes())
 
 
 def every_plan(seed: int, pp: int, microbatches: int) -> list[tuple[float, float]]:
@@ -117,11 +134,11 @@ def _plans(
 def test_as_fast_as_the_fastest_of_all(seed: int, pp: int, microbatches: int) -> None:
     plans = every_plan(seed, pp, microbatches)
     shape = Shape((MESHES,) * pp, 8, microbatches, "1f1b")
-    free = solver(seed, math.inf)
-    found = free.solve(shape)
+    first = next(solver(seed, math.inf).fastest([shape]))
+    found = first.solution
     assert isinstance(found, Solution) and found.meshes is not None and found.placement is not None
     assert found.objective_s == pytest.approx(min(plans)[0]) and found.gap == pytest.approx(0, abs=1e-9)
-    assert free.bound_s(shape) <= found.objective_s * (1 + 1e-9)
+    assert first.bound_s <= found.objective_s * (1 + 1e-9)
     assert sorted(found.placement) == list(range(sum(COUNTS)))
     assert sum(mesh.size for mesh in found.meshes) == sum(COUNTS)
 
@@ -133,42 +150,58 @@ def test_under_a_cap(seed: int, share: float) -> None:
     plans = every_plan(seed, 2, 4)
     needs = sorted(need for _, need in plans)
     cap = needs[0] - 1 + share * (needs[-1] - needs[0])
-    found = solver(seed, cap).solve(Shape((MESHES,) * 2, 8, 4, "1f1b"))
+    shape, capped = Shape((MESHES,) * 2, 8, 4, "1f1b"), solver(seed, cap)
+    first = next(capped.fastest([shape]), None)
     fitting = [time_s for time_s, need in plans if need <= cap]
     if not fitting:
-        assert isinstance(found, Infeasible) and found.needed_bytes == needs[0]
+        short = capped.shortage([shape])
+        assert first is None and isinstance(short, Infeasible) and short.needed_bytes == needs[0]
         return
-    assert isinstance(found, Solution)
+    assert first is not None and (found := first.solution) is not None
     best = min(fitting)
     assert any(t == pytest.approx(found.objective_s) and need <= cap for t, need in plans)
-    assert found.objective_s >= best * (1 - 1e-9) and found.bound_s <= best * (1 + 1e-9)
+    assert found.objective_s >= best * (1 - 1e-9) and first.bound_s <= best * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("microbatches", [1, 8, 10**6])
 def test_few_of_many_columns_are_left_and_the_best_are_among_them(seed: int, microbatches: int) -> None:
-    """Two stages of which one has two devices: more than a thousand columns of each, all pairs enumerated."""
-    draw, cuts, variants = np.random.default_rng(seed), 60, 12
-    offers: list[list[Offer]] = [[], []]
-    for stage, cut, size, _ in itertools.product((0, 1), range(1, cuts), (1, 2), range(variants)):
-        length = (cut if stage == 0 else cuts - cut) * draw.uniform(1.0, 1.3) / size
-        ends = (0, cut, 0, int(draw.integers(2))) if stage == 0 else (cut, cuts, int(draw.integers(2)), 0)
-        numbers = (*ends, length, float(draw.uniform(0, 30)) * size, 0.0, 0.0, float(draw.uniform(0, 5)), ())
-        column = Column(*numbers)
-        offers[stage].append(Offer(column, column, None, Mesh(1, size), 0))  # type: ignore[arg-type]
-    pairs = [
-        (objective_s([a.column, b.column], Objective(2, microbatches)), a, b)
-        for a, b in itertools.product(*offers)
-        if (a.column.last, a.column.exit) == (b.column.first, b.column.entry) and a.devices + b.devices == 3
+    """More than a thousand columns of each of two stages, all pairs enumerated."""
+    draw, cuts, variants = np.random.default_rng(seed), 60, 24
+    at = np.repeat(np.arange(1, cuts), variants)
+    lengths = [(own * draw.uniform(1.0, 1.3, len(at)), draw.uniform(0, 30, len(at))) for own in (at, cuts - at)]
+    there, hop_s = np.zeros_like(at), draw.uniform(0, 5, len(at))
+    stages = [
+        Ways(there, at, lengths[0][0], lengths[0][0], lengths[0][1]),
+        Ways(at, there, lengths[1][0], lengths[1][0] + hop_s, lengths[1][1]),
     ]
-    best = min(pairs, key=lambda pair: pair[0])
-    left = worthwhile(offers, (3,), microbatches)
-    assert best[1] in left[0] and best[2] in left[1]
-    assert sum(map(len, left)) <= 100 < sum(map(len, offers)) / 10
+    a, b = (index.ravel() for index in np.indices((len(at), len(at))))
+    meet = at[a] == at[b]
+    a, b = a[meet], b[meet]
+    (time_a, step_a), (time_b, step_b) = ((t[i], s[i]) for (t, s), i in zip(lengths, (a, b), strict=True))
+    along_s = time_a + time_b + hop_s[b] + np.maximum(step_a, step_b)
+    values = along_s + (microbatches - 1) * np.maximum(time_a, time_b)
+    best = int(values.argmin())
+    left = worthwhile(stages, microbatches)
+    assert a[best] in left.kept[0] and b[best] in left.kept[1]
+    assert sum(map(len, left.kept)) <= 100 < 2 * len(at) / 10
+    assert left.bound_s <= values[best] * (1 + 1e-9)
 
 
 def test_no_meshes_that_use_all_devices() -> None:
-    assert solver(0, math.inf).solve(Shape(((Mesh(1, 1),), (Mesh(1, 2),)), 8, 1, "1f1b")) is None
+    shapes = [Shape(((Mesh(1, 1),), (Mesh(1, 2),)), 8, 1, "1f1b")]
+    none = solver(0, math.inf)
+    assert list(none.fastest(shapes)) == [] and none.shortage(shapes) is None
+
+
+def test_arrangements_give_each_device_to_one_stage() -> None:
+    space = RandomSpace(0, 0)
+    pools = [Pool((0, 1), space, 1.0), Pool((2,), space, 1.0), Pool((1, 2), space, 1.0, whole=True)]
+    arranger, meshes = Arranger(pools), (tuple(Mesh(1, tp) for tp in (1, 2)),) * 2
+    found = [tuple((seat.pool, seat.devices) for seat in own) for own in arranger.arrangements(meshes)]
+    pair, alone, joined = (0, (0, 1)), (1, (2,)), [(0, (0,)), (2, (1, 2))]
+    assert sorted(found) == sorted([(pair, alone), (alone, pair), tuple(joined), tuple(reversed(joined))])
+    assert arranger.count(meshes) == len(found)
 
 
 # --- A cluster of several kinds
@@ -205,10 +238,65 @@ def test_on_mixed_devices_no_plan_of_equal_meshes_is_as_fast() -> None:
     assert pair == (1, 2) and any("meshes of their own" in note for note in chosen.notes)
 
 
-@pytest.mark.parametrize(("kinds", "tried"), [(1, True), (3, True), (5, False)])
-def test_meshes_of_many_kinds_of_devices_are_not_looked_for_unasked(kinds: int, tried: bool) -> None:
+@pytest.mark.parametrize(("count", "kinds", "tried"), [(6, 1, True), (6, 5, True), (8, 3, True), (9, 3, False)])
+def test_meshes_of_many_devices_are_not_looked_for_unasked(count: int, kinds: int, tried: bool) -> None:
     names = ("v100-sxm2-16gb", "v100-sxm2-32gb", "a100-sxm-40gb", "a100-sxm-80gb", "h100-sxm")[:kinds]
-    devices = [names[i % kinds] for i in range(6)]
-    every = np.ones((6, 6))
+    devices = [names[i % kinds] for i in range(count)]
+    every = np.ones((count, count))
     cluster = autopar.Cluster.from_matrix(device=devices, latency_s=every, bandwidth_bytes_per_s=every)
     assert may_differ(autopar.Parallelism(), cluster) == tried
+
+
+# --- Slow links
+
+
+def slow_cluster() -> autopar.Cluster:
+    """Two fast devices near each other, two slow ones too, and one far from all of them, from which all is slow."""
+    near = np.full((5, 5), 2e9)
+    near[:2, :2] = near[2:4, 2:4] = 40e9
+    near[4, :4], near[:4, 4] = 2e6, 4e8
+    delay_s = np.where(near < 1e9, 0.05, 1e-4)
+    devices = ["a100-sxm-40gb"] * 2 + ["v100-sxm2-16gb"] * 3
+    return autopar.Cluster.from_matrix(device=devices, latency_s=delay_s, bandwidth_bytes_per_s=near)
+
+
+def test_devices_that_nothing_tells_apart() -> None:
+    cluster = slow_cluster()
+    groups = alike(cluster)
+    assert groups == [(0, 1), (2, 3), (4,)]
+    sets = together(cluster, groups, 1e6)
+    assert (2, 3, 4) in sets and (4, 2, 3) not in groups and all(len(own) < 5 for own in sets)
+    assert only(cluster, (2, 3, 4)).network.bandwidths[2, 0] == 2e6  # type: ignore[union-attr]
+
+
+def slow_job(cluster: autopar.Cluster) -> Job:
+    model, _ = example_gpt(n_layer=4, n_embd=1024, vocab_size=512, block_size=512)
+    tokens = torch.zeros(40, 512, dtype=torch.int64)
+    batch = {"idx": tokens, "targets": tokens}
+    return Job.of(model, cluster, batch, Options.of(None, ADAMW, autopar.Parallelism(), None, None, None))
+
+
+def test_slow_links_are_priced_as_they_are_simulated() -> None:
+    """A device that is far from all others repeats what some of them do, which no equal meshes can; the search's price
+    is that of the simulated step."""
+    job = slow_job(slow_cluster())
+    found = job.solve()
+    step_s = job.step_s(scheduled(job, found).plan)
+    equal = job._searched_alike(job.pins(None))
+    assert isinstance(equal, Solution) and found.meshes is not None
+    assert step_s < 0.7 * job.step_s(scheduled(job, equal).plan)
+    assert found.objective_s == pytest.approx(step_s, rel=0.1)
+
+
+def test_shards_that_divide_nothing_exchange_nothing() -> None:
+    """What five shards could divide of a GPT they have to exchange over a slow link: the price of five that repeat
+    everything is that of one device, and their plan is found."""
+    slow = np.full((5, 5), 2e6)
+    cluster = autopar.Cluster.from_matrix(
+        device=["v100-sxm2-16gb"] * 5, latency_s=np.full((5, 5), 1e-4), bandwidth_bytes_per_s=slow + np.arange(5)
+    )
+    job = slow_job(cluster)
+    equal = EqualMeshes(job, job.pins(None))
+    found = equal.fastest()
+    assert isinstance(found, Solution) and (found.configuration.tp, found.configuration.pp) == (5, 1)
+    assert equal.price_s == pytest.approx(job.step_s(scheduled(job, found).plan), rel=0.1)

@@ -107,15 +107,18 @@ def candidates(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: 
             continue
         if pins.tp is None and not _may_shard(whole_s, view, c, volumes):
             continue
-        least = Prices(places, _traffic(view, c, _divided_s(whole_s, c), volumes)).bound_s()
+        parts = (0.0, 1.0) if c.tp > 1 else (1.0,)
+        least = min(Prices(places, _traffic(c, _divided_s(whole_s, c, p), p, volumes)).bound_s() for p in parts)
         waiting.append((least, number, c, None))
     heapq.heapify(waiting)
     while waiting:
         bound_s, number, c, prices = heapq.heappop(waiting)
         if prices is not None:
             yield Candidate(number, c, prices, bound_s)
-        elif math.isfinite(alone_s := _alone_s(view, c, whole_s, volumes)):
-            prices = Prices(places, _traffic(view, c, alone_s, volumes))
+            continue
+        alone_s, part = _alone(view, c, whole_s, volumes)
+        if math.isfinite(alone_s):
+            prices = Prices(places, _traffic(c, alone_s, part, volumes))
             heapq.heappush(waiting, (prices.bound_s(), number, c, prices))
 
 
@@ -146,28 +149,33 @@ def _first_labels(chain: Chain) -> Chain | None:
     return chain.fixed({name: labels[0] for name, labels in domains.items()}) if all(domains.values()) else None
 
 
-def _divided_s(whole_s: WholeSeconds, c: Configuration) -> float:
-    """Seconds of all segments of one microbatch if shards are as fast as can be: no more than ``_alone_s``."""
-    seconds = whole_s(c.dp, 1, c.microbatch_size) / c.tp
+def _divided_s(whole_s: WholeSeconds, c: Configuration, part: float) -> float:
+    """Seconds of all segments of one microbatch if shards divide such a part of them, and are as fast as can be: no
+    more than ``_alone`` for that part."""
+    seconds = whole_s(c.dp, 1, c.microbatch_size) * (1 - part * (1 - 1 / c.tp))
     return seconds if math.isfinite(seconds) else 0.0
 
 
-def _alone_s(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Volumes) -> float:
-    """Seconds of all segments of one microbatch but for what shards exchange, which is priced where the shards are;
-    infinite where the mesh cannot be."""
-    whole = whole_s(c.dp, c.tp, c.microbatch_size)
-    if c.tp == 1 or not math.isfinite(whole) or not math.isfinite(whole_s(c.dp, 1, c.microbatch_size)):
-        return whole
-    return max(whole - _exchanged(c, volumes) / view.levels[0].link.bandwidth_bytes_per_s, _divided_s(whole_s, c))
+def _alone(view: Cluster, c: Configuration, whole_s: WholeSeconds, volumes: Volumes) -> tuple[float, float]:
+    """Seconds of all segments of one microbatch but for what shards exchange, which is priced where the shards are,
+    infinite where the mesh cannot be; and the part of the segments that shards divide: the rest each of them repeats,
+    and exchanges nothing for it."""
+    whole, one = (whole_s(c.dp, tp, c.microbatch_size) for tp in (c.tp, 1))
+    if c.tp == 1 or not math.isfinite(whole) or not math.isfinite(one):
+        return whole, 1.0
+    exchange_s = _exchanged(c, volumes) / view.levels[0].link.bandwidth_bytes_per_s
+    saved_s, saved_at_most_s = max(0.0, one - whole), one * (1 - 1 / c.tp) - exchange_s
+    part = float(saved_s > 0) if saved_s >= saved_at_most_s else saved_s / saved_at_most_s
+    return max(whole - part * exchange_s, _divided_s(whole_s, c, part)), part
 
 
 def _exchanged(c: Configuration, volumes: Volumes) -> float:
-    """Bytes of all segments that a shard sends to the others for one microbatch."""
+    """Bytes of all segments that a shard sends to the others for one microbatch where they divide everything."""
     sent = volumes.sent_bytes(c.microbatch_size)
     return EXCHANGES_PER_SEGMENT * 2 * (1 - 1 / c.tp) * sent * volumes.segments
 
 
-def _traffic(view: Cluster, c: Configuration, alone_s: float, volumes: Volumes) -> Traffic:
+def _traffic(c: Configuration, alone_s: float, part: float, volumes: Volumes) -> Traffic:
     return Traffic(
         c.pp,
         c.dp,
@@ -175,8 +183,8 @@ def _traffic(view: Cluster, c: Configuration, alone_s: float, volumes: Volumes) 
         c.microbatches,
         alone_s / c.pp,
         volumes.sent_bytes(c.microbatch_size, c.pp),
-        volumes.reduced_bytes / c.pp / c.tp,
-        _exchanged(c, volumes) / c.pp,
+        volumes.reduced_bytes / c.pp * (1 - part * (1 - 1 / c.tp)),
+        part * _exchanged(c, volumes) / c.pp,
     )
 
 

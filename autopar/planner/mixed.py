@@ -1,59 +1,49 @@
 """Stages with meshes of their own: which mesh of which devices, which segments and which choices, for each stage.
 
-Every mesh that a stage may have gives columns of its own: its ranges of the chain, priced on its devices, as far as
-they fit there. An ILP takes one column a stage so that ranges tile the chain, labels agree at cuts and devices are
-used once. The bound is the same ILP without a cap. Cuts between meshes are whole or in consecutive shards; parameters
-of several segments are whole on every rank.
+Every arrangement of meshes on devices is bounded, by what segments take where they are fastest and by what its links
+take; then priced without a cap; then solved under it: best first, so that most of them are no more than bounded. An
+arrangement is priced by columns, ranges of the chain on the mesh of a stage, which tile it so that labels agree at
+cuts. Each further microbatch takes as long as the slowest stage or link; what stages sum once a step comes on top.
+Cuts between meshes are whole or in consecutive shards; parameters of several segments are whole on every rank.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import numpy as np
 
+from autopar.planner.arrangements import Arrangement, Arranger, Meshes, Pool, Seat
 from autopar.planner.bounds import Objective
-from autopar.planner.chain import Chain, IntArray
-from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
+from autopar.planner.columns import Column, RangeTable
 from autopar.planner.configuration import Configuration
-from autopar.planner.factor_graph import FactorGraph, FloatArray
-from autopar.planner.ilp import Choice
-from autopar.planner.least import quick_bound_s
-from autopar.planner.mixed_ilp import MixedIlp, Offer
-from autopar.planner.segment import Price, Segment, unproved
-from autopar.planner.solution import Infeasible, Solution, Space, stage_solution
-from autopar.planner.worthwhile import worthwhile
+from autopar.planner.cuts import Cuts, Links, Offered
+from autopar.planner.factor_graph import FloatArray
+from autopar.planner.ilp import StageIlp
+from autopar.planner.mesh_tables import MeshTables
+from autopar.planner.paths import Arcs, bottleneck
+from autopar.planner.segment import Price, unproved
+from autopar.planner.solution import Infeasible, Solution, stage_solution
+from autopar.planner.stage_columns import Role, StageColumns, stage_columns
+from autopar.planner.worthwhile import Worthwhile, worthwhile
 from cost_model.mesh import Mesh
-from cost_model.placement import REPLICATE, VARYING
+from cost_model.schedule import in_flight
 
 BYTE_PRICES = (0.03, 0.3, 3.0)
 """What all bytes of a stage are worth, in its own time, at the prices that are tried where memory binds."""
 WORTH_SAVING = 1.001
 """Ways to save memory are looked at where the cap makes a step so much longer."""
-_MANY, _FEW, _GIB = 10**6, 16, 2**30
-WHOLE = (str(REPLICATE), str(VARYING))
-Cut = Callable[[Mesh, int, int, str], float]
-"""(mesh, samples, position, label) -> seconds of a cut there, both ways; infinite where none can be."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Devices of one kind, by their numbers in the cluster; space: the model on them; cap_bytes: of each."""
-
-    devices: tuple[int, ...]
-    space: Space
-    cap_bytes: float
 
 
 @dataclass(frozen=True)
 class Shape:
     """What is asked for: meshes[s]: those that stage s may have; samples of a microbatch on all replicas together."""
 
-    meshes: tuple[tuple[Mesh, ...], ...]
+    meshes: Meshes
     samples: int
     microbatches: int
     schedule: str
@@ -63,244 +53,256 @@ class Shape:
     def pp(self) -> int:
         return len(self.meshes)
 
-    def held(self, chain: Chain, stage: int) -> int:
-        """Microbatches that a stage holds at once."""
-        return chain.in_flight(self.schedule, stage, self.pp, self.microbatches, 1, self.window)
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.pp, self.microbatches)
+
+    def role(self, stage: int) -> Role:
+        held = in_flight(self.schedule, stage, self.pp, self.microbatches, 1, self.window)
+        return Role(stage, self.pp, held)
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
-    """The ranges of the chain on a mesh of a kind of device."""
+class Arranged:
+    """An arrangement of a shape: bound_s: no plan of it is faster, whatever the cap; solution: once it was solved."""
 
-    mesh: Mesh
-    kind: int
-    ranges: RangeTable
+    shape: Shape
+    seats: Arrangement
+    bound_s: float
+    solution: Solution | None = None
+
+
+class Known(IntEnum):
+    """How an arrangement is bounded: by one device of each stage, by its meshes, by columns as far as was enough, by
+    all of them."""
+
+    QUICK = 0
+    ARRANGED = 1
+    GLIMPSED = 2
+    FREE = 3
 
 
 class MixedSolver:
-    """Solves shapes on pools of devices; what is known of segments is kept between them."""
+    """Solves shapes on pools of devices; what is known of segments and meshes is kept between them."""
 
-    def __init__(self, pools: Sequence[Pool], cut: Cut) -> None:
-        self.pools, self.cut = tuple(pools), cut
-        self.segments: dict[FactorGraph, Segment] = {}
+    def __init__(self, pools: Sequence[Pool], links: Links) -> None:
+        self.pools, self.arranger = tuple(pools), Arranger(pools)
+        self.tables, self.cuts = MeshTables(pools), Cuts(links)
+        self._columns: dict[tuple[object, ...], StageColumns] = {}
 
-    def bound_s(self, shape: Shape) -> float:
-        """Seconds of a step that no choice for a shape is faster than; infinite where there is none.
+    def fastest(self, shapes: Iterable[Shape], limit_s: float = math.inf) -> Iterator[Arranged]:
+        """What fits, by price: bounded arrangements wait until none before them can be faster. None at a limit or over.
 
-        Every segment on the mesh where it is fastest, and the slowest stage no faster than all devices are, each
-        segment on the mesh where it takes least of them.
+        bound_s of what comes is that of all arrangements that have not come.
         """
-        price, fastest, least = (Price(1.0, 0.0),), dict[int, float](), dict[int, float]()
-        for mesh, kind in self._choices(shape):
-            chain = self._chain(shape, mesh, kind)
-            if chain is not None:
-                costs = [float(segment.solve(price)[0].cost.min()) for segment in self._known(chain)]
-                for position, seconds in enumerate(costs[number] for number in chain.sequence):
-                    fastest[position] = min(seconds, fastest.get(position, math.inf))
-                    least[position] = min(seconds * mesh.size, least.get(position, math.inf))
-        devices = sum(len(pool.devices) for pool in self.pools)
-        slowest_s = sum(least.values()) / devices
-        return sum(fastest.values()) + (shape.microbatches - 1) * slowest_s if fastest else math.inf
+        queue = self._waiting(shapes, limit_s)
+        lowest_s, enough_s = math.inf, math.inf
+        while queue and queue[0][0] < limit_s:
+            _, number, known, arranged = heapq.heappop(queue)
+            if arranged.solution is not None:
+                lowest_s = min(lowest_s, arranged.bound_s)
+                yield replace(arranged, bound_s=min([lowest_s, *(each.bound_s for _, _, _, each in queue)]))
+            elif known == Known.FREE:
+                if (solution := self.solve(arranged)) is not None:
+                    heapq.heappush(queue, (solution.objective_s, number, known, replace(arranged, solution=solution)))
+            else:
+                bound_s, known = self._bounded(arranged, known, enough_s)
+                enough_s = min(enough_s, bound_s) if known == Known.FREE else enough_s
+                if math.isfinite(bound_s):
+                    heapq.heappush(queue, (bound_s, number, known, replace(arranged, bound_s=bound_s)))
 
-    def solve(self, shape: Shape, extra_bytes: Sequence[float] = ()) -> Solution | Infeasible | None:
-        """The best choice, what memory is short of, or None where no meshes use all devices.
+    def _waiting(self, shapes: Iterable[Shape], limit_s: float) -> list[tuple[float, int, Known, Arranged]]:
+        """A heap of all arrangements that may be under a limit, as far as is known at first."""
+        queue: list[tuple[float, int, Known, Arranged]] = []
+        for shape in shapes:
+            for seats in self.arranger.arrangements(shape.meshes):
+                bound_s = self._quick_bound_s(shape, seats)
+                if bound_s < limit_s:
+                    queue.append((bound_s, len(queue), Known.QUICK, Arranged(shape, seats, bound_s)))
+        heapq.heapify(queue)
+        return queue
+
+    def _bounded(self, arranged: Arranged, known: Known, enough_s: float) -> tuple[float, Known]:
+        """A higher bound, and how it is known. enough_s: what some plan takes; no more is looked at beyond it until the
+        arrangement comes again."""
+        if known == Known.QUICK:
+            return max(arranged.bound_s, self._bound_s(arranged.shape, arranged.seats)), Known.ARRANGED
+        wanted_s = enough_s if known == Known.ARRANGED else math.inf
+        free_s = self._free_s(arranged, wanted_s)
+        return max(arranged.bound_s, free_s), Known.FREE if free_s <= wanted_s else Known.GLIMPSED
+
+    def solve(self, arranged: Arranged, extra_bytes: Sequence[float] = ()) -> Solution | None:
+        """The best choice, or None where nothing fits.
 
         extra_bytes: what the rewritten program was found to need beyond columns, per stage.
         """
-        extra = tuple(extra_bytes) or (0.0,) * shape.pp
-        tables = self._tables(shape)
-        free = self._choice(shape, self._offers(shape, tables, None))
-        if free is None:
-            return None
-        found, bound_s = self._choice(shape, self._offers(shape, tables, extra)), free[0].objective_s
-        if found is None or found[0].objective_s > bound_s * WORTH_SAVING:
-            tables += self._saving_tables(shape, bound_s)
-            found = self._choice(shape, self._offers(shape, tables, extra))
-        return self._shortage(shape, tables, extra) if found is None else self._solution(shape, *found, bound_s)
+        caps = self._caps(arranged, extra_bytes)
+        columns = [self._fitting(arranged, stage, cap, saving=False) for stage, cap in enumerate(caps)]
+        offered, kept = self._kept(arranged, columns)
+        if kept.bound_s + self.cuts.links.once_s(arranged.seats) > arranged.bound_s * WORTH_SAVING:
+            columns = [self._fitting(arranged, stage, cap, saving=True) for stage, cap in enumerate(caps)]
+            offered, kept = self._kept(arranged, columns)
+        return None if math.isinf(kept.bound_s) else self._solution(arranged, columns, offered, kept)
 
-    def _choices(self, shape: Shape) -> Iterator[tuple[Mesh, int]]:
-        """Every mesh that some stage may have, on every kind of which there are enough devices."""
-        for mesh in dict.fromkeys(itertools.chain.from_iterable(shape.meshes)):
-            for kind, pool in enumerate(self.pools):
-                if mesh.size <= len(pool.devices):
-                    yield mesh, kind
-
-    def _known(self, chain: Chain) -> list[Segment]:
-        return [self.segments.setdefault(graph, Segment(graph)) for graph in chain.kinds]
-
-    def _chain(self, shape: Shape, mesh: Mesh, kind: int) -> Chain | None:
-        samples = shape.samples // mesh.dp
-        chain = self.pools[kind].space.chain(mesh.dp, mesh.tp, samples) if shape.samples % mesh.dp == 0 else None
-        return None if chain is None else self._ready(chain, mesh, samples)
-
-    def _ready(self, chain: Chain, mesh: Mesh, samples: int) -> Chain | None:
-        """With the cuts of stages of different meshes, and shared parameters whole, in the form that costs least."""
-        domains = {name: [v for v in labels if v in WHOLE] for name, labels in chain.shared_domains().items()}
-        if not all(domains.values()):
-            return None
-        chain = replace(chain, cut_s=functools.cache(functools.partial(self.cut, mesh, samples)))
-        choices: Iterable[tuple[str, ...]] = itertools.product(*domains.values())
-        if math.prod(map(len, domains.values())) > _FEW:
-            choices = itertools.islice(zip(*domains.values(), strict=False), 2)
-        fixed = [chain.fixed(dict(zip(domains, labels, strict=True))) for labels in choices]
-        return min(fixed, key=lambda each: quick_bound_s(each, self._known(each), Objective(1, 1)))
-
-    def _tables(self, shape: Shape) -> list[_Table]:
-        """Of every mesh on every kind of device, nothing done to save memory."""
-        free = [Price(*weights) for weights in Objective(shape.pp, shape.microbatches).free]
-        found = []
-        for mesh, kind in self._choices(shape):
-            chain = self._chain(shape, mesh, kind)
-            if chain is not None:
-                found.append(self._table(shape, mesh, kind, chain, free))
-        return found
-
-    def _saving_tables(self, shape: Shape, step_s: float) -> list[_Table]:
-        """The same with all ways to save memory, at several prices of it."""
-        weights, found = Objective(shape.pp, shape.microbatches).balanced, []
-        for mesh, kind in self._choices(shape):
-            pool, samples = self.pools[kind], shape.samples // mesh.dp
-            worth_s = step_s / shape.pp / pool.cap_bytes
-            for chain in pool.space.saving_chains(mesh.dp, mesh.tp, samples) if shape.samples % mesh.dp == 0 else ():
-                ready = self._ready(chain, mesh, samples)
-                if ready is not None:
-                    prices = [
-                        Price(*weights, share * worth_s, share * worth_s * held)
-                        for share in BYTE_PRICES
-                        for held in self._held(shape, ready)
-                    ]
-                    found.append(self._table(shape, mesh, kind, ready, prices))
-        return found
-
-    def _table(self, shape: Shape, mesh: Mesh, kind: int, chain: Chain, prices: Sequence[Price]) -> _Table:
-        table = RangeTable(chain, self._known(chain))
-        table.add([*prices, *(Price(0.0, 0.0, 1.0, float(held)) for held in self._held(shape, chain))])
-        return _Table(mesh, kind, table)
-
-    def _held(self, shape: Shape, chain: Chain) -> list[int]:
-        """Microbatches that stages hold at once, each number once."""
-        return list(dict.fromkeys(shape.held(chain, stage) for stage in range(shape.pp)))
-
-    def _offers(self, shape: Shape, tables: Sequence[_Table], extra: Sequence[float] | None) -> list[list[Offer]]:
-        """Of each stage what fits; without ``extra`` memory has no end."""
-        labels = _labels(tables)
-        return [
-            [
-                offer
-                for table in tables
-                if table.mesh in shape.meshes[stage]
-                for offer in self._of_stage(shape, stage, table, None if extra is None else extra[stage], labels)
-            ]
-            for stage in range(shape.pp)
+    def shortage(self, shapes: Iterable[Shape]) -> Infeasible | None:
+        """The choice whose fullest stage is over its cap by least, of the smallest microbatches; None without any."""
+        least: dict[Meshes, Shape] = {}
+        for shape in shapes:
+            known = least.get(shape.meshes)
+            least[shape.meshes] = shape if known is None or shape.samples < known.samples else known
+        found = [
+            short
+            for shape in least.values()
+            for seats in self.arranger.arrangements(shape.meshes)
+            if math.isfinite(bound_s := self._bound_s(shape, seats))
+            if (short := self._short(Arranged(shape, seats, bound_s))) is not None
         ]
+        return min(found, key=lambda each: each[0])[1] if found else None
 
-    def _of_stage(
-        self, shape: Shape, stage: int, table: _Table, extra: float | None, labels: dict[str, int]
-    ) -> Iterator[Offer]:
-        """The fastest columns of every range that fit, by each weighing of a microbatch against the step, and the
-        smallest."""
-        edges, count, pp = table.ranges.edges, len(table.ranges.chain), shape.pp
-        begins = edges.first == 0 if stage == 0 else edges.first >= stage
-        ends = edges.last == count if stage == pp - 1 else edges.last <= count - (pp - 1 - stage)
-        rows = np.flatnonzero(begins & ends & np.isfinite(edges.cut_s))
-        totals = table.ranges.edge_totals(rows)
-        needed, fits = self._needed_bytes(shape, stage, table, rows), np.isfinite(totals[..., TIME])
-        if extra is not None:
-            fits &= needed + extra <= self.pools[table.kind].cap_bytes
-        own, weighings = totals[fits], Objective(pp, shape.microbatches).free
-        values = [needed[fits], *(a * own[:, TIME] + b * own[:, STEP] for a, b in weighings)]
-        picked: dict[tuple[int, int], None] = {}
-        for of_fitting in values:
-            value = np.full(fits.shape, np.inf)
-            value[fits] = of_fitting
-            best = value.argmin(axis=1)
-            there = np.isfinite(value[np.arange(len(rows)), best])
-            picked |= dict.fromkeys(zip(rows[there].tolist(), best[there].tolist(), strict=True))
-        for edge, price in sorted(picked):
-            yield from self._as_offers(table, table.ranges.column(edge, price), labels)
+    def _quick_bound_s(self, shape: Shape, seats: Arrangement) -> float:
+        """As if shards were as fast as can be: what meshes are not asked for costs nothing."""
+        known = [self.tables.alone(seat, shape.samples) for seat in seats if shape.samples % seat.mesh.dp == 0]
+        alone = [own for own in known if own is not None]
+        if len(alone) < len(seats) or len(alone[0][0]) < len(seats):
+            return math.inf
+        pairs = zip(seats, seats[1:], (chain for _, chain in alone[1:]), strict=False)
+        hops = [self.cuts.quick_s(source, target, shape.samples, chain) for source, target, chain in pairs]
+        return self._least_s(shape, seats, np.stack([seconds for seconds, _ in alone]), hops)
 
-    def _needed_bytes(self, shape: Shape, stage: int, table: _Table, rows: IntArray) -> FloatArray:
-        """[edge, price] of a stage on a device."""
-        totals, ranges = table.ranges.edge_totals(rows), table.ranges
-        held = shape.held(ranges.chain, stage)
-        needed: FloatArray = totals[..., STATE] + held * totals[..., SAVED] + ranges.edges.reserve_bytes[rows, None]
-        return needed
+    def _bound_s(self, shape: Shape, seats: Arrangement) -> float:
+        """By the meshes themselves."""
+        known = [(self.tables.fastest_s(seat, shape.samples), self.tables.chain(seat, shape.samples)) for seat in seats]
+        costs = [seconds for seconds, _ in known if seconds is not None]
+        chains = [chain for _, chain in known if chain is not None]
+        if len(costs) < len(seats):
+            return math.inf
+        pairs = zip(seats, seats[1:], chains[1:], strict=False)
+        hops = [self.cuts.least_s(source, target, shape.samples, chain) for source, target, chain in pairs]
+        return self._least_s(shape, seats, np.stack(costs), hops)
 
-    def _as_offers(self, table: _Table, column: Column, labels: dict[str, int]) -> Iterator[Offer]:
-        """On one shard a value lies as whoever meets it wants it."""
-        chain = table.ranges.chain
-        ends = []
-        for position, label in ((column.first, column.entry), (column.last, column.exit)):
-            if position in (0, len(chain)):
-                ends.append([0])
-            elif table.mesh.tp == 1:
-                ends.append(list(labels.values()))
-            else:
-                text = chain.boundary_labels(position)[label]
-                there = math.isfinite(chain.cut_s(position, text))
-                ends.append([labels[text]] if there else [])
-        for entry, exit in itertools.product(*ends):
-            yield Offer(replace(column, entry=entry, exit=exit), column, table.ranges, table.mesh, table.kind)
+    def _least_s(
+        self, shape: Shape, seats: Arrangement, cost_s: FloatArray, hops: Sequence[tuple[float, float]]
+    ) -> float:
+        """Of cost_s[stage, segment] and hops (way, busy): the shortest way through stages that are ranges of the chain,
+        and the shortest slowest stage or hop of any such ranges, as often as a step waits for it."""
+        upto_s = np.concatenate([np.zeros((len(seats), 1)), np.cumsum(cost_s, axis=1)], axis=1)
+        empty = np.tri(upto_s.shape[1], dtype=bool)
+        along_s = slowest_s = np.where(empty[0], np.inf, upto_s[0])
+        for own_s, (way_s, busy_s) in zip(upto_s[1:], hops, strict=True):
+            ranges_s = np.where(empty, np.inf, own_s - own_s[:, None])
+            along_s = (along_s[:, None] + ranges_s).min(axis=0) + way_s
+            slowest_s = np.maximum(slowest_s[:, None], np.maximum(ranges_s, busy_s)).min(axis=0)
+        return float(along_s[-1] + (shape.microbatches - 1) * slowest_s[-1]) + self.cuts.links.once_s(seats)
 
-    def _choice(self, shape: Shape, offers: list[list[Offer]]) -> tuple[Choice, list[Offer], MixedIlp] | None:
-        devices = [len(pool.devices) for pool in self.pools]
-        possible = worthwhile(offers, devices, shape.microbatches)
-        if not all(possible):
-            return None
-        ilp = MixedIlp(possible, shape.microbatches, devices)
+    def _free_s(self, arranged: Arranged, enough_s: float) -> float:
+        """What no plan takes less than, whatever the cap, unless that is more than ``enough_s``: then less may do."""
+        columns = [self._fitting(arranged, stage, math.inf, saving=False) for stage in range(arranged.shape.pp)]
+        once_s = self.cuts.links.once_s(arranged.seats)
+        return self._kept(arranged, columns, enough_s - once_s)[1].bound_s + once_s
+
+    def _kept(
+        self, arranged: Arranged, columns: Sequence[StageColumns], enough_s: float = math.inf
+    ) -> tuple[list[Offered], Worthwhile]:
+        offered = self.cuts.offered(arranged.seats, arranged.shape.samples, columns)
+        return offered, worthwhile([own.ways for own in offered], arranged.shape.microbatches, enough_s)
+
+    def _caps(self, arranged: Arranged, extra_bytes: Sequence[float]) -> list[float]:
+        extra = extra_bytes or (0.0,) * len(arranged.seats)
+        return [self.pools[s.pool].cap_bytes - more for s, more in zip(arranged.seats, extra, strict=True)]
+
+    def _fitting(self, arranged: Arranged, stage: int, cap_bytes: float, *, saving: bool) -> StageColumns:
+        """Those of a stage under a cap. saving: with all ways to save memory, at several prices of it."""
+        shape, seat, role = arranged.shape, arranged.seats[stage], arranged.shape.role(stage)
+        weighings, pool = shape.objective.free, self.pools[seat.pool]
+        worth_s = _rounded(arranged.bound_s / shape.pp / pool.cap_bytes) if saving else 0.0
+        key = (id(pool.space), seat.mesh, shape.samples, role, weighings, cap_bytes, worth_s)
+        if key not in self._columns:
+            smallest = Price(0.0, 0.0, 1.0, float(role.held))
+            free = [*(Price(*weights) for weights in weighings), smallest]
+            tables = [self.tables.table(seat, shape.samples, free)]
+            if saving:
+                prices = [share * worth_s for share in BYTE_PRICES]
+                dear = [Price(*shape.objective.balanced, each, each * role.held) for each in prices]
+                tables += self.tables.saving(seat, shape.samples, [*dear, smallest])
+            self._columns[key] = stage_columns(tables, role, weighings, cap_bytes)
+        return self._columns[key]
+
+    def _solution(
+        self, arranged: Arranged, columns: Sequence[StageColumns], offered: Sequence[Offered], kept: Worthwhile
+    ) -> Solution:
+        """One column a stage, by an integer program of those that are kept."""
+        ways = [_Way.of(own, each, numbers) for own, each, numbers in zip(columns, offered, kept.kept, strict=True)]
+        ilp = StageIlp([[way.offer for way in own] for own in ways], arranged.shape.objective)
         choice = ilp.solve()
-        of_column = {id(offer.column): offer for own in possible for offer in own}
-        return choice, [of_column[id(column)] for column in choice.columns], ilp
+        by_offer = {id(way.offer): way for own in ways for way in own}
+        chosen = [by_offer[id(offer)] for offer in choice.columns]
+        stages = tuple(stage_solution(way.table, way.column) for way in chosen)
+        objective_s = choice.objective_s + self.cuts.links.once_s(arranged.seats)
+        bound_s = min(arranged.bound_s, objective_s)
+        gap = objective_s / bound_s - 1 if bound_s else math.inf
+        notes = (*choice.notes, *unproved(self.tables.segments.values()))
+        placement, meshes = _laid_out(arranged.seats)
+        c = _configuration(arranged)
+        return Solution(c, stages, objective_s, bound_s, gap, notes, placement, ilp=ilp, meshes=meshes)
 
-    def _solution(self, shape: Shape, choice: Choice, offers: list[Offer], ilp: MixedIlp, bound_s: float) -> Solution:
-        stages = tuple(stage_solution(offer.table, offer.own) for offer in offers)
-        bound_s = min(bound_s, choice.objective_s)
-        gap = choice.objective_s / bound_s - 1 if bound_s else math.inf
-        meshes = tuple(offer.mesh for offer in offers)
-        placement = self._placement(offers)
-        c = self._configuration(shape, meshes)
-        notes = (*choice.notes, *unproved(self.segments.values()))
-        return Solution(c, stages, choice.objective_s, bound_s, gap, notes, placement, ilp=ilp, meshes=meshes)
-
-    def _configuration(self, shape: Shape, meshes: Sequence[Mesh]) -> Configuration:
-        first = meshes[0]
-        samples = shape.samples // first.dp
-        microbatches, window = shape.microbatches, shape.window
-        return Configuration(first.dp, first.tp, shape.pp, shape.schedule, samples, microbatches, window=window)
-
-    def _placement(self, offers: Sequence[Offer]) -> tuple[int, ...]:
-        """Devices of each kind in their own order, stage after stage."""
-        left = [iter(pool.devices) for pool in self.pools]
-        return tuple(next(left[offer.kind]) for offer in offers for _ in range(offer.devices))
-
-    def _shortage(self, shape: Shape, tables: Sequence[_Table], extra: Sequence[float]) -> Infeasible | None:
-        """The choice whose fullest stage is over its cap by least: an ILP in which bytes are time."""
-        offers = [[self._by_bytes(shape, stage, offer, extra[stage]) for offer in own]
-                  for stage, own in enumerate(self._offers(shape, tables, None))]  # fmt: skip
-        found = self._choice(replace(shape, microbatches=_MANY), offers)
-        if found is None:
+    def _short(self, arranged: Arranged) -> tuple[float, Infeasible] | None:
+        """Bytes over the cap, and the choice that is over it by least."""
+        columns = []
+        for stage, seat in enumerate(arranged.seats):
+            role = arranged.shape.role(stage)
+            smallest = [Price(0.0, 0.0, 1.0, float(role.held))]
+            samples = arranged.shape.samples
+            tables = [self.tables.table(seat, samples, smallest), *self.tables.saving(seat, samples, smallest)]
+            columns.append(stage_columns(tables, role, (), math.inf))
+        caps, offered = self._caps(arranged, ()), self.cuts.offered(arranged.seats, arranged.shape.samples, columns)
+        over = [own.needed_bytes[o.column] - cap for own, o, cap in zip(columns, offered, caps, strict=True)]
+        least = min(0.0, *(float(each.min(initial=0.0)) for each in over))
+        arcs = [Arcs(o.ways.before, o.ways.after, x - least, x) for o, x in zip(offered, over, strict=True)]
+        places = 1 + max(int(o.ways.after.max(initial=0)) for o in offered)
+        first = np.zeros(1, dtype=np.int64)
+        worst, path = bottleneck(arcs, first, first, places)
+        if not path:
             return None
-        chosen = found[1]
-        needed = [self._bytes(shape, stage, offer) + extra[stage] for stage, offer in enumerate(chosen)]
-        over = [n - self.pools[offer.kind].cap_bytes for n, offer in zip(needed, chosen, strict=True)]
-        stages, meshes = tuple(stage_solution(o.table, o.own) for o in chosen), tuple(o.mesh for o in chosen)
-        configuration, placement = self._configuration(shape, meshes), self._placement(chosen)
-        stage = over.index(max(over))
-        return Infeasible(int(max(needed)), stage, configuration, stages, placement, meshes)
-
-    def _bytes(self, shape: Shape, stage: int, offer: Offer) -> float:
-        c, chain = offer.own, offer.table.chain
-        held = shape.held(chain, stage)
-        return c.state_bytes + held * c.saved_bytes + chain.reserve_bytes(c.first, c.last)
-
-    def _by_bytes(self, shape: Shape, stage: int, offer: Offer, extra: float) -> Offer:
-        most = max(pool.cap_bytes for pool in self.pools)
-        over = self._bytes(shape, stage, offer) + extra - self.pools[offer.kind].cap_bytes + most
-        return replace(offer, column=replace(offer.column, time_s=max(0.0, over / _GIB), step_s=0.0, cut_s=0.0))
+        ways = [_Way.of(own, o, [at])[0] for own, o, at in zip(columns, offered, path, strict=True)]
+        needed = [float(own.needed_bytes[o.column[at]]) for own, o, at in zip(columns, offered, path, strict=True)]
+        stage = int(np.argmax([n - cap for n, cap in zip(needed, caps, strict=True)]))
+        placement, meshes = _laid_out(arranged.seats)
+        stages = tuple(stage_solution(way.table, way.column) for way in ways)
+        found = Infeasible(int(max(needed)), stage, _configuration(arranged), stages, placement, meshes)
+        return worst + least, found
 
 
-def _labels(tables: Sequence[_Table]) -> dict[str, int]:
-    """Numbers of the labels at cuts, alike for all meshes."""
-    chains = [table.ranges.chain for table in tables if table.mesh.tp > 1]
-    texts = {text for chain in chains for i in range(1, len(chain)) for text in chain.boundary_labels(i)}
-    return {text: number for number, text in enumerate(sorted(texts | {str(REPLICATE)}))}
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """offer: of the integer program, whose times and labels are those of the way; column: what it stands for."""
+
+    offer: Column
+    column: Column
+    table: RangeTable
+
+    @staticmethod
+    def of(columns: StageColumns, offered: Offered, numbers: Iterable[int]) -> list[_Way]:
+        found, ways = [], offered.ways
+        for number in map(int, numbers):
+            table, column = columns.column(int(offered.column[number]))
+            column, time_s = replace(column, cut_s=float(offered.hop_s[number])), float(ways.time_s[number])
+            cut_s, entry, exit = float(ways.cost_s[number]) - time_s, int(ways.before[number]), int(ways.after[number])
+            offer = replace(column, time_s=time_s, cut_s=cut_s, entry=entry, exit=exit)
+            found.append(_Way(offer, column, table))
+        return found
+
+
+def _laid_out(seats: Sequence[Seat]) -> tuple[tuple[int, ...], tuple[Mesh, ...]]:
+    """Devices stage after stage, and the meshes of stages."""
+    return tuple(device for seat in seats for device in seat.devices), tuple(seat.mesh for seat in seats)
+
+
+def _configuration(arranged: Arranged) -> Configuration:
+    shape, first = arranged.shape, arranged.seats[0].mesh
+    samples = shape.samples // first.dp
+    return Configuration(first.dp, first.tp, shape.pp, shape.schedule, samples, shape.microbatches, window=shape.window)
+
+
+def _rounded(value: float) -> float:
+    """The next power of two, so that tables of one price serve many arrangements."""
+    return 2.0 ** round(math.log2(value)) if 0 < value < math.inf else 0.0

@@ -26,9 +26,10 @@ from cost_model.cluster import Cluster
 FINALISTS, FINALISTS_OF_FEW = 4, 8  # the latter on clusters of few devices, where each takes no time
 OF_ONE_SHAPE = 2  # before meshes of other shapes
 IMPROVED = 2  # as many candidates as there are finalists, and again, are placed in earnest
-SLACK = 0.1
-"""On more than a few devices no plan is made of a mesh whose price is so much above that of the fastest plan's; prices
-err by less, but for what a few sums do not see (docs/slow_networks.md)."""
+SLACK, SLACK_OF_FEW = 0.1, 0.5
+"""No plan is made of a mesh whose price is so much above that of the fastest plan's, and no more than so much below its
+step: prices err by less, but for what a few sums do not see (docs/slow_networks.md). On few devices stages of one
+segment tell more."""
 WORTH = 0.01
 """Of a step, what whole state must be able to save to be planned for."""
 _T = TypeVar("_T")
@@ -40,32 +41,44 @@ Whole = Callable[[Pins, Sequence[Solution], float], Answers]
 Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 
+@dataclass(frozen=True, eq=False)
+class Finalists:
+    """The best meshes with their placements, by price; bound_s: no mesh has a lower one; few: whether devices are."""
+
+    found: Sequence[tuple[Candidate, Placed]]
+    bound_s: float
+    few: bool
+
+    @property
+    def price_s(self) -> float:
+        """Of the best."""
+        return min((placed.cost_s for _, placed in self.found), default=math.inf)
+
+
+def finalists(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Finalists:
+    """``space`` is that of the fastest view."""
+    return Finalists(*_candidates(cluster, space, batch, pins, volumes), few=cluster.num_devices <= FEW)
+
+
 def search_placed(
-    cluster: Cluster,
-    space: Space,
-    batch: int,
-    pins: Pins,
-    volumes: Volumes,
-    search: Search,
-    whole: Whole,
-    simulate: Simulate,
-) -> Solution | Infeasible:
-    """The fastest plan with its placement. ``space`` is that of the fastest view.
+    known: Finalists, pins: Pins, search: Search, whole: Whole, simulate: Simulate, limit_s: float = math.inf
+) -> Solution | Infeasible | None:
+    """The fastest plan with its placement, None where none is faster than a limit.
 
     search, whole: plan a mesh in full, under the least memory and where devices differ in it, under more; simulate: the
     seconds of a placed plan, infinite where it does not fit or is slower than a limit, and it as its devices run it
     best.
     """
-    found, bound_s = _candidates(cluster, space, batch, pins, volumes)
-    race = _Race(pins, search, whole, simulate, bound_s, few=cluster.num_devices <= FEW)
+    slack = SLACK_OF_FEW if known.few else SLACK
+    race = _Race(pins, search, whole, simulate, known.bound_s, slack, limit_s, worth_s=limit_s * (1 + slack))
     plain = (pins.window, 1)
-    for candidate, placed in found:
+    for candidate, placed in known.found:
         if placed.cost_s <= race.worth_s:
             race.run(candidate, placed, _room(candidate, placed, pins))
-    for candidate, placed in found if race.winner is None else [race.winner]:
-        if _room(candidate, placed, pins) != plain:
+    for candidate, placed in known.found if race.winner is None else [race.winner]:
+        if placed.cost_s <= race.worth_s and _room(candidate, placed, pins) != plain:
             race.run(candidate, placed, plain)
-    if race.best is not None:
+    if race.best is not None or math.isfinite(limit_s):
         return race.best
     return race.short if race.short is not None else search(pins, 1)[0]
 
@@ -80,8 +93,8 @@ class _Race:
     whole: Whole
     simulate: Simulate
     bound_s: float
-    few: bool
-    best_s: float = math.inf
+    slack: float
+    best_s: float
     best: Solution | None = None
     winner: tuple[Candidate, Placed] | None = None
     short: Infeasible | None = None
@@ -131,7 +144,7 @@ class _Race:
         cost_s = winner[1].cost_s
         gap, notes = max(0.0, cost_s / self.bound_s - 1.0), (*solution.notes, _note(winner[1]))
         self.best_s, self.best, self.winner = step_s, replace(solution, gap=gap, notes=notes), winner
-        self.worth_s = math.inf if self.few else cost_s * (1 + SLACK)
+        self.worth_s = max(cost_s * (1 + self.slack), step_s / (1 + self.slack))
 
 
 def _is_same(one: Solution, other: Solution) -> bool:

@@ -1,7 +1,7 @@
-"""Worthwhile: which of the columns offered to stages with meshes of their own may be part of the best choice.
+"""Worthwhile: which of the columns offered to stages may be part of the best choice, one column a stage.
 
 A tiling takes its way, the time of its slowest stage as often as a step waits for it, and the largest step of a stage.
-Between stages there are few states, so the shortest way of stages up to some time and step is soon found. Boxes of
+Between stages there are few places, so the shortest way of stages up to some time and step is soon found. Boxes of
 (time, step) are bounded by the shortest way up to their upper ends and what their lower ends cost, and halved while
 that is less than the best tiling takes: columns that no box which is left has a use for are no part of it.
 """
@@ -10,44 +10,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from autopar.planner.chain import IntArray
 from autopar.planner.factor_graph import BoolArray, FloatArray
-from autopar.planner.mixed_ilp import Offer
 
-State = tuple[tuple[int, int], tuple[int, ...]]
-"""((position in the chain, label there), devices used of each kind) before or after a stage."""
-Way = tuple[Offer, State, State]
 TIE = 1e-9
 AT_ONCE, MOST_BOXES = 64, 2048
 """Boxes that are bounded at once, and that there may be: where more are left, many columns are as good as the best."""
-FEW = 100
-"""Ways of which an integer program chooses in no time."""
 
 
-def worthwhile(offers: Sequence[Sequence[Offer]], devices: Sequence[int], microbatches: int) -> list[list[Offer]]:
-    """The offers of each stage that lie on some tiling which uses all devices once and may be the best."""
-    steps = _possible(offers, devices)
-    if not all(steps):
-        return [[] for _ in offers]
-    stages = _stages(steps)
+@dataclass(frozen=True, eq=False)
+class Ways:
+    """What one stage may be, as aligned arrays: before, after: the places it leads from and to; time_s: what each
+    microbatch waits for it, cost_s: its part of the way, step_s: once a step. Tilings begin and end at place 0."""
+
+    before: IntArray
+    after: IntArray
+    time_s: FloatArray
+    cost_s: FloatArray
+    step_s: FloatArray
+
+    def part(self, kept: BoolArray | IntArray) -> Ways:
+        """Some of them."""
+        return Ways(*(values[kept] for values in vars(self).values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Worthwhile:
+    """kept: [stage] numbers of the ways that may be part of the best tiling, none where there is no tiling; bound_s: no
+    tiling takes less."""
+
+    kept: tuple[IntArray, ...]
+    bound_s: float
+
+
+def worthwhile(ways: Sequence[Ways], microbatches: int, enough_s: float = math.inf) -> Worthwhile:
+    """Of each stage, the ways that lie on some tiling which may be the best; no more is looked at once it takes longer
+    than ``enough_s``."""
+    stages, kept = list(ways), [np.arange(len(own.before)) for own in ways]
+    if not all(map(len, kept)):
+        return Worthwhile(tuple(own[:0] for own in kept), math.inf)
     times, largest = _distinct([s.time_s for s in stages]), _distinct([s.step_s for s in stages])
     boxes, best_s = np.array([[0, len(times) - 1, 0, len(largest) - 1]]), math.inf
-    while 0 < len(boxes) <= MOST_BOXES:
+    while True:
         parts = [boxes[first : first + AT_ONCE] for first in range(0, len(boxes), AT_ONCE)]
         found = [_Shortest(stages, _Limits(times, largest, part, microbatches - 1)) for part in parts]
         best_s = min(best_s, *(each.best_s() for each in found))
+        if math.isinf(best_s):
+            return Worthwhile(tuple(own[:0] for own in kept), math.inf)
         limit_s = best_s * (1 + TIE)
-        worth = [each.worth(limit_s) for each in found]
-        stages = [s.part(np.any(own, axis=0)) for s, own in zip(stages, zip(*worth, strict=True), strict=True)]
-        boxes = boxes[np.concatenate([each.least_s for each in found]) <= limit_s]
-        if sum(len(s.ways) for s in stages) <= FEW or (boxes[:, ::2] == boxes[:, 1::2]).all():
-            break
+        worth = [np.any(own, axis=0) for own in zip(*(each.worth(limit_s) for each in found), strict=True)]
+        stages = [s.part(own) for s, own in zip(stages, worth, strict=True)]
+        kept = [numbers[own] for numbers, own in zip(kept, worth, strict=True)]
+        least_s = np.concatenate([each.least_s for each in found])
+        boxes, least_s = boxes[least_s <= limit_s], least_s[least_s <= limit_s]
+        bound_s = min(best_s, float(least_s.min(initial=math.inf)))
+        if (
+            bound_s > enough_s
+            or bound_s >= best_s * (1 - TIE)
+            or len(boxes) > MOST_BOXES
+            or (boxes[:, ::2] == boxes[:, 1::2]).all()
+        ):
+            return Worthwhile(tuple(kept), bound_s)
         boxes = np.concatenate(list(_halves(boxes, times * (microbatches - 1), largest)))
-    return [list({id(way[0]): way[0] for way in s.ways}.values()) for s in stages]
 
 
 def _distinct(values: Sequence[FloatArray]) -> FloatArray:
@@ -67,44 +95,6 @@ def _halves(boxes: IntArray, times: FloatArray, largest: FloatArray) -> Iterator
         yield from (lower, upper)
 
 
-@dataclass(frozen=True, eq=False)
-class _Stage:
-    """[way] the numbers of its states, of which there are so many before and after the stage, and its seconds."""
-
-    ways: list[Way]
-    before: IntArray
-    after: IntArray
-    counts: tuple[int, int]
-    time_s: FloatArray
-    cost_s: FloatArray
-    step_s: FloatArray
-
-    def part(self, kept: BoolArray) -> _Stage:
-        """Some of the ways."""
-        ways = [self.ways[number] for number in np.flatnonzero(kept).tolist()]
-        arrays = {name: getattr(self, name)[kept] for name in ("before", "after", "time_s", "cost_s", "step_s")}
-        return replace(self, ways=ways, **arrays)
-
-
-def _stages(steps: Sequence[list[Way]]) -> list[_Stage]:
-    before, found = {steps[0][0][1]: 0}, []
-    for step in steps:
-        after = {state: number for number, state in enumerate(dict.fromkeys(way[2] for way in step))}
-        columns = [way[0].column for way in step]
-        made = _Stage(
-            ways=step,
-            before=np.array([before[way[1]] for way in step]),
-            after=np.array([after[way[2]] for way in step]),
-            counts=(len(before), len(after)),
-            time_s=np.array([c.time_s for c in columns]),
-            cost_s=np.array([c.time_s + c.cut_s for c in columns]),
-            step_s=np.array([c.step_s for c in columns]),
-        )
-        found.append(made)
-        before = after
-    return found
-
-
 class _Limits:
     """[box] the least and largest time of the slowest stage, and step of a stage."""
 
@@ -113,25 +103,28 @@ class _Limits:
         self.least_step_s, self.most_step_s = largest[boxes[:, 2]], largest[boxes[:, 3]]
         self.waits = waits
 
-    def allow(self, stage: _Stage) -> BoolArray:
+    def allow(self, stage: Ways) -> BoolArray:
         """[way, box]"""
         allowed: BoolArray = (stage.time_s[:, None] <= self.most_time_s) & (stage.step_s[:, None] <= self.most_step_s)
         return allowed
 
 
 class _Shortest:
-    """The shortest ways to and from each state under the upper ends of boxes: reach, rest [stage][state, box]."""
+    """The shortest ways to and from each place under the upper ends of boxes: reach, rest [stage][place, box]."""
 
-    def __init__(self, stages: Sequence[_Stage], limits: _Limits) -> None:
+    def __init__(self, stages: Sequence[Ways], limits: _Limits) -> None:
         self.stages, self.limits = stages, limits
         self.allowed = [limits.allow(stage) for stage in stages]
         count = len(limits.most_time_s)
         costs = [np.where(a, s.cost_s[:, None], np.inf) for a, s in zip(self.allowed, stages, strict=True)]
-        self.reach, rest = [np.zeros((1, count))], [np.zeros((1, count))]
+        places = 1 + max(int(max(s.before.max(initial=0), s.after.max(initial=0))) for s in stages)
+        ends = np.full((places, count), np.inf)
+        ends[0] = 0.0
+        self.reach, rest = [ends], [ends]
         for stage, cost_s in zip(stages, costs, strict=True):
-            self.reach.append(_least(self.reach[-1][stage.before] + cost_s, stage.after, stage.counts[1]))
+            self.reach.append(_least(self.reach[-1][stage.before] + cost_s, stage.after, places))
         for stage, cost_s in zip(reversed(stages), reversed(costs), strict=True):
-            rest.append(_least(rest[-1][stage.after] + cost_s, stage.before, stage.counts[0]))
+            rest.append(_least(rest[-1][stage.after] + cost_s, stage.before, places))
         self.rest = rest[::-1]
 
     @property
@@ -170,30 +163,3 @@ def _least(values: FloatArray, states: IntArray, count: int) -> FloatArray:
     found = np.full((count, values.shape[1]), np.inf)
     found[states[order[first]]] = np.minimum.reduceat(values[order], first, axis=0)
     return found
-
-
-def _possible(offers: Sequence[Sequence[Offer]], devices: Sequence[int]) -> list[list[Way]]:
-    """Every way of each stage that lies on a tiling which uses all devices once; an empty stage where there is none."""
-    reached: dict[tuple[int, int], set[tuple[int, ...]]] = {(0, 0): {(0,) * len(devices)}}
-    steps: list[list[Way]] = []
-    for own in offers:
-        step: list[Way] = []
-        for offer in own:
-            c, size, most = offer.column, offer.devices, devices[offer.kind]
-            for used in reached.get((c.first, c.entry), ()):
-                if used[offer.kind] + size <= most:
-                    after = _used(used, offer.kind, size)
-                    step.append((offer, ((c.first, c.entry), used), ((c.last, c.exit), after)))
-        steps.append(step)
-        reached = {}
-        for _, _, (place, used) in step:
-            reached.setdefault(place, set()).add(used)
-    alive = {(place, used) for place, known in reached.items() for used in known if used == tuple(devices)}
-    for stage in reversed(range(len(steps))):
-        steps[stage] = [way for way in steps[stage] if way[2] in alive]
-        alive = {way[1] for way in steps[stage]}
-    return steps
-
-
-def _used(before: tuple[int, ...], kind: int, size: int) -> tuple[int, ...]:
-    return (*before[:kind], before[kind] + size, *before[kind + 1 :])
