@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from cost_model.errors import UnsupportedError
+from passes.calls import schema_arguments
 from passes.detach import detach
 from passes.in_place import state_writes, writes
 from passes.instance_statistics import show_statistics
@@ -21,9 +22,18 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     for graph in graphs:
         show_statistics(graph)
         state_writes(graph)
-    retraced = any(writes(n) or _is_of_vmap(n) or _is_autocast(n) for graph in graphs for n in graph.nodes)
+    reasons = (writes, _moves_statistics, _is_of_vmap, _is_autocast)
+    retraced = any(reason(node) for graph in graphs for node in graph.nodes for reason in reasons)
     detach(exported.graph_module)
     return exported.run_decompositions({}) if retraced else exported
+
+
+def _moves_statistics(node: fx.Node) -> bool:
+    """Whether a batch norm in training writes to running statistics, of which its schema says nothing."""
+    if node.target is not torch.ops.aten.batch_norm.default:
+        return False
+    given = schema_arguments(node)
+    return bool(given["training"]) and given["running_mean"] is not None
 
 
 def _is_of_vmap(node: fx.Node) -> bool:

@@ -112,6 +112,14 @@ def value_of(node: fx.Node, target: Any = None) -> Any:
         return called(*args, **kwargs)
 
 
+def called_before(place: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in front of a node, of the same line and module."""
+    with place.graph.inserting_before(place):
+        made: fx.Node = place.graph.call_function(target, args, kwargs)
+    made.meta = {**place.meta, "val": value_of(made)}
+    return made
+
+
 def _value(node: fx.Node) -> Any:
     """Of a call; or the module that a region runs."""
     return getattr(node.graph.owning_module, str(node.target)) if node.op == "get_attr" else node.meta.get("val")

@@ -14,11 +14,11 @@ import torch
 from torch import fx
 
 from cost_model.errors import UnsupportedError
+from passes.batch_statistics import norms_between, written_buffers
 from passes.dependence import receiving_nodes
-from passes.graph import ModelGraph, is_getitem
+from passes.graph import ModelGraph
 
 aten = torch.ops.aten
-_RUNNING = {3: "running_mean", 4: "running_var"}
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,13 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
         raise UnsupportedError(f"forward changes its input {name!r} in place; work on a copy of it")
     if signature.parameters_to_mutate:
         raise _refused(next(iter(signature.parameters_to_mutate.values())))
-    by_name = {n.name: n for n in exported.graph_module.graph.nodes}
-    holders = {target: by_name[name] for name, target in signature.inputs_to_buffers.items()}
     statistics: dict[str, int] = {}
     counters: dict[str, int | float] = {}
     written: dict[str, int] = {}
-    places = {spec.arg.name: number for number, spec in enumerate(signature.output_specs)}
-    for output, target in signature.buffers_to_mutate.items():
-        made, held, name = by_name[output], holders[target], target.removeprefix("model.")
-        if (norms := _norms(made, held)) is not None:
-            statistics[name] = norms
+    for place, (target, made, held) in written_buffers(exported).items():
+        name = target.removeprefix("model.")
+        if norms := norms_between(made, held):
+            statistics[name] = len(norms)
         elif (step := _increment(made, held)) is not None:
             counters[name] = step
         elif not made.meta["val"].is_floating_point():
@@ -57,7 +54,7 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
                 "number: keep it as floating-point numbers, or change it outside of forward"
             )
         else:
-            written[name] = places[output]
+            written[name] = place
     return Changed(statistics, counters, written)
 
 
@@ -74,23 +71,6 @@ def check_statistics(model: ModelGraph, statistics: Mapping[str, int]) -> None:
             )
 
 
-def _norms(made: fx.Node, held: fx.Node) -> int | None:
-    """How many batch norms, each reading what the one before makes, give a buffer this value; None for other values."""
-    count = 0
-    while made is not held:
-        if len(made.users) != 1 or not is_getitem(made) or made.args[1] not in _RUNNING:
-            return None
-        source, place = made.args
-        assert isinstance(source, fx.Node) and isinstance(place, int)
-        if source.target is not aten._native_batch_norm_legit_functional.default:
-            return None
-        before = source.args[place]
-        if not isinstance(before, fx.Node) or set(before.users) != {source}:
-            return None
-        count, made = count + 1, before
-    return count
-
-
 def _increment(made: fx.Node, held: fx.Node) -> int | float | None:
     """The number that is added to a buffer, in one call or several; None where that is not so.
 
@@ -99,6 +79,9 @@ def _increment(made: fx.Node, held: fx.Node) -> int | float | None:
     total: int | float = 0
     while made is not held:
         before, *step = made.args
+        if made.target is aten.detach.default and isinstance(before, fx.Node):
+            made = before
+            continue
         if made.target is not aten.add.Tensor or not isinstance(before, fx.Node):
             return None
         if not isinstance(step[0], int | float):

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from cost_model.errors import AutoparError, ConfigError, TraceError, UnsupportedError
 from passes.as_traced import as_traced
 from passes.batch_spec import BatchSpec, batch_spec, is_batched, turned_samples
+from passes.batch_statistics import show_moves
 from passes.clean import clean
 from passes.draws import give_draws
 from passes.experts import traceable_experts
@@ -274,6 +275,7 @@ def _export(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
         exported = functional(exported)
+    show_moves(exported)
     changed = changed_buffers(exported)
     module.holding.check(exported)
     pick(exported.graph_module)

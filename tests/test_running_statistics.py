@@ -54,15 +54,36 @@ class NormedInput(nn.Module):
         return F.cross_entropy(self.body(self.norm(x)), labels)
 
 
-class Detached(NormedInput):
+class Teacher(nn.Module):
+    """Norms through which no gradient flows, or whose statistics other calls write to and read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(16, momentum=0.1 * i + 0.1) for i in range(5))
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("variance", torch.ones(16))
+
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.body(self.norm(x).detach()), labels)
+        both, taught, unused, detached, moved = self.norms
+        h = self.body[0](x)
+        with torch.no_grad():
+            target = both(h).relu() + taught(h) + taught(2 * h + 1)
+        unused(h)
+        with torch.no_grad():
+            moved.running_mean.mul_(0.5).add_(h.mean())
+        h = moved(h) + detached(h).detach() + both(h)
+        h = h + F.batch_norm(h, self.mean, self.variance, training=True, momentum=0.2)
+        return F.cross_entropy(self.body(h - self.mean), labels) + F.mse_loss(h, target)
 
 
-class Unused(NormedInput):
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        self.norm(x)
-        return F.cross_entropy(self.body(x), labels)
+class Functional(NormedInput):
+    """Statistics without a counter, which alone tells that a norm writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.num_batches_tracked = None
 
 
 class Instances(nn.Module):
@@ -216,7 +237,12 @@ def test_batches_without_running_statistics_are_normed_by_our_op() -> None:
     assert torch.ops.autopar.batch_norm.default in targets
 
 
-@pytest.mark.parametrize("model", [Detached, Unused])
-def test_statistics_that_no_gradient_would_bring_back_are_refused(model: type[nn.Module]) -> None:
-    with pytest.raises(UnsupportedError, match=r"'norm.running_mean' in a batch norm from which no gradient flows"):
-        trace(model(), labelled())
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_statistics_that_no_gradient_brings_back_are_kept(grid: str) -> None:
+    check_parity(Teacher(), labelled(), 2, 1e-4, SGD, **GRIDS[grid])
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_statistics_without_a_counter_are_kept() -> None:
+    check_parity(Functional(), labelled(), 2, 1e-5, SGD, **GRIDS["dp2"])
