@@ -50,3 +50,27 @@ def batch() -> dict[str, Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_of_classes(form: str, pins: dict[str, int]) -> None:
     check_parity(Classified(**FORMS[form]), batch(), 2, 1e-9, pp=1, **pins)
+
+
+class Adaptive(nn.Module):
+    """Classes in clusters of their own, of all rows and of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(6, 16)
+        self.loss = nn.AdaptiveLogSoftmaxWithLoss(16, 10, [3, 6], div_value=2.0, head_bias=True).double()
+        self.double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(x))
+        likely, loss = self.loss(h.flatten(0, 1), labels.flatten())
+        _, of_one = self.loss(self.enter.weight[:, 0], torch.tensor(7))
+        return loss - 0.1 * likely.square().mean() + 0.1 * of_one
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("pins", [{"dp": 2, "tp": 1}, {"dp": 1, "tp": 2}], ids=["dp2", "tp2"])
+def test_classes_in_clusters(pins: dict[str, int]) -> None:
+    given = {"x": batch()["x"], "labels": classes(10, BATCH, 5)}
+    check_parity(Adaptive(), given, 2, 1e-9, pp=1, **pins)
