@@ -27,7 +27,7 @@ from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed
 from autopar.plan_of import parts_of, stage_plans, unplaced
 from autopar.planner.candidates import smallest_cuts
-from autopar.planner.search import Configuration, Timed, search
+from autopar.planner.search import Configuration, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution
 from autopar.planner.space import ModelSpace, PinnedSpace
@@ -35,9 +35,10 @@ from autopar.progress import planning_progress
 from autopar.reductions import reduced
 from autopar.relaxations import decided
 from autopar.report import seconds_text
-from autopar.rescheduled import scheduled, waited_s
+from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
+from autopar.timing import hidden_s, waited_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
@@ -303,9 +304,13 @@ class Job:
         """So many hold the parameters and the optimizer state, each byte once; None where no number does."""
         if self.cap_bytes <= 0:
             return None
+        return math.ceil(self.state_bytes / self.cap_bytes)
+
+    @cached_property
+    def state_bytes(self) -> float:
+        """Of all parameters and the optimizer state, each byte once."""
         stored = sum(meta.nbytes for meta in self.parameters.values())
-        state = stored * self.space.optimizer.state_bytes / self.space.parameter_bytes
-        return math.ceil((stored + state) / self.cap_bytes)
+        return stored + stored * self.space.optimizer.state_bytes / self.space.parameter_bytes
 
     @cached_property
     def separable(self) -> bool:
@@ -365,7 +370,7 @@ class Job:
         if self._is_placed:
             return EqualMeshes(self, pins).fastest()
         alike = len(set(self.cluster.devices)) == 1
-        found = self._on_axes(self.searched_under(pins, functools.partial(waited_s, self) if alike else None))
+        found = self._on_axes(self.searched_under(pins, timed=alike))
         if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]
@@ -389,8 +394,8 @@ class Job:
                 best = replace(other, configuration=known, bound_s=bound_s, notes=(*found.notes, note))
         return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
 
-    def searched_under(self, pins: Pins, timed: Timed | None = None) -> Solution | Infeasible:
-        """timed: as in ``search``."""
+    def searched_under(self, pins: Pins, *, timed: bool = False) -> Solution | Infeasible:
+        """timed: whether plans are simulated before one is the answer."""
         with planning_progress() as report:
             return search(
                 self.pinned_space(),
@@ -399,7 +404,8 @@ class Job:
                 cap_bytes=self.cap_bytes,
                 pins=pins,
                 confirm=self._peaks,
-                timed=timed,
+                timed=functools.partial(waited_s, self) if timed else None,
+                hidden_s=functools.partial(hidden_s, self) if timed else None,
                 progress=report,
                 flat=self.options.solver == FLAT,
             )

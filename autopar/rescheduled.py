@@ -61,9 +61,9 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
         best, chosen, limit_s = made, other, job.step_s(made)
         return True
 
-    plain = _is_plain(job, solution)
-    elsewhere = _elsewhere(job, limit_s) if plain else None
-    searched = not plain or (elsewhere is not None and is_faster(elsewhere))
+    plain = is_plain(job, solution)
+    other = elsewhere(job, limit_s) if plain else None
+    searched = not plain or (other is not None and is_faster(other))
     known = job.program(plan), job.simulated(plan), job.cluster, job.options.parallelism
     for sketched_s, c in faster_schedules(solution, *known):
         same = replace(solution, configuration=c)
@@ -83,23 +83,7 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     return Scheduled(best, chosen, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
 
 
-def waited_s(job: Job, solution: Solution) -> float:
-    """Seconds of a step of a plan that was found, under the schedule that is fastest for its very choices, or of the
-    plan of any mesh that is found for the schedule that waits least."""
-    plan = job.plan(solution)
-    step_s, program = job.step_s(plan), job.program(plan)
-    elsewhere = _elsewhere(job, step_s) if _is_plain(job, solution) else None
-    least_s = step_s if elsewhere is None else min(step_s, job.step_s(job.plan(elsewhere)))
-    for sketched_s, c in faster_schedules(solution, program, job.simulated(plan), job.cluster, job.options.parallelism):
-        same = replace(solution, configuration=c)
-        if sketched_s >= least_s:
-            break
-        if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
-            return min(least_s, job.step_s(job.plan(same)))
-    return least_s
-
-
-def _is_plain(job: Job, solution: Solution) -> bool:
+def is_plain(job: Job, solution: Solution) -> bool:
     """Whether a search of one mesh of equal stages, that nobody stopped, gave it, on devices in their own order."""
     placed = (solution.meshes, solution.placement, solution.configuration.tp_axes)
     return placed == (None, None, None) and job.options.solver != FLAT and not is_interrupted(solution.notes)
@@ -156,7 +140,7 @@ def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) 
     return found if isinstance(found, Solution) and not is_interrupted(found.notes) else None
 
 
-def _elsewhere(job: Job, worth_s: float) -> Solution | None:
+def elsewhere(job: Job, worth_s: float) -> Solution | None:
     """The plan of any mesh that takes least under the schedule that waits least, if it takes less and saves nothing;
     searched for once.
 

@@ -18,7 +18,7 @@ from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpa
 
 from autopar.planner.configuration_solver import ConfigurationSolver
 from autopar.planner.layouts import configurations
-from autopar.planner.search import Chain, Factor, FactorGraph, in_flight, search
+from autopar.planner.search import Chain, Configuration, Factor, FactorGraph, in_flight, search
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Infeasible, Pins, Progress, Solution
 from cost_model.errors import ParallelismError, UnknownNameError
@@ -402,6 +402,24 @@ def test_plans_whose_steps_take_longer_than_their_price_are_timed_with_others_be
     assert steps_s[found.configuration] == min(steps_s.values()) <= 1.5 * plain.objective_s
     assert all(each.objective_s <= min(steps_s.values()) for each in asked)
     assert any("were simulated, too" in note for note in found.notes)
+
+
+def test_plans_that_may_take_less_than_their_price_are_timed_before_cheaper_ones_that_cannot() -> None:
+    space = RandomSpace(3)
+    plain = search(space, DEVICES, BATCH)
+    assert isinstance(plain, Solution) and plain.configuration.dp == 1
+    plain_s = plain.objective_s
+
+    def hidden_s(c: Configuration, along_s: float) -> float:
+        return plain_s if c.dp > 1 else along_s
+
+    def timed(found: Solution) -> float:
+        return 0.5 * plain_s if found.configuration.dp > 1 else found.objective_s
+
+    found = search(space, DEVICES, BATCH, timed=timed, hidden_s=hidden_s)
+    assert isinstance(found, Solution) and found.configuration.dp > 1
+    assert timed(found) < timed(plain) and found.gap == 0.0
+    assert search(space, DEVICES, BATCH, timed=timed) == plain
 
 
 def test_a_plan_that_takes_what_it_is_priced_at_is_the_only_one_timed() -> None:

@@ -109,3 +109,13 @@ def test_messages_between_nodes_are_waited_for_in_every_plan_that_is_compared() 
     for pp, tp in ((4, 1), (4, 2), (1, 4)):
         pins = Parallelism(dp=8 // pp // tp, tp=tp, pp=pp)
         assert job.step_s(chosen) <= job.step_s(job.under(pins, None).decide(0.0).plan), pins
+
+
+def test_sums_behind_backward_are_looked_at_on_other_meshes_too() -> None:
+    """Eight replicas take least while nothing moves; four hide sums of whole gradients, and are faster."""
+    model, batch = example_gpt(n_layer=2, n_embd=1024)
+    batch = {name: value.repeat(16, 1) for name, value in batch.items()}
+    cluster = Cluster.load("dgx-a100-80gb", num_devices=16)
+    job = Job.of(model, cluster, batch, Options.of(None, ADAMW, Parallelism(pp=1), None, None, None))
+    four = job.under(Parallelism(dp=4, pp=1), None)
+    assert job.step_s(job.decide(0.0).plan) <= four.step_s(four.decide(0.0).plan)

@@ -64,6 +64,7 @@ will be."""
 
 Confirm = Callable[[Solution], Sequence[int]]
 Timed = Callable[[Solution], float]
+Hidden = Callable[[Configuration, float], float]
 
 
 def search(
@@ -75,6 +76,7 @@ def search(
     pins: Pins | None = None,
     confirm: Confirm | None = None,
     timed: Timed | None = None,
+    hidden_s: Hidden | None = None,
     progress: Callable[[Progress], None] | None = None,
     flat: bool = False,
     fastest_only: bool = False,
@@ -85,7 +87,9 @@ def search(
     confirm(solution) gives the exact peak bytes of each stage after rewriting; a stage over the cap is
     tightened by the difference and solved again. timed(solution) gives the seconds of a step, waiting and all: where
     these are above the price, plans of other prices below them are timed, too, the fastest is the answer, and the gap
-    is that of its price to those of plans that were not timed. flat: each configuration is one integer program
+    is that of its price, or of its step if that is less, to prices of plans that were not timed.
+    hidden_s(c, along_s): what plans of a configuration may take less than their price, where a microbatch takes no less
+    than along_s through all stages. flat: each configuration is one integer program
     (``flat_solver``). fastest_only: configurations whose fastest plan, memory aside, is too large are left out.
     cutoff_s: plans of as high a price or a higher are not wanted.
     Ctrl-C returns the best plan so far with its gap, if there is one. Equal input gives an equal answer;
@@ -94,7 +98,18 @@ def search(
     ProblemSizeError where ``flat`` is asked for and the program would be too large.
     """
     run = _Search(
-        space, num_devices, batch, cap_bytes, pins or Pins(), confirm, timed, progress, flat, fastest_only, cutoff_s
+        space,
+        num_devices,
+        batch,
+        cap_bytes,
+        pins or Pins(),
+        confirm,
+        timed,
+        hidden_s,
+        progress,
+        flat,
+        fastest_only,
+        cutoff_s,
     )
     try:
         return run.answer()
@@ -112,6 +127,7 @@ class _Search:
         pins: Pins,
         confirm: Confirm | None,
         timed: Timed | None,
+        hidden_s: Hidden | None,
         progress: Callable[[Progress], None] | None,
         flat: bool,
         fastest_only: bool,
@@ -122,6 +138,8 @@ class _Search:
         self.space, self.num_devices, self.batch, self.pins = space, num_devices, batch, pins
         self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
         self.confirm, self.timed, self.progress = confirm, timed, progress
+        self.may_hide_s = hidden_s
+        self.hidden_s = dict[Configuration, float]()
         self.most_solved, self.waits_s = sys.maxsize, dict[Configuration, float]()
         self.segments: dict[FactorGraph, Segment] = {}
         self.units: list[Unit] = []
@@ -156,7 +174,7 @@ class _Search:
             return False
         self.most_solved = min(self.most_solved, self.solved + MOST_SOLVED)
         known_s = unit.solution.objective_s
-        self.waits_s[unit.solver.configuration] = max(0.0, unit.step_s / EXACT - known_s)
+        self.waits_s[unit.solver.configuration] = unit.step_s / EXACT - known_s
         self._push(unit)
         return True
 
@@ -193,6 +211,8 @@ class _Search:
             if refused is not None:
                 reasons.append(refused)
             elif floor is not None:
+                if self.may_hide_s is not None and not self.flat:
+                    self.hidden_s[c] = self.may_hide_s(c, floor.time_s)
                 self._push(Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
         if not self.queue:
             raise ParallelismError(self._why(max(reasons, key=lambda each: each[0])[1] if reasons else None))
@@ -275,7 +295,7 @@ class _Search:
         node.solver.hints_s = tuple(self.hints_s)
         if self._is_put_off(node):
             return
-        cutoff_s, near_s = min(self._best_s(), self.cutoff_s) * (1 + 1e-12), node.bound_s * NEAR
+        cutoff_s, near_s = self._wanted_s(node.solver.configuration), node.bound_s * NEAR
         if node.glances < GLANCES and near_s < cutoff_s:
             outcome = node.solver.bound(near_s, near_s)
             node.glances = GLANCES if outcome.bound_s < near_s else node.glances + 1
@@ -345,7 +365,11 @@ class _Search:
         if isinstance(unit, Unit) and unit.solution is not None:
             known_s = unit.solution.objective_s
         c = unit.configuration if isinstance(unit, Waiting) else unit.solver.configuration
-        return known_s + self.waits_s.get(c, 0.0)
+        return known_s + self.waits_s[c] if c in self.waits_s else known_s - self.hidden_s.get(c, 0.0)
+
+    def _wanted_s(self, c: Configuration) -> float:
+        """No plan of a configuration is wanted that has a higher price."""
+        return (min(self._best_s(), self.cutoff_s) + self.hidden_s.get(c, 0.0)) * (1 + 1e-12)
 
     def _push(self, unit: Unit | Waiting | Relaxed) -> None:
         heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
@@ -362,7 +386,7 @@ class _Search:
         unit.solver.hints_s = tuple(self.hints_s)
         if self._is_put_off(unit):
             return
-        outcome = unit.solver.solve(min(self._best_s(), self.cutoff_s) * (1 + 1e-12))
+        outcome = unit.solver.solve(self._wanted_s(unit.solver.configuration))
         unit.outcome = outcome
         self._learn(unit.solver)
         if outcome.shortage is not None and self._loosened(unit):
@@ -486,7 +510,7 @@ class _Search:
         bound_s = min(found.objective_s, self.left_out_s, *others)
         if slower:
             notes = (*notes, f"{len(slower)} plans of other meshes or microbatches were simulated, too, and are slower")
-        gap = _gap(found.objective_s, bound_s)
+        gap = _gap(min(found.objective_s, unit.step_s or math.inf), bound_s)
         return replace(found, bound_s=bound_s, gap=gap, notes=(*found.notes, *notes))
 
     def _infeasible(self) -> Infeasible:
