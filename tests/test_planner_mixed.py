@@ -35,7 +35,7 @@ MESHES = tuple(Mesh(1, tp) for tp in (1, 2, 3))
 
 
 def labels_of(tp: int) -> tuple[str, ...]:
-    return ("R",) if tp == 1 else ("R", "S(0)")
+    return ("R", "S(0)", "S(1)")[:tp]
 
 
 class RandomSpace:
@@ -80,23 +80,23 @@ class Bytes:
         return 0.0
 
 
-def solver(seed: int, cap_bytes: float) -> MixedSolver:
-    firsts = (0, *itertools.accumulate(COUNTS))
+def solver(seed: int, cap_bytes: float, counts: tuple[int, ...] = COUNTS) -> MixedSolver:
+    firsts = (0, *itertools.accumulate(counts))
     pools = [
         Pool(tuple(range(first, first + count)), RandomSpace(seed, kind), cap_bytes)
-        for kind, (first, count) in enumerate(zip(firsts, COUNTS, strict=False))
+        for kind, (first, count) in enumerate(zip(firsts, counts, strict=False))
     ]
     return MixedSolver(pools, Bytes())
 
 
-def every_plan(seed: int, pp: int, microbatches: int) -> list[tuple[float, float]]:
+def every_plan(seed: int, pp: int, microbatches: int, counts: tuple[int, ...] = COUNTS) -> list[tuple[float, float]]:
     """(objective, largest stage's bytes) of every choice of ends, meshes, devices and labels."""
     found = []
     for cuts in itertools.combinations(range(1, SEGMENTS), pp - 1):
         ranges = list(itertools.pairwise((0, *cuts, SEGMENTS)))
-        for own in itertools.product(itertools.product(MESHES, range(len(COUNTS))), repeat=pp):
-            used = [sum(mesh.size for mesh, kind in own if kind == k) for k in range(len(COUNTS))]
-            if tuple(used) == COUNTS:
+        for own in itertools.product(itertools.product(MESHES, range(len(counts))), repeat=pp):
+            used = [sum(mesh.size for mesh, kind in own if kind == k) for k in range(len(counts))]
+            if tuple(used) == counts:
                 found += _plans(seed, ranges, own, microbatches)
     return found
 
@@ -109,8 +109,7 @@ def _plans(
     domains = []
     for boundary in range(1, SEGMENTS):
         tps = {own[stage_of[side]][0].tp for side in (boundary - 1, boundary)}
-        is_cut = stage_of[boundary - 1] != stage_of[boundary]
-        domains.append(("R",) if tps == {1} and not is_cut else ("R", "S(0)"))
+        domains.append(labels_of(min((tp for tp in tps if tp > 1), default=1)))
     found = []
     for labels in itertools.product(*domains):
         totals, cuts = np.zeros((pp, 4)), 0.0
@@ -161,6 +160,13 @@ def test_under_a_cap(seed: int, share: float) -> None:
     best = min(fitting)
     assert any(t == pytest.approx(found.objective_s) and need <= cap for t, need in plans)
     assert found.objective_s >= best * (1 - 1e-9) and first.bound_s <= best * (1 + 1e-9)
+
+
+def test_what_two_shards_cannot_send_to_three_is_no_cut() -> None:
+    counts = (2, 3)
+    least = min(need for _, need in every_plan(0, 2, 4, counts))
+    short = solver(0, least - 1, counts).shortage([Shape((MESHES,) * 2, 8, 4, "1f1b")])
+    assert isinstance(short, Infeasible) and short.needed_bytes == least
 
 
 @pytest.mark.parametrize("seed", range(2))

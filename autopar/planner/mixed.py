@@ -258,7 +258,7 @@ class MixedSolver:
         over = [own.needed_bytes[o.column] - cap for own, o, cap in zip(columns, offered, caps, strict=True)]
         least = min(0.0, *(float(each.min(initial=0.0)) for each in over))
         arcs = [Arcs(o.ways.before, o.ways.after, x - least, x) for o, x in zip(offered, over, strict=True)]
-        places = 1 + max(int(o.ways.after.max(initial=0)) for o in offered)
+        places = 1 + max(int(ends.max(initial=0)) for o in offered for ends in (o.ways.before, o.ways.after))
         first = np.zeros(1, dtype=np.int64)
         worst, path = bottleneck(arcs, first, first, places)
         if not path:
