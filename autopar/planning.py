@@ -127,6 +127,7 @@ class Job:
         self._walked: dict[tuple[int, str], StagePeaks] = {}
         self._peaks_of: dict[tuple[object, ...], list[StagePeak]] = {}
         self.elsewhere: dict[tuple[Parallelism, int], Solution | None] = {}
+        self.sketched: dict[tuple[Plan, Parallelism], list[tuple[float, Configuration]]] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
             self.traced,
@@ -455,7 +456,7 @@ class Job:
     def on(self, cluster: Cluster) -> Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
         job = copy.copy(self)
-        job.cluster, job._simulated, job.elsewhere = cluster, {}, {}
+        job.cluster, job._simulated, job.elsewhere, job.sketched = cluster, {}, {}, {}
         job.__dict__.pop("space", None)
         return job
 

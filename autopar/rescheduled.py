@@ -64,12 +64,12 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     plain = is_plain(job, solution)
     other = elsewhere(job, limit_s) if plain else None
     searched = not plain or (other is not None and is_faster(other))
-    known = job.program(plan), job.simulated(plan), job.cluster, job.options.parallelism
-    for sketched_s, c in faster_schedules(solution, *known):
+    program = job.program(plan)
+    for sketched_s, c in sketches(job, solution):
         same = replace(solution, configuration=c)
         if sketched_s >= limit_s:
             break
-        if may_fit(same, c, known[0], job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
+        if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
             if is_faster(same):
                 break
         elif not searched:
@@ -81,6 +81,15 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
     seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
     note = f"{best.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}"
     return Scheduled(best, chosen, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
+
+
+def sketches(job: Job, solution: Solution) -> Sequence[tuple[float, Configuration]]:
+    """As ``faster_schedules``, made once."""
+    plan, pins = job.plan(solution), job.options.parallelism
+    if (plan, pins) not in job.sketched:
+        known = job.program(plan), job.simulated(plan), job.cluster, pins
+        job.sketched[plan, pins] = faster_schedules(solution, *known)
+    return job.sketched[plan, pins]
 
 
 def is_plain(job: Job, solution: Solution) -> bool:

@@ -10,8 +10,8 @@ from autopar.narrower import WORTH
 from autopar.planner.search import Configuration
 from autopar.planner.solution import Solution
 from autopar.reductions import reduced
-from autopar.rescheduled import Scheduled, elsewhere, is_plain
-from autopar.schedules import faster_schedules, may_fit
+from autopar.rescheduled import Scheduled, elsewhere, is_plain, sketches
+from autopar.schedules import may_fit
 
 if TYPE_CHECKING:
     from autopar.planning import Job
@@ -38,17 +38,15 @@ def _held(job: Job, solution: Solution) -> Scheduled:
     """The plan under the fastest schedule that its choices fit under."""
     plan = job.plan(solution)
     program, step_s = job.program(plan), job.step_s(plan)
-    for sketched_s, c in faster_schedules(solution, program, job.simulated(plan), job.cluster, job.options.parallelism):
+    for sketched_s, c in sketches(job, solution):
         same = replace(solution, configuration=c)
         if sketched_s >= step_s:
             break
         if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
-            return (
-                Scheduled(job.plan(same), same, ())
-                if job.step_s(job.plan(same)) < step_s
-                else Scheduled(plan, solution, ())
-            )
-    return Scheduled(job.plan(solution), solution, ())
+            if job.step_s(job.plan(same)) < step_s:
+                return Scheduled(job.plan(same), same, ())
+            break
+    return Scheduled(plan, solution, ())
 
 
 def hidden_s(job: Job, c: Configuration, along_s: float) -> float:

@@ -54,7 +54,7 @@ NEAR = 1.05
 GLANCES = 2
 HINTS = 4
 ALIKE = 0.2
-EXACT = 1.02
+EXACT = 1.05
 """So far above its price a step may be before plans of a higher price are looked at."""
 MOST_TIMED = 8
 MOST_SOLVED = 50
@@ -211,8 +211,9 @@ class _Search:
             if refused is not None:
                 reasons.append(refused)
             elif floor is not None:
-                if self.may_hide_s is not None and not self.flat:
-                    self.hidden_s[c] = self.may_hide_s(c, floor.time_s)
+                hidden_s = 0.0 if self.may_hide_s is None or self.flat else self.may_hide_s(c, floor.time_s)
+                if hidden_s > (EXACT - 1) * _floor_s(c, floor):
+                    self.hidden_s[c] = hidden_s
                 self._push(Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
         if not self.queue:
             raise ParallelismError(self._why(max(reasons, key=lambda each: each[0])[1] if reasons else None))
