@@ -371,7 +371,7 @@ class Job:
         if self._is_placed:
             return EqualMeshes(self, pins).fastest()
         alike = len(set(self.cluster.devices)) == 1
-        found = self._on_axes(self.searched_under(pins, timed=alike))
+        found = self._on_axes(self.searched_under(pins, timed=alike and self.options.solver != FLAT))
         if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]
@@ -418,7 +418,7 @@ class Job:
         cuts = [float(sent(exit.nbytes + carried, exit)) for exit, carried in local.cut_before[1:]]
         return max(cuts if pp is None else smallest_cuts(cuts, pp), default=0.0)
 
-    @property
+    @cached_property
     def reduced_bytes(self) -> float:
         """All gradients, as they are summed."""
         whole, kept = self.traced.global_graph, self.options.precision.kept
@@ -457,7 +457,8 @@ class Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
         job = copy.copy(self)
         job.cluster, job._simulated, job.elsewhere, job.sketched = cluster, {}, {}, {}
-        job.__dict__.pop("space", None)
+        for known in ("space", "reduced_bytes", "state_bytes"):
+            job.__dict__.pop(known, None)
         return job
 
     def having(self, precision: Precision) -> Job:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -61,21 +62,22 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
         best, chosen, limit_s = made, other, job.step_s(made)
         return True
 
-    plain = is_plain(job, solution)
-    other = elsewhere(job, limit_s) if plain else None
-    searched = not plain or (other is not None and is_faster(other))
-    program = job.program(plan)
-    for sketched_s, c in sketches(job, solution):
-        same = replace(solution, configuration=c)
-        if sketched_s >= limit_s:
-            break
-        if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
-            if is_faster(same):
+    with suppress(KeyboardInterrupt):  # the fastest so far stays
+        plain = is_plain(job, solution)
+        other = elsewhere(job, limit_s) if plain else None
+        searched = not plain or (other is not None and is_faster(other))
+        program = job.program(plan)
+        for sketched_s, c in sketches(job, solution):
+            same = replace(solution, configuration=c)
+            if sketched_s >= limit_s:
                 break
-        elif not searched:
-            searched = True
-            for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
-                is_faster(other)
+            if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
+                if is_faster(same):
+                    break
+            elif not searched:
+                searched = True
+                for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
+                    is_faster(other)
     if best is plan:
         return Scheduled(plan, solution, ())
     seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
@@ -120,7 +122,7 @@ def _searched_on_mesh(job: Job, c: Configuration, size: int, worth_s: float) -> 
 
 def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) -> Solution | None:
     """What a search finds of a lower price, if one of the first plans to be rewritten fits: the fastest of those that
-    come then."""
+    come then. Ctrl-C ends what it is searched for."""
     rewritten, fitting = itertools.count(), list[Solution]()
 
     def report(progress: Progress) -> None:
@@ -140,13 +142,11 @@ def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) 
     ask = functools.partial(search, cap_bytes=cap, pins=pins, confirm=confirm, timed=timed, cutoff_s=worth_s)
     try:
         found = ask(space, count, job.batch, progress=report, fastest_only=fastest_only)
-    except (
-        _NotWorthIt,
-        ParallelismError,
-        KeyboardInterrupt,
-    ):  # no mesh is possible or left; the plan found first stays
+    except (_NotWorthIt, ParallelismError):  # no mesh is possible or left; the plan found first stays
         return None
-    return found if isinstance(found, Solution) and not is_interrupted(found.notes) else None
+    if isinstance(found, Solution) and is_interrupted(found.notes):
+        raise KeyboardInterrupt
+    return found if isinstance(found, Solution) else None
 
 
 def elsewhere(job: Job, worth_s: float) -> Solution | None:

@@ -23,8 +23,10 @@ _BACKWARD = 2 / 3
 def waited_s(job: Job, solution: Solution) -> float:
     """Seconds of a step of a plan that was found, under the schedule that is fastest for its very choices, with sums of
     gradients behind backward where that is worth a look; or of the plan of any mesh that is found for the schedule that
-    waits least."""
+    waits least. Infinite where collectives are to move behind compute and have no room for it."""
     held, c = _held(job, solution), solution.configuration
+    if job.options.parallelism.overlap and not job.fits(replace(held.plan, overlap=True)):
+        return math.inf
     least_s = job.step_s(held.plan)
     other = elsewhere(job, least_s) if is_plain(job, solution) else None
     other_s = math.inf if other is None else job.step_s(job.plan(other))

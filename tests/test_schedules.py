@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from models import example_gpt
 from parity import ADAMW, cpu_cluster
 
+from autopar import rescheduled
 from autopar.options import Options
-from autopar.planner.search import Solution
+from autopar.planner.search import Solution, is_interrupted
 from autopar.planning import Job, Planned
 from autopar.schedules import faster_schedules, may_fit
+from autopar.timing import waited_s
 from cost_model.cluster import Cluster
 from cost_model.parallelism import Parallelism
 
@@ -119,3 +122,28 @@ def test_sums_behind_backward_are_looked_at_on_other_meshes_too() -> None:
     job = Job.of(model, cluster, batch, Options.of(None, ADAMW, Parallelism(pp=1), None, None, None))
     four = job.under(Parallelism(dp=4, pp=1), None)
     assert job.step_s(job.decide(0.0).plan) <= four.step_s(four.decide(0.0).plan)
+
+
+def test_ctrl_c_while_another_schedule_is_searched_for_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the plan that was found, not with a search that goes on."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, batch = example_gpt(n_layer=4)
+    job = Job.of(model, cpu_cluster(4, 1e9), batch, Options.of(None, ADAMW, Parallelism(), None, None, None))
+    monkeypatch.setattr(rescheduled, "search", interrupted)
+    found = job.solve()
+    assert is_interrupted(found.notes) and job.decide(0.0).plan.pp == found.configuration.pp
+
+
+def test_a_plan_that_cannot_move_its_collectives_as_pinned_is_slower_than_any() -> None:
+    model, batch = example_gpt()
+    pins = Parallelism(dp=2, tp=1, pp=1, zero=3, overlap=True)
+    job = Job.of(model, cpu_cluster(2), batch, Options.of(None, ADAMW, pins, None, None, None))
+    found = job._searched()
+    assert isinstance(found, Solution)
+    plan = job.plan(found)
+    peaks = [max(job.peaks(each)) for each in (plan, replace(plan, overlap=True))]
+    assert peaks[0] < peaks[1]
+    assert waited_s(job.under(pins, peaks[0]), found) == math.inf > waited_s(job.under(pins, peaks[1]), found)

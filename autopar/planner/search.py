@@ -15,7 +15,6 @@ import functools
 import heapq
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -40,6 +39,7 @@ from autopar.planner.solution import (
     is_interrupted,
     stage_solutions,
 )
+from autopar.planner.timings import Hidden, Timed, Timings
 from cost_model.errors import ParallelismError
 
 __all__ = [
@@ -54,17 +54,9 @@ NEAR = 1.05
 GLANCES = 2
 HINTS = 4
 ALIKE = 0.2
-EXACT = 1.05
-"""So far above its price a step may be before plans of a higher price are looked at."""
-MOST_TIMED = 8
-MOST_SOLVED = 50
-"""Plans that are simulated, and nodes that are solved after the first of them: where none was faster, hardly any other
-will be."""
 
 
 Confirm = Callable[[Solution], Sequence[int]]
-Timed = Callable[[Solution], float]
-Hidden = Callable[[Configuration, float], float]
 
 
 def search(
@@ -97,19 +89,9 @@ def search(
     Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver,
     ProblemSizeError where ``flat`` is asked for and the program would be too large.
     """
+    timings = Timings(timed, None if flat else hidden_s)
     run = _Search(
-        space,
-        num_devices,
-        batch,
-        cap_bytes,
-        pins or Pins(),
-        confirm,
-        timed,
-        hidden_s,
-        progress,
-        flat,
-        fastest_only,
-        cutoff_s,
+        space, num_devices, batch, cap_bytes, pins or Pins(), confirm, timings, progress, flat, fastest_only, cutoff_s
     )
     try:
         return run.answer()
@@ -126,8 +108,7 @@ class _Search:
         cap_bytes: int | None,
         pins: Pins,
         confirm: Confirm | None,
-        timed: Timed | None,
-        hidden_s: Hidden | None,
+        timings: Timings,
         progress: Callable[[Progress], None] | None,
         flat: bool,
         fastest_only: bool,
@@ -137,10 +118,7 @@ class _Search:
         self.flat, self.solver = flat, FlatSolver if flat else ConfigurationSolver
         self.space, self.num_devices, self.batch, self.pins = space, num_devices, batch, pins
         self.cap_bytes = math.inf if cap_bytes is None else float(cap_bytes)
-        self.confirm, self.timed, self.progress = confirm, timed, progress
-        self.may_hide_s = hidden_s
-        self.hidden_s = dict[Configuration, float]()
-        self.most_solved, self.waits_s = sys.maxsize, dict[Configuration, float]()
+        self.confirm, self.timings, self.progress = confirm, timings, progress
         self.segments: dict[FactorGraph, Segment] = {}
         self.units: list[Unit] = []
         self.queue: list[tuple[float, tuple[int, ...], Unit | Waiting | Relaxed]] = []
@@ -151,7 +129,7 @@ class _Search:
 
     def answer(self) -> Solution | Infeasible:
         self._gather()
-        while self.queue and self.queue[0][0] < self.cutoff_s and not self._has_timed_enough():
+        while self.queue and self.queue[0][0] < self.cutoff_s and not self.timings.are_enough(self.solved):
             self.floor_s, _, unit = heapq.heappop(self.queue)
             if self._key(unit) > self.floor_s:  # its configuration has been timed since
                 self._push(unit)
@@ -169,18 +147,10 @@ class _Search:
     def _waits_timed(self, unit: Unit) -> bool:
         """Whether a unit whose plan fits is back in the queue, under what its step takes."""
         assert unit.solution is not None
-        unit.step_s = unit.solution.objective_s if self.timed is None else self.timed(unit.solution)
-        if self.timed is None:
-            return False
-        self.most_solved = min(self.most_solved, self.solved + MOST_SOLVED)
-        known_s = unit.solution.objective_s
-        self.waits_s[unit.solver.configuration] = unit.step_s / EXACT - known_s
-        self._push(unit)
-        return True
-
-    def _has_timed_enough(self) -> bool:
-        timed = sum(unit.step_s is not None for unit in self.units)
-        return timed == MOST_TIMED or self.solved > self.most_solved
+        unit.step_s = self.timings.time(unit.solution, self.solved)
+        if self.timings.step_s is not None:
+            self._push(unit)
+        return self.timings.step_s is not None
 
     def interrupted(self) -> Solution:
         """The best confirmed plan, else the best plan, else the interruption itself."""
@@ -211,9 +181,7 @@ class _Search:
             if refused is not None:
                 reasons.append(refused)
             elif floor is not None:
-                hidden_s = 0.0 if self.may_hide_s is None or self.flat else self.may_hide_s(c, floor.time_s)
-                if hidden_s > (EXACT - 1) * _floor_s(c, floor):
-                    self.hidden_s[c] = hidden_s
+                self.timings.note_hidden(c, floor.time_s, _floor_s(c, floor))
                 self._push(Waiting((c.pp, c.tp, -c.microbatch_size), _floor_s(c, floor), c, floor.time_s))
         if not self.queue:
             raise ParallelismError(self._why(max(reasons, key=lambda each: each[0])[1] if reasons else None))
@@ -358,7 +326,7 @@ class _Search:
             self._push(other)
 
     def _key(self, unit: Unit | Waiting | Relaxed) -> float:
-        """Twelve digits: sums that differ in the last bits are ties. Plans of one configuration wait alike."""
+        """Twelve digits: sums that differ in the last bits are ties."""
         return float(f"{self._price_s(unit):.12g}")
 
     def _price_s(self, unit: Unit | Waiting | Relaxed) -> float:
@@ -366,11 +334,11 @@ class _Search:
         if isinstance(unit, Unit) and unit.solution is not None:
             known_s = unit.solution.objective_s
         c = unit.configuration if isinstance(unit, Waiting) else unit.solver.configuration
-        return known_s + self.waits_s[c] if c in self.waits_s else known_s - self.hidden_s.get(c, 0.0)
+        return self.timings.price_s(c, known_s)
 
     def _wanted_s(self, c: Configuration) -> float:
         """No plan of a configuration is wanted that has a higher price."""
-        return (min(self._best_s(), self.cutoff_s) + self.hidden_s.get(c, 0.0)) * (1 + 1e-12)
+        return (min(self._best_s(), self.cutoff_s) + self.timings.hidden_s(c)) * (1 + 1e-12)
 
     def _push(self, unit: Unit | Waiting | Relaxed) -> None:
         heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
@@ -510,7 +478,10 @@ class _Search:
         others = (other.bound_s for other in (*self.units, *(row[2] for row in self.queue)) if id(other) not in slower)
         bound_s = min(found.objective_s, self.left_out_s, *others)
         if slower:
-            notes = (*notes, f"{len(slower)} plans of other meshes or microbatches were simulated, too, and are slower")
+            notes = (
+                *notes,
+                f"plans of other meshes or microbatches were simulated, too, and are slower: {len(slower)}",
+            )
         gap = _gap(min(found.objective_s, unit.step_s or math.inf), bound_s)
         return replace(found, bound_s=bound_s, gap=gap, notes=(*found.notes, *notes))
 

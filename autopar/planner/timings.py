@@ -1,0 +1,59 @@
+"""Timings: what plans take beside their price, as far as some were simulated."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autopar.planner.configuration import Configuration
+from autopar.planner.solution import Solution
+
+EXACT = 1.05
+"""So far above its price a step may be before plans of a higher price are looked at."""
+MOST_TIMED = 8
+"""Plans that are simulated."""
+MOST_SOLVED = 50
+"""Nodes of a search that are solved after the first of them: where none was faster, hardly any other will be."""
+
+Timed = Callable[[Solution], float]
+Hidden = Callable[[Configuration, float], float]
+
+
+@dataclass(eq=False)
+class Timings:
+    """step_s, may_hide_s: as ``timed`` and ``hidden_s`` of ``search``; None: a plan takes its price."""
+
+    step_s: Timed | None = None
+    may_hide_s: Hidden | None = None
+    _waits_s: dict[Configuration, float] = field(default_factory=dict)
+    _hidden_s: dict[Configuration, float] = field(default_factory=dict)
+    _timed: int = 0
+    _most_solved: int = sys.maxsize
+
+    def note_hidden(self, c: Configuration, along_s: float, floor_s: float) -> None:
+        """What plans of a configuration, priced at no less than ``floor_s``, may take less: left out where that is
+        hardly any of it."""
+        hidden_s = 0.0 if self.may_hide_s is None else self.may_hide_s(c, along_s)
+        if hidden_s > (EXACT - 1) * floor_s:
+            self._hidden_s[c] = hidden_s
+
+    def price_s(self, c: Configuration, known_s: float) -> float:
+        """What plans of a price are looked at by; those of one configuration wait alike."""
+        return known_s + self._waits_s[c] if c in self._waits_s else known_s - self.hidden_s(c)
+
+    def hidden_s(self, c: Configuration) -> float:
+        return self._hidden_s.get(c, 0.0)
+
+    def time(self, found: Solution, solved: int) -> float:
+        """Seconds of a step of a plan, after so many nodes of its search were solved."""
+        if self.step_s is None:
+            return found.objective_s
+        step_s = self.step_s(found)
+        self._timed += 1
+        self._most_solved = min(self._most_solved, solved + MOST_SOLVED)
+        self._waits_s[found.configuration] = step_s / EXACT - found.objective_s
+        return step_s
+
+    def are_enough(self, solved: int) -> bool:
+        return self._timed == MOST_TIMED or solved > self._most_solved
