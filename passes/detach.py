@@ -28,7 +28,7 @@ def detach(module: fx.GraphModule) -> fx.GraphModule:
     changed = False
     for owner in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
         for node in list(owner.graph.nodes):
-            if _is_region(node):
+            if is_region(node):
                 for written in _written_outside(getattr(owner, node.args[1].target), node):
                     _detach_from(written, node)
                 _detach_outputs(node)
@@ -48,7 +48,7 @@ def _is_switch(node: fx.Node) -> bool:
     return str(node.target) == "wrap_with_set_grad_enabled"
 
 
-def _is_region(node: fx.Node) -> bool:
+def is_region(node: fx.Node) -> bool:
     return _is_switch(node) and node.args[0] is False
 
 
@@ -69,7 +69,7 @@ def _untouched(region: fx.Node) -> dict[Any, fx.Node]:
 
     ``h.float()`` may be ``h`` itself, and the exporter calls ``h`` by its last name from then on.
     """
-    returned: Any = _inside(region).output_node().args[0]
+    returned: Any = inside(region).output_node().args[0]
     found = ((index, _handed_through(region, result)) for index, result in enumerate(returned))
     return {index: operand for index, operand in found if operand is not None}
 
@@ -77,16 +77,16 @@ def _untouched(region: fx.Node) -> dict[Any, fx.Node]:
 def _handed_through(region: fx.Node, result: Any) -> fx.Node | None:
     """The operand of a region, of whatever kind, that a value inside is, if the region does not write to it."""
     root = _itself(result)
-    operand = _given(region).get(root)
-    return None if operand is None or root in _roots_written_in(_inside(region)) else operand
+    operand = given_to(region).get(root)
+    return None if operand is None or root in roots_written_in(inside(region)) else operand
 
 
 def _itself(value: Any) -> Any:
     """What a value is, behind calls that give their operand back and regions that hand theirs through."""
     while isinstance(value, fx.Node):
         source: Any = value.args[0] if value.args else None
-        if is_getitem(value) and _body(source) is not None:
-            returned: Any = _inside(source).output_node().args[0]
+        if is_getitem(value) and body_of(source) is not None:
+            returned: Any = inside(source).output_node().args[0]
             source = _handed_through(source, returned[value.args[1]])
         elif not _gives_back(value):
             return value
@@ -120,34 +120,38 @@ def _static(node: fx.Node) -> FakeTensor | None:
     return value if isinstance(value, FakeTensor) and all(isinstance(extent, int) for extent in value.shape) else None
 
 
-def _body(node: Any) -> int | None:
+def body_of(node: Any) -> int | None:
     """At which of its arguments a region of the model (without gradients, or of autocast) has its graph."""
     if not (isinstance(node, fx.Node) and isinstance(node.target, torch._ops.HigherOrderOperator)):
         return None
     return next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"), None)
 
 
-def _given(region: fx.Node) -> dict[fx.Node, Any]:
+def given_to(region: fx.Node) -> dict[fx.Node, Any]:
     """Placeholder of a region's graph -> operand."""
-    place = _body(region)
+    place = body_of(region)
     assert place is not None
-    return dict(zip(_inside(region).find_nodes(op="placeholder"), region.args[place + 1 :], strict=True))
+    return dict(zip(inside(region).find_nodes(op="placeholder"), region.args[place + 1 :], strict=True))
 
 
-def _roots_written_in(graph: fx.Graph) -> set[fx.Node]:
+def roots_written_in(graph: fx.Graph) -> set[fx.Node]:
     """What the calls of a graph write to, those of regions in it included."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if _body(node) is None:
-            found.update(_roots_written(node))
-        else:
-            inner = _roots_written_in(_inside(node))
-            found.update(_lineage(operand)[-1] for name, operand in _given(node).items() if name in inner)
+        found |= written_by(node)
     return found
 
 
-def _inside(region: Any) -> fx.Graph:
-    graph: fx.Graph = getattr(region.graph.owning_module, region.args[_body(region)].target).graph
+def written_by(node: fx.Node) -> set[fx.Node]:
+    """What a call, or a region that it runs, writes to."""
+    if body_of(node) is None:
+        return set(roots_written(node))
+    inner = roots_written_in(inside(node))
+    return {_lineage(operand)[-1] for name, operand in given_to(node).items() if name in inner}
+
+
+def inside(region: Any) -> fx.Graph:
+    graph: fx.Graph = getattr(region.graph.owning_module, region.args[body_of(region)].target).graph
     return graph
 
 
@@ -189,7 +193,7 @@ def _written_outside(region: fx.GraphModule, place: fx.Node) -> list[fx.Node]:
     for node in region.graph.nodes:
         if _is_switch(node):
             raise UnsupportedError("the model nests torch.enable_grad in torch.no_grad; end no_grad before it")
-        for root in _roots_written(node):
+        for root in roots_written(node):
             lineage = _lineage(given[root]) if root in given else []
             if lineage and lineage[-1].op != "placeholder" and not _is_without_gradient(lineage[-1], place):
                 raise UnsupportedError(
@@ -205,6 +209,8 @@ def _is_without_gradient(made: fx.Node, place: fx.Node) -> bool:
     """Whether a value is made of sizes and numbers, and nothing was written to it with gradients before a place."""
     if not isinstance(made.target, torch._ops.OpOverload):
         return False
+    if made.target is aten.detach.default:
+        return True
     name = made.target._schema.name.removeprefix("aten::")
     of_shapes = name.endswith("_like") or name.startswith("new_")
     if not of_shapes and not all(_is_without_gradient(operand, place) for operand in made.all_input_nodes):
@@ -266,7 +272,7 @@ def _lineage(value: fx.Node) -> list[fx.Node]:
 def _source(value: fx.Node) -> fx.Node | None:
     """What a value is a view of; of what a region hands on, the operand of the region that it is."""
     operand: Any = value.args[0] if value.args else None
-    if is_getitem(value) and _is_region(operand):
+    if is_getitem(value) and is_region(operand):
         return _handed_on(operand, value.args[1])
     if not (isinstance(value.target, torch._ops.OpOverload) and _aliases(value.target)):
         return None
@@ -275,10 +281,10 @@ def _source(value: fx.Node) -> fx.Node | None:
 
 def _handed_on(region: Any, index: Any) -> fx.Node | None:
     """The operand of a region that one of its outputs is, by itself, through views or by a write to it."""
-    inner = _inside(region)
+    inner = inside(region)
     returned: Any = inner.output_node().args[0]
     result = returned[index]
-    same = {*_roots_written(result), _lineage(result)[-1]}
+    same = {*roots_written(result), _lineage(result)[-1]}
     given = zip(inner.find_nodes(op="placeholder"), region.args[2:], strict=True)
     return next((operand for name, operand in given if name in same), None)
 
@@ -288,7 +294,7 @@ def _storage(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
-def _roots_written(node: fx.Node) -> Iterator[fx.Node]:
+def roots_written(node: fx.Node) -> Iterator[fx.Node]:
     """The tensors that a call writes to, by itself or through views."""
     for root in _written(node):
         while isinstance(root.target, torch._ops.OpOverload) and _aliases(root.target):

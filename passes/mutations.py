@@ -2,7 +2,7 @@
 
 Running statistics of batch norms are kept: replicas exchange what they are made of. Counters that grow by a number
 every step are kept. Other buffers get the values that forward makes of parameters and of the whole batch
-(``passes.written``). Parameters and inputs that forward writes to are refused by name.
+(``passes.written``), and so do parameters (``passes.parameter_writes``). Inputs that forward writes to are refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Changed:
     """statistics: running statistic -> how many batch norms change it; counters: name -> what a step adds; written:
-    any other buffer -> the number of the output that is its new value."""
+    any other buffer -> the number of the output that is its new value; parameters: likewise."""
 
     statistics: Mapping[str, int] = field(hash=False)
     counters: Mapping[str, int | float] = field(hash=False)
     written: Mapping[str, int] = field(hash=False)
+    parameters: Mapping[str, int] = field(hash=False)
 
 
 def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
@@ -37,8 +38,6 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
     if signature.user_inputs_to_mutate:
         name = next(iter(signature.user_inputs_to_mutate.values()))
         raise UnsupportedError(f"forward changes its input {name!r} in place; work on a copy of it")
-    if signature.parameters_to_mutate:
-        raise _refused(next(iter(signature.parameters_to_mutate.values())))
     statistics: dict[str, int] = {}
     counters: dict[str, int | float] = {}
     written: dict[str, int] = {}
@@ -55,7 +54,10 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
             )
         else:
             written[name] = place
-    return Changed(statistics, counters, written)
+    kind = torch.export.graph_signature.OutputKind.PARAMETER_MUTATION
+    specs = ((place, spec) for place, spec in enumerate(signature.output_specs) if spec.kind == kind)
+    parameters = {str(spec.target).removeprefix("model."): place for place, spec in specs}
+    return Changed(statistics, counters, written, parameters)
 
 
 def check_statistics(model: ModelGraph, statistics: Mapping[str, int]) -> None:
@@ -88,10 +90,3 @@ def _increment(made: fx.Node, held: fx.Node) -> int | float | None:
             return None
         total, made = total + step[0], before
     return total
-
-
-def _refused(name: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"forward changes {name.removeprefix('model.')!r}, which a program of many ranks and microbatches cannot keep "
-        "as one device does: change it outside of forward, or make it a buffer"
-    )

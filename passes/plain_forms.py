@@ -88,6 +88,15 @@ def _places_repeated(repeats: Tensor, *, output_size: int) -> Tensor:
     return torch.searchsorted(repeats.cumsum(0), places, right=True)
 
 
+def _renormed(self: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """embedding_renorm: rows that occur are scaled to ``max_norm`` where theirs is larger."""
+    places = indices.flatten()
+    occurs = self.new_zeros(self.shape[0]).index_add(0, places, self.new_ones(places.shape)) > 0
+    norms = torch.linalg.vector_norm(self, norm_type, 1)
+    scale = torch.where(occurs & (norms > max_norm), max_norm / (norms + 1e-7), 1.0)  # as torch's kernels do
+    return self * scale.unsqueeze(1)
+
+
 PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.sinc.default: _sinc,
     torch.ops.aten._weight_norm_interface.default: _weight_norm,
@@ -99,5 +108,6 @@ PLAIN_FORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.dist.default: _dist,
     torch.ops.aten._pdist_forward.default: _distances_of_pairs,
     torch.ops.aten.repeat_interleave.Tensor: _places_repeated,
+    torch.ops.aten.embedding_renorm.default: _renormed,
 }
 """What torch has no such form of."""

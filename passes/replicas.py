@@ -183,8 +183,8 @@ def exchange_notes(model: ModelGraph, synchronised: Collection[str]) -> Iterator
         )
     if counts[WRITTEN]:
         yield (
-            f"forward gives {counts[WRITTEN]} buffer(s) a new value, as on one device: of all samples, or of "
-            "parameters alone, and each replica has one microbatch"
+            f"forward gives {counts[WRITTEN]} buffer(s) or parameter(s) a new value, as on one device: of all samples, "
+            "or of parameters alone, and each replica has one microbatch"
         )
     if gathers:
         yield (

@@ -22,6 +22,7 @@ _PLAIN: dict[Any, Any] = {
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
 }
 """Ops that return what others do, in memory of another kind."""
+_PARTS = {"complex64": "float32", "complex128": "float64"}
 _EXTREMA = (aten.amin.default, aten.amax.default)
 
 
@@ -56,17 +57,19 @@ def _joined_parts(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     return run.call(aten.complex.default, tuple(parts), meta, like=node)
 
 
-@rewrites(aten.slice_scatter.default)
+@rewrites(aten.slice_scatter.default, aten.select_scatter.default)
 def _laid_into(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Of complex numbers, which torch does not differentiate: what is before, what is laid, what is behind."""
+    """Of complex numbers, which torch does not differentiate: what is before, what is laid, what is behind; or, of some
+    places of a dim, both parts of each number."""
     meta = run.tensor(a["self"])
-    start, end = a["start"] or 0, a["end"]
-    if not meta.is_complex or a["step"] != 1 or start < 0:
+    if not meta.is_complex:
         return NotImplemented
+    if a.get("step") != 1:
+        return _laid_in_parts(run, node, a, meta)
     dim = a["dim"] % len(meta.shape)
     extent, pieces = meta.shape[dim], []
-    stop = start + run.tensor(a["src"]).shape[dim]
-    assert end is None or end < 0 or min(end, extent) == stop
+    start, stop, _ = slice(a["start"], a["end"]).indices(extent)
+    assert stop - start == run.tensor(a["src"]).shape[dim]
     for first, last in ((0, start), (stop, extent)):
         shape = (*meta.shape[:dim], last - first, *meta.shape[dim + 1 :])
         piece = TensorMeta(shape, meta.dtype)
@@ -74,6 +77,16 @@ def _laid_into(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
         pieces.append(kept)
     laid = [p for p in (pieces[0], a["src"], pieces[1]) if p is not None]
     return run.call(aten.cat.default, (laid, dim), meta, like=node)
+
+
+def _laid_in_parts(run: Cleaner, node: fx.Node, a: dict[str, Any], meta: TensorMeta) -> Any:
+    wide = TensorMeta((*meta.shape, 2), _PARTS[meta.dtype])
+    laid = TensorMeta((*run.tensor(a["src"]).shape, 2), wide.dtype)
+    whole = run.call(aten.view_as_real.default, (a["self"],), wide, like=node)
+    source = run.call(aten.view_as_real.default, (a["src"],), laid, like=node)
+    given = {**a, "self": whole, "src": source, "dim": a["dim"] % len(meta.shape)}
+    made = run.call(node.target, tuple(given.values()), wide, like=node)
+    return _joined_parts(run, node, {"self": made})
 
 
 @rewrites(aten.cat.default)

@@ -24,6 +24,7 @@ from passes.codegen import Sources, new_names, render_function, returns_named
 from passes.graph import ModelGraph
 from passes.joint import trace_values
 from passes.lower import Storages, lower
+from passes.written import parameter_left
 
 PROLOGUE_SIGNATURE = "batch, buffers, comm, kernels, device"
 _CALLS = {
@@ -190,10 +191,12 @@ def render_step(
     parameters; and the schedule's forward half alone, for evaluation.
 
     gathered: leaves of the batch that ``feed`` makes whole before, over dp replicas. changed: buffers that backward
-    gave a new value; counters: buffers to which a number is added. scales_loss: an update is skipped where a gradient
-    is not finite.
+    gave a new value, and what stands for new values of parameters; counters: buffers to which a number is added.
+    scales_loss: an update is skipped where a gradient is not finite.
     """
     kept = [f'run.update_buffer("{name}")' for name in changed]
+    left = [(name, parameter_left(name)) for name in changed]
+    kept += [f'run.leave_parameter("{parameter}", "{name}")' for name, parameter in left if parameter is not None]
     kept += [f'run.count("{name}", {step})' for name, step in counters.items()]
     wait = ["run.wait_sends()"] if sends else []
     clip = [] if max_grad_norm is None else [f"run.clip_gradients({max_grad_norm!r})"]

@@ -7,6 +7,7 @@ not stand in the way of cuts: they are carried along, whole on every rank, besid
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import fx
 from cost_model.tensor import TensorMeta
 from passes.dependence import active_nodes, batch_nodes, differentiable_nodes, receiving_nodes
 from passes.graph import ModelGraph
+from passes.written import parameter_left
 
 LONG = 12
 """Calls with parameters over which a value must live to be carried: more than any sublayer's residual spans."""
@@ -125,9 +127,13 @@ def _atoms(model: ModelGraph, nodes: list[fx.Node], params: set[str]) -> list[li
 
 def _changed_together(model: ModelGraph, position: dict[fx.Node, int]) -> frozenset[int]:
     """Places behind which no cut may lie: calls that change one running statistic add up where it is held."""
-    changed = {item.node for item in model.inputs if item.changes}
-    users = [[position[u] for u in n.users] for n in model.graph.nodes if n.name in changed]
-    return frozenset(place for own in users for place in range(min(own), max(own)))
+    held = {item.node: parameter_left(item.target) or item.target for item in model.inputs if item.changes}
+    held |= {item.node: item.target for item in model.inputs if item.target in held.values()}
+    users: defaultdict[str, list[int]] = defaultdict(list)
+    for node in model.graph.find_nodes(op="placeholder"):
+        if node.name in held:
+            users[held[node.name]] += [position[u] for u in node.users if u in position]
+    return frozenset(place for own in users.values() for place in range(min(own), max(own)))
 
 
 def _long_lived(

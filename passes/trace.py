@@ -35,6 +35,7 @@ from passes.graph import GraphInput, ModelGraph
 from passes.holding import Holding
 from passes.merge import merge_equal
 from passes.mutations import Changed, changed_buffers, check_statistics
+from passes.parameter_writes import divert_writes
 from passes.pick import pick
 from passes.picked import check_picked, picked_notes
 from passes.questions import Questions
@@ -48,6 +49,7 @@ from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
 from passes.unaware import Awareness
 from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks
+from passes.written import left
 
 LossFn = Callable[[Any, Any], torch.Tensor]
 
@@ -274,6 +276,7 @@ def _export(
         raise trace_error(error, module.model) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
+        divert_writes(exported)
         exported = functional(exported)
     show_moves(exported)
     changed = changed_buffers(exported)
@@ -340,11 +343,28 @@ def _to_model_graph(
         described[node.name] = replace(entry, changes=changes, counts=counts)
         if name in changed.written:
             written[node.name] = changed.written[name]
+    for name, place in changed.parameters.items():
+        entry, made = _left(first_of[aliases.get(name, name)], aliases.get(name, name))
+        described[made.name], written[made.name], constants[entry.target] = entry, place, _empty_like(made)
     kinds = torch.export.graph_signature.OutputKind
     loss = [s.kind for s in exported.graph_signature.output_specs].index(kinds.USER_OUTPUT)
     graph = clean(exported.graph_module, described, size, loss, written)
     check_statistics(graph, {aliases.get(name, name): norms for name, norms in changed.statistics.items()})
     return graph, constants
+
+
+def _left(parameter: fx.Node, name: str) -> tuple[GraphInput, fx.Node]:
+    """One more placeholder, for what forward leaves a parameter with."""
+    with parameter.graph.inserting_after(parameter):
+        made = parameter.graph.placeholder(f"{parameter.name}_left")
+    made.meta["val"] = parameter.meta["val"].detach()
+    return GraphInput(made.name, "constant", left(name), False, False, changes=True), made
+
+
+def _empty_like(node: fx.Node) -> torch.Tensor:
+    """Without memory of its own for more than one element."""
+    value = node.meta["val"]
+    return torch.zeros((), dtype=value.dtype).expand(value.shape)
 
 
 def _held(exported: torch.export.ExportedProgram, item: Any) -> torch.Tensor:

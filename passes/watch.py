@@ -107,11 +107,15 @@ def gradients_as_written() -> Iterator[None]:
     """While a model is traced: ways to say that gradients stop, which a tracer does not see, as ways that it sees.
 
     ``tensor.data`` is the tensor without its gradient (calls on torch's own would be left out, or made once for all
-    steps), inference mode is no_grad. UnsupportedError where data is set, where a parameter's gradient is switched on
-    or off (what is called in between would be as before), and where forward runs a backward.
+    steps), a parameter whose data is set is written to, inference mode is no_grad. UnsupportedError where other data is
+    set, where a parameter's gradient is switched on or off (what is called in between would be as before), and where
+    forward runs a backward.
     """
 
-    def refuse_data(tensor: torch.Tensor, _: torch.Tensor) -> NoReturn:
+    def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+        if isinstance(tensor, nn.Parameter) and (tensor.shape, tensor.dtype) == (data.shape, data.dtype):
+            tensor.detach().copy_(data.detach())
+            return
         raise UnsupportedError(
             f"forward gives a tensor {list(tensor.shape)} other data, which is lost when a model is traced: assign a "
             "new tensor, keep what changes in a buffer, or change parameters outside of forward"
@@ -145,7 +149,7 @@ def gradients_as_written() -> Iterator[None]:
     plain, regions = torch.Tensor.requires_grad_, list[AbstractContextManager[None]]()
     with ExitStack() as patched:
         for owner, name, instead in (
-            (torch.Tensor, "data", property(torch.Tensor.detach, refuse_data)),
+            (torch.Tensor, "data", property(torch.Tensor.detach, set_data)),
             (torch.Tensor, "requires_grad_", require),
             (torch.Tensor, "backward", refuse_backward),
             (torch.autograd, "grad", refuse_backward),

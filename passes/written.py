@@ -41,6 +41,17 @@ class _Written(Function):
 
 
 DIFFERENTIABLE[torch.ops.autopar.written.default] = _Written.apply
+_LEFT = " as forward leaves it"
+
+
+def left(parameter: str) -> str:
+    """The name of what stands for a parameter's new value, which nothing reads, but the parameter itself afterwards."""
+    return parameter + _LEFT
+
+
+def parameter_left(name: str) -> str | None:
+    """The parameter whose new value has this name."""
+    return name.removesuffix(_LEFT) if name.endswith(_LEFT) else None
 
 
 def write_buffers(model: ModelGraph, values: Mapping[fx.Node, fx.Node]) -> ModelGraph:

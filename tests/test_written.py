@@ -170,6 +170,6 @@ def test_written_buffers_are_those_of_one_device(name: str, pins: dict[str, int]
 def test_a_written_buffer_is_said_and_allows_one_microbatch() -> None:
     model = MODELS["power iteration"]()
     estimate = autopar.estimate(model, cpu_cluster(2), inputs(), parallelism=autopar.Parallelism(**DP))
-    assert any("gives 2 buffer(s) a new value" in note for note in estimate.notes)
+    assert any("gives 2 buffer(s) or parameter(s) a new value" in note for note in estimate.notes)
     with pytest.raises(ParallelismError, match="one microbatch"):
         autopar.estimate(model, cpu_cluster(2), inputs(), parallelism=autopar.Parallelism(dp=2, microbatch_size=2))

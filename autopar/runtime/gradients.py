@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.runtime import initial
 from autopar.runtime.comm import Begun
 from autopar.runtime.measure import ONCE
 from autopar.runtime.norm import sum_of_squares
@@ -141,6 +142,11 @@ class Gradients(Timed):
         """Give a buffer the value that backward found for it."""
         self.buffers[name].copy_(self.updates[name])
         self.updates[name].zero_()
+
+    def leave_parameter(self, parameter: str, name: str) -> None:
+        """Give a parameter, in every copy of it, the value that forward left it with."""
+        initial.change(self, parameter, self.buffers[name])
+        self.round()
 
     def count(self, name: str, step: float) -> None:
         """Add to a counter."""

@@ -37,12 +37,24 @@ def fill(rank: Held, request: Tree) -> None:
                 _copy(made(request["recipes"][name]), held)
 
 
+def change(rank: Held, name: str, whole: Tensor) -> None:
+    """Give a parameter another value in every copy that this rank has; a master copy where it rounds to another."""
+    for piece in (
+        piece for held, layout, tensor in _held(rank) if held == name for piece in layout.pieces(name, tensor)
+    ):
+        block, local = _block(whole, piece), piece.local
+        local.copy_(torch.where(local.to(block.dtype) == block, local, block.to(local.dtype)))
+
+
 def _copy(whole: Tensor, pieces: list[Piece]) -> None:
     for piece in pieces:
-        block = whole
-        for dim, (first, count) in enumerate(zip(piece.offsets, piece.local.shape, strict=True)):
-            block = block.narrow(dim, first, count)
-        piece.local.copy_(block)
+        piece.local.copy_(_block(whole, piece))
+
+
+def _block(whole: Tensor, piece: Piece) -> Tensor:
+    for dim, (first, count) in enumerate(zip(piece.offsets, piece.local.shape, strict=True)):
+        whole = whole.narrow(dim, first, count)
+    return whole
 
 
 def _held(rank: Held) -> Iterator[tuple[str, Layout, Tensor]]:
