@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import example_gpt
-from parity import ADAMW, check_parity, cpu_cluster, largest_error, reference
+from parity import ADAMW, SGD, check_parity, cpu_cluster, largest_error, reference
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 
@@ -19,11 +20,15 @@ import autopar
 from autopar.options import Options
 from autopar.payload import links
 from autopar.planning import Planned, plan_model
+from cost_model.cluster import Cluster
+from cost_model.collectives import Link
 from cost_model.crossing import End, messages
+from cost_model.device import Device
 from cost_model.errors import (
     VerificationError,
 )
 from cost_model.mesh import Mesh
+from cost_model.network import Network
 from cost_model.prices import price_stages
 
 
@@ -194,3 +199,45 @@ def test_real_ranks(tmp_path: Path) -> None:
         assert alone.grad_norm == pytest.approx(norm, rel=1e-9)
         alone.load(tmp_path)
         assert alone.step(batch) == pytest.approx(losses[1], rel=1e-9)
+
+
+CPU = Device.load("cpu")
+
+
+def device(speed: float, mebibytes: float) -> Device:
+    """A core so many times as fast, with so much memory for a program."""
+    peaks = {dtype: speed * flops for dtype, flops in CPU.peak_flops.items()}
+    return replace(CPU, peak_flops=peaks, memory_bytes=CPU.reserve_bytes + int(mebibytes * 2**20))
+
+
+def nodes(*each: tuple[Device, int]) -> Cluster:
+    """Nodes of so many devices of a kind, near to each other."""
+    rows = [tuple((value,) * len(each) for _ in each) for value in (1e-5, 1e10)]
+    inside = tuple(Link(1e-6, 1e11) if devices > 1 else None for _, devices in each)
+    node_of = tuple(node for node, (_, devices) in enumerate(each) for _ in range(devices))
+    every = tuple(range(len(each)))
+    network = Network(tuple(f"node {node}" for node in every), *rows, every, node_of, inside)
+    return Cluster("of several kinds", tuple(each[node][0] for node in node_of), (), "gloo", network)
+
+
+@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        nodes((device(1.0, 4), 1), (device(0.5, 2), 2)),
+        pytest.param(nodes((device(1.0, 4), 1), (device(0.5, 2), 1), (device(0.5, 2), 2)), marks=pytest.mark.slow),
+    ],
+    ids=["3 ranks", "4 ranks"],
+)
+def test_meshes_that_the_search_chose_train_as_one_device_does(cluster: Cluster) -> None:
+    """Nothing of layout or placement is pinned; devices differ in speed and memory, nodes in devices."""
+    model, batch = example_gpt(n_layer=4, n_embd=96, n_head=6)
+    losses, trained = reference(model, batch, SGD)
+    pins = autopar.Parallelism(microbatch_size=2)
+    with autopar.compile(model, cluster, batch, optimizer=SGD, parallelism=pins) as exe:
+        assert [exe.step(batch) for _ in range(3)] == pytest.approx(losses, rel=1e-4)
+        assert largest_error(exe.full_state_dict(), trained.state_dict()) < 1e-4
+        plan, peaks = exe.plan, [stage.peak_bytes for stage in exe.estimate.stages]
+    assert plan.meshes_differ and len({mesh.tp for mesh in plan.meshes}) > 1
+    rooms = [min(cluster.devices[rank].usable_bytes for rank in ranks) for ranks in plan.stage_devices]
+    assert all(peak <= room for peak, room in zip(peaks, rooms, strict=True)) and len(set(rooms)) > 1
