@@ -192,7 +192,14 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Fused attention over [batch, heads, length, width]; the kernel is chosen by the device it runs on."""
+    q, k, v = (with_rows(x) for x in (q, k, v))
     return _Attention.apply(q, k, v, mask, is_causal, scale)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """Its rows lie one number behind the other, which is what kernels of attention take for granted (torch's own choice
+    of them, ``sdp_utils.h``, leaves others to products of matrices)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def batch_norm(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from passes.layer_vocabulary import CPU_ATTENTION, HALF, experts
+from passes.layer_vocabulary import CPU_ATTENTION, HALF, experts, with_rows
 from passes.vocabulary import all_reduce, define, gather, like, shard_ids, take_shard
 
 
@@ -77,6 +77,7 @@ class _VocabularyCrossEntropy(Function):
 
 def attention_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, axis: str, size: int) -> tuple[Tensor, Tensor]:
     """Causal attention of the queries that each rank of an axis holds, consecutive ones, to all keys before them."""
+    q, k, v = (with_rows(x) for x in (q, k, v))
     return _AttentionRows.apply(q, k, v, scale, axis, size)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -56,6 +56,13 @@ def _filtered(_: nn.Module, x: Tensor) -> Tensor:
     return torch.fft.irfft(kept, n=6, dim=1)
 
 
+def _attended_columns(_: nn.Module, x: Tensor) -> Tensor:
+    """Queries, keys and values that are views whose rows lie apart in memory, as attention over pixels makes them."""
+    query, key, value = (x.unflatten(2, (2, 4)) * scale for scale in (1.0, 2.0, 3.0))
+    heads = (part.permute(0, 2, 3, 1) for part in (query, key, value))
+    return F.scaled_dot_product_attention(*heads, is_causal=True).permute(0, 3, 1, 2).flatten(2)
+
+
 def _short_time(_: nn.Module, x: Tensor) -> Tensor:
     window = torch.hann_window(4) + torch.hamming_window(4, False, 0.5) + torch.kaiser_window(4)
     return torch.stft(x.flatten(1), 4, 2, window=window, return_complex=True).abs().add(0.01).log()
@@ -107,6 +114,7 @@ BETWEEN: dict[str, Callable[[], Model]] = {
     "bag_max": lambda: Model(_bags, nn.EmbeddingBag(12, 8, mode="max", padding_idx=3)),
     "spectrum": lambda: Model(_filtered),
     "complex": lambda: Model(_turned),
+    "columns": lambda: Model(_attended_columns),
     "windows": lambda: Model(_short_time),
     "bilinear": lambda: Model(lambda b, x: b(x[:, 0], x[:, 1]), nn.Bilinear(8, 8, 8)),
     "matrices": lambda: Model(lambda _, x: torch.linalg.solve(x @ x.mT + torch.eye(6), x)),
