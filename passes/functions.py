@@ -3,19 +3,21 @@
 Where a Function's backward is the derivative of its forward (a hand-written GELU), its forward is traced as any other
 code. Where it is the incoming gradient times something (a straight-through estimator, a reversed or bounded gradient),
 the value is joined by a zero of that gradient: f(x) + (x - x) times it, the second x and what it is times detached.
-Which of both holds is found by running the Function on small random tensors, outside of the trace.
+Where it is another linear map of the gradient, by a zero that the transposed map makes (``passes.transposed``).
+Which of these holds is found by running the Function on small random tensors, outside of the trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from cost_model.errors import AutoparError, UnsupportedError
+from passes.transposed import is_described, recorded, with_transposed
 
 _EXTENT = 12
 """No dim of the tensors that a Function is tried on is longer."""
@@ -27,11 +29,11 @@ _ABSOLUTE = {torch.float64: 1e-12}
 """How far values may differ: relative to the tensor's largest, and at least (1e-6 in other dtypes)."""
 _REGISTERED = "torch._library.autograd"
 """Where backwards of registered ops live: calls of such an op are traced whole, and their backward with them."""
-OWN, SCALED, OTHER = "own", "scaled", "other"
+OWN, SCALED, LINEAR, OTHER = "own", "scaled", "linear", "other"
 
 
 class FunctionMet(AutoparError):
-    """A trace met a Function that nobody has tried yet."""
+    """A trace met a Function that nobody has tried yet, or not on tensors of these shapes."""
 
     def __init__(self, cls: Any, args: Sequence[Any]) -> None:
         super().__init__(f"{cls.__qualname__} has not been tried")
@@ -56,36 +58,51 @@ class Context:
 
 
 class Functions:
-    """What is known of the Functions met: is the backward the forward's own derivative, a scaled gradient, or other."""
+    """What is known of the Functions met: is the backward the forward's own derivative, a scaled gradient, another
+    linear map of it, or none of these; forms: of linear ones, by the shapes of arguments, their graphs."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[Any, ...], str] = {}
+        self.forms: dict[tuple[Any, ...], fx.GraphModule] = {}
 
     def apply(self, plain: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         """A call in a trace; ``plain``: torch's own. Errors: FunctionMet, UnsupportedError."""
         if cls.__module__ == _REGISTERED:
             return plain(cls, *args, **kwargs)
-        key = _key(cls, args)
-        if key not in self.known:
-            raise FunctionMet(cls, [_described(a) for a in args])
+        key, described = _key(cls, args), [_described(a) for a in args]
+        if key not in self.known or (self.known[key] == LINEAR and _form(key, described) not in self.forms):
+            raise FunctionMet(cls, described)
         if self.known[key] == OWN:
             return _forward(cls, args)[0]
         if self.known[key] == SCALED:
             return _with_gradient(cls, args)
+        if self.known[key] == LINEAR:
+            tensors = [a.detach() for a in args if isinstance(a, Tensor)]
+            changes = [a - a.detach() if a.is_floating_point() else a for a in args if isinstance(a, Tensor)]
+            output, none = fx.Interpreter(self.forms[_form(key, described)]).run(*tensors, *changes)
+            return output.detach() + none
         raise UnsupportedError(
             f"{cls.__qualname__} is an autograd.Function whose backward is neither the derivative of its forward "
-            "nor the gradient times something, and is lost when a model is traced; state it with differentiable calls"
+            "nor a linear map of the gradient, and is lost when a model is traced; state it with differentiable calls"
         )
 
     def judge(self, met: FunctionMet) -> None:
-        """Try a Function. Outside of any trace."""
-        self.known[_key(met.cls, met.args_met)] = _judged(met.cls, met.args_met)
+        """Try a Function, and record one that is tried. Outside of any trace."""
+        key, small = _key(met.cls, met.args_met), [_small(a) for a in met.args_met]
+        if key not in self.known:
+            self.known[key] = _judged(met.cls, small)
+        if self.known[key] == LINEAR:
+            try:
+                self.forms[_form(key, met.args_met)] = recorded(met.cls, _forward, met.args_met)
+            except Exception:  # noqa: BLE001  (whatever the user's code does that no trace can hold)
+                self.known[key] = OTHER
 
     def notes(self) -> tuple[str, ...]:
         """What was found, one line for each Function."""
         found = {
             OWN: "has the derivative of its forward as its backward, tried on random tensors: it is traced as that",
             SCALED: "has the gradient times something as its backward, tried on random tensors: it is traced as that",
+            LINEAR: "has a backward that is linear in the gradient, tried on random tensors: it is traced as that",
         }
         kinds = {(key[0].__qualname__, kind): None for key, kind in self.known.items()}
         return tuple(f"the autograd.Function {name} {found[kind]}" for name, kind in kinds if kind in found)
@@ -96,16 +113,23 @@ def _key(cls: Any, args: Sequence[Any]) -> Any:
     return cls, tuple(a for a in args if isinstance(a, bool | int | float | str))
 
 
+def _form(key: Any, described: Sequence[Any]) -> Any:
+    """A Function with what its graph is made for."""
+    return *key, *(a for a in described if is_described(a))
+
+
 def _described(value: Any) -> Any:
     """A tensor of a trace by shape and dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.Size(min(int(extent), _EXTENT) for extent in value.shape), value.dtype
+    return (torch.Size(map(int, value.shape)), value.dtype) if isinstance(value, Tensor) else value
+
+
+def _small(value: Any) -> Any:
+    return (torch.Size(min(e, _EXTENT) for e in value[0]), value[1]) if is_described(value) else value
 
 
 def _drawn(value: Any, seed: int, wide: bool, highest: int) -> Any:
     """wide: floating numbers are doubles. highest: of integers, which may be places, from 0 on."""
-    if not (isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)):
+    if not is_described(value):
         return value
     shape, dtype = value
     generator = torch.Generator().manual_seed(seed)
@@ -137,9 +161,23 @@ def _with_gradient(cls: Any, args: Sequence[Any]) -> Tensor:
     return made
 
 
+def _with_slopes(cls: Any, args: Sequence[Any]) -> Tensor:
+    """The forward's value, with the gradient that the backward makes, if that is linear."""
+    changes = [a - a.detach() if isinstance(a, Tensor) and a.is_floating_point() else None for a in args]
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    output, none = with_transposed(cls, _forward, detached, changes)
+    made: Tensor = output.detach() + none
+    return made
+
+
 def _judged(cls: Any, described: Sequence[Any]) -> str:
     """Tried in double precision, where rounding hides nothing, and on integers that mask nothing; else as it can be."""
-    for kind, run in ((OWN, lambda args: _forward(cls, args)[0]), (SCALED, lambda args: _with_gradient(cls, args))):
+    ways: tuple[tuple[str, Callable[[Sequence[Any]], Any]], ...] = (
+        (OWN, lambda args: _forward(cls, args)[0]),
+        (SCALED, lambda args: _with_gradient(cls, args)),
+        (LINEAR, lambda args: _with_slopes(cls, args)),
+    )
+    for kind, run in ways:
         for wide, highest in ((True, 1), (True, 0), (False, 1), (False, 0)):
             try:
                 if _agree(cls, run, described, wide, highest):

@@ -10,11 +10,12 @@ import torch
 from parity import check_parity
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from unseen_models import BATCH, classes, normal
 
-from passes.functions import OTHER, OWN, SCALED, FunctionMet, Functions
+from passes.functions import LINEAR, OTHER, OWN, SCALED, FunctionMet, Functions
 from passes.trace import trace
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -119,6 +120,44 @@ class Masked(torch.autograd.Function):
         return 2 * grad.flip(0) * (1 - x.tanh().square()) * mask[:, None], None
 
 
+class Solved(torch.autograd.Function):
+    """A root found by bisection, and its derivative by the implicit function theorem, as entmax has it: the threshold
+    above which what is left of each row adds up to one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: int) -> Tensor:
+        low, high = x.amax(-1, keepdim=True) - 1, x.amax(-1, keepdim=True)
+        for _ in range(steps):
+            middle = (low + high) / 2
+            above = (x - middle).clamp(min=0).square().sum(-1, keepdim=True) >= 1
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        made = (x - low).clamp(min=0).square()
+        ctx.save_for_backward(made)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (made,) = ctx.saved_tensors
+        slope = made.sqrt() * 2
+        mean = (grad * slope).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
+        grad = grad * slope
+        grad.sub_(mean * slope)
+        return grad, None
+
+
+class Clipped(torch.autograd.Function):
+    """A gradient of at most one: not linear."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1, 1)
+
+
 class Nowhere(torch.autograd.Function):
     """No number for any it is tried on: nothing is known of its backward."""
 
@@ -136,6 +175,7 @@ CALLS = {
     "sign": (lambda _, x: Sign.apply(x), SCALED),
     "reversed": (lambda _, x: Reversed.apply(x, 0.5), SCALED),
     "bounded": (lambda _, x: Bounded.apply(x), SCALED),
+    "solved": (lambda _, x: Solved.apply(x, 40), LINEAR),
     "checkpoint": (lambda part, x: checkpoint(part, x, use_reentrant=True), None),
 }
 
@@ -167,9 +207,10 @@ def test_gradients_are_those_of_the_function(name: str, dp: int, tp: int) -> Non
         (Gelu, OWN),
         (Sign, SCALED),
         (Bounded, SCALED),
-        (Summed, OTHER),
-        (Angle, OTHER),
-        (Masked, OTHER),
+        (Summed, LINEAR),
+        (Angle, LINEAR),
+        (Masked, LINEAR),
+        (Clipped, OTHER),
         (Nowhere, OTHER),
     ],
 )
