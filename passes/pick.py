@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from passes.alignment_vocabulary import CTC
 from passes.calls import schema_arguments
 from passes.graph import is_getitem
-from passes.places import OF_MASK, VIEWS, Places, counted_mask, follow, is_one_each, joined, of_mask
+from passes.places import OF_MASK, VIEWS, Places, counted_mask, follow, is_one_each, joined, of_first_dims, of_mask
 from passes.restate_masks import is_unknown, refused
 from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED, SOURCE_KEYS
 from passes.steep import MAY_FAIL, STEEP
@@ -201,6 +201,8 @@ class _Pick:
         given = schema_arguments(node)
         if node.target in _PLACED:
             return self._placed(node, rows, given)
+        if node.target is aten.masked_scatter.default:
+            return self._scattered(node, rows, given)
         if node.target is CTC:
             return self._aligned(node, given)
         if node.target in _LABELLED and not given["target"].meta["val"].is_floating_point():
@@ -284,13 +286,30 @@ class _Pick:
             raise refused(node)
         if target.meta["val"].shape != (*(extents[dim] for dim in places.dims), *rest):
             raise refused(node)
-        laid = self._laid(self._masked(values, rows, 0, LAST, node), places, node)
         if given.get("accumulate", "alpha" in given):
+            laid = self._laid(self._masked(values, rows, 0, LAST, node), places, node)
             return self._call(aten.add.Tensor, (target, laid), node, alpha=given.get("alpha", 1))
         if not is_one_each(places):
             raise refused(node)
-        chosen = self._call(aten.reshape.default, (rows.mask, [rows.count, *[1] * len(rest)]), node)
+        return self._over(target, values, places, node)
+
+    def _over(self, target: fx.Node, values: fx.Node, places: Places, node: fx.Node) -> fx.Node:
+        """Rows in place of what is where they were picked."""
+        rows, rank = self.rows[values], values.meta["val"].dim()
+        laid = self._laid(self._masked(values, rows, 0, LAST, node), places, node)
+        chosen = self._call(aten.reshape.default, (rows.mask, [rows.count, *[1] * (rank - 1)]), node)
         return self._call(aten.where.self, (self._laid(chosen, places, node), laid, target), node)
+
+    def _scattered(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+        """Rows laid where their mask is true, which is repeated along the other dims."""
+        target, wide, values = given["self"], given["mask"], given["source"]
+        mask = next(mask for mask, known in self.of_mask.items() if known == rows)
+        shape = (*mask.meta["val"].shape, *values.meta["val"].shape[1:])
+        (found, is_not), (own, own_not) = of_first_dims(wide), of_first_dims(mask)
+        is_own = self._first(found) is self._first(own) and is_not == own_not
+        if values not in self.rows or not is_own or {target.meta["val"].dim(), wide.meta["val"].dim()} != {len(shape)}:
+            raise refused(node)
+        return self._over(target, values, of_mask(mask), node)
 
     def _laid(self, rows: fx.Node, places: Places, node: fx.Node) -> fx.Node:
         """Rows in the dims that places say, those along others added up."""

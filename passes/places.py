@@ -17,6 +17,8 @@ aten = torch.ops.aten
 OF_MASK = (aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default)
 _SAME = (aten.squeeze.default, aten.squeeze.dim, aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 """What is left of places [n, 1], their only column, is the places."""
+_EXPANDED = (aten.expand.default, aten.expand_as.default)
+_NEGATED = (aten.bitwise_not.default, aten.logical_not.default)
 _SORTED = (aten.topk.default, aten.sort.default, aten.sort.stable)
 _ARGSORTED = (aten.argsort.default, aten.argsort.stable)
 """Calls whose indices along a dim are all different ones."""
@@ -50,6 +52,18 @@ def follow(node: fx.Node, places: Places) -> Places:
     if (node.target is aten.unbind.int and args[1:] in ((1,), (-1,))) or (node.target in _SAME and len(dims) == 1):
         return places
     raise refused(node)
+
+
+def of_first_dims(mask: fx.Node) -> tuple[fx.Node, bool]:
+    """What a mask is along its first dims, and the same along all others (``mask.unsqueeze(-1)``, expanded or not), and
+    whether it is true where that is not."""
+    source: Any = mask.args[0] if mask.args else None
+    is_wider = mask.target is aten.unsqueeze.default and mask.args[1] in (-1, mask.meta["val"].dim() - 1)
+    is_longer = mask.target in _EXPANDED and mask.meta["val"].dim() == source.meta["val"].dim()
+    if not (is_wider or is_longer or mask.target in _NEGATED):
+        return mask, False
+    found, negated = of_first_dims(source)
+    return found, negated != (mask.target in _NEGATED)
 
 
 def joined(each: Sequence[Places], node: fx.Node) -> Places:

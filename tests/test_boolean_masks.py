@@ -111,6 +111,14 @@ def _experts(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor
     return F.cross_entropy(self.head(made), labels)
 
 
+def _normed(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Tokens of two kinds, each scaled by layers of its own, laid back to where they were."""
+    h, wide = self.front(x), mask.unsqueeze(-1)
+    h = h.masked_scatter(wide, F.layer_norm(h[mask], (16,)) * self.token)
+    h = h.masked_scatter((~wide).expand_as(h), F.rms_norm(h[~mask], (16,)))
+    return F.cross_entropy(self.head(h.mean(1)), labels)
+
+
 def _routed(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     """Tokens go through the two layers that are likeliest for them, by coordinates: those of both orders."""
     rows = x.flatten(0, 1)
@@ -139,7 +147,7 @@ def _distances(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tens
 
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("forward", [_tokens, _samples, _experts, _routed, _distances])
+@pytest.mark.parametrize("forward", [_tokens, _samples, _experts, _normed, _routed, _distances])
 def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callable[..., Tensor], grid: str) -> None:
     kind = type("Picked", (Masked,), {"forward": forward})
     model = kind()
