@@ -71,9 +71,10 @@ def write_part(graph: fx.Graph, node: fx.Node) -> bool:
     """A write into a part of a value: who reads either later reads the part, or a value with it laid into.
 
     A part of a part is laid into that, and that into the whole. Returns whether it is such a write, to which nothing
-    else stands in the way; what is laid has no meta yet.
+    else stands in the way, as another write by the same view of the part, of which the whole would not know; what is
+    laid has no meta yet.
     """
-    parts = [node.args[0]]
+    parts: list[Any] = [node.args[0]]
     while isinstance(parts[-1], fx.Node) and parts[-1].target in _PARTS:
         parts.append(parts[-1].args[0])
     whole = parts.pop()
@@ -81,8 +82,15 @@ def write_part(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     nodes = list(graph.nodes)
     later = set(nodes[nodes.index(node) + 1 :])
-    others = {n for n in nodes if _root(n) is whole} - {whole, *parts, node} - later
+    family = {n for n in nodes if _root(n) is whole}
+    others = family - {whole, *parts, node} - later
     if any(reader in later for other in others for reader in other.users):
+        return False
+    readers = {user for value in (node, *parts) for user in value.users} & later
+    if any(_is_alias(user, (node, *parts)) for user in readers):
+        return False
+    again = next((n for n in nodes[nodes.index(node) + 1 :] if _writes_into(n, family)), None)
+    if again is not None and any(user > again for user in readers):
         return False
     made = node
     for part in parts:
@@ -94,6 +102,16 @@ def write_part(graph: fx.Graph, node: fx.Node) -> bool:
         made = laid
     whole.replace_all_uses_with(made, delete_user_cb=lambda user: user in later)
     return True
+
+
+def _is_alias(user: fx.Node, values: tuple[Any, ...]) -> bool:
+    """Whether a call views one of some values, or writes to it."""
+    return is_view(user) and user.args[0] in values
+
+
+def _writes_into(node: fx.Node, family: set[fx.Node]) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and node.args[0] in family
 
 
 def _check_last_use(graph: fx.Graph, node: fx.Node) -> None:

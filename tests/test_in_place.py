@@ -66,6 +66,29 @@ def two_parts(h: Tensor, x: Tensor) -> Tensor:
     return made
 
 
+def part_written_twice(h: Tensor, x: Tensor) -> Tensor:
+    """By one view, of which the whole has to know both times."""
+    made = h * 1.0
+    made[:, :2].mul_(3.0).add_(x[:, :2])
+    return made
+
+
+def parts_of_a_part(h: Tensor, x: Tensor) -> Tensor:
+    made = h * 1.0
+    some = made[:, 1:]
+    some[:, 0].mul_(3.0)
+    some[:, 1].add_(x[:, 0])
+    return made
+
+
+def part_read_after_the_whole_changed(h: Tensor, x: Tensor) -> Tensor:
+    made = h * 1.0
+    some = made[:, 1:]
+    some.mul_(3.0)
+    made.add_(x)
+    return made[:, 1:] * some
+
+
 def view_between_parts(h: Tensor, x: Tensor) -> Tensor:
     made = h * 1.0
     made[0] = x[0]
@@ -132,6 +155,9 @@ CASES: list[tuple[Any, bool | None]] = [
     (part, True),
     (part_read_before, False),
     (two_parts, True),
+    (part_written_twice, None),
+    (parts_of_a_part, None),
+    (part_read_after_the_whole_changed, None),
     (view_between_parts, None),
     (view_of_all_between_parts, None),
     (compared, False),

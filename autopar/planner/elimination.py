@@ -23,6 +23,7 @@ PART_ENTRIES = 20_000
 
 Scope = tuple[int, ...]
 Near = dict[int, set[int]]
+Score = Callable[[int, Near], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,11 @@ def shape_over(scope: Iterable[int], union: Scope, sizes: Sequence[int]) -> tupl
 def _orders(sizes: tuple[int, ...], scopes: tuple[Scope, ...], kept: Scope) -> tuple[Scope, int]:
     """The first order whose tables are small enough, and how large they may be; else the last, in parts."""
     order: Scope = ()
-    for score in (_growth, _fill):
+    scores: tuple[Score, ...] = (
+        functools.partial(_growth, weights=sizes),
+        functools.partial(_fill, weights=tuple(map(math.log, sizes))),
+    )
+    for score in scores:
         order, largest = _order(sizes, scopes, kept, score)
         if largest <= MAX_TABLE_ENTRIES:
             return order, MAX_TABLE_ENTRIES
@@ -146,15 +151,18 @@ def _order(
     sizes: tuple[int, ...],
     scopes: tuple[Scope, ...],
     kept: Scope,
-    score: Callable[[int, Near, tuple[int, ...]], tuple[float, ...]],
+    score: Score,
 ) -> tuple[Scope, int]:
     """The variable with the least score first, and the entries of the largest table. Variables of one label are in no
-    scope, and stay."""
+    scope, and stay.
+
+    A score is of a variable's neighbours, and of which of them are neighbours: others stay as they are.
+    """
     near: Near = {v: set() for v, size in enumerate(sizes) if size > 1 or v in kept}
     for scope in scopes:
         for v in scope:
             near[v].update(u for u in scope if u != v)
-    scores = {v: score(v, near, sizes) for v in near if v not in kept}
+    scores = {v: score(v, near) for v in near if v not in kept}
     order, largest = [], 1
     while scores:
         v = min(scores, key=scores.__getitem__)
@@ -162,25 +170,26 @@ def _order(
         largest = max(largest, sizes[v] * math.prod(sizes[u] for u in near[v]))
         del scores[v]
         touched = set(near[v])
+        joined = {u: touched - near[u] - {u} for u in touched}
         for u in near.pop(v):
             near[u] |= touched
             near[u] -= {u, v}
-        for u in touched.union(*(near[t] for t in touched)):
-            if u in scores:
-                scores[u] = score(u, near, sizes)
+        for u in scores.keys() & touched.union(*(near[t] for t, others in joined.items() if others)):
+            if u in touched or any(not joined[t].isdisjoint(near[u]) for t in touched & near[u]):
+                scores[u] = score(u, near)
     return tuple(order), largest
 
 
-def _growth(v: int, near: Near, sizes: tuple[int, ...]) -> tuple[float, ...]:
-    """Smallest new table first, then least fill-in, then first named."""
+def _growth(v: int, near: Near, weights: Sequence[int]) -> tuple[float, ...]:
+    """Smallest new table first, then least fill-in, then first named; weights: how many labels each has."""
     around = near[v]
-    entries = math.prod(sizes[u] for u in around) * sizes[v]
+    entries = math.prod(weights[u] for u in around) * weights[v]
     missing = sum(len(around - near[u]) - 1 for u in around)
     return (entries, missing, v)
 
 
-def _fill(v: int, near: Near, sizes: tuple[int, ...]) -> tuple[float, ...]:
-    """Least fill-in first, an edge weighing what its ends' labels do (in logarithms), then first named."""
+def _fill(v: int, near: Near, weights: Sequence[float]) -> tuple[float, ...]:
+    """Least fill-in first, an edge weighing what its ends do, then first named; weights: logarithms of labels."""
     around = near[v]
-    missing = sum(math.log(sizes[u]) * math.log(sizes[w]) for u in around for w in around - near[u] if w != u)
+    missing = sum(weights[u] * weights[w] for u in around for w in around - near[u] if w != u)
     return (missing, v)
