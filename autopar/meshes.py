@@ -82,7 +82,8 @@ class DifferentMeshes:
 
     @cached_property
     def solver(self) -> MixedSolver:
-        return MixedSolver(self.pools, self)
+        options = self.job.options
+        return self.job.spaces.solver(self.pools, self, (self.job.cluster, options.parallelism, options.precision))
 
     def pinned(self) -> Solution | Infeasible:
         """The fastest plan with the meshes that are pinned. Errors: ParallelismError."""
@@ -96,18 +97,32 @@ class DifferentMeshes:
         return found
 
     def faster(self, known: Solution | Infeasible) -> Solution | Infeasible:
-        """The given answer, or one with meshes that differ where that is faster by enough, or fits alone.
+        """The given answer, or one with meshes that differ where that is faster by enough, fits alone, or needs less.
 
         Both under the schedules that suit them: a long chain of equal stages gains more by another than a short one.
         """
         if isinstance(known, Infeasible):
             found = self._best(list(self._free_shapes()))
-            return known if found is None or isinstance(found, Infeasible) else _noted(found, "no others fit")
+            if isinstance(found, Solution):
+                return _noted(found, "no others fit")
+            return self._nearer(known, found)
         known_s = self._step_s(known)
         found = self._best(list(self._free_shapes()), (1 - WORTH) * known_s)
         if found is None or isinstance(found, Infeasible):
             return known
         return _noted(found, f"{known_s / self._step_s(found):.2f} times as fast")
+
+    def fitting(self, equal: EqualMeshes) -> Solution | Infeasible:
+        """One that fits, or with equal meshes, where the search finds any; not always the fastest."""
+        found = self._best(list(self._free_shapes()), enough=1)
+        if isinstance(found, Solution):
+            return found
+        known = equal.fastest()
+        return known if isinstance(known, Solution) else self._nearer(known, found)
+
+    @staticmethod
+    def _nearer(known: Infeasible, found: Infeasible | None) -> Infeasible:
+        return known if found is None else min(known, found, key=lambda each: each.needed_bytes)
 
     def unless_faster(self, equal: EqualMeshes) -> Solution | Infeasible:
         """The fastest, or the fastest with equal meshes, which are simpler.
@@ -133,12 +148,12 @@ class DifferentMeshes:
         return self.job.step_s(scheduled(self.job, solution).plan)
 
     def _best(
-        self, shapes: Sequence[Shape], limit_s: float = math.inf, worth_s: float = math.inf
+        self, shapes: Sequence[Shape], limit_s: float = math.inf, worth_s: float = math.inf, enough: int = REWRITTEN
     ) -> Solution | Infeasible | None:
         """The fastest under a limit as simulated, of those whose price is under another, else what memory is short of;
         None where there is neither.
 
-        They come by price, and are as few as can beat what has been found.
+        They come by price, and are as few as can beat what has been found. enough: of those that fit.
         """
         best: Solution | None = None
         short: Infeasible | None = None
@@ -147,7 +162,7 @@ class DifferentMeshes:
         for arranged in self.solver.fastest(shapes, worth_s):
             assert arranged.solution is not None
             bound_s, price_s = arranged.bound_s, arranged.solution.objective_s
-            if price_s >= worth_s or fitting == REWRITTEN or len(rewritten) == TRIED:
+            if price_s >= worth_s or fitting == enough or len(rewritten) == TRIED:
                 break
             alike = price_s, arranged.solution.meshes, tuple(stage.last for stage in arranged.solution.stages)
             if alike in rewritten:

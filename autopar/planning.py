@@ -38,6 +38,7 @@ from autopar.report import seconds_text
 from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
+from autopar.spaces import Spaces
 from autopar.timing import hidden_s, waited_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
@@ -126,6 +127,7 @@ class Job:
         self._simulated: dict[Plan, SimulationResult] = {}
         self._walked: dict[tuple[int, str], StagePeaks] = {}
         self._peaks_of: dict[tuple[object, ...], list[StagePeak]] = {}
+        self.spaces = Spaces()
         self.elsewhere: dict[tuple[Parallelism, int], Solution | None] = {}
         self.sketched: dict[tuple[Plan, Parallelism], list[tuple[float, Configuration]]] = {}
         kind, options = self.cluster.devices[0].kind, self.options
@@ -276,11 +278,6 @@ class Job:
     @cached_property
     def space(self) -> ModelSpace:
         """What the search asks; the optimizer is priced once, on one parameter of each shape."""
-        price, sample = OptimizerPrice((), 0, 0), {m: n for n, m in reversed(tuple(self.parameters.items()))}
-        if self.optimizer is not None and sample:
-            one_of_each = {name: meta for meta, name in reversed(tuple(sample.items()))}
-            price = price_optimizer(self.optimizer, one_of_each, device=self.cluster.devices[0].kind)
-        priced_bytes = sum(m.nbytes for m in sample)
         sharded = self.optimizer is None or (self.separable and is_elementwise(self.optimizer))
         if not sharded:
             self.notes = (*self.notes, "the optimizer is not elementwise: parameters are not split along tp")
@@ -289,6 +286,15 @@ class Job:
                 *self.notes,
                 "the optimizer couples parameters (a norm over all?): all are on every rank, pp=1",
             )
+        make = functools.partial(self._made_space, sharded=sharded)
+        return self.spaces.space(self.cluster, self.options.precision, make)
+
+    def _made_space(self, *, sharded: bool) -> ModelSpace:
+        price, sample = OptimizerPrice((), 0, 0), {m: n for n, m in reversed(tuple(self.parameters.items()))}
+        if self.optimizer is not None and sample:
+            one_of_each = {name: meta for meta, name in reversed(tuple(sample.items()))}
+            price = price_optimizer(self.optimizer, one_of_each, device=self.cluster.devices[0].kind)
+        priced_bytes = sum(m.nbytes for m in sample)
         return ModelSpace(
             self.traced,
             self.analysis,
@@ -347,12 +353,25 @@ class Job:
                 )
             self._stages(p.pp)
             return DifferentMeshes(self).pinned()
-        pins, tries = self.pins(p.schedule), self.separable and not flat and p.tp_axes is None
-        if not tries or not may_differ(p, self.cluster):
+        pins = self.pins(p.schedule)
+        if not self._may_differ:
             return self._searched_alike(pins)
         if not self._is_placed:
             return DifferentMeshes(self).faster(self._searched_alike(pins))
         return DifferentMeshes(self).unless_faster(EqualMeshes(self, pins))
+
+    def _fitting(self) -> Solution | Infeasible:
+        """Some plan where the search finds one."""
+        p = self.options.parallelism
+        if p.meshes_differ or not self._may_differ or not self._is_placed:
+            return self._searched()
+        return DifferentMeshes(self).fitting(EqualMeshes(self, self.pins(p.schedule)))
+
+    @property
+    def _may_differ(self) -> bool:
+        """Whether stages of different meshes are searched for, too."""
+        p, flat = self.options.parallelism, self.options.solver == FLAT
+        return self.separable and not flat and p.tp_axes is None and may_differ(p, self.cluster)
 
     @property
     def _is_placed(self) -> bool:
@@ -554,10 +573,12 @@ class Job:
         """The smallest cap that would do, with the plan that meets it."""
 
         def attempt(cap_bytes: int) -> Solution | Infeasible:
-            return self.under(self.options.parallelism, cap_bytes)._searched()
+            return self.under(self.options.parallelism, cap_bytes)._fitting()
 
-        least = self._stage_peaks(self.plan(found))
-        needed, best = smallest_cap(attempt, self.cap_bytes, max(peak.memory.total_bytes for peak in least))
+        def peak_bytes(each: Solution | Infeasible) -> int:
+            return max(self.peaks(self.plan(each)))
+
+        needed, best = smallest_cap(attempt, peak_bytes, self.cap_bytes, peak_bytes(found))
         c = best.configuration
         advice = (
             f"raise memory_cap to that (for dp={c.dp} tp={c.tp} pp={c.pp} microbatch_size={c.microbatch_size}), "

@@ -31,6 +31,8 @@ def decided(job: Job, start: float) -> Decision:
         if job.options.plan is not None:
             raise
         raise error.relaxed(_known(job)) from None
+    finally:
+        job.spaces.forget()
 
 
 def _known(job: Job) -> tuple[Relaxation, ...]:

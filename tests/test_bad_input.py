@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pickle
 import re
 from collections import UserDict
@@ -418,10 +419,17 @@ def test_a_smallest_cap_is_found_where_smaller_ones_do_and_do_not() -> None:
         c = Configuration(1, 1, 1, "1f1b", 1, 1)
         return Solution(c, (), 1.0, 1.0, 0.0, ()) if cap >= 1000 else Infeasible(1000, 0, c, ())
 
-    for likely in (3000, 900, 1000, 1):
-        cap, _ = smallest_cap(attempt, 10, likely)
+    def exact(found: Solution) -> int:
+        return 1000
+
+    def roomy(found: Solution) -> int:
+        return 1400
+
+    for peak_bytes, likely in itertools.product((exact, roomy), (3000, 900, 1000, 1)):
+        cap, _ = smallest_cap(attempt, peak_bytes, 10, likely)
         assert 1000 <= cap <= 1000 / 0.995
         assert cap in tried and any(cap * 0.995 <= lower < 1000 for lower in tried)
+        assert peak_bytes is roomy or likely == 1 or len(tried) <= 4
         tried.clear()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.mixed import MixedSolver, Shape
 from autopar.planner.solution import Infeasible, Solution
+from autopar.planner.space import ModelSpace
 from autopar.planner.worthwhile import Ways, worthwhile
 from autopar.planning import Job
 from autopar.rescheduled import scheduled
@@ -162,6 +164,26 @@ def test_under_a_cap(seed: int, share: float) -> None:
     assert found.objective_s >= best * (1 - 1e-9) and first.bound_s <= best * (1 + 1e-9)
 
 
+def test_what_cannot_fit_is_neither_solved_nor_looked_at_for_what_it_is_short_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each segment by itself needs so much: of all arrangements one is solved, and few may be short of least."""
+    least = min(need for _, need in every_plan(0, 2, 4))
+    shapes = [Shape((MESHES,) * 2, samples, 4, "1f1b") for samples in (2, 4, 8)]
+    hopeless, looked_at = solver(0, least / 4), list[str]()
+    for name in ("solve", "_short"):
+        own = getattr(MixedSolver, name)
+
+        def spied(self: MixedSolver, *given: Any, own: Any = own, name: str = name) -> Any:
+            looked_at.append(name)
+            return own(self, *given)
+
+        monkeypatch.setattr(MixedSolver, name, spied)
+    assert list(hopeless.fastest(shapes)) == [] and looked_at == ["solve"]
+    assert hopeless.shortage(shapes[:1]) is not None
+    assert 1 <= looked_at.count("_short") < hopeless.arranger.count(shapes[0].meshes)
+
+
 def test_what_two_shards_cannot_send_to_three_is_no_cut() -> None:
     counts = (2, 3)
     least = min(need for _, need in every_plan(0, 2, 4, counts))
@@ -292,6 +314,21 @@ def test_slow_links_are_priced_as_they_are_simulated() -> None:
     assert isinstance(equal, Solution) and found.meshes is not None
     assert step_s < 0.7 * job.step_s(scheduled(job, equal).plan)
     assert found.objective_s == pytest.approx(step_s, rel=0.1)
+
+
+def test_searches_under_other_caps_ask_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing fits: what would is that of the meshes that need least, and chains are made once for all caps."""
+    job, made = slow_job(slow_cluster()), list[object]()
+    own = ModelSpace._chain
+    monkeypatch.setattr(ModelSpace, "_chain", lambda space, *given: made.append(given) or own(space, *given))
+    hopeless = job.under(job.options.parallelism, 2**20)
+    found, alike = hopeless._searched(), hopeless._searched_alike(job.pins(None))
+    assert isinstance(found, Infeasible) and isinstance(alike, Infeasible)
+    assert found.needed_bytes < alike.needed_bytes and found.meshes is not None
+    first = len(made)
+    again = job.under(job.options.parallelism, 2**21)._searched()
+    assert isinstance(again, Infeasible) and again.needed_bytes == found.needed_bytes
+    assert first > 0 and len(made) == first
 
 
 def test_shards_that_divide_nothing_exchange_nothing() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from autopar.planner.arrangements import Arrangement, Seat
 from autopar.planner.chain import Chain, IntArray
 from autopar.planner.factor_graph import FloatArray
-from autopar.planner.mesh_tables import WHOLE
+from autopar.planner.mesh_chains import WHOLE
 from autopar.planner.stage_columns import StageColumns
 from autopar.planner.worthwhile import Ways
 from cost_model.mesh import Mesh

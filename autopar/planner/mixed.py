@@ -24,6 +24,7 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.cuts import Cuts, Links, Offered
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import StageIlp
+from autopar.planner.mesh_chains import MeshChains
 from autopar.planner.mesh_tables import MeshTables
 from autopar.planner.paths import Arcs, bottleneck
 from autopar.planner.segment import Price, unproved
@@ -83,12 +84,21 @@ class Known(IntEnum):
 
 
 class MixedSolver:
-    """Solves shapes on pools of devices; what is known of segments and meshes is kept between them."""
+    """Solves shapes on pools of devices; what is known of segments and meshes is kept between them.
 
-    def __init__(self, pools: Sequence[Pool], links: Links) -> None:
-        self.pools, self.arranger = tuple(pools), Arranger(pools)
-        self.tables, self.cuts = MeshTables(pools), Cuts(links)
+    other: one of the same pools and links under other caps, whose bounds hold here.
+    """
+
+    def __init__(self, pools: Sequence[Pool], links: Links, other: MixedSolver | None = None) -> None:
+        self.pools = tuple(pools)
+        self.arranger: Arranger = other.arranger if other else Arranger(pools)
+        self.chains: MeshChains = other.chains if other else MeshChains(pools)
+        self.cuts: Cuts = other.cuts if other else Cuts(links)
+        self._bounds: dict[tuple[Shape, Arrangement], tuple[float, Known]] = other._bounds if other else {}
+        self._solved: dict[tuple[Shape, Arrangement], Solution | None] = {}
+        self.tables = MeshTables(self.chains)
         self._columns: dict[tuple[object, ...], StageColumns] = {}
+        self._is_tight = False
 
     def fastest(self, shapes: Iterable[Shape], limit_s: float = math.inf) -> Iterator[Arranged]:
         """What fits, by price: bounded arrangements wait until none before them can be faster. None at a limit or over.
@@ -99,14 +109,17 @@ class MixedSolver:
         lowest_s, enough_s = math.inf, math.inf
         while queue and queue[0][0] < limit_s:
             _, number, known, arranged = heapq.heappop(queue)
+            if self._is_tight and arranged.solution is None and self._over_bytes(arranged) > 0:
+                continue
             if arranged.solution is not None:
                 lowest_s = min(lowest_s, arranged.bound_s)
                 yield replace(arranged, bound_s=min([lowest_s, *(each.bound_s for _, _, _, each in queue)]))
             elif known == Known.FREE:
-                if (solution := self.solve(arranged)) is not None:
+                if (solution := self._solution_of(arranged)) is not None:
                     heapq.heappush(queue, (solution.objective_s, number, known, replace(arranged, solution=solution)))
             else:
                 bound_s, known = self._bounded(arranged, known, enough_s)
+                self._bounds[arranged.shape, arranged.seats] = bound_s, known
                 enough_s = min(enough_s, bound_s) if known == Known.FREE else enough_s
                 if math.isfinite(bound_s):
                     heapq.heappush(queue, (bound_s, number, known, replace(arranged, bound_s=bound_s)))
@@ -116,9 +129,11 @@ class MixedSolver:
         queue: list[tuple[float, int, Known, Arranged]] = []
         for shape in shapes:
             for seats in self.arranger.arrangements(shape.meshes):
-                bound_s = self._quick_bound_s(shape, seats)
+                if (shape, seats) not in self._bounds:
+                    self._bounds[shape, seats] = self._quick_bound_s(shape, seats), Known.QUICK
+                bound_s, known = self._bounds[shape, seats]
                 if bound_s < limit_s:
-                    queue.append((bound_s, len(queue), Known.QUICK, Arranged(shape, seats, bound_s)))
+                    queue.append((bound_s, len(queue), known, Arranged(shape, seats, bound_s)))
         heapq.heapify(queue)
         return queue
 
@@ -131,6 +146,13 @@ class MixedSolver:
         free_s = self._free_s(arranged, wanted_s)
         return max(arranged.bound_s, free_s), Known.FREE if free_s <= wanted_s else Known.GLIMPSED
 
+    def _solution_of(self, arranged: Arranged) -> Solution | None:
+        """``solve``, once."""
+        key = arranged.shape, arranged.seats
+        if key not in self._solved:
+            self._solved[key] = self.solve(arranged)
+        return self._solved[key]
+
     def solve(self, arranged: Arranged, extra_bytes: Sequence[float] = ()) -> Solution | None:
         """The best choice, or None where nothing fits.
 
@@ -140,6 +162,9 @@ class MixedSolver:
         columns = [self._fitting(arranged, stage, cap, saving=False) for stage, cap in enumerate(caps)]
         offered, kept = self._kept(arranged, columns)
         if kept.bound_s + self.cuts.links.once_s(arranged.seats) > arranged.bound_s * WORTH_SAVING:
+            if self._over_bytes(arranged) > 0:
+                self._is_tight = True
+                return None
             columns = [self._fitting(arranged, stage, cap, saving=True) for stage, cap in enumerate(caps)]
             offered, kept = self._kept(arranged, columns)
         return None if math.isinf(kept.bound_s) else self._solution(arranged, columns, offered, kept)
@@ -150,18 +175,29 @@ class MixedSolver:
         for shape in shapes:
             known = least.get(shape.meshes)
             least[shape.meshes] = shape if known is None or shape.samples < known.samples else known
-        found = [
-            short
-            for shape in least.values()
-            for seats in self.arranger.arrangements(shape.meshes)
-            if math.isfinite(bound_s := self._bound_s(shape, seats))
-            if (short := self._short(Arranged(shape, seats, bound_s))) is not None
-        ]
-        return min(found, key=lambda each: each[0])[1] if found else None
+        every = (Arranged(s, seats, 0.0) for s in least.values() for seats in self.arranger.arrangements(s.meshes))
+        bounded = sorted(((self._over_bytes(each), number, each) for number, each in enumerate(every)))
+        best: tuple[float, Infeasible | None] = math.inf, None
+        for over_bytes, _, arranged in bounded:
+            if over_bytes >= best[0]:
+                break
+            best = min(best, self._short(arranged), key=lambda each: each[0])
+        return best[1]
+
+    def _over_bytes(self, arranged: Arranged) -> float:
+        """By how much some stage is over its cap at least, whatever its plan; infinite where there is none."""
+        shape, reached = arranged.shape, np.array([-np.inf])
+        for stage, (seat, cap) in enumerate(zip(arranged.seats, self._caps(arranged, ()), strict=True)):
+            needed = self.chains.needed_bytes(seat, shape.samples, shape.role(stage).held)
+            if needed is None:
+                return math.inf
+            over = needed - cap
+            reached = np.maximum(reached[:, None], over if stage else over[:1]).min(axis=0)
+        return float(reached[-1])
 
     def _quick_bound_s(self, shape: Shape, seats: Arrangement) -> float:
         """As if shards were as fast as can be: what meshes are not asked for costs nothing."""
-        known = [self.tables.alone(seat, shape.samples) for seat in seats if shape.samples % seat.mesh.dp == 0]
+        known = [self.chains.alone(seat, shape.samples) for seat in seats if shape.samples % seat.mesh.dp == 0]
         alone = [own for own in known if own is not None]
         if len(alone) < len(seats) or len(alone[0][0]) < len(seats):
             return math.inf
@@ -171,7 +207,7 @@ class MixedSolver:
 
     def _bound_s(self, shape: Shape, seats: Arrangement) -> float:
         """By the meshes themselves."""
-        known = [(self.tables.fastest_s(seat, shape.samples), self.tables.chain(seat, shape.samples)) for seat in seats]
+        known = [(self.chains.fastest_s(seat, shape.samples), self.chains.chain(seat, shape.samples)) for seat in seats]
         costs = [seconds for seconds, _ in known if seconds is not None]
         chains = [chain for _, chain in known if chain is not None]
         if len(costs) < len(seats):
@@ -240,13 +276,13 @@ class MixedSolver:
         objective_s = choice.objective_s + self.cuts.links.once_s(arranged.seats)
         bound_s = min(arranged.bound_s, objective_s)
         gap = objective_s / bound_s - 1 if bound_s else math.inf
-        notes = (*choice.notes, *unproved(self.tables.segments.values()))
+        notes = (*choice.notes, *unproved(self.chains.segments.values()))
         placement, meshes = _laid_out(arranged.seats)
         c = _configuration(arranged)
         return Solution(c, stages, objective_s, bound_s, gap, notes, placement, ilp=ilp, meshes=meshes)
 
-    def _short(self, arranged: Arranged) -> tuple[float, Infeasible] | None:
-        """Bytes over the cap, and the choice that is over it by least."""
+    def _short(self, arranged: Arranged) -> tuple[float, Infeasible | None]:
+        """Bytes over the cap, and the choice that is over it by least; infinite where there is none."""
         columns = []
         for stage, seat in enumerate(arranged.seats):
             role = arranged.shape.role(stage)
@@ -262,7 +298,7 @@ class MixedSolver:
         first = np.zeros(1, dtype=np.int64)
         worst, path = bottleneck(arcs, first, first, places)
         if not path:
-            return None
+            return math.inf, None
         ways = [_Way.of(own, o, [at])[0] for own, o, at in zip(columns, offered, path, strict=True)]
         needed = [float(own.needed_bytes[o.column[at]]) for own, o, at in zip(columns, offered, path, strict=True)]
         stage = int(np.argmax([n - cap for n, cap in zip(needed, caps, strict=True)]))
