@@ -29,6 +29,7 @@ def state_writes(graph: fx.Graph) -> None:
     found = [node for node in graph.nodes if writes(node)]
     if not found:
         return
+    _list_users(graph)
     known = _Memory(graph)
     for node in found:
         plain, written = _plain(node.target), node.args[0] if node.args else None
@@ -46,6 +47,13 @@ def state_writes(graph: fx.Graph) -> None:
     for node in found:
         if not writes(node):
             _name_anew(graph, node)
+
+
+def _list_users(graph: fx.Graph) -> None:
+    """All users of each value: where an exporter makes regions, values forget calls that nothing reads."""
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            operand.users.setdefault(node)
 
 
 def _name_anew(graph: fx.Graph, node: fx.Node) -> None:

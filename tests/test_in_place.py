@@ -89,6 +89,14 @@ def part_read_after_the_whole_changed(h: Tensor, x: Tensor) -> Tensor:
     return made[:, 1:] * some
 
 
+def unused_before_a_region(h: Tensor, x: Tensor) -> Tensor:
+    made = (h * 1.0).add_(x)
+    made.mean().mul(2.0)
+    with torch.no_grad():
+        shift = made.mean()
+    return made.add_(shift)
+
+
 def view_between_parts(h: Tensor, x: Tensor) -> Tensor:
     made = h * 1.0
     made[0] = x[0]
@@ -158,6 +166,7 @@ CASES: list[tuple[Any, bool | None]] = [
     (part_written_twice, None),
     (parts_of_a_part, None),
     (part_read_after_the_whole_changed, None),
+    (unused_before_a_region, True),
     (view_between_parts, None),
     (view_of_all_between_parts, None),
     (compared, False),
