@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from autopar.runtime.exchange import Messages
 from autopar.runtime.pool import WorkerPool
+from cost_model.errors import CollectiveTimeoutError, LostRankError
 
 RANKS = 3
 WAYS = ("messages", "near")
@@ -69,3 +75,42 @@ def test_collectives_that_have_begun_end_in_any_order(pool: WorkerPool, way: str
         for gathered in (whole, between):
             assert torch.equal(gathered, torch.arange(3.0).repeat_interleave(count))
         assert part.eq(3).all() and total.eq(3).all()
+
+
+class Message:
+    """One that arrives, or does not, for the reason given."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+    def wait(self, timeout: timedelta) -> None:
+        if self.reason is not None:
+            raise RuntimeError(self.reason)
+
+
+@pytest.mark.parametrize("collective", ["gather", "scatter"])
+@pytest.mark.parametrize(
+    ("reason", "error"),
+    [("Timed out waiting 6000ms for recv operation", CollectiveTimeoutError), ("reset by peer", LostRankError)],
+)
+def test_the_rank_whose_message_does_not_come_is_named(
+    monkeypatch: pytest.MonkeyPatch, collective: str, reason: str, error: type[Exception]
+) -> None:
+    """The second of ranks 4, 6 and 9 waits for each of the others, of which one is cut off."""
+    backend = SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(seconds=6)))
+    group: Any = SimpleNamespace(size=lambda: 3, rank=lambda: 1, _get_backend=lambda device: backend)
+    monkeypatch.setattr(dist, "get_global_rank", lambda group, place: (4, 6, 9)[place])
+    for place, peer in ((0, 4), (2, 9)):
+
+        def posted(part: torch.Tensor, cut: int = place, **given: Any) -> Message:
+            return Message(reason if cut in (given.get("group_src"), given.get("group_dst")) else None)
+
+        for name in ("irecv", "isend"):
+            monkeypatch.setattr(dist, name, posted)
+        begun: dict[str, Callable[[], Callable[[], None]]] = {
+            "gather": lambda: Messages(group).begin_gather(torch.zeros(6), torch.zeros(2)),
+            "scatter": lambda: Messages(group).begin_scatter(torch.zeros(2), torch.zeros(6), torch.zeros(4)),
+        }
+        with pytest.raises(error) as caught:
+            begun[collective]()()
+        assert (caught.value.rank, caught.value.peer) == (6, peer)  # type: ignore[attr-defined]

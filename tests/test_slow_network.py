@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,11 +156,17 @@ def test_the_automatic_plan_against_data_parallelism_and_zero_3(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pins",
+    [{}, {"pins": {"dp": 2, "tp": 1, "pp": 1, "zero": 0}}, {"pins": {"dp": 2, "tp": 1, "pp": 1, "zero": 3}}],
+    ids=["activations", "gradients", "parameters"],
+)
+def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path, pins: dict[str, Any]) -> None:
+    """Whatever it carries nearly all the time."""
     with slow_network.SlowNetwork(2) as network:
         network.shape(20e6, 0.005)
         ranks = SlowRanks(network)
-        ranks.tell(told(tmp_path, 2, steps=1000, timeout_s=6, announced=True))
+        ranks.tell(told(tmp_path, 2, steps=1000, timeout_s=6, announced=True, **pins))
         assert ranks.answers() == [{"running": True}] * 2
         time.sleep(1)  # into some step
         begin = time.monotonic()
@@ -171,3 +178,19 @@ def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path) -> None:
         "rank 0 waited 6 s for rank 1",
         "rank 1 waited 6 s for rank 0",
     ]
+
+
+@pytest.mark.slow
+def test_a_link_that_dies_while_three_gather_parameters_is_named(tmp_path: Path) -> None:
+    pins = {"dp": 3, "tp": 1, "pp": 1, "zero": 3}
+    with slow_network.SlowNetwork(3) as network:
+        network.shape(20e6, 0.005)
+        ranks = SlowRanks(network)
+        ranks.tell(told(tmp_path, 3, batch=255, pins=pins, steps=1000, timeout_s=6, announced=True))
+        assert ranks.answers() == [{"running": True}] * 3
+        time.sleep(1)  # into some step
+        network.cut(1)
+        answers = ranks.answers()
+    named = [re.match(r"rank (\d) (waited 6 s for|has lost) rank (\d)", answer["message"]) for answer in answers]
+    assert all(named), json.dumps(answers)
+    assert {match[1] + match[3] for match in named if match} & {"01", "21"}

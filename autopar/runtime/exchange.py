@@ -7,6 +7,7 @@ gather until ``settle``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Protocol
 
@@ -14,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopar.runtime.faults import named_faults
 from autopar.runtime.near import connect
 
+Awaited = tuple[dist.Work | None, int]
+"""A message under way, and the place in the group of the rank at the other end."""
 End = Callable[[], None]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _gather_native: Callable[..., dist.Work] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -104,8 +108,8 @@ class Messages:
     def begin_scatter(self, out: Tensor, x: Tensor, arriving: Tensor) -> End:
         parts, rows = x.view(self.size, -1), arriving.view(self.size - 1, -1)
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        works = [dist.irecv(row, group=self.group, group_src=k) for k, row in zip(others, rows, strict=True)]
-        works += [dist.isend(parts[k], group=self.group, group_dst=k) for k in others]
+        works = [self._receive(row, k) for k, row in zip(others, rows, strict=True)]
+        works += [self._send(parts[k], k) for k in others]
 
         def end() -> None:
             self._wait(works)
@@ -121,18 +125,34 @@ class Messages:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _pass_on(self, parts: Tensor, leaving: Tensor, step: int) -> list[dist.Work | None]:
+    def _pass_on(self, parts: Tensor, leaving: Tensor, step: int) -> list[Awaited]:
         """A round of the ring: a part to the next rank, and one from the rank before."""
         arriving = parts[(self.rank - step) % self.size]
-        received = dist.irecv(arriving, group=self.group, group_src=(self.rank - 1) % self.size)
-        return [received, dist.isend(leaving, group=self.group, group_dst=(self.rank + 1) % self.size)]
+        return [
+            self._receive(arriving, (self.rank - 1) % self.size),
+            self._send(leaving, (self.rank + 1) % self.size),
+        ]
 
-    def _wait(self, works: list[dist.Work | None]) -> None:
+    def _receive(self, part: Tensor, source: int) -> Awaited:
+        with self._waiting_for(source):
+            return dist.irecv(part, group=self.group, group_src=source), source
+
+    def _send(self, part: Tensor, target: int) -> Awaited:
+        with self._waiting_for(target):
+            return dist.isend(part, group=self.group, group_dst=target), target
+
+    def _wait(self, works: list[Awaited]) -> None:
         """As long as the group waits in collectives; by themselves messages wait as long as it did when it was made."""
         timeout = timeout_of(self.group)
-        for work in works:
+        for work, other in works:
             assert work is not None, "this rank is in the group"
-            work.wait(timeout)
+            with self._waiting_for(other):
+                work.wait(timeout)
+
+    def _waiting_for(self, other: int) -> AbstractContextManager[None]:
+        """Errors that name the rank at the other end."""
+        own, peer = (dist.get_global_rank(self.group, place) for place in (self.rank, other))
+        return named_faults(own, timeout_of(self.group).total_seconds(), lambda: peer)
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
