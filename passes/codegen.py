@@ -33,6 +33,8 @@ RUNTIME_CALLS = {
     "autopar.attention_rows.default": "kernels.attention_rows",
     "autopar.attention_rows_backward.default": "kernels.attention_rows_backward",
     "autopar.by_rows.default": "kernels.by_rows",
+    "autopar.class_gradients.default": "kernels.class_gradients",
+    "autopar.class_shares.default": "kernels.class_shares",
     "autopar.count_labels.default": "kernels.count_labels",
     "autopar.product.default": "kernels.product",
     "autopar.put.default": "kernels.put",

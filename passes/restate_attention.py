@@ -27,15 +27,15 @@ _CPU = torch.device("cpu")
 def _attention(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     """Fused attention as our op; key and value heads repeated for grouped queries.
 
-    Its kernels give no gradient of the mask, so attention with a learned mask stays as it is.
+    Its kernels draw no dropout, give no gradient of the mask, and take 4 dims with values as wide as keys: else it is
+    what torch makes of it then, to be priced as it runs.
     """
     query, key, value = a["query"], a["key"], a["value"]
     meta = run.tensor(query)
-    if a["dropout_p"]:
-        return _with_dropout(run, node, a)
     is_learned = a["attn_mask"] is not None and run.trainable.intersection(ancestors([a["attn_mask"]]))
-    if len(meta.shape) != 4 or run.tensor(value).shape[-1] != meta.shape[-1] or is_learned:
-        return NotImplemented
+    is_fused = len(meta.shape) == 4 and run.tensor(value).shape[-1] == meta.shape[-1] and not is_learned
+    if a["dropout_p"] or not is_fused:
+        return NotImplemented if a["enable_gqa"] and len(meta.shape) != 4 else _explicit(run, node, a)
     if a["enable_gqa"]:
         repeat = meta.shape[1] // run.tensor(key).shape[1]
         key, value = (_repeat_heads(run, node, x, repeat) for x in (key, value))
@@ -74,8 +74,9 @@ def _repeat_heads(run: Cleaner, node: fx.Node, x: fx.Node, repeat: int) -> fx.No
     return x
 
 
-def _with_dropout(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Scores, softmax, dropout and the sum of values, whatever the rank; grouped keys and values repeated."""
+def _explicit(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Scores, softmax, dropout and the sum of values, whatever the rank; grouped keys and values repeated. Queries that
+    no key is allowed for get nothing."""
     out = meta_of(node.meta["val"])
     assert isinstance(out, TensorMeta)
     query, key, value = a["query"], a["key"], a["value"]
@@ -91,7 +92,8 @@ def _with_dropout(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     made = run.call(aten.matmul.default, (scaled(run, node, query, scale, 0), keys), scores, like=node)
     for mask in (a["attn_mask"], _causal(run, node, scores) if a["is_causal"] else None):
         made = made if mask is None else _masked(run, node, made, mask)
-    weights = run.call(aten.softmax.int, (made, -1), scores, like=node)
+    softmax = aten.softmax.int if a["attn_mask"] is None else aten._safe_softmax.default
+    weights = run.call(softmax, (made, -1), scores, like=node)
     return run.call(aten.matmul.default, (dropped(run, node, weights, a["dropout_p"]), value), out, like=node)
 
 

@@ -47,32 +47,42 @@ class _AttentionRows(Function):
         return *made, None, None, None
 
 
+@define("class_shares(Tensor logits) -> (Tensor, Tensor)")
+def _class_shares(logits: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float32 if logits.dtype in HALF else logits.dtype
+    return logits.new_empty(logits.shape, dtype=dtype), logits.new_empty(logits.shape[:1], dtype=dtype)
+
+
+@define("class_gradients(Tensor shares, Tensor factor, Tensor weight, Tensor ids, ScalarType dtype) -> Tensor")
+def _class_gradients(shares: Tensor, factor: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    return shares.new_empty(shares.shape, dtype=dtype)
+
+
 class _VocabularyCrossEntropy(Function):
-    """Sum of cross entropies of logits sharded along the classes: two all_reduces of [n], the logits stay sharded."""
+    """Sum of cross entropies of logits sharded along the classes: two all_reduces of [n], the logits stay sharded.
+
+    Each rank's softmax is over its own classes, of which all of them together are a part that depends on the row alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, axis: str, size: int) -> Any:
-        rows = logits.float() if logits.dtype in HALF else logits
-        largest = all_reduce(rows.amax(1), axis, "max")
-        shifted = rows - largest.unsqueeze(1)
+        shares, log_sums = torch.ops.autopar.class_shares.default(logits)
+        largest = all_reduce(log_sums, axis, "max")
         ids = shard_ids(labels, axis, size, logits.shape[1])
         here = (ids >= 0).logical_and(labels != ignore_index)
-        picked = shifted.gather(1, ids.clamp(min=0).unsqueeze(1)).squeeze(1)
-        exponentials = shifted.exp()
-        partial = torch.stack([exponentials.sum(1), torch.where(here, picked, 0.0)])
-        total, target = all_reduce(partial, axis, "sum").unbind(0)
-        ctx.save_for_backward(exponentials, total, ids, here, labels)
+        picked = logits.gather(1, ids.clamp(min=0).unsqueeze(1)).squeeze(1).to(shares.dtype) - largest
+        own = (log_sums - largest).exp()
+        total, target = all_reduce(torch.stack([own, torch.where(here, picked, 0.0)]), axis, "sum").unbind(0)
+        ctx.save_for_backward(shares, own / total, torch.where(here, ids, -1), labels)
         ctx.ignore_index, ctx.dtype = ignore_index, logits.dtype
         return torch.where(labels != ignore_index, total.log() - target, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        exponentials, total, ids, here, labels = ctx.saved_tensors
+        shares, part, ids, labels = ctx.saved_tensors
         weight = torch.where(labels != ctx.ignore_index, grads[0], 0.0)
-        grad = exponentials * (weight / total).unsqueeze(1)
-        subtract = torch.where(here, weight, 0.0).neg().unsqueeze(1)
-        grad = grad.scatter_add(1, ids.clamp(min=0).unsqueeze(1), subtract)
-        return grad.to(ctx.dtype), None, None, None, None
+        grad = torch.ops.autopar.class_gradients.default(shares, weight * part, weight, ids, ctx.dtype)
+        return grad, None, None, None, None
 
 
 def attention_rows(q: Tensor, k: Tensor, v: Tensor, scale: float | None, axis: str, size: int) -> tuple[Tensor, Tensor]:

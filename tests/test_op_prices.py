@@ -205,6 +205,8 @@ OURS: dict[str, tuple[str, str, dict[str, object]]] = {
     "accumulate": ("x", "", {"parameter": "w"}),
     "accumulate_product": ("x weight", "", {"parameter": "w"}),
     "by_rows": ("x", "x", {}),
+    "class_shares": ("x", "x each", {}),
+    "class_gradients": ("x each each ids", "x", {"dtype": "torch.float32"}),
     "product": ("x weight", "made", {}),
     "put": ("gathered x", "", {"offset": 0}),
     "put_product": ("gathered x weight", "", {"offset": 0}),

@@ -16,7 +16,7 @@ from autopar.planner.factor_graph import BoolArray, FloatArray
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collectives import Link
-from cost_model.ops import BETWEEN_REPLICAS, INSIDE, OpCall, entry_of, price_of
+from cost_model.ops import BETWEEN_REPLICAS, INSIDE, INSIDE_COSTS, OpCall, entry_of, price_of
 from cost_model.placement import Placement, Placements, Shard, mesh_shape, varying_axes
 from cost_model.precision import Precision
 from cost_model.program import OpCost
@@ -131,6 +131,8 @@ class MeshPrices:
     def op_time_s(self, call: OpCall, strategy: MeshStrategy) -> float:
         """Forward and backward of one call under a strategy, its own collectives included."""
         local = self._local(call, strategy)
+        if call.op in INSIDE_COSTS and any(own.inside for own in strategy.axes):
+            return sum(map(self.op_s, INSIDE_COSTS[call.op](local))) + self._inside_s(local, strategy)
         cost, entry = price_of(local), entry_of(call.op)
         forward = self.view_s if cost is None else self.op_s(cost)
         backward = sum(self.op_s(c) for c in entry.backward_price(local)) if entry is not None else 2 * forward
@@ -273,9 +275,11 @@ class MeshPrices:
     def _optimizer_rate(self) -> float:
         return sum(map(self.op_s, self.optimizer.costs)) / max(self.parameter_bytes, 1)
 
-    def parameter_time_s(self, meta: TensorMeta, places: Placements, trainable: bool = True, zero: int = 0) -> float:
-        """Once per microbatch: its gradient added to the buffer, after a reduction from level 2 on; at level 3 the
-        parameter gathered for forward and for backward."""
+    def parameter_time_s(
+        self, meta: TensorMeta, places: Placements, trainable: bool = True, zero: int = 0, accumulates: bool = True
+    ) -> float:
+        """Once per microbatch: its gradient added to the buffer where there are several, after a reduction from level 2
+        on; at level 3 the parameter gathered for forward and for backward."""
         sizes = self._sizes(self.local_meta(meta, places))
         gathers = 2 * sizes.stored.nbytes * self._rate_s("all_gather") if zero == 3 else 0.0
         if not trainable:
@@ -283,7 +287,7 @@ class MeshPrices:
         kept, part = sizes.gradient, self.dp if zero > 1 else 1
         added = self.op_s(OpCost("elementwise", 0.0, 3.0 * kept.nbytes / part, kept.dtype))
         if zero < 2:
-            return added + self._cast_s(sizes.stored, kept)
+            return (added if accumulates else 0.0) + self._cast_s(sizes.stored, kept)
         row = sizes.reduced
         packed = self.op_s(OpCost("copy", 0.0, float(sizes.stored.nbytes + 2 * row.nbytes), row.dtype))
         added += self._cast_s(row, kept) / self.dp
@@ -299,12 +303,14 @@ class MeshPrices:
         return sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
 
     @cached_property
-    def parameter_costs(self) -> Callable[[TensorMeta, Placements, bool, int], tuple[float, float, float]]:
+    def parameter_costs(self) -> Callable[[TensorMeta, Placements, bool, int, bool], tuple[float, float, float]]:
         """Seconds per microbatch and per step and bytes of state; each asked for by many segments, at all sizes."""
 
         @functools.cache
-        def costs(meta: TensorMeta, places: Placements, trainable: bool, zero: int) -> tuple[float, float, float]:
-            time_s = self.parameter_time_s(meta, places, trainable, zero) if trainable or zero else 0.0
+        def costs(
+            meta: TensorMeta, places: Placements, trainable: bool, zero: int, accumulates: bool
+        ) -> tuple[float, float, float]:
+            time_s = self.parameter_time_s(meta, places, trainable, zero, accumulates) if trainable or zero else 0.0
             step_s = self.parameter_step_s(meta, places, zero) if trainable else 0.0
             return time_s, step_s, self.parameter_state_bytes(meta, places, trainable, zero)
 
@@ -312,7 +318,7 @@ class MeshPrices:
 
     def fastest_zero(self, meta: TensorMeta, places: Placements) -> int:
         """Of the levels that cost no time in a microbatch, 0 and 1, the faster; 0 where they are equal."""
-        whole, split = (self.parameter_costs(meta, places, True, zero)[1] for zero in (0, 1))
+        whole, split = (self.parameter_costs(meta, places, True, zero, True)[1] for zero in (0, 1))
         return int(self.dp > 1 and split < whole * (1 - 1e-9))
 
     @cached_property

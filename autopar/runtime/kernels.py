@@ -13,6 +13,8 @@ __all__ = [
     "attention_rows",
     "attention_rows_backward",
     "by_rows",
+    "class_gradients",
+    "class_shares",
     "count_labels",
     "ctc",
     "ctc_backward",
@@ -121,6 +123,27 @@ def attention_rows_backward(
             dk[:, :, keys] = parts[1]
             dv[:, :, keys] = parts[2]
     return dq, dk, dv
+
+
+def class_shares(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of rows of logits [n, classes], in float32 for half types; the logarithm [n] of what it divides by."""
+    shares = torch.softmax(logits, 1, dtype=torch.float32 if logits.dtype in _HALF else None)
+    largest = logits.amax(1).to(shares.dtype)
+    return shares, torch.where(largest.isneginf(), largest, largest - shares.amax(1).log())
+
+
+def class_gradients(shares: Tensor, factor: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor x shares, less weight at ids (-1: nowhere), by rows: shares [n, classes], the others [n].
+
+    Rows of factor 0 are 0, even where no share is a number: all their classes are masked.
+    """
+    grad, nothing = torch.empty_like(shares, dtype=dtype), factor == 0
+    torch.mul(shares, factor.unsqueeze(1), out=grad)
+    if grad.is_cuda or nothing.any():  # a CUDA device is not waited for
+        grad.masked_fill_(nothing.unsqueeze(1), 0.0)
+    at = ids.clamp(min=0).unsqueeze(1)
+    kept = torch.where(nothing, 0.0, shares.gather(1, at).squeeze(1) * factor)
+    return grad.scatter_(1, at, (kept - torch.where(ids >= 0, weight, 0.0)).to(dtype).unsqueeze(1))
 
 
 def _own_and_before(index: int, length: int) -> tuple[slice, slice]:

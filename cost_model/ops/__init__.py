@@ -26,6 +26,7 @@ from cost_model.ops import (
 from cost_model.ops.table import (
     BETWEEN_REPLICAS,
     INSIDE,
+    INSIDE_COSTS,
     OPS,
     PRODUCTS,
     WITHIN_BACKWARD,
@@ -39,6 +40,7 @@ from cost_model.ops.table import (
 __all__ = [
     "BETWEEN_REPLICAS",
     "INSIDE",
+    "INSIDE_COSTS",
     "OPS",
     "PRODUCTS",
     "WITHIN_BACKWARD",

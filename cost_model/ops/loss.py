@@ -8,6 +8,7 @@ from cost_model.ops.norm import SOFTMAX_FLOPS
 from cost_model.ops.rows import alike
 from cost_model.ops.table import (
     INSIDE,
+    INSIDE_COSTS,
     WITHIN_BACKWARD,
     Op,
     OpCall,
@@ -23,7 +24,7 @@ from cost_model.ops.table import (
 )
 from cost_model.placement import Shard
 from cost_model.program import OpCost
-from cost_model.tensor import TensorMeta
+from cost_model.tensor import DTYPE_BYTES, TensorMeta
 
 
 def _cross_entropy_factors(call: OpCall) -> FactorMap:
@@ -43,6 +44,27 @@ def _reductions(local: OpCall, place: Shard, ranks: int) -> tuple[tuple[str, int
     """The rows' maxima, then sums and targets together, in float32."""
     rows = local.inputs[0].shape[0] * 4
     return ("all_reduce", rows), ("all_reduce", 2 * rows)
+
+
+def _class_shares_price(call: OpCall) -> OpCost:
+    """The softmax of each row; the largest before and after."""
+    (logits,), (shares, rows) = call.inputs, call.outputs
+    return sweep("softmax", logits, logits, shares, shares, rows, flops=SOFTMAX_FLOPS * shares.numel)
+
+
+def _class_gradients_price(call: OpCall) -> OpCost:
+    """A product of each element, and a pass over rows of which all classes are masked."""
+    (gradient,) = call.outputs
+    return sweep("softmax_backward", *call.inputs, gradient, gradient, gradient, flops=2 * gradient.numel)
+
+
+def _split_costs(local: OpCall) -> tuple[OpCost, ...]:
+    """A softmax of a rank's classes, and their gradients."""
+    logits, labels = local.inputs[:2]
+    dtype = "float32" if DTYPE_BYTES[logits.dtype] < 4 else logits.dtype
+    shares, rows = TensorMeta(logits.shape, dtype), TensorMeta(logits.shape[:1], dtype)
+    made = OpCall("", (logits,), (shares, rows), {})
+    return _class_shares_price(made), _class_gradients_price(OpCall("", (shares, rows, rows, labels), (logits,), {}))
 
 
 def _cross_entropy_price(call: OpCall) -> OpCost:
@@ -88,6 +110,9 @@ register(
     )
 )
 INSIDE["autopar.cross_entropy_sum.default"] = _reductions
+INSIDE_COSTS["autopar.cross_entropy_sum.default"] = _split_costs
+register_priced("autopar.class_shares.default", _class_shares_price)
+register_priced("autopar.class_gradients.default", _class_gradients_price)
 WITHIN_BACKWARD["autopar.cross_entropy_sum.default"] = lambda call: call.inputs[0].nbytes  # of log probabilities
 register(
     Op(

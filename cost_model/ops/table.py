@@ -64,6 +64,10 @@ Asked with a rank's call, the shard of its first input and the number of ranks.
 """
 
 
+INSIDE_COSTS: dict[str, Callable[[OpCall], tuple[OpCost, ...]]] = {}
+"""Of those that are other ops where they are split so: what these cost on a rank, forward and backward."""
+
+
 BETWEEN_REPLICAS: dict[str, Callable[[OpCall, int], tuple[tuple[str, int], ...]]] = {}
 """Of ops by which replicas exchange something: kind and bytes of each collective, forward and backward.
 
