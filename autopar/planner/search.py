@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from autopar.planner.awaited import awaited_s
 from autopar.planner.chain import Chain, Floor, at_once, in_flight
 from autopar.planner.columns import Column
 from autopar.planner.configuration import Configuration
@@ -79,7 +80,8 @@ def search(
     confirm(solution) gives the exact peak bytes of each stage after rewriting; a stage over the cap is
     tightened by the difference and solved again. timed(solution) gives the seconds of a step, waiting and all: where
     these are above the price, plans of other prices below them are timed, too, the fastest is the answer, and the gap
-    is that of its price, or of its step if that is less, to prices of plans that were not timed.
+    is that of its price, or of its step if that is less, to prices of plans that were not timed, with what these wait
+    for messages (``awaited``).
     hidden_s(c, along_s): what plans of a configuration may take less than their price, where a microbatch takes no less
     than along_s through all stages. flat: each configuration is one integer program
     (``flat_solver``). fastest_only: configurations whose fastest plan, memory aside, is too large are left out.
@@ -333,12 +335,11 @@ class _Search:
         known_s = unit.bound_s
         if isinstance(unit, Unit) and unit.solution is not None:
             known_s = unit.solution.objective_s
-        c = unit.configuration if isinstance(unit, Waiting) else unit.solver.configuration
-        return self.timings.price_s(c, known_s)
+        return self.timings.price_s(_configuration(unit), known_s)
 
     def _wanted_s(self, c: Configuration) -> float:
         """No plan of a configuration is wanted that has a higher price."""
-        return (min(self._best_s(), self.cutoff_s) + self.timings.hidden_s(c)) * (1 + 1e-12)
+        return (min(self._best_s(), self.cutoff_s) - self.timings.beside_s(c)) * (1 + 1e-12)
 
     def _push(self, unit: Unit | Waiting | Relaxed) -> None:
         heapq.heappush(self.queue, (self._key(unit), unit.order, unit))
@@ -365,6 +366,7 @@ class _Search:
             self._under_cap(unit)
         elif outcome.choice is not None:
             unit.solution = self._solution(unit, outcome)
+            self._note_awaited(unit, outcome.choice.columns, unit.solution)
         elif outcome.shortage is not None:
             short = outcome.shortage
             self._short(unit, short.needed_bytes, short.stage, stage_solutions(unit.solver, short.columns))
@@ -372,6 +374,16 @@ class _Search:
             self._push(unit)
         unit.solver.forget()
         self._report(unit.solver.configuration)
+
+    def _note_awaited(self, unit: Unit, columns: Sequence[Column], found: Solution) -> None:
+        """Where plans are simulated, what they wait for is looked at before."""
+        if self.timings.step_s is None:
+            return
+        spare = [self.cap_bytes - needed for needed in unit.solver.needed_bytes(columns)]
+        held = zip(unit.solver.held, spare, columns, strict=True)
+        rooms = [count + left / max(column.saved_bytes, 1.0) for count, left, column in held]
+        c = found.configuration
+        self.timings.note_awaited(c, awaited_s(found.stages, c, self.pins, rooms))
 
     def _is_put_off(self, unit: Unit | Relaxed) -> bool:
         """Whether a glance at what memory costs the unit says that another one comes before it."""
@@ -475,7 +487,8 @@ class _Search:
         assert unit.solution is not None
         found = unit.solution
         slower = {id(other) for other in self.units if other is not unit and other.step_s is not None}
-        others = (other.bound_s for other in (*self.units, *(row[2] for row in self.queue)) if id(other) not in slower)
+        nodes = (other for other in (*self.units, *(row[2] for row in self.queue)) if id(other) not in slower)
+        others = (other.bound_s + self.timings.awaited_s(_configuration(other)) for other in nodes)
         bound_s = min(found.objective_s, self.left_out_s, *others)
         if slower:
             notes = (
@@ -503,6 +516,10 @@ class _Search:
                     if short is not None:
                         way = Unit((*unit.order, number), solver, math.inf)
                         self._short(way, short.needed_bytes, short.stage, stage_solutions(solver, short.columns))
+
+
+def _configuration(unit: Unit | Waiting | Relaxed) -> Configuration:
+    return unit.configuration if isinstance(unit, Waiting) else unit.solver.configuration
 
 
 def _floor_s(c: Configuration, floor: Floor) -> float:

@@ -14,7 +14,7 @@ from autopar.planner.mesh_strategies import MeshOp, combined, mesh_space
 from autopar.planner.prices import MeshPrices
 from autopar.planner.saving import NONE, RECOMPUTE, OpUse, Saving, SegmentLevels, TensorUse
 from autopar.planner.strategies import SEQUENCE, OpSpace, op_space, pin_sequence
-from cost_model.ops import BETWEEN_REPLICAS
+from cost_model.ops import BETWEEN_REPLICAS, price_of
 from cost_model.placement import (
     PARTIAL,
     REPLICATE,
@@ -24,6 +24,7 @@ from cost_model.placement import (
     placements_text,
     split_axes,
 )
+from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 from passes.segment import Segment
 from passes.shard import form_key, input_key, op_key
@@ -120,10 +121,11 @@ class SegmentGraph:
         entry = None if self.part.entry is None else input_key(self.part.entry)
         return FactorGraph(self.domains, tuple(self.factors), entry, self.exit)
 
-    def build(self, prices: MeshPrices, saving: Saving) -> FactorGraph:
-        """The graph on a mesh: ``prices`` differ from those of the ops in dp alone."""
+    def build(self, prices: MeshPrices, saving: Saving, *, accumulates: bool) -> FactorGraph:
+        """The graph on a mesh: ``prices`` differ from those of the ops in dp alone. accumulates: whether gradients of
+        several microbatches add up."""
         zero = {name: self._zero_levels(name, prices, saving) for name in self.part.parameters}
-        steps = tuple(self._parameter(name, prices, levels) for name, levels in zero.items())
+        steps = tuple(self._parameter(name, prices, levels, accumulates) for name, levels in zero.items())
         steps += tuple(self._exchanged(op, prices) for op in self.space.ops if op.call.op in BETWEEN_REPLICAS)
         entry = None if self.part.entry is None else input_key(self.part.entry)
         shared = tuple(input_key(p) for p in self.part.parameters if p in self.local.structure.shared)
@@ -213,14 +215,15 @@ class SegmentGraph:
         first = name not in self.local.structure.shared or self._is_first_holder(name)
         return saving.zero if len(saving.zero) < 2 or first else (0,)
 
-    def _parameter(self, name: str, prices: MeshPrices, levels: tuple[int, ...]) -> Factor:
+    def _parameter(self, name: str, prices: MeshPrices, levels: tuple[int, ...], accumulates: bool) -> Factor:
         """[placement] or, with several levels, [placement, level]"""
         meta, places = self._meta(name), self.labels[name]
         trainable = name in self.local.structure.trainable
         weight = 1.0 if name not in self.local.structure.shared or self._is_first_holder(name) else 0.0
+        added = accumulates or not self._is_multiplied(name)
 
         def costs(place: Placements, zero: int) -> tuple[float, float, float]:
-            time_s, step_s, state_bytes = prices.parameter_costs(meta, place, trainable, zero)
+            time_s, step_s, state_bytes = prices.parameter_costs(meta, place, trainable, zero, added)
             return time_s, weight * step_s, weight * state_bytes
 
         chosen = [levels or (prices.fastest_zero(meta, place) if trainable else 0,) for place in places]
@@ -228,6 +231,14 @@ class SegmentGraph:
         several = len(levels) > 1
         parts = [table[..., k] if several else table[:, 0, k] for k in range(3)]
         return Factor((input_key(name), *([zero_key(name)] if several else [])), *parts)
+
+    def _is_multiplied(self, name: str) -> bool:
+        """Whether the only gradient of a parameter is a product of matrices, which is written into the buffer."""
+        users = self.users.get(name, [])
+        costs = [price_of(op.call) for op, _ in users]
+        return (
+            len(users) == 1 and len(self._meta(name).shape) > 1 and costs[0] is not None and costs[0].kind == "matmul"
+        )
 
     def _is_first_holder(self, name: str) -> bool:
         """A shared parameter's state is counted in the first segment that holds it; copies are found exactly later."""
@@ -254,6 +265,7 @@ class SegmentGraph:
             self.domains[form_key(tensor)] = tuple(map(placements_text, forms))
             self._pair(tensor, (variable, places), (form_key(tensor), forms), saves=tensor in self.read_back, kept=kept)
             variable, places = form_key(tensor), forms
+        self._summed_gradients(tensor, users, variable, places)
         first = variable != form_key(tensor)
         saved_by_form = False
         for op, index in users:
@@ -271,6 +283,17 @@ class SegmentGraph:
             )
             first = False
             saved_by_form = saved_by_form or saves
+
+    def _summed_gradients(
+        self, tensor: str, users: list[tuple[MeshOp, int]], variable: str, places: tuple[Placements, ...]
+    ) -> None:
+        """Of each user one is added to those before; what is done with those of weights is of their own."""
+        known = self.local.structure.differentiable
+        count = sum(any(self.segment_levels.output(op, k) in known for k in _outputs(op)) for op, _ in users)
+        if count > 1 and tensor in known and tensor not in self.weights:
+            meta = self._meta(tensor)
+            sums = (OpCost("elementwise", 0.0, 3.0 * self._local_bytes(meta, p), meta.dtype) for p in places)
+            self.factors.append(Factor((variable,), time_s=np.array([(count - 1) * self.prices.op_s(c) for c in sums])))
 
     def _kept_by_source(self, tensor: str) -> bool:
         """Whether the op that makes a tensor already saves it."""
@@ -339,3 +362,7 @@ class SegmentGraph:
     def _whole_loss(self) -> tuple[str, tuple[Placements, ...]]:
         self.domains["loss"] = (placements_text(self.whole),)
         return "loss", (self.whole,)
+
+
+def _outputs(op: MeshOp) -> range:
+    return range(len(op.call.outputs))

@@ -158,9 +158,10 @@ class ModelSpace:
         prices = self.mesh_prices(dp, sizes)
         kinds: dict[str, int] = {}
         graphs: list[FactorGraph] = []
+        several = dp * local.model.batch < self.traced.global_graph.batch
         for part in local.structure.representatives.values():
             kinds[part.kind] = len(graphs)
-            graphs.append(self._graph(local, part, prices, sequence).build(prices, saving))
+            graphs.append(self._graph(local, part, prices, sequence).build(prices, saving, accumulates=several))
         order = tuple(kinds[part.kind] for part in local.segments)
         inputs, moments = self._input_bytes // dp, self._momentary_bytes(local, sizes, saving, sequence)
         if order.count(order[-1]) == 1:  # all that its stage saved is there while its backward runs

@@ -28,6 +28,7 @@ class Timings:
     may_hide_s: Hidden | None = None
     _waits_s: dict[Configuration, float] = field(default_factory=dict)
     _hidden_s: dict[Configuration, float] = field(default_factory=dict)
+    _awaited_s: dict[Configuration, float] = field(default_factory=dict)
     _timed: int = 0
     _most_solved: int = sys.maxsize
 
@@ -38,12 +39,21 @@ class Timings:
         if hidden_s > (EXACT - 1) * floor_s:
             self._hidden_s[c] = hidden_s
 
+    def note_awaited(self, c: Configuration, awaited_s: float) -> None:
+        """What a plan of a configuration waits for messages beside its price."""
+        self._awaited_s[c] = min(awaited_s, self._awaited_s.get(c, awaited_s))
+
+    def awaited_s(self, c: Configuration) -> float:
+        """The least of those that were noted."""
+        return self._awaited_s.get(c, 0.0)
+
     def price_s(self, c: Configuration, known_s: float) -> float:
         """What plans of a price are looked at by; those of one configuration wait alike."""
-        return known_s + self._waits_s[c] if c in self._waits_s else known_s - self.hidden_s(c)
+        return known_s + self.beside_s(c)
 
-    def hidden_s(self, c: Configuration) -> float:
-        return self._hidden_s.get(c, 0.0)
+    def beside_s(self, c: Configuration) -> float:
+        """What plans of a configuration are looked at by, beside their price."""
+        return self._waits_s[c] if c in self._waits_s else self.awaited_s(c) - self._hidden_s.get(c, 0.0)
 
     def time(self, found: Solution, solved: int) -> float:
         """Seconds of a step of a plan, after so many nodes of its search were solved."""
