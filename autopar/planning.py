@@ -39,6 +39,7 @@ from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.spaces import Spaces
+from autopar.tied import tied_s
 from autopar.timing import hidden_s, waited_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
@@ -426,6 +427,7 @@ class Job:
                 confirm=self._peaks,
                 timed=functools.partial(waited_s, self) if timed else None,
                 hidden_s=functools.partial(hidden_s, self) if timed else None,
+                lacks_s=functools.partial(tied_s, self) if timed else None,
                 progress=report,
                 flat=self.options.solver == FLAT,
             )

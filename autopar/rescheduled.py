@@ -19,6 +19,7 @@ from autopar.planner.search import Configuration, search
 from autopar.planner.solution import Pins, Progress, Solution, is_interrupted
 from autopar.report import seconds_text
 from autopar.schedules import faster_schedules, may_fit
+from autopar.tied import tied_s
 from cost_model.errors import ParallelismError
 from cost_model.plan import Plan
 
@@ -140,8 +141,9 @@ def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) 
 
     space, count, cap = job.pinned_space(), job.cluster.num_devices, job.cap_bytes
     ask = functools.partial(search, cap_bytes=cap, pins=pins, confirm=confirm, timed=timed, cutoff_s=worth_s)
+    lacks_s = functools.partial(tied_s, job)
     try:
-        found = ask(space, count, job.batch, progress=report, fastest_only=fastest_only)
+        found = ask(space, count, job.batch, lacks_s=lacks_s, progress=report, fastest_only=fastest_only)
     except (_NotWorthIt, ParallelismError):  # no mesh is possible or left; the plan found first stays
         return None
     if isinstance(found, Solution) and is_interrupted(found.notes):

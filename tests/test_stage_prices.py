@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from autopar.planner.awaited import awaited_s
 from autopar.planner.search import Solution
 from autopar.planner.solution import Pins
 from autopar.planning import Job
+from autopar.tied import tied_s
 from cost_model.cluster import Cluster
 from cost_model.parallelism import Parallelism
 
@@ -22,10 +24,10 @@ CLOSE = 0.12
 """Copies that matrix multiplications make of views are not priced."""
 
 
-def gpt2() -> tuple[nn.Module, dict[str, Any]]:
+def gpt2(tied: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     dropout = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
     config = GPT2Config(
-        n_layer=2, n_embd=1024, n_head=16, n_positions=512, vocab_size=50304, tie_word_embeddings=False, **dropout
+        n_layer=2, n_embd=1024, n_head=16, n_positions=512, vocab_size=50304, tie_word_embeddings=tied, **dropout
     )
     return GPT2LMHeadModel(config), {"input_ids": tokens(512), "labels": tokens(512)}
 
@@ -58,6 +60,17 @@ def test_stages_take_what_they_were_priced_at(make: Any, pins: tuple[int, int, i
     job, found = found_for(make, torch.bfloat16, Cluster.load("dgx-a100-80gb", 4), wanted)
     for own, priced in zip(job.simulated(job.plan(found)).stages, found.stages, strict=True):
         assert own.forward_s + own.backward_s == pytest.approx(priced.time_s, rel=CLOSE)
+
+
+@pytest.mark.parametrize("zero, dp", [(0, 1), (0, 2), (1, 2)])
+def test_copies_of_a_parameter_are_summed_and_updated(zero: int, dp: int) -> None:
+    wanted = Parallelism(dp=dp, tp=1, pp=2, zero=zero, recompute="none", schedule="1f1b")
+    make = functools.partial(gpt2, tied=True)
+    job, found = found_for(make, torch.float16, Cluster.load("p3.2xlarge", 2 * dp), wanted)
+    stages = job.simulated(job.plan(found)).stages
+    lacks_s, priced_s = tied_s(job, found), max(stage.step_s for stage in found.stages)
+    assert lacks_s > 0.2 * priced_s
+    assert priced_s + lacks_s == pytest.approx(max(own.reduce_s + own.optimizer_s for own in stages), rel=CLOSE)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])

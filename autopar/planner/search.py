@@ -70,6 +70,7 @@ def search(
     confirm: Confirm | None = None,
     timed: Timed | None = None,
     hidden_s: Hidden | None = None,
+    lacks_s: Timed | None = None,
     progress: Callable[[Progress], None] | None = None,
     flat: bool = False,
     fastest_only: bool = False,
@@ -83,15 +84,16 @@ def search(
     is that of its price, or of its step if that is less, to prices of plans that were not timed, with what these wait
     for messages (``awaited``).
     hidden_s(c, along_s): what plans of a configuration may take less than their price, where a microbatch takes no less
-    than along_s through all stages. flat: each configuration is one integer program
-    (``flat_solver``). fastest_only: configurations whose fastest plan, memory aside, is too large are left out.
+    than along_s through all stages; lacks_s(solution): what one takes more than it, waiting apart. flat: each
+    configuration is one integer program (``flat_solver``). fastest_only: configurations whose fastest plan, memory
+    aside, is too large are left out.
     cutoff_s: plans of as high a price or a higher are not wanted.
     Ctrl-C returns the best plan so far with its gap, if there is one. Equal input gives an equal answer;
     ties go to fewer stages, then less tensor parallelism, then larger microbatches, then first labels.
     Raises ParallelismError where pins, devices and batch do not go together, SolverError without a solver,
     ProblemSizeError where ``flat`` is asked for and the program would be too large.
     """
-    timings = Timings(timed, None if flat else hidden_s)
+    timings = Timings(timed, None if flat else hidden_s, lacks_s)
     run = _Search(
         space, num_devices, batch, cap_bytes, pins or Pins(), confirm, timings, progress, flat, fastest_only, cutoff_s
     )
@@ -382,8 +384,7 @@ class _Search:
         spare = [self.cap_bytes - needed for needed in unit.solver.needed_bytes(columns)]
         held = zip(unit.solver.held, spare, columns, strict=True)
         rooms = [count + left / max(column.saved_bytes, 1.0) for count, left, column in held]
-        c = found.configuration
-        self.timings.note_awaited(c, awaited_s(found.stages, c, self.pins, rooms))
+        self.timings.note_awaited(found, awaited_s(found.stages, found.configuration, self.pins, rooms))
 
     def _is_put_off(self, unit: Unit | Relaxed) -> bool:
         """Whether a glance at what memory costs the unit says that another one comes before it."""

@@ -22,10 +22,12 @@ Hidden = Callable[[Configuration, float], float]
 
 @dataclass(eq=False)
 class Timings:
-    """step_s, may_hide_s: as ``timed`` and ``hidden_s`` of ``search``; None: a plan takes its price."""
+    """step_s, may_hide_s, lacks_s: as ``timed``, ``hidden_s`` and ``lacks_s`` of ``search``; None: a plan takes its
+    price."""
 
     step_s: Timed | None = None
     may_hide_s: Hidden | None = None
+    lacks_s: Timed | None = None
     _waits_s: dict[Configuration, float] = field(default_factory=dict)
     _hidden_s: dict[Configuration, float] = field(default_factory=dict)
     _awaited_s: dict[Configuration, float] = field(default_factory=dict)
@@ -39,9 +41,10 @@ class Timings:
         if hidden_s > (EXACT - 1) * floor_s:
             self._hidden_s[c] = hidden_s
 
-    def note_awaited(self, c: Configuration, awaited_s: float) -> None:
-        """What a plan of a configuration waits for messages beside its price."""
-        self._awaited_s[c] = min(awaited_s, self._awaited_s.get(c, awaited_s))
+    def note_awaited(self, found: Solution, awaited_s: float) -> None:
+        """What a plan waits for messages beside its price, and what that lacks."""
+        c, beside_s = found.configuration, awaited_s + (0.0 if self.lacks_s is None else self.lacks_s(found))
+        self._awaited_s[c] = min(beside_s, self._awaited_s.get(c, beside_s))
 
     def awaited_s(self, c: Configuration) -> float:
         """The least of those that were noted."""
