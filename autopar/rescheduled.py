@@ -77,7 +77,7 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
                     break
             elif not searched:
                 searched = True
-                for other in _searched(job, c, solution.objective_s * limit_s / sketched_s):
+                for other in _searched(job, c, limit_s):
                     is_faster(other)
     if best is plan:
         return Scheduled(plan, solution, ())
@@ -104,7 +104,7 @@ def is_plain(job: Job, solution: Solution) -> bool:
 def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Solution]:
     """Plans of the same mesh that fit under the schedule of a configuration, of smaller microbatches or of as large.
 
-    worth_s: the search's price above which a plan costs more than the schedule saves.
+    worth_s: of a step; as far as prices tell what one takes, it costs more than the schedule saves from there on.
     """
     pinned = job.options.parallelism.microbatch_size
     smaller = [size for size in range(c.microbatch_size - 1, 0, -1) if c.microbatch_size % size == 0]

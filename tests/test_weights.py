@@ -216,7 +216,7 @@ def test_ranks_read_their_shards_of_files_alone(plan: str, tmp_path: Path, monke
         held = sum(shard.meta.nbytes for shard in exe.planned.linked.stages[0].shards if shard.name in weights)
         total = sum(tensor.nbytes for tensor in weights.values())
         assert CountedFile.read == (total if plan == "dp2-zero3" else 2 * held) and held <= total
-        assert plan == "dp2-zero3" or held < 0.7 * total
+        assert plan == "dp2-zero3" or held < 0.75 * total  # MLPs are split; embeddings and attention are faster whole
         assert found == pytest.approx(losses, rel=1e-5)
         assert largest_error(exe.full_state_dict(), trained.state_dict()) < 1e-5
         exe.load_weights(tmp_path)
