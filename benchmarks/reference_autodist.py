@@ -11,7 +11,7 @@ import torch
 from reference_build import Builder, Layout, balanced
 from reference_hardware import BANDWIDTH, MATMUL, OVERHEAD, START, STREAM, Constant, Work
 from reference_models import Shape
-from reference_programs import recomputed_stage, repeated, synchronised
+from reference_programs import recomputed_stage, repeated, synchronised, unfused_losses
 from reference_tables import Candidate, Row, Table
 
 from cost_model.cluster import Cluster
@@ -51,7 +51,9 @@ class AutoDist(Table):
     def candidates(self, row: Row) -> Sequence[Candidate]:
         config, found = self._config(row), []
         for layout in self._layouts(config["layers"], config["gpus"], row.source["micro_batch_size"]):
-            program = _fitted(self._builder(row.group).program(layout), row.source["memory_constraint_gb"] * GIB)
+            program = _fitted(
+                unfused_losses(self._builder(row.group).program(layout)), row.source["memory_constraint_gb"] * GIB
+            )
             if program is not None:
                 found.append(Candidate(Work(program).seconds, peak_bytes(program), str(layout)))
         assert found, f"{row.label}: nothing fits"

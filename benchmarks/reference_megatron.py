@@ -10,7 +10,7 @@ import torch
 from reference_build import Builder, Layout, balanced, stretched
 from reference_hardware import LINK, MATMUL, STREAM, Constant, Work, shipped
 from reference_models import Shape
-from reference_programs import recomputed
+from reference_programs import recomputed, unfused_losses
 from reference_tables import Candidate, Row, Table
 
 from cost_model.cluster import Cluster
@@ -53,7 +53,7 @@ class Megatron(Table):
         shape = Shape(layers, raw["hidden"], raw["heads"], raw["seq"], raw["vocab"], fused=True)
         layout = Layout(raw["dp"], raw["tp"], balanced(layers, built), "1f1b", raw["micro_batch"])
         program = Builder(shape, raw["global_batch"], torch.float16, ADAM).program(layout)
-        program = recomputed(scattered(_mixed(with_masks(program))))
+        program = unfused_losses(recomputed(scattered(_mixed(with_masks(program)))))
         work = Work(stretched(program, raw["pp"]) if raw["pp"] > 3 else program)
         text = f"{layout} of {raw['pp']} stages, interleaved {raw['interleave_v']}"
         return [Candidate(functools.partial(_seconds, work, raw["interleave_v"], raw["ddp_impl"] == "torch"), 0, text)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from cost_model.program import Block, Chunk, Instruction, Program, StageProgram
+from cost_model.program import Block, Chunk, Instruction, OpCost, Program, StageProgram
 
 
 def synchronised(program: Program) -> Program:
@@ -24,6 +24,41 @@ def _synchronised(stage: StageProgram) -> StageProgram:
     backward = replace(chunk.backward, instructions=(*chunk.backward.instructions, *calls))
     step = replace(stage.step, collectives=left, beside_bytes=(), groups=())
     return replace(stage, chunks=(replace(chunk, backward=backward),), step=step)
+
+
+def unfused_losses(program: Program) -> Program:
+    """Cross entropy of a vocabulary that ranks share takes a pass of its own for each step of its formula, as in
+    Megatron-LM's ``vocab_parallel_cross_entropy``: logits in float32, their maxima, differences, exponentials and sums;
+    then products, labels subtracted, and the cast back."""
+    return replace(program, stages=tuple(_unfused_stage(stage) for stage in program.stages))
+
+
+def _unfused_stage(stage: StageProgram) -> StageProgram:
+    chunks = tuple(
+        replace(chunk, forward=_unfused(chunk.forward), backward=_unfused(chunk.backward)) for chunk in stage.chunks
+    )
+    return replace(stage, chunks=chunks)
+
+
+_FORMULA = {
+    "autopar.class_shares.default": (1.5, 1.0, 2.0, 2.0, 1.0),
+    "autopar.class_gradients.default": (2.0, 3.0, 1.5),
+}
+"""Bytes that each pass moves, in float32 logits, where these come and go in half as many."""
+
+
+def _unfused(block: Block) -> Block:
+    found: list[Instruction] = []
+    for instruction in block.instructions:
+        passes = _FORMULA.get(instruction.op)
+        if passes is None or instruction.cost is None:
+            found.append(instruction)
+            continue
+        elements = instruction.outputs[0].meta.numel
+        costs = [OpCost("elementwise", float(elements), 4.0 * elements * share, "float32") for share in passes]
+        more = (Instruction("aten.mul.Tensor", (), (), cost, None, 0, (), instruction.segment) for cost in costs[1:])
+        found += [replace(instruction, cost=costs[0]), *more]
+    return replace(block, instructions=tuple(found))
 
 
 def recomputed(program: Program, blocks: Sequence[int] | None = None) -> Program:
