@@ -13,8 +13,6 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.placed_prices import MAX_WINDOW
 from autopar.planner.solution import FEWEST_PARTS, Pins, StageSolution
 
-_KNOWN = ("1f1b", "zero_bubble")
-
 
 def awaited_s(stages: Sequence[StageSolution], c: Configuration, pins: Pins, rooms: Sequence[float]) -> float:
     """What a step takes beside its price, in the schedule that waits least of those that have room: where it is 1f1b
@@ -22,7 +20,7 @@ def awaited_s(stages: Sequence[StageSolution], c: Configuration, pins: Pins, roo
 
     rooms: microbatches that each stage can hold.
     """
-    if c.pp == 1 or c.schedule not in _KNOWN:
+    if c.pp == 1 or c.schedule not in ("1f1b", "zero_bubble"):
         return 0.0
     shapes = [(c.schedule, 1, c.window)]
     if c.schedule == "1f1b" and pins.window is None:

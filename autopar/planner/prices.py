@@ -131,8 +131,8 @@ class MeshPrices:
     def op_time_s(self, call: OpCall, strategy: MeshStrategy) -> float:
         """Forward and backward of one call under a strategy, its own collectives included."""
         local = self._local(call, strategy)
-        if call.op in INSIDE_COSTS and any(own.inside for own in strategy.axes):
-            return sum(map(self.op_s, INSIDE_COSTS[call.op](local))) + self._inside_s(local, strategy)
+        if (split := _split_costs(local, strategy)) is not None:
+            return sum(map(self.op_s, split)) + self._inside_s(local, strategy)
         cost, entry = price_of(local), entry_of(call.op)
         forward = self.view_s if cost is None else self.op_s(cost)
         backward = sum(self.op_s(c) for c in entry.backward_price(local)) if entry is not None else 2 * forward
@@ -142,7 +142,9 @@ class MeshPrices:
 
     def again_s(self, call: OpCall, strategy: MeshStrategy) -> float:
         """Forward of one call once more, without its own collectives."""
-        cost = price_of(self._local(call, strategy))
+        local = self._local(call, strategy)
+        split = _split_costs(local, strategy)
+        cost = price_of(local) if split is None else split[0]
         return self.view_s if cost is None else self.op_s(cost)
 
     def _local(self, call: OpCall, strategy: MeshStrategy) -> OpCall:
@@ -343,3 +345,10 @@ class MeshPrices:
         casts_s = 4 * self.copy_s(held + nbytes, meta.dtype) if nbytes < held else 0.0
         ways = ((share, ends[::step]) for ends, share in self._hops.items() for step in (1, -1))
         return casts_s + sum(share * self.cluster.transfer_time_s(nbytes, *ends) for share, ends in ways)
+
+
+def _split_costs(local: OpCall, strategy: MeshStrategy) -> tuple[OpCost, ...] | None:
+    """What a rank runs, forward and backward, where a split makes other ops of a call; None where it does not."""
+    if local.op not in INSIDE_COSTS or not any(own.inside for own in strategy.axes):
+        return None
+    return INSIDE_COSTS[local.op](local)
