@@ -20,7 +20,7 @@ def tied_s(job: Job, solution: Solution) -> float:
     local = job.space.local_model(c.microbatch_size)
     if c.pp == 1 or c.virtual_stages > 1 or local is None:
         return 0.0
-    prices, pinned = job.space.mesh_prices(c.dp, c.tp_axes or (c.tp,)), job.options.parallelism.zero
+    prices, pinned = job.space.mesh_prices(c.dp, job.pinned_space(c).sizes(c.tp)), job.options.parallelism.zero
     own_s = list(priced_s)
     for name, places in _copies(solution, local).items():
         meta, ranks = local.tensor(name), tuple(c.dp * c.tp * k for k in places)

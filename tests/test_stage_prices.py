@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -62,11 +63,12 @@ def test_stages_take_what_they_were_priced_at(make: Any, pins: tuple[int, int, i
         assert own.forward_s + own.backward_s == pytest.approx(priced.time_s, rel=CLOSE)
 
 
-@pytest.mark.parametrize("zero, dp", [(0, 1), (0, 2), (1, 2)])
-def test_copies_of_a_parameter_are_summed_and_updated(zero: int, dp: int) -> None:
-    wanted = Parallelism(dp=dp, tp=1, pp=2, zero=zero, recompute="none", schedule="1f1b")
+@pytest.mark.parametrize("zero, dp, tp_axes", [(0, 1, None), (0, 2, None), (1, 2, None), (0, 1, (2, 2))])
+def test_copies_of_a_parameter_are_summed_and_updated(zero: int, dp: int, tp_axes: tuple[int, int] | None) -> None:
+    tp = math.prod(tp_axes or ())
+    wanted = Parallelism(dp=dp, tp=tp, tp_axes=tp_axes, pp=2, zero=zero, recompute="none", schedule="1f1b")
     make = functools.partial(gpt2, tied=True)
-    job, found = found_for(make, torch.float16, Cluster.load("p3.2xlarge", 2 * dp), wanted)
+    job, found = found_for(make, torch.float16, Cluster.load("p3.2xlarge", 2 * dp * tp), wanted)
     stages = job.simulated(job.plan(found)).stages
     lacks_s, priced_s = tied_s(job, found), max(stage.step_s for stage in found.stages)
     assert lacks_s > 0.2 * priced_s
