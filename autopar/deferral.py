@@ -230,12 +230,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "default": str(torch.get_default_dtype()).removeprefix("torch."),
             "state": torch.get_rng_state() if draws else None,
         }
-        results = func(*_on_meta(args), **on_meta)
-        if draws:
-            func(*self._real(args, written), **self._real(kwargs, written))
+        try:
+            results = func(*_on_meta(args), **on_meta)
+        except NotImplementedError:  # no kernel knows shapes alone; torch itself takes this error for something else
+            results = self._by_values(func, args, kwargs, written)
+        else:
+            if draws:
+                func(*self._real(args, written), **self._real(kwargs, written))
         if not _only_views(func):
             self._tape.add(self._step(func, tree, tensors, written, results))
         return results
+
+    def _by_values(self, func: Any, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
+        """Results on the meta device, shaped as those of the values; arguments that are written are results."""
+        found = func(*self._real(args, ()), **self._real(kwargs, ()))
+        if written:
+            return written if isinstance(found, list | tuple) else written[0]
+        return _on_meta(found)
 
     def _step(self, func: Any, tree: Tree, tensors: list[Tensor], written: list[Tensor], results: Any) -> _Step:
         number = self._tape.number

@@ -115,6 +115,21 @@ def test_construction_may_read_values_and_take_them_from_elsewhere() -> None:
     check_same_values(Model)
 
 
+def test_ops_that_only_values_tell_the_shape_of_are_followed() -> None:
+    """torch's parametrizations take an op without a kernel for meta tensors for one that cannot be inverted."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            orthogonal = torch.nn.utils.parametrizations.orthogonal
+            self.based = orthogonal(nn.Linear(5, 3))
+            self.plain = orthogonal(nn.Linear(4, 4), use_trivialization=False)
+            self.sides = nn.Parameter(torch.distributions.Dirichlet(torch.ones(3)).sample((2,)))
+            self.register_buffer("counts", torch.binomial(torch.full((6,), 9.0), torch.rand(6)))
+
+    check_same_values(Model)
+
+
 def test_the_default_dtype_of_the_construction_counts() -> None:
     def build() -> nn.Module:
         before = torch.get_default_dtype()
