@@ -216,6 +216,18 @@ def test_few_of_many_columns_are_left_and_the_best_are_among_them(seed: int, mic
     assert left.bound_s <= values[best] * (1 + 1e-9)
 
 
+def test_of_equal_tilings_one_is_left() -> None:
+    """16 stages of one or two of 24 segments: an integer program of all their columns has thousands of best choices."""
+    first = np.arange(24)
+    before, after = np.concatenate([first, first]), np.concatenate([first + 1, first + 2]) % 24
+    seconds = np.repeat([1.0, 2.0], 24)
+    left = worthwhile([Ways(before, after, seconds, seconds, 0 * seconds)] * 16, 128)
+    assert list(map(len, left.kept)) == [1] * 16
+    assert (
+        left.bound_s == pytest.approx(24 + 127 * 2) and np.concatenate([seconds[own] for own in left.kept]).sum() == 24
+    )
+
+
 def test_no_meshes_that_use_all_devices() -> None:
     shapes = [Shape(((Mesh(1, 1),), (Mesh(1, 2),)), 8, 1, "1f1b")]
     none = solver(0, math.inf)

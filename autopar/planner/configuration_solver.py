@@ -345,11 +345,7 @@ class ConfigurationSolver:
 
     def _chosen(self, pools: Sequence[Pool], best: tuple[Column, ...], proven: Bound) -> Outcome:
         """Let the ILP choose among the columns that could beat the incumbent, and the incumbent's own."""
-        offers = [
-            list(dict.fromkeys((column, *others)))
-            for column, others in zip(best, self.pools.hopeful(pools, self.pools.value(best)), strict=True)
-        ]
-        ilp = StageIlp(offers, self.objective)
+        ilp = StageIlp(self.pools.offers(pools, best), self.objective)
         value = self.pools.value(best)
         try:
             choice = ilp.solve()

@@ -13,6 +13,7 @@ from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import objective_s
 from autopar.planner.paths import Arcs, bottleneck, levels_of, sweep
+from autopar.planner.worthwhile import Ways, worthwhile
 
 MIXED_EDGES = 96
 MIXED_PRICES = 6
@@ -160,7 +161,26 @@ class Pools:
         near: IntArray = order[np.sort(first)[:MIXED_PRICES]]
         return near
 
-    def hopeful(self, pools: Sequence[Pool], value: float) -> list[list[Column]]:
+    def offers(self, pools: Sequence[Pool], best: tuple[Column, ...]) -> list[list[Column]]:
+        """Of each stage, the columns of which the best choice is one: those that could beat a tiling, and its own."""
+        every = [
+            list(dict.fromkeys((column, *others)))
+            for column, others in zip(best, self._hopeful(pools, self.value(best)), strict=True)
+        ]
+        kept = worthwhile(list(map(self._ways, every)), self.objective.slowest + 1).kept
+        return [[columns[number] for number in own] for columns, own in zip(every, kept, strict=True)]
+
+    def _ways(self, columns: Sequence[Column]) -> Ways:
+        """The columns as ways between places (position, label)."""
+        start, count, width = 0, len(self.table.chain), self.table.edges.width
+        before = [column.first * width + column.entry if column.first else start for column in columns]
+        after = [column.last * width + column.exit if column.last < count else start for column in columns]
+        times_s, cuts_s, steps_s = (
+            np.array(each) for each in zip(*((c.time_s, c.cut_s, c.step_s) for c in columns), strict=True)
+        )
+        return Ways(np.array(before), np.array(after), times_s, self.objective.waiting * times_s + cuts_s, steps_s)
+
+    def _hopeful(self, pools: Sequence[Pool], value: float) -> list[list[Column]]:
         """Columns through which a tiling might be better by more than WORTH, the best MAX_ILP_COLUMNS in all.
 
         What is left out cannot hide in the gap: that is taken from the proven bound.

@@ -40,25 +40,27 @@ class Ways:
 
 @dataclass(frozen=True, eq=False)
 class Worthwhile:
-    """kept: [stage] numbers of the ways that may be part of the best tiling, none where there is no tiling; bound_s: no
-    tiling takes less."""
+    """kept: [stage] numbers of the ways that may be part of the best tiling, one each where a tiling is known to be the
+    best, none where there is no tiling; bound_s: no tiling takes less."""
 
     kept: tuple[IntArray, ...]
     bound_s: float
 
 
-def worthwhile(ways: Sequence[Ways], microbatches: int, enough_s: float = math.inf) -> Worthwhile:
+def worthwhile(ways: Sequence[Ways], microbatches: float, enough_s: float = math.inf) -> Worthwhile:
     """Of each stage, the ways that lie on some tiling which may be the best; no more is looked at once it takes longer
     than ``enough_s``."""
     stages, kept = list(ways), [np.arange(len(own.before)) for own in ways]
     if not all(map(len, kept)):
         return Worthwhile(tuple(own[:0] for own in kept), math.inf)
     times, largest = _distinct([s.time_s for s in stages]), _distinct([s.step_s for s in stages])
-    boxes, best_s = np.array([[0, len(times) - 1, 0, len(largest) - 1]]), math.inf
+    boxes, best_s, best = np.array([[0, len(times) - 1, 0, len(largest) - 1]]), math.inf, list[IntArray]()
     while True:
         parts = [boxes[first : first + AT_ONCE] for first in range(0, len(boxes), AT_ONCE)]
         found = [_Shortest(stages, _Limits(times, largest, part, microbatches - 1)) for part in parts]
-        best_s = min(best_s, *(each.best_s() for each in found))
+        for found_s, path in (each.best() for each in found):
+            if found_s < best_s:
+                best_s, best = found_s, [own[way] for own, way in zip(kept, path, strict=True)]
         if math.isinf(best_s):
             return Worthwhile(tuple(own[:0] for own in kept), math.inf)
         limit_s = best_s * (1 + TIE)
@@ -68,12 +70,9 @@ def worthwhile(ways: Sequence[Ways], microbatches: int, enough_s: float = math.i
         least_s = np.concatenate([each.least_s for each in found])
         boxes, least_s = boxes[least_s <= limit_s], least_s[least_s <= limit_s]
         bound_s = min(best_s, float(least_s.min(initial=math.inf)))
-        if (
-            bound_s > enough_s
-            or bound_s >= best_s * (1 - TIE)
-            or len(boxes) > MOST_BOXES
-            or (boxes[:, ::2] == boxes[:, 1::2]).all()
-        ):
+        if bound_s >= best_s * (1 - TIE):
+            return Worthwhile(tuple(best), bound_s)
+        if bound_s > enough_s or len(boxes) > MOST_BOXES or (boxes[:, ::2] == boxes[:, 1::2]).all():
             return Worthwhile(tuple(kept), bound_s)
         boxes = np.concatenate(list(_halves(boxes, times * (microbatches - 1), largest)))
 
@@ -98,7 +97,7 @@ def _halves(boxes: IntArray, times: FloatArray, largest: FloatArray) -> Iterator
 class _Limits:
     """[box] the least and largest time of the slowest stage, and step of a stage."""
 
-    def __init__(self, times: FloatArray, largest: FloatArray, boxes: IntArray, waits: int) -> None:
+    def __init__(self, times: FloatArray, largest: FloatArray, boxes: IntArray, waits: float) -> None:
         self.least_time_s, self.most_time_s = times[boxes[:, 0]], times[boxes[:, 1]]
         self.least_step_s, self.most_step_s = largest[boxes[:, 2]], largest[boxes[:, 3]]
         self.waits = waits
@@ -134,16 +133,19 @@ class _Shortest:
         found: FloatArray = self.rest[0][0] + limits.waits * limits.least_time_s + limits.least_step_s
         return found
 
-    def best_s(self) -> float:
-        """What the fastest of the shortest tilings takes."""
-        along = self.rest[0][0]
+    def best(self) -> tuple[float, list[IntArray]]:
+        """What the fastest of the shortest tilings takes, and the way of each stage, [1]."""
+        along, path = self.rest[0][0], list[IntArray]()
         state, slowest, largest = np.zeros(len(along), dtype=np.int64), np.zeros(len(along)), np.zeros(len(along))
         for stage, allowed, rest in zip(self.stages, self.allowed, self.rest[1:], strict=True):
             onward_s = rest[stage.after] + stage.cost_s[:, None]
             way = np.where(allowed & (stage.before[:, None] == state), onward_s, np.inf).argmin(axis=0)
+            path.append(way)
             state = stage.after[way]
             slowest, largest = np.maximum(slowest, stage.time_s[way]), np.maximum(largest, stage.step_s[way])
-        return float((along + self.limits.waits * slowest + largest).min())
+        step_s = along + self.limits.waits * slowest + largest
+        box = int(step_s.argmin())
+        return float(step_s[box]), [way[box : box + 1] for way in path]
 
     def worth(self, limit_s: float) -> list[BoolArray]:
         """[stage][way] whether it is on a tiling that may take no longer."""
