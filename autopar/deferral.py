@@ -27,6 +27,7 @@ from cost_model.errors import ConfigError
 
 _META = torch.device("meta")
 _OVERWRITING = ("zero_", "fill_", "copy_", "normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_")
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 _READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 _SHOWN: dict[Any, Any] = {
     Tensor.device.__get__: torch.device("cpu"),
@@ -59,6 +60,7 @@ def deferred(build: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> n
     if not isinstance(model, nn.Module):
         raise ConfigError(f"deferred takes what builds a torch.nn.Module, and this returned a {type(model).__name__}")
     _without_memory(model, tape)
+    _with_values(model, tape)
     for tensor in (*model.parameters(), *model.buffers()):
         recipe = tape.recipe(tensor)
         if recipe is not None:
@@ -89,6 +91,25 @@ def _without_memory(model: nn.Module, tape: _Tape) -> None:
                 if tensor not in moved:
                     moved[tensor] = _moved(tensor, tape)
                 own[name] = moved[tensor]
+
+
+def _with_values(model: nn.Module, tape: _Tape) -> None:
+    """Tensors that are plain attributes, or lie in lists and dicts that are: constants of the program, not state."""
+    state = {tape.number(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    known: dict[int, Tensor] = {}
+
+    def constant(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_meta or leaf.requires_grad or tape.number(leaf) in state:
+            return leaf
+        if id(leaf) not in known and tape.recipe(leaf) is not None:
+            known[id(leaf)] = tape.value(leaf)
+        return known.get(id(leaf), leaf)
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            leaves = pytree.tree_leaves(value) if name not in _REGISTERED else []
+            if any(constant(leaf) is not leaf for leaf in leaves):
+                vars(module)[name] = pytree.tree_map(constant, value)
 
 
 def _moved(tensor: Tensor, tape: _Tape) -> Tensor:
@@ -211,7 +232,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not _is_deferred(func, tensors, kwargs):
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
-        if _gives_values(func) or any(not tensor.is_meta for tensor in written):
+        if _gives_values(func, written) or any(not tensor.is_meta for tensor in written):
             return func(*self._real(args, ()), **self._real(kwargs, ()))
         return self._recorded(func, args, kwargs, tensors, written)
 
@@ -284,9 +305,11 @@ def _is_deferred(func: Any, tensors: list[Tensor], kwargs: Any) -> bool:
     return makes or (device is not None and torch.device(device) == _META)
 
 
-def _gives_values(func: Any) -> bool:
-    """Whether the answer is no tensor, or its shape depends on values."""
+def _gives_values(func: Any, written: list[Tensor]) -> bool:
+    """Whether the answer is no tensor, or its shape depends on values, or it is an error or none."""
     kinds = {str(each.type) for each in func._schema.returns}
+    if not kinds:
+        return not written
     depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
     return bool(depends) or not kinds <= {"Tensor", "List[Tensor]"}
 
@@ -333,4 +356,6 @@ def _on_meta(tree: Any) -> Any:
 
 
 def _listed(results: Any) -> list[Tensor]:
+    if results is None:
+        return []
     return list(results) if isinstance(results, list | tuple) else [results]

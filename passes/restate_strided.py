@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,28 @@ def _as_strided(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     out = [dim for dim in zip(a["size"], a["stride"], strict=True) if dim[0] > 1]
     found = None if a["storage_offset"] not in (None, value.storage_offset()) else _windows(source, out)
     if found is None:
-        if value.is_contiguous():
-            return NotImplemented
+        return _from_its_start(run, node, a)
+    return _unfolded(run, node, a["self"], [extent for extent, _ in source], found, a["size"])
+
+
+def _from_its_start(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
+    """The offset counted from where the value begins: a program may hold it within other memory."""
+    value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    ahead = 0 if a["storage_offset"] is None else a["storage_offset"] - value.storage_offset()
+    last = ahead + sum((extent - 1) * stride for extent, stride in zip(a["size"], a["stride"], strict=True))
+    if not value.is_contiguous() or ahead < 0 or last >= max(value.numel(), 1):
         raise UnsupportedError(
             f"as_strided reads memory by strides that a program need not keep ({source_of(node)}): write it with "
             "unfold, permute and reshape, or take .contiguous() before"
         )
-    return _unfolded(run, node, a["self"], [extent for extent, _ in source], found, a["size"])
+    x, meta = a["self"], run.tensor(a["self"])
+    if ahead:
+        x = run.call(aten.reshape.default, (x, [-1]), TensorMeta((value.numel(),), meta.dtype), like=node)
+        left = TensorMeta((value.numel() - ahead,), meta.dtype)
+        x = run.call(aten.slice.Tensor, (x, 0, ahead, sys.maxsize), left, like=node)
+    return run.call(
+        aten.as_strided.default, (x, a["size"], a["stride"]), TensorMeta(tuple(a["size"]), meta.dtype), like=node
+    )
 
 
 def _windows(source: Sequence[Dim], out: Sequence[Dim]) -> _Windows | None:

@@ -27,6 +27,7 @@ from passes.batch_spec import BatchSpec, batch_spec, is_batched, turned_samples
 from passes.batch_statistics import show_moves
 from passes.clean import clean
 from passes.draws import give_draws
+from passes.elsewhere import Elsewhere
 from passes.experts import traceable_experts
 from passes.fakes import as_on_cpu, fake_inputs
 from passes.functionalise import functional
@@ -97,10 +98,11 @@ class _WithLoss(nn.Module):
         self.functions = Functions()
         self.questions = Questions()
         self.awareness = Awareness()
+        self.elsewhere = Elsewhere(model)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
-            with self.questions.over(), self.awareness.over(), statistics_as_traced(self.model):
+            with self.questions.over(), self.awareness.over(), statistics_as_traced(self.model), self.elsewhere.over():
                 return self._loss(*args, **kwargs)
         except DEPENDS_ON_VALUES as error:  # before torch prints the graph that it has so far
             raise trace_error(error, self.model) from error
@@ -272,8 +274,13 @@ def _export(
     except Exception as error:  # torch.export raises many types; each becomes one with the user's line
         if folded:
             return _export(module, spec, size, aliases, folded=False)
+        if module.elsewhere.may_help():
+            return _export(module, spec, size, aliases, folded=False)
         check_arguments(module.model, args, kwargs)
         raise trace_error(error, module.model) from error
+    if module.elsewhere.met(exported) and not module.elsewhere.followed:
+        module.elsewhere.followed = True
+        return _export(module, spec, size, aliases, folded=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
         divert_writes(exported)

@@ -126,8 +126,37 @@ def test_ops_that_only_values_tell_the_shape_of_are_followed() -> None:
             self.plain = orthogonal(nn.Linear(4, 4), use_trivialization=False)
             self.sides = nn.Parameter(torch.distributions.Dirichlet(torch.ones(3)).sample((2,)))
             self.register_buffer("counts", torch.binomial(torch.full((6,), 9.0), torch.rand(6)))
+            self.factor = nn.Parameter(torch.linalg.cholesky(torch.eye(3) + torch.full((3, 3), 0.1)))
+            self.lazy = nn.LazyLinear(2)
+            self.lazy(torch.zeros(1, 4))
+            torch._foreach_mul_([self.sides.data, self.factor.data], 2)
 
     check_same_values(Model)
+
+
+class Constants(nn.Module):
+    """Tensors that are no state: plain attributes, and what lies in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 4), torch.rand(4)
+        self.more = [{"shift": torch.arange(4.0)}, self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, weight = self.more
+        assert isinstance(shift, dict) and isinstance(weight, Tensor)
+        return (self.layer(x * self.scale) + shift["shift"] + weight.sum()).square().mean()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_plain_attributes_of_a_deferred_model_are_constants_with_values() -> None:
+    batch, seen = {"x": torch.ones(4, 4)}, []
+    for build in (Constants, lambda: autopar.deferred(Constants)):
+        torch.manual_seed(3)
+        pins = autopar.Parallelism(**PLANS["tp2"])
+        with autopar.compile(build(), cpu_cluster(2), batch, optimizer=SGD, parallelism=pins) as exe:
+            seen.append([exe.step(batch) for _ in range(2)])
+    assert seen[0] == seen[1]
 
 
 def test_the_default_dtype_of_the_construction_counts() -> None:

@@ -57,8 +57,9 @@ def unpacked(tree: Tree, leaf: Callable[[Tree], Tensor]) -> Tree:
 
 
 def ref_of(tensor: Tensor, storage: int) -> Tree:
+    """A place in a storage; ``size()`` is what parameters without a shape yet answer, too."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return (REF, storage, tensor.storage_offset(), list(tensor.shape), list(tensor.stride()), dtype)
+    return (REF, storage, tensor.storage_offset(), list(tensor.size()), list(tensor.stride()), dtype)
 
 
 def made(recipe: Tree) -> Tensor:
@@ -98,6 +99,8 @@ def run(step: Tree, tensor: Callable[[Tree], Tensor]) -> list[Tensor]:
     args = unpacked(step["args"], tensor)
     kwargs = {name: unpacked(value, tensor) for name, value in step["kwargs"].items()}
     results = operator(step["op"])(*args, **kwargs)
+    if results is None:
+        return []
     return list(results) if isinstance(results, list | tuple) else [results]
 
 
