@@ -18,9 +18,19 @@ from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpa
 
 from autopar.planner.configuration_solver import ConfigurationSolver
 from autopar.planner.layouts import configurations
-from autopar.planner.search import Chain, Configuration, Factor, FactorGraph, in_flight, search
+from autopar.planner.search import (
+    Chain,
+    Configuration,
+    Factor,
+    FactorGraph,
+    _configuration,
+    _Search,
+    in_flight,
+    search,
+)
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Infeasible, Pins, Progress, Solution
+from autopar.planner.timings import Timings
 from cost_model.errors import ParallelismError, UnknownNameError
 
 
@@ -436,3 +446,19 @@ def test_a_plan_that_takes_what_it_is_priced_at_is_the_only_one_timed() -> None:
 def test_only_meshes_of_several_stages_are_searched_where_a_pipeline_is_wanted() -> None:
     found = search(RandomSpace(3), DEVICES, BATCH, pins=Pins(pipelined=True))
     assert isinstance(found, Solution) and found.configuration.pp > 1
+
+
+def test_the_queue_is_sorted_anew_where_plans_of_a_configuration_take_less_than_was_thought() -> None:
+    """An entry behind its place lets others be solved again and again, up to what it takes, which they exceed."""
+    plain = search(RandomSpace(3), DEVICES, BATCH)
+    assert isinstance(plain, Solution)
+    run = _Search(
+        RandomSpace(3), DEVICES, BATCH, None, Pins(), None, Timings(lambda found: 0.0), None, False, False, math.inf
+    )
+    run.timings.note_awaited(plain, 1e6)
+    run._gather()
+    assert _configuration(run.queue[0][2]) != plain.configuration
+    with run._in_order(plain.configuration):
+        run.timings.note_awaited(plain, 0.0)
+    assert run.queue[0][0] == min(run._key(unit) for _, _, unit in run.queue)
+    assert plain.configuration in [_configuration(unit) for key, _, unit in run.queue if key < 1e6]

@@ -15,7 +15,8 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from autopar.planner.awaited import awaited_s
@@ -151,10 +152,22 @@ class _Search:
     def _waits_timed(self, unit: Unit) -> bool:
         """Whether a unit whose plan fits is back in the queue, under what its step takes."""
         assert unit.solution is not None
-        unit.step_s = self.timings.time(unit.solution, self.solved)
+        with self._in_order(unit.solver.configuration):
+            unit.step_s = self.timings.time(unit.solution, self.solved)
         if self.timings.step_s is not None:
             self._push(unit)
         return self.timings.step_s is not None
+
+    @contextmanager
+    def _in_order(self, c: Configuration) -> Iterator[None]:
+        """Around what is learned of a configuration: where its plans take less than was thought, the queue is sorted
+        anew, for they would come after others that take more. Where they take more, they are pushed back as they come.
+        """
+        before_s = self.timings.beside_s(c)
+        yield
+        if self.timings.beside_s(c) < before_s:
+            self.queue = [(self._key(unit), order, unit) for _, order, unit in self.queue]
+            heapq.heapify(self.queue)
 
     def interrupted(self) -> Solution:
         """The best confirmed plan, else the best plan, else the interruption itself."""
@@ -384,7 +397,8 @@ class _Search:
         spare = [self.cap_bytes - needed for needed in unit.solver.needed_bytes(columns)]
         held = zip(unit.solver.held, spare, columns, strict=True)
         rooms = [count + left / max(column.saved_bytes, 1.0) for count, left, column in held]
-        self.timings.note_awaited(found, awaited_s(found.stages, found.configuration, self.pins, rooms))
+        with self._in_order(found.configuration):
+            self.timings.note_awaited(found, awaited_s(found.stages, found.configuration, self.pins, rooms))
 
     def _is_put_off(self, unit: Unit | Relaxed) -> bool:
         """Whether a glance at what memory costs the unit says that another one comes before it."""
