@@ -85,3 +85,16 @@ def turned_samples(spec: BatchSpec) -> str:
         f"\n  input {turned!r} is {list(shapes[turned])}, and samples are those of dim 0: if they lie along another "
         "dim, pass it transposed and transpose it in forward"
     )
+
+
+def other_sizes(batch: int) -> tuple[int, ...]:
+    """Batch sizes above 1 (size-1 dims look like broadcasts) to trace at, until one has the same calls.
+
+    The least, which costs least, then the largest part, then twice the whole: what the model does for fewer samples
+    than it was given (a kernel chosen by the number of rows, one group of samples) one device does not do with the
+    whole batch.
+    """
+    if batch < 2:
+        return ()
+    parts = [d for d in range(2, batch) if batch % d == 0]
+    return tuple(dict.fromkeys((*parts[:1], *parts[-1:], 2 * batch)))

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from cost_model.errors import AutoparError, ConfigError, TraceError, UnsupportedError
 from passes.as_traced import as_traced
-from passes.batch_spec import BatchSpec, batch_spec, is_batched, turned_samples
+from passes.batch_spec import BatchSpec, batch_spec, is_batched, other_sizes, turned_samples
 from passes.batch_statistics import show_moves
 from passes.clean import clean
 from passes.draws import give_draws
@@ -44,9 +44,10 @@ from passes.repeats import HiddenError, Repeats
 from passes.restate_sparse import is_sparse, spell_out
 from passes.running_statistics import statistics_as_traced
 from passes.segment import Segment, segment
+from passes.shared_memory import check_memory
 from passes.specialise import are_twins, named_like, twins
 from passes.templates import UnlikeError
-from passes.trace_errors import DEPENDS_ON_VALUES, check_arguments, trace_error
+from passes.trace_errors import DEPENDS_ON_VALUES, as_trace_error, check_arguments, trace_error
 from passes.unaware import Awareness
 from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks
@@ -195,6 +196,7 @@ def _may_succeed(wrapped: _WithLoss, error: TraceError | UnsupportedError, given
 
 def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
     check_hooks(wrapped.model)
+    check_memory(wrapped.model)
     aliases = alias_map(wrapped.model)
     graph, constants, counters = _export(wrapped, spec, spec.size, aliases, folded=not sources)
     notes = (
@@ -219,7 +221,7 @@ def _other(
 ) -> tuple[ModelGraph | None, str | None]:
     """The graph at another batch size, of the same calls where a size has it; why there is none."""
     other, alone = None, None
-    for size in _other_sizes(spec.size):
+    for size in other_sizes(spec.size):
         try:
             with _stack_traces(False):
                 other, *_ = _export(wrapped, spec, size, aliases, folded=True)
@@ -242,19 +244,6 @@ def _stack_traces(wanted: bool) -> Iterator[None]:
         yield
     finally:
         fx_config.do_not_emit_stack_traces = before
-
-
-def _other_sizes(batch: int) -> tuple[int, ...]:
-    """Batch sizes above 1 (size-1 dims look like broadcasts) to trace at, until one has the same calls.
-
-    The least, which costs least, then the largest part, then twice the whole: what the model does for fewer samples
-    than it was given (a kernel chosen by the number of rows, one group of samples) one device does not do with the
-    whole batch.
-    """
-    if batch < 2:
-        return ()
-    parts = [d for d in range(2, batch) if batch % d == 0]
-    return tuple(dict.fromkeys((*parts[:1], *parts[-1:], 2 * batch)))
 
 
 def _export(
@@ -281,7 +270,7 @@ def _export(
     if module.elsewhere.met(exported) and not module.elsewhere.followed:
         module.elsewhere.followed = True
         return _export(module, spec, size, aliases, folded=False)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), as_trace_error(module.model):
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
         divert_writes(exported)
         exported = functional(exported)

@@ -15,7 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from cost_model.errors import BatchError, TraceError
+from cost_model.errors import AutoparError, BatchError, TraceError
+from passes.shared_memory import check_buffers
 
 DEPENDS_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 _OURS = tuple(str(Path(__file__).with_name(f"{name}.py")) for name in ("trace", "questions", "unaware", "settled"))
@@ -45,6 +46,18 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def as_trace_error(model: nn.Module) -> Iterator[None]:
+    """What torch raises meanwhile as a TraceError with the user's line."""
+    try:
+        yield
+    except AutoparError:
+        raise
+    except Exception as error:  # torch raises many types, AssertionError among them
+        check_buffers(model)
+        raise trace_error(error, model) from error
 
 
 def check_arguments(model: nn.Module, args: Any, kwargs: Any) -> None:
