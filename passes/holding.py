@@ -123,12 +123,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _empty(model: nn.Module) -> set[str]:
-    """Attributes that hold nothing yet."""
+    """Attributes that hold nothing yet: None, or an empty container."""
     return {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
         for name, value in vars(module).items()
-        if value is None
+        if name not in _OWN and (value is None or (isinstance(value, list | dict) and not value))
     }
 
 

@@ -17,12 +17,12 @@ from torch._functorch import eager_transforms
 
 from cost_model.errors import UnsupportedError
 from passes.functions import Functions
+from passes.python_state import python_state
 
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _REGISTER = ("register_hook", "register_post_accumulate_grad_hook")
 _CASTS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
-_NUMBERS = (bool, int, float)
 
 
 def check_hooks(model: nn.Module) -> None:
@@ -172,11 +172,11 @@ class ValueWatch:
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
         """Around one run of forward."""
-        before, drawn, state = _numbers(model), random.getstate(), _numpy_state()
+        before, drawn, state = python_state(model), random.getstate(), _numpy_state()
         yield
         found = [
-            f"forward changes the number {name!r}: every step uses the value it had when the model was traced"
-            for name, value in _numbers(model).items()
+            f"forward changes {name!r}: every step uses the value it had when the model was traced"
+            for name, value in python_state(model).items()
             if before.get(name, value) != value
         ]
         if random.getstate() != drawn:
@@ -188,12 +188,3 @@ class ValueWatch:
 
 def _numpy_state() -> str:
     return repr([part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()])
-
-
-def _numbers(model: nn.Module) -> dict[str, bool | int | float]:
-    return {
-        f"{prefix}.{name}".lstrip("."): value
-        for prefix, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, _NUMBERS) and not name.startswith("_")
-    }
