@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from autopar.placing import fastest_placed, timed_s
 from autopar.planner.candidates import fastest_view
-from autopar.planner.regional import Finalists, finalists, search_placed
+from autopar.planner.regional import Finalists, PlacedAnswer, finalists, search_placed
 from autopar.planner.solution import Infeasible, Pins, Solution
 from autopar.uneven import moved
 from autopar.whole_state import whole_state_gain_s
@@ -60,15 +60,21 @@ class EqualMeshes:
         return [self._view.under(self.job.options.parallelism, cap) for cap in caps]
 
     def _searched(self, known: Pins, dp_inner: int) -> list[Solution | Infeasible]:
-        """dp_inner: where replicas may sum gradients in groups, parameters and state are whole on each."""
+        """dp_inner: where replicas may sum gradients in groups, each has room for all parameters and state."""
         p = self.job.options.parallelism
         whole = dp_inner > 1 and p.dp_inner is None and p.zero is None
         return [(_undivided(way) if whole else way).searched_under(known) for way in self._views]
 
-    def _whole(self, known: Pins, placed: Sequence[Solution], least_s: float) -> list[Solution | Infeasible]:
-        """With whole parameters and state, where that could gain so much of some placed plan."""
-        gains = any(self._whole_state_gain_s(each) >= least_s for each in placed)
-        return [_undivided(way).searched_under(known) for way in self._views if gains]
+    def _whole(self, known: Pins, placed: Sequence[PlacedAnswer], least_s: float) -> list[Solution | Infeasible]:
+        """With whole parameters and state, where that could gain so much of some placed plan: the same choices, or
+        others where these have no room for it."""
+        gaining = [own for own in placed if any(self._whole_state_gain_s(each) >= least_s for each in own.plans)]
+        same = [_with_whole_state(own.answer, own.plans[0].placement) for own in gaining]
+        fitting = [each for each in same if self.job.fits(self.job.plan(each))]
+        if fitting or not gaining:
+            return list(fitting)
+        found = [_undivided(way).searched_under(known) for way in self._views]
+        return [_with_whole_state(each, None) if isinstance(each, Solution) else each for each in found]
 
     def _whole_state_gain_s(self, placed: Solution) -> float:
         """What a step of a placed plan could gain if it split no state over replicas, as the planner may have chosen by
@@ -82,3 +88,7 @@ class EqualMeshes:
 def _undivided(job: Job) -> Job:
     """With parameters and state that are whole on each replica."""
     return job.under(replace(job.options.parallelism, zero=0), job.options.memory_cap_bytes)
+
+
+def _with_whole_state(solution: Solution, placement: tuple[int, ...] | None) -> Solution:
+    return replace(solution, configuration=replace(solution.configuration, zero=0), placement=placement)

@@ -497,8 +497,9 @@ class Job:
                 f"zero={pins.zero} splits parameters into pieces, which {self.optimizer.path} does not update as it "
                 "updates whole parameters; use zero=0, or an elementwise optimizer such as torch.optim.AdamW"
             )
-        grouped = pins.zero is None and (pins.dp_inner or (c and c.dp_inner) or 1) > 1
-        zero = 0 if grouped else pins.zero  # what is split over all replicas is not summed in groups of them
+        zero = c.zero if c and pins.zero is None else pins.zero
+        if zero is None and (pins.dp_inner or (c and c.dp_inner) or 1) > 1:
+            zero = 0  # what is split over all replicas is not summed in groups of them
         return PinnedSpace(self.space, pins.recompute, zero, pins.sequence_parallel, (c and c.tp_axes) or pins.tp_axes)
 
     def _peaks(self, solution: Solution) -> Sequence[int]:

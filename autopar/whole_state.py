@@ -17,7 +17,7 @@ from passes.zero import zero_key
 
 def whole_state_gain_s(plan: Plan, program: Program, cluster: Cluster) -> float:
     """The most that a step could gain, of the stage that gains most: what is scattered and gathered once a step, less
-    sums of as many bytes, over all replicas at once or by region first. Infinite where state is moved in every
+    one sum of as many bytes, over all replicas at once or by region first. Infinite where state is moved in every
     microbatch, nothing where none is split."""
     levels = {label for stage in plan.stages for key, label in stage.choices.items() if key.startswith(zero_key(""))}
     if levels - {"1"}:
@@ -30,7 +30,7 @@ def whole_state_gain_s(plan: Plan, program: Program, cluster: Cluster) -> float:
 def _gain_s(program: Program, stage: int, cluster: Cluster) -> float:
     step = program.stages[stage].step
     scattered = [c for c in step.collectives if c.kind == "reduce_scatter" and c.axis == DP]
-    summed = [each for c in scattered for each in _summed(c.nbytes, program.dp_inner)]
+    summed = _summed(sum(c.nbytes for c in scattered), program.dp_inner)
     return _seconds(program, stage, cluster, (*scattered, *step.gathers)) - _seconds(program, stage, cluster, summed)
 
 

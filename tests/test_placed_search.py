@@ -19,12 +19,15 @@ from test_grouped_reduction import regions
 from test_placement import drawn_matrix
 from test_uneven import SLOW, cut_at, even, job_of, solved, step_s
 
+from autopar.equal_meshes import EqualMeshes
 from autopar.planner.candidates import Candidate, smallest_cuts
 from autopar.planner.configuration import Configuration
 from autopar.planner.placed_prices import Prices, Traffic
 from autopar.planner.placement import sketched
 from autopar.planner.places import Places
-from autopar.planner.regional import _glanced, _LaidOut
+from autopar.planner.regional import PlacedAnswer, _glanced, _LaidOut
+from autopar.planner.solution import Solution
+from autopar.planning import Job
 from autopar.uneven import CutSketch
 from autopar.whole_state import whole_state_gain_s
 from cost_model.cluster import Cluster
@@ -108,6 +111,37 @@ def test_whole_state_gains_no_more_than_what_is_said(far: float) -> None:
     assert saved_s <= gains[0] + 1e-9
     assert (gains[0] > 0.1 * split.step_s(plans[0])) == (far < 1e10)
     assert (saved_s > 0.1 * split.step_s(plans[0])) == (far < 1e10)
+
+
+def test_plans_of_whole_state_split_none() -> None:
+    """Where they have the choices of a plan that splits it, and where these leave no room for it."""
+    job = job_of(regions(4, 2, 1e10, 1e6), 512, 4, zero=None, recompute=None)  # type: ignore[arg-type]
+    known = replace(job.pins(None), dp=8, pp=1, microbatch_size=1024)
+    answer = EqualMeshes(job, known)._searched(known, 1)[0]
+    assert isinstance(answer, Solution) and zero_levels(job, answer) == {"1"}
+    placed = PlacedAnswer(answer, [replace(answer, placement=tuple(range(8)))])
+    peak_bytes = job.peaks(job.plan(answer))[0]
+    for room in (1.0, 0.9):
+        own = job.under(job.options.parallelism, int(room * peak_bytes))
+        equal = EqualMeshes(own, known)
+        assert equal._whole(known, [placed], np.inf) == []
+        found = equal._whole(known, [placed], 0.0)
+        assert [zero_levels(own, each) for each in found if isinstance(each, Solution)] == [set()]
+        assert (found[0].stages == answer.stages) == (room == 1.0)
+
+
+def test_whole_state_is_asked_of_plans_that_split_it_to_fit() -> None:
+    """Theirs is a choice of each parameter, not what is fastest."""
+    job = job_of(regions(4, 2, 1e10, 1e6), 512, 4, zero=None, recompute=None)  # type: ignore[arg-type]
+    known = replace(job.pins(None), dp=8, pp=1, microbatch_size=1024)
+    tight = EqualMeshes(job.under(job.options.parallelism, 13_000_000), known)._searched(known, 1)[0]
+    assert isinstance(tight, Solution) and any("zero:" in key for own in tight.stages[0].assignments for key in own)
+    assert zero_levels(job, tight) and not zero_levels(job.under(replace(job.options.parallelism, zero=0), None), tight)
+
+
+def zero_levels(job: Job, solution: Solution) -> set[str]:
+    stages = job.plan(solution).stages
+    return {level for stage in stages for key, level in stage.choices.items() if key.startswith("zero:")}
 
 
 def test_state_is_whole_where_regions_are_far() -> None:

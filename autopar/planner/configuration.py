@@ -12,7 +12,8 @@ class Configuration:
     """Mesh degrees, schedule and microbatching. microbatches: per data-parallel replica.
 
     virtual_stages: into so many parts the stages that are searched for are cut again. window: as in ``stage_schedule``.
-    tp_axes: those that tp consists of, None where it is one. dp_inner: as in ``Plan``.
+    tp_axes: those that tp consists of, None where it is one. dp_inner: as in ``Plan``. zero: level of all parameters,
+    None where each has what was chosen for it.
     """
 
     dp: int
@@ -25,6 +26,7 @@ class Configuration:
     window: int = 1
     tp_axes: tuple[int, ...] | None = None
     dp_inner: int = 1
+    zero: int | None = None
 
     @property
     def objective(self) -> Objective:

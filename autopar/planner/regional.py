@@ -36,9 +36,19 @@ _T = TypeVar("_T")
 Answers = Sequence[Solution | Infeasible]
 Search = Callable[[Pins, int], Answers]
 """Of a mesh, with room for gradients that are summed in groups of so many replicas first."""
-Whole = Callable[[Pins, Sequence[Solution], float], Answers]
-"""Of a mesh with whole state on each replica; none where no placed plan could gain as much as a least by that."""
 Simulate = Callable[[Solution, float], tuple[float, Solution]]
+
+
+@dataclass(frozen=True)
+class PlacedAnswer:
+    """What a search found, and it as its devices run it best, on each placement."""
+
+    answer: Solution
+    plans: Sequence[Solution]
+
+
+Whole = Callable[[Pins, Sequence[PlacedAnswer], float], Answers]
+"""Of a mesh with whole state on each replica; none where no placed plan could gain as much as a least by that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +116,13 @@ class _Race:
         where that could gain something."""
         window, dp_inner = room
         answers = self._searched(lambda known: self.search(known, dp_inner), candidate.configuration, window)
-        placed_plans = [each for answer in answers for each in self._timed(answer, candidate, placed)]
+        timed = [own for answer in answers for own in self._timed(answer, candidate, placed)]
         least_s = WORTH * self.best_s
-        answers = self._searched(
-            lambda known: self.whole(known, placed_plans, least_s), candidate.configuration, window
-        )
+        answers = self._searched(lambda known: self.whole(known, timed, least_s), candidate.configuration, window)
         for answer in answers:
             self._timed(answer, candidate, placed)
 
-    def _timed(self, answer: Solution | Infeasible, candidate: Candidate, placed: Placed) -> list[Solution]:
+    def _timed(self, answer: Solution | Infeasible, candidate: Candidate, placed: Placed) -> list[PlacedAnswer]:
         """A plan on each of the placements, simulated there; none where it was before."""
         if isinstance(answer, Infeasible):
             fewer = self.short is None or answer.needed_bytes < self.short.needed_bytes
@@ -129,7 +137,7 @@ class _Race:
             found.append(solution)
             if step_s < self.best_s:
                 self._leads(step_s, solution, (candidate, placed))
-        return found
+        return [PlacedAnswer(answer, found)]
 
     def _searched(self, search: Callable[[Pins], Answers], c: Configuration, window: int | None) -> Answers:
         """In a window of half the size, and half of that, where nothing fits."""

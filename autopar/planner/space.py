@@ -311,7 +311,8 @@ class PinnedSpace:
         meshes: Sequence[Mesh],
         local: LocalModel,
     ) -> dict[str, int]:
-        """The level of each parameter, by node, where it is not 0; the first segment that holds it decides.
+        """The level of each parameter, by node, where it is not 0; the first segment that holds it decides, unless all
+        have one.
 
         segments: each with its representative and the latter's assignment; meshes: of the stage of each. Parts of a
         parameter lie alike only on as many replicas: one that stages with other numbers of them hold is not split.
@@ -329,6 +330,6 @@ class PinnedSpace:
                     continue
                 place = parse_placements(assignment[input_key(known)])
                 fastest = prices.fastest_zero(local.tensor(name), place) if trainable else 0
-                level = int(assignment.get(zero_key(known), fastest if self.zero is None else self.zero))
+                level = int(assignment.get(zero_key(known), fastest)) if self.zero is None else self.zero
                 levels[name] = level if trainable or level == 3 else 0
         return {name: level for name, level in levels.items() if level}
