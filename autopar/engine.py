@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from autopar.ambient import autocast_here, check_autocast
 from autopar.batch import check_batch, joined_batches, random_leaves, rows_of_replica
 from autopar.inference import Inference, build_inference
 from autopar.kernel_calls import check_compiler, worth_compiling
@@ -95,6 +96,7 @@ class Engine:
             self._planned = self._agreed(inputs)
         else:
             self._planned = plan_model(self._model, self._cluster, inputs, self._options)
+        self._autocast = autocast_here()
         self._linked.verify()
 
     def _agreed(self, inputs: Any) -> Planned:
@@ -135,6 +137,7 @@ class Engine:
                     "a batch of one replica says nothing of the global one: pass inputs to autopar.compile"
                 )
             self.prepare(batch)
+        check_autocast(self._autocast)
         tensors = self.batch_tensors(batch)
         if not self._compared:
             self._check_batches(self._running() if self._loaded else self._load(), tensors)

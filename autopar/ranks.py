@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # its defaults keep, for good, a default group that exists when it is imported
 from torch import Tensor
 
+from autopar.ambient import as_written
 from autopar.runtime.allocator import keep_freed_memory
 from autopar.runtime.executor import RankExecutor
 from autopar.runtime.faults import named_faults
@@ -128,7 +129,8 @@ class LaunchedRank:
         self.executor = RankExecutor(self.rank, self.world_size, {**payloads[self.rank], **own})
 
     def call(self, method: str, payloads: Mapping[int, Any]) -> list[Any]:
-        mine = getattr(self.executor, method)(payloads[self.rank])
+        with as_written():
+            mine = getattr(self.executor, method)(payloads[self.rank])
         return [mine] * self.world_size if method in ANSWERED_ALIKE else _from_all(mine)
 
     def check_same(self, what: str, tensors: Mapping[str, Tensor], advice: str, among: int = 0) -> None:

@@ -42,8 +42,9 @@ class Elsewhere:
 
     def may_help(self) -> bool:
         """Whether a trace that failed is to be made with the registered tensors: none on meta is a constant."""
-        before, self.followed = self.followed, True
-        return not before and any(place.tensor.is_meta for places in self._places.values() for place in places)
+        on_meta = any(place.tensor.is_meta for places in self._places.values() for place in places)
+        before, self.followed = self.followed, self.followed or on_meta
+        return on_meta and not before
 
     def met(self, exported: torch.export.ExportedProgram) -> bool:
         """Whether constants of a trace are registered tensors, or lie in their memory.

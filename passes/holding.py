@@ -33,7 +33,7 @@ class Holding:
         registered, plain, empty = _registered(model), _plain(model), _empty(model)
         yield
         for (module, name, kind), before in registered.items():
-            after = getattr(module, kind).get(name)
+            after = _now(module, kind, name)
             if after is not before and kind == "_parameters":
                 raise UnsupportedError(
                     f"forward puts another tensor in the place of the parameter {_path(model, module, name)!r}, which "
@@ -42,8 +42,8 @@ class Holding:
         self.replaced = _write_assigned(model, registered)
         now = _plain(model)
         for place, tensors in plain.items():
-            after = now.get(place, ())
-            if len(after) != len(tensors) or any(a is not b for a, b in zip(after, tensors, strict=True)):
+            held = now.get(place, ())
+            if len(held) != len(tensors) or any(a is not b for a, b in zip(held, tensors, strict=True)):
                 self.replaced.extend((place, tensor) for tensor in tensors)
         self.notes = tuple(
             f"forward keeps a tensor in {name!r}, where there was none: no step sees what another one kept"
@@ -76,7 +76,7 @@ def _write_assigned(model: nn.Module, registered: Mapping[Any, torch.Tensor]) ->
     others: list[tuple[str, torch.Tensor]] = []
     written = []
     for (module, name, kind), before in registered.items():
-        after = getattr(module, kind).get(name)
+        after = _now(module, kind, name)
         if kind != "_buffers" or after is before or after is None:
             continue
         if (after.shape, after.dtype) != (before.shape, before.dtype):
@@ -98,6 +98,12 @@ def _registered(model: nn.Module) -> dict[tuple[nn.Module, str, str], torch.Tens
         for name, tensor in getattr(module, kind).items()
         if tensor is not None
     }
+
+
+def _now(module: nn.Module, kind: str, name: str) -> torch.Tensor | None:
+    """What is registered; scripted modules answer no ``get``."""
+    held = getattr(module, kind)
+    return held[name] if name in held else None
 
 
 def _plain(model: nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:

@@ -19,7 +19,7 @@ _OPAQUE = (torch.Tensor, nn.Module, type, ModuleType, torch.device, logging.Logg
 _DEEPEST, _WIDEST = 4, 1000
 
 
-def python_state(model: nn.Module) -> dict[str, Any]:
+def python_state(model: nn.Module, loss_fn: Any = None) -> dict[str, Any]:
     """Place -> value: attributes of modules and what these hold, and what their forwards close over or have as globals.
 
     Containers and objects are looked into once each, to a depth of ``_DEEPEST``, those of up to ``_WIDEST`` members.
@@ -32,6 +32,7 @@ def python_state(model: nn.Module) -> dict[str, Any]:
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         if not kind.__module__.startswith("torch."):
             look.at(f"{kind.__name__}.forward", inspect.unwrap(kind.forward), 0)
+    look.at("loss_fn", vars(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn, 0)
     return look.found
 
 

@@ -50,7 +50,7 @@ from passes.templates import UnlikeError
 from passes.trace_errors import DEPENDS_ON_VALUES, as_trace_error, check_arguments, trace_error
 from passes.unaware import Awareness
 from passes.unroll import unroll
-from passes.watch import ValueWatch, check_hooks
+from passes.watch import ValueWatch, check_hooks, check_loss
 from passes.written import left
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -93,7 +93,8 @@ class _WithLoss(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: LossFn | None, spec: BatchSpec) -> None:
         super().__init__()
         self.model = model
-        self._loss_fn, self._spec = loss_fn, spec
+        self._loss_fn, self._spec = (loss_fn,), spec  # a loss that is a module is no part of the model
+        check_loss(loss_fn, model)
         self.watch, self.holding = ValueWatch(), Holding()
         self.repeats: Repeats | None = None
         self.functions = Functions()
@@ -110,11 +111,13 @@ class _WithLoss(nn.Module):
 
     def _loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with nullcontext() if self.repeats is None else self.repeats.between():
-            with self.watch.over(self.model), self.holding.over(self.model):
-                outputs = self.model(*args, **kwargs)
-            if self._loss_fn is None:
-                return find_loss(outputs)
-            return _scalar(self._loss_fn(outputs, kwargs if self._spec.is_kwargs else args), "loss_fn")
+            (loss_fn,) = self._loss_fn
+            with self.watch.over(self.model, loss_fn):
+                with self.holding.over(self.model):
+                    outputs = self.model(*args, **kwargs)
+                if loss_fn is None:
+                    return find_loss(outputs)
+                return _scalar(loss_fn(outputs, kwargs if self._spec.is_kwargs else args), "loss_fn")
 
 
 def find_loss(outputs: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._functorch import eager_transforms
 
-from cost_model.errors import UnsupportedError
+from cost_model.errors import ConfigError, UnsupportedError
 from passes.functions import Functions
 from passes.python_state import python_state
 
@@ -34,6 +34,18 @@ def check_hooks(model: nn.Module) -> None:
             raise UnsupportedError(
                 f"{what} {name!r} has a backward hook, which a program made ahead of time does not call; "
                 "remove it, and state what it does in forward or in the optimizer"
+            )
+
+
+def check_loss(loss_fn: Any, model: nn.Module) -> None:
+    """ConfigError for parameters of a loss, which the optimizer of the model would not be given."""
+    of = loss_fn if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__self__", None)
+    known = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in of.named_parameters() if isinstance(of, nn.Module) else ():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise ConfigError(
+                f"loss_fn has a parameter {name!r} that is none of the model's, and would not be trained: make it "
+                "a part of the model (return the loss from forward), or freeze it"
             )
 
 
@@ -170,13 +182,13 @@ class ValueWatch:
         self.notes: tuple[str, ...] = ()
 
     @contextmanager
-    def over(self, model: nn.Module) -> Iterator[None]:
-        """Around one run of forward."""
-        before, drawn, state = python_state(model), random.getstate(), _numpy_state()
+    def over(self, model: nn.Module, loss_fn: Any) -> Iterator[None]:
+        """Around one run of forward and of the loss."""
+        before, drawn, state = python_state(model, loss_fn), random.getstate(), _numpy_state()
         yield
         found = [
             f"forward changes {name!r}: every step uses the value it had when the model was traced"
-            for name, value in python_state(model).items()
+            for name, value in python_state(model, loss_fn).items()
             if before.get(name, value) != value
         ]
         if random.getstate() != drawn:

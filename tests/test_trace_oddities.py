@@ -194,6 +194,12 @@ def test_tensors_that_are_kept_and_not_read_are_no_matter() -> None:
     assert "forward keeps a tensor in 'first', where there was none" in note
 
 
+def test_models_that_were_traced_to_torchscript_are_traced() -> None:
+    traced = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()), torch.zeros(8, 4))
+    graph = trace(traced, (torch.zeros(8, 4),), lambda outputs, inputs: outputs.square().mean()).global_graph
+    assert [entry.target for entry in graph.inputs if entry.trainable] == ["0.weight", "0.bias"]
+
+
 class _Own(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
