@@ -81,6 +81,7 @@ class SlowNetwork:
         self.nodes = nodes
         self._name = f"{PREFIX}-{os.getpid()}"
         self._relay: subprocess.Popen[str] | None = None
+        self._links: dict[tuple[int, int], Link] = {}
         self._started: list[subprocess.Popen[str]] = []
         self._on_end: Any = None
 
@@ -114,19 +115,28 @@ class SlowNetwork:
         """From now on every node sends at this rate with this delay, but for pairs (sender, receiver) with links of
         their own. All that a node sends over equal links shares their rate."""
         pairs = itertools.permutations(range(self.nodes), 2)
-        links = {pair: (others or {}).get(pair, (bits_per_s, delay_s)) for pair in pairs}
+        self._links = {pair: (others or {}).get(pair, (bits_per_s, delay_s)) for pair in pairs}
         for node in range(self.nodes):
-            rates = dict.fromkeys(link for (source, _), link in links.items() if source == node)
+            rates = dict.fromkeys(link for (source, _), link in self._links.items() if source == node)
             total = sum(rate for rate, _ in rates) or bits_per_s
             self._in(node, "tc", "qdisc", "replace", "dev", DEVICE, "root", *_tbf(total))
-        relay = self._relay
-        assert relay is not None and relay.stdin is not None
-        relay.stdin.write(json.dumps([[*pair, *link] for pair, link in links.items()]) + "\n")
-        relay.stdin.flush()
+        self._tell()
 
     def cut(self, node: int) -> None:
         """The node's link dies: nothing leaves or reaches it, and nobody is told."""
         self._in("middle", "ip", "link", "set", f"to{node}", "down")
+
+    def cut_way(self, source: int, target: int) -> None:
+        """One way of a link dies: nothing that one node sends the other arrives any more, and nobody is told."""
+        del self._links[source, target]
+        self._tell()
+
+    def _tell(self) -> None:
+        """The relay carries nothing between pairs that it is told no link of."""
+        relay = self._relay
+        assert relay is not None and relay.stdin is not None
+        relay.stdin.write(json.dumps([[*pair, *link] for pair, link in self._links.items()]) + "\n")
+        relay.stdin.flush()
 
     def start(self, node: int, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
         """A process on a node, which dies with this one. Its input and output are pipes of text."""

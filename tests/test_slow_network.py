@@ -181,6 +181,30 @@ def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path, pins: dict
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "pins", [{}, {"pins": {"dp": 2, "tp": 1, "pp": 1, "zero": 0}}], ids=["activations", "gradients"]
+)
+def test_a_link_that_dies_one_way_is_named_within_the_timeout(
+    tmp_path: Path, pins: dict[str, Any], way: tuple[int, int]
+) -> None:
+    """Nothing is acknowledged then: who still sends waits for the other, too."""
+    with slow_network.SlowNetwork(2) as network:
+        network.shape(20e6, 0.005)
+        ranks = SlowRanks(network)
+        ranks.tell(told(tmp_path, 2, steps=1000, timeout_s=6, announced=True, **pins))
+        assert ranks.answers() == [{"running": True}] * 2
+        time.sleep(1)  # into some step
+        begin = time.monotonic()
+        network.cut_way(*way)
+        answers = ranks.answers()
+        assert time.monotonic() - begin < 60
+    named = [re.match(r"rank (\d) (waited 6 s for|has lost) rank (\d)", answer["message"]) for answer in answers]
+    assert all(named), json.dumps(answers)
+    assert [match[1] + match[3] for match in named if match] == ["01", "10"]
+
+
+@pytest.mark.slow
 def test_a_link_that_dies_while_three_gather_parameters_is_named(tmp_path: Path) -> None:
     pins = {"dp": 3, "tp": 1, "pp": 1, "zero": 3}
     with slow_network.SlowNetwork(3) as network:
