@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx
+from torch.export.graph_signature import InputKind
 
 from cost_model.errors import UnsupportedError
 from passes.calls import schema_arguments
@@ -26,6 +29,28 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     retraced = any(reason(node) for graph in graphs for node in graph.nodes for reason in reasons)
     detach(exported.graph_module)
     return exported.run_decompositions({}) if retraced else exported
+
+
+def merge_buffers(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> None:
+    """One input for each buffer, whatever its names: a trace of a graph that writes to one of two fails.
+
+    aliases: name -> the first name of the same tensor.
+    """
+    signature = exported.graph_signature
+    placeholders = exported.graph.find_nodes(op="placeholder")
+    kept: dict[str, fx.Node] = {}
+    specs = []
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.BUFFER:
+            name = str(spec.target).removeprefix("model.")
+            first = kept.setdefault(aliases.get(name, name), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                exported.graph.erase_node(node)
+                exported.constants.pop(spec.target, None)
+                continue
+        specs.append(spec)
+    signature.input_specs = specs
 
 
 def _moves_statistics(node: fx.Node) -> bool:

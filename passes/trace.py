@@ -30,7 +30,7 @@ from passes.draws import give_draws
 from passes.elsewhere import Elsewhere
 from passes.experts import traceable_experts
 from passes.fakes import as_on_cpu, fake_inputs
-from passes.functionalise import functional
+from passes.functionalise import functional, merge_buffers
 from passes.functions import FunctionMet, Functions
 from passes.graph import GraphInput, ModelGraph
 from passes.holding import Holding
@@ -275,6 +275,7 @@ def _export(
         return _export(module, spec, size, aliases, folded=False)
     with warnings.catch_warnings(), as_trace_error(module.model):
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # of torch's own copying
+        merge_buffers(exported, aliases)
         divert_writes(exported)
         exported = functional(exported)
     show_moves(exported)

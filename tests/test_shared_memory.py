@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from parity import check_parity
+from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
+import autopar
 from cost_model.errors import TraceError, UnsupportedError
 from passes.trace import trace
 
@@ -62,6 +65,36 @@ def test_parts_of_one_memory_that_have_nothing_in_common_are_tensors_as_any() ->
         net.first.weight, net.last.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
 
     trace(Net(halves), {"x": torch.ones(4, 4)})
+
+
+class TwoNames(nn.Module):
+    """A batch norm and a buffer that is no part of the state dict, each registered twice and written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.again = self.norm
+        self.register_buffer("seen", torch.zeros(4), persistent=False)
+        self.register_buffer("same", self.seen, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen.add_(x.mean(0))
+        return (self.again(torch.tanh(self.norm(self.layer(x)))) + self.same).square().mean()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_buffers_of_two_names_are_one() -> None:
+    batch = {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(1))}
+    check_parity(TwoNames(), batch, 2, 1e-4, dp=2, tp=1, pp=1)
+    assert {
+        entry.target for entry in trace(autopar.deferred(TwoNames), batch).global_graph.inputs if entry.changes
+    } == {
+        "norm.running_mean",
+        "norm.running_var",
+        "seen",
+    }
 
 
 def test_constants_that_forward_writes_to_are_refused_with_the_line() -> None:
