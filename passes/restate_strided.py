@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,24 +51,44 @@ def _as_strided(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
     return _unfolded(run, node, a["self"], [extent for extent, _ in source], found, a["size"])
 
 
-def _from_its_start(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """The offset counted from where the value begins: a program may hold it within other memory."""
+def _from_its_start(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> fx.Node:
+    """Elements picked by their places, counted from where the value begins: a program may hold it in other memory."""
     value = node.args[0].meta["val"]  # type: ignore[union-attr]
     ahead = 0 if a["storage_offset"] is None else a["storage_offset"] - value.storage_offset()
     last = ahead + sum((extent - 1) * stride for extent, stride in zip(a["size"], a["stride"], strict=True))
-    if not value.is_contiguous() or ahead < 0 or last >= max(value.numel(), 1):
+    if not value.is_contiguous() or ahead < 0 or last >= value.numel() or 0 in a["size"]:
         raise UnsupportedError(
             f"as_strided reads memory by strides that a program need not keep ({source_of(node)}): write it with "
             "unfold, permute and reshape, or take .contiguous() before"
         )
-    x, meta = a["self"], run.tensor(a["self"])
-    if ahead:
-        x = run.call(aten.reshape.default, (x, [-1]), TensorMeta((value.numel(),), meta.dtype), like=node)
-        left = TensorMeta((value.numel() - ahead,), meta.dtype)
-        x = run.call(aten.slice.Tensor, (x, 0, ahead, sys.maxsize), left, like=node)
-    return run.call(
-        aten.as_strided.default, (x, a["size"], a["stride"]), TensorMeta(tuple(a["size"]), meta.dtype), like=node
+    places, dtype = _picked(run, node, a["size"], a["stride"], ahead), run.tensor(a["self"]).dtype
+    count = math.prod(a["size"])
+    flat = run.call(aten.reshape.default, (a["self"], [-1]), TensorMeta((value.numel(),), dtype), like=node)
+    rows = run.call(aten.index_select.default, (flat, 0, places), TensorMeta((count,), dtype), like=node)
+    made: fx.Node = run.call(
+        aten.reshape.default, (rows, list(a["size"])), TensorMeta(tuple(a["size"]), dtype), like=node
     )
+    return made
+
+
+def _picked(run: Cleaner, node: fx.Node, size: Sequence[int], stride: Sequence[int], ahead: int) -> fx.Node:
+    """[elements] the places of a strided view, ``ahead`` from the first: those of dim after dim beside each other."""
+
+    def ordered(extent: int) -> fx.Node:
+        numbers = TensorMeta((extent,), "int64")
+        made: fx.Node = run.call(aten.arange.default, (extent,), numbers, like=node, dtype=torch.int64)
+        return made
+
+    places = run.call(aten.add.Tensor, (ordered(1), ahead), TensorMeta((1,), "int64"), like=node)
+    count = 1
+    for extent, step in zip(size, stride, strict=True):
+        far = run.call(aten.mul.Tensor, (ordered(extent), step), TensorMeta((extent,), "int64"), like=node)
+        rows = run.call(aten.reshape.default, (places, [count, 1]), TensorMeta((count, 1), "int64"), like=node)
+        both = run.call(aten.add.Tensor, (rows, far), TensorMeta((count, extent), "int64"), like=node)
+        count *= extent
+        places = run.call(aten.reshape.default, (both, [count]), TensorMeta((count,), "int64"), like=node)
+    picked: fx.Node = places
+    return picked
 
 
 def _windows(source: Sequence[Dim], out: Sequence[Dim]) -> _Windows | None:

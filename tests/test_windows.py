@@ -58,6 +58,28 @@ def test_windows_of_memory_are_windows_of_a_dim(windows: Callable[[Tensor], Tens
     check_parity(Windowed(windows), {"x": normal(BATCH, 12, 16)}, 2, 1e-5, SGD, **GRIDS[grid])
 
 
+class Picked(nn.Module):
+    """Views of a parameter's memory: a diagonal, and a block that stands behind another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block, diagonals = (
+            torch.as_strided(self.weight, (16, 16), (1, 16), 256),
+            self.weight.as_strided((3, 16), (256, 17)),
+        )
+        return (x @ block * diagonals.sum(0)).tanh().square().mean()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_views_of_a_parameters_memory_are_its_elements(grid: str) -> None:
+    check_parity(Picked(), {"x": normal(BATCH, 16)}, 2, 1e-5, SGD, **GRIDS[grid])
+
+
 def test_what_memory_holds_otherwise_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="as_strided reads memory.*unfold"):
         trace(Crossed(chunks), {"x": normal(BATCH, 12, 16)})
