@@ -21,12 +21,14 @@ class OptimizerPrice:
     """One step of a rank's optimizer in its steady state.
 
     costs: of each op, in order, repeated where ops repeat; state_bytes: alive from step to step;
-    workspace_bytes: the most that is alive within a step beyond state, parameters and gradients.
+    workspace_bytes: the most that is alive within a step beyond state, parameters and gradients; grows: whether of
+    lists of all parameters, so that more of them need more.
     """
 
     costs: tuple[OpCost, ...]
     state_bytes: int
     workspace_bytes: int
+    grows: bool = False
 
 
 Seen: TypeAlias = dict[tuple[frozenset[tuple[int, str]], tuple[Key, ...]], Observation]
@@ -61,7 +63,7 @@ def price_optimizer(
     price = _sampled(keys, run, by_lists=any(g.options.get("foreach") or g.options.get("fused") for g in spec.groups))
     if price is None:
         whole = run(range(len(names)))
-        price = OptimizerPrice(whole.costs, whole.state_bytes, whole.workspace_bytes)
+        price = OptimizerPrice(whole.costs, whole.state_bytes, whole.workspace_bytes, _is_of_lists(whole))
     return price
 
 
@@ -185,7 +187,8 @@ def _from_lists(keys: Sequence[Key], positions: Sequence[int], run: Observation)
             return None
         costs += widened
     workspace = max((_alive_bytes(work, times) + work.number_bytes for work in run.works), default=0)
-    return OptimizerPrice(tuple(costs), sum(s * n for s, n in zip(run.states, times, strict=True)), workspace)
+    state_bytes = sum(s * n for s, n in zip(run.states, times, strict=True))
+    return OptimizerPrice(tuple(costs), state_bytes, workspace, _is_of_lists(run))
 
 
 def _times(keys: Sequence[Key], kinds: Sequence[Key]) -> list[int]:
@@ -201,6 +204,12 @@ def _is_alone(work: Work) -> bool:
 
 def _alive_bytes(work: Work, times: Sequence[int]) -> int:
     return sum(t.nbytes * (1 if t.owner is None else times[t.owner]) for t in work.alive)
+
+
+def _is_of_lists(run: Observation) -> bool:
+    """Whether what is alive where most is, came of ops over lists."""
+    alive = max((work.alive for work in run.works), key=lambda own: sum(t.nbytes for t in own), default=())
+    return bool(alive) and all(run.works[t.birth].is_list for t in alive)
 
 
 def _widened(work: Work, kinds: Sequence[Key], times: Sequence[int]) -> list[OpCost] | None:

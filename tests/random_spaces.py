@@ -68,6 +68,22 @@ class RandomSpace(AsItIs):
         return Chain(kinds, (0, 1, 2), lambda i, label: cuts[label] + i, lambda i, j: 3 * (j - i))
 
 
+class UpdatedSpace(RandomSpace):
+    """State is as much whatever is chosen; its update needs more than what runs saves, or less."""
+
+    def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+        chain = super().chain(dp, tp, microbatch_size)
+        rng = np.random.default_rng([self.seed, dp, tp, 7])
+        state, moment = (rng.integers(1, 80, len(chain.kinds)).astype(float) for _ in range(2))
+
+        def kept(graph: FactorGraph, state: float) -> FactorGraph:
+            first, *others = (replace(factor, state_bytes=None) for factor in graph.factors)
+            return replace(graph, factors=(replace(first, state_bytes=np.full_like(first.time_s, state)), *others))
+
+        kinds = tuple(kept(graph, own) for graph, own in zip(chain.kinds, state, strict=True))
+        return replace(chain, kinds=kinds, update_bytes=lambda i, j: float(moment[list(chain.sequence[i:j])].sum()))
+
+
 class SavingSpace(RandomSpace):
     """What a segment saves may also be made again; costs of both as random as the others."""
 
@@ -123,8 +139,9 @@ def value(
     waiting = 1 / 3 if c.schedule == "zero_bubble" else 1.0
     stages_s = waiting * totals[:, 0].sum() + (c.microbatches - waiting) * totals[:, 0].max()
     time_s = float(stages_s + cuts + totals[:, 1].max())
+    held = [chain.in_flight(c.schedule, s, c.pp, c.microbatches) for s in range(c.pp)]
     need = [
-        totals[s, 2] + chain.in_flight(c.schedule, s, c.pp, c.microbatches) * totals[s, 3] + chain.reserve_bytes(*r)
+        totals[s, 2] + max(held[s] * totals[s, 3] + chain.reserve_bytes(*r), chain.update_bytes(*r))
         for s, r in enumerate(tiling)
     ]
     return time_s, float(max(need))

@@ -35,8 +35,8 @@ def test_the_bound_of_an_edge_is_below_every_plan_that_fits(seed: int, held: int
     totals, table = single(rng)
     need = totals[:, 2] + held * totals[:, 3]
     cap = float(rng.integers(need.min(), need.max() + 1))
-    space = StageSpace(0, held, np.array([0]), np.array([cap]))
-    foreign = StageSpace(1, other, np.array([0]), np.array([cap]))
+    space = StageSpace(0, held, np.array([0]), np.array([cap]), np.array([np.inf]))
+    foreign = StageSpace(1, other, np.array([0]), np.array([cap]), np.array([np.inf]))
     weights = Objective(4, 8).balanced
     prices = [Price(*weights), Price(*TIME_ONLY)]
     prices += [s.price(w, p) for s in (space, foreign) for w in (weights, TIME_ONLY) for p in (0.1, 1.0, 10.0)]
@@ -54,7 +54,7 @@ def test_steeper_prices_reach_the_convex_hull(seed: int) -> None:
     totals, table = single(rng)
     cost, need = totals[:, 0], totals[:, 2] + totals[:, 3]
     cap = float(rng.integers(need.min(), need.max() + 1))
-    space = StageSpace(0, 1, np.array([0]), np.array([cap]))
+    space = StageSpace(0, 1, np.array([0]), np.array([cap]), np.array([np.inf]))
     table.add([Price(*TIME_ONLY), space.least_bytes_price()])
     for _ in range(CHOICES):
         price = steeper(table, space, 0, TIME_ONLY)

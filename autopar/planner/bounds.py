@@ -26,18 +26,19 @@ STEP_ONLY: Weights = (0.0, 1.0)
 @dataclass(frozen=True, eq=False)
 class StageSpace:
     """The edges one stage may take: their numbers, and the bytes left on each for state and saved values, as many on
-    all that are of one class."""
+    all that are of one class; most_state_bytes: those left for state while it is updated."""
 
     stage: int
     held: int
     edges: IntArray
     capacity_bytes: FloatArray
+    most_state_bytes: FloatArray
 
     def only(self, kept: npt.NDArray[np.bool_]) -> StageSpace:
         if kept.all():
             return self
         at = np.flatnonzero(kept)
-        return StageSpace(self.stage, self.held, self.edges[at], self.capacity_bytes[at])
+        return StageSpace(self.stage, self.held, self.edges[at], self.capacity_bytes[at], self.most_state_bytes[at])
 
     def least_bytes_price(self) -> Price:
         return Price(0.0, 0.0, 1.0, float(self.held))

@@ -31,6 +31,7 @@ class Chain:
     reserve_bytes(first, last): bytes of a stage of segments [first, last) beside state and saved; equal for ranges of
     the same kinds, and never less for a longer range.
     in_flight(schedule, stage, pp, microbatches, virtual_stages, window): microbatches a stage holds at once.
+    update_bytes(first, last): what the optimizer's step needs of such a stage beside state, when nothing else is there.
     Invariant: neighbours agree on the labels of their common boundary.
     """
 
@@ -39,6 +40,7 @@ class Chain:
     cut_s: Callable[[int, str], float]
     reserve_bytes: Callable[[int, int], int]
     in_flight: Callable[..., int] = in_flight
+    update_bytes: Callable[[int, int], float] = lambda first, last: 0.0
 
     def __post_init__(self) -> None:
         assert self.sequence and all(0 <= kind < len(self.kinds) for kind in self.sequence)

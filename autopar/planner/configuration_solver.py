@@ -26,6 +26,7 @@ from cost_model.errors import SolverError
 
 ROUNDS = 10
 TOLERANCE = 1e-4
+_STATE_ONLY = Price(0.0, 0.0, 1.0, 0.0)
 CLOSE = 1e-9
 HINTED = 64
 LONGEST = 2
@@ -138,7 +139,11 @@ class ConfigurationSolver:
         return self._chosen(pools, best, found.proven)
 
     def _found(self, limit_s: float, within_s: float) -> _Found | Outcome:
-        """What ``_refined`` finds; the outcome where that is no choice of columns."""
+        """What ``_refined`` finds; the outcome where that is no choice of columns.
+
+        Where all that leaves room for the update of its state saves too much, and the other way about, what lies
+        between is not looked for: then nothing is said to fit.
+        """
         spaces, best = self._start(limit_s)
         if not all(len(space.edges) for space in spaces):
             return self._nothing(limit_s)
@@ -147,8 +152,7 @@ class ConfigurationSolver:
             return self._nothing(limit_s)
         if not found.pools:
             return Outcome(found.proven.bound_s)
-        assert found.best, "a tiling that fits has columns that fit"
-        return found
+        return found if found.best else self._nothing(limit_s)
 
     def _nothing(self, limit_s: float) -> Outcome:
         """No tiling within the limit fits: without a limit none does at all."""
@@ -227,14 +231,11 @@ class ConfigurationSolver:
 
     def needed_bytes(self, columns: Sequence[Column]) -> list[float]:
         """What each stage of a tiling takes."""
-        reserves = [
-            self.chain.reserve_bytes(c.first, c.last) + extra
-            for c, extra in zip(columns, self.extra_bytes, strict=True)
-        ]
-        return [
-            c.state_bytes + held * c.saved_bytes + reserve
-            for c, held, reserve in zip(columns, self.held, reserves, strict=True)
-        ]
+        chain, needed = self.chain, []
+        for c, held, extra in zip(columns, self.held, self.extra_bytes, strict=True):
+            running = held * c.saved_bytes + chain.reserve_bytes(c.first, c.last)
+            needed.append(c.state_bytes + max(running, chain.update_bytes(c.first, c.last)) + extra)
+        return needed
 
     def _first_prices(self) -> list[Price]:
         """What tells how fast a range may be, and how little it may need."""
@@ -273,21 +274,33 @@ class ConfigurationSolver:
 
     def _space(self, stage: int) -> StageSpace:
         edges, table = self._stage_edges(stage), self.table
-        capacity = self.cap_bytes - table.edges.reserve_bytes[edges] - self.extra_bytes[stage]
-        space = StageSpace(stage, self.held[stage], edges, capacity)
+        room = self.cap_bytes - self.extra_bytes[stage]
+        capacity, most = (room - known[edges] for known in (table.edges.reserve_bytes, table.edges.update_bytes))
+        space = StageSpace(stage, self.held[stage], edges, capacity, most)
         if not np.isfinite(self.cap_bytes):
             return space
-        return space.only(self._least_bytes(space) <= capacity)
+        return self._updatable(space.only(self._least_bytes(space) <= capacity))
+
+    def _updatable(self, space: StageSpace) -> StageSpace:
+        """Edges some assignment of which leaves room for the update of its state."""
+        table, least = self.table, space.least_bytes_price()
+        states = table.edge_totals(space.edges, table.prices.index(least))[:, STATE]
+        if (states <= space.most_state_bytes).all():
+            return space
+        table.add([_STATE_ONLY])
+        return space.only(table.edge_cost(space.edges, table.prices.index(_STATE_ONLY)) <= space.most_state_bytes)
 
     def _least_bytes(self, space: StageSpace) -> FloatArray:
         """[edge of the space] the fewest bytes of state and saved values of any assignment."""
         return self.table.edge_cost(space.edges, self.table.prices.index(space.least_bytes_price()))
 
-    def _held_bytes(self, space: StageSpace) -> FloatArray:
-        """The same of the assignments that were found, which may need more where a segment is only bounded."""
-        totals = self.table.edge_totals(space.edges, self.table.prices.index(space.least_bytes_price()))
-        held: FloatArray = totals[:, STATE] + space.held * totals[:, SAVED]
-        return held
+    def _needed_bytes(self, space: StageSpace) -> FloatArray:
+        """What those assignments need in all that were found, more where a segment is only bounded."""
+        known, at = self.table.edges, space.edges
+        totals = self.table.edge_totals(at, self.table.prices.index(space.least_bytes_price()))
+        running = space.held * totals[:, SAVED] + known.reserve_bytes[at]
+        beside: FloatArray = np.maximum(running, known.update_bytes[at]) + self.extra_bytes[space.stage]
+        return totals[:, STATE] + beside
 
     def _refined(
         self, spaces: tuple[StageSpace, ...], best: tuple[Column, ...], cutoff_s: float, within_s: float
@@ -296,7 +309,7 @@ class ConfigurationSolver:
         take no longer than ``within_s``."""
         found = self._look(spaces, best, 0.0, cutoff_s)
         for _ in range(ROUNDS - 1):
-            if not found.pools or self.pools.value(found.best) <= within_s:
+            if not (found.pools and found.best) or self.pools.value(found.best) <= within_s:
                 break
             if self._gap(found.best, found.proven) <= TOLERANCE:
                 break
@@ -367,8 +380,9 @@ class ConfigurationSolver:
         table.require(table.edges.cls)
         for stage in range(self.configuration.pp):
             edges = self._stage_edges(stage)
-            space = StageSpace(stage, self.held[stage], edges, np.full(len(edges), np.inf))
-            need = self._held_bytes(space) + table.edges.reserve_bytes[edges] + self.extra_bytes[stage]
+            room = np.full(len(edges), np.inf)
+            space = StageSpace(stage, self.held[stage], edges, room, room)
+            need = self._needed_bytes(space)
             arcs.append(Arcs(table.edges.source[edges], table.edges.target[edges], need, need))
             spaces.append(space)
         needed, path = bottleneck(arcs, *self.pools.ends())

@@ -28,6 +28,7 @@ class Edges:
     target: IntArray
     cut_s: FloatArray
     reserve_bytes: FloatArray
+    update_bytes: FloatArray
     width: int
 
     def number(self, first: int, last: int, entry: int, exit: int) -> int:
@@ -59,10 +60,12 @@ def edges_of(chain: Chain, pp: int | None = None, longest: int | None = None) ->
         costs = [chain.cut_s(position, label) if position else 0.0 for label in labels[position]]
         cuts[position, : len(costs)] = costs
     assert (cuts >= 0).all()
-    reserve = np.zeros(int(cls.max()) + 1)
+    beside = np.zeros((2, int(cls.max()) + 1))
     for number in np.flatnonzero(np.bincount(cls)).tolist():
-        reserve[number] = chain.reserve_bytes(*fold(chain.sequence).examples[number])
-    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve[cls], cuts.shape[1])
+        example = fold(chain.sequence).examples[number]
+        beside[:, number] = chain.reserve_bytes(*example), chain.update_bytes(*example)
+    reserve, update = beside[:, cls]
+    return Edges(first, last, entry, exit, cls, source, target, cuts[first, entry], reserve, update, cuts.shape[1])
 
 
 @functools.lru_cache(maxsize=64)

@@ -147,6 +147,8 @@ class FlatIlp:
             self._largest_step(s)
             if with_memory:
                 self._memory(s)
+                if any(self.chain.update_bytes(*r) for r in self.ranges[s]):
+                    self._update(s)
 
     def write_lp(self, path: str | Path) -> None:
         """Write the program in LP format."""
@@ -292,6 +294,12 @@ class FlatIlp:
         extra = self.given.extra_bytes[s]
         reserve = [(x, (self.chain.reserve_bytes(*r) + extra) / self.unit_bytes) for r, x in self.ranges[s].items()]
         self._row([*_added([*state, *saved, *reserve]), (self.cap, -1.0)], f"memory_{s}", most=True)
+
+    def _update(self, s: int) -> None:
+        """update_s: state[s] + sum_r (update[r] + extra[s]) range[s, r] <= cap"""
+        extra, unit = self.given.extra_bytes[s], self.unit_bytes
+        beside = [(x, (self.chain.update_bytes(*r) + extra) / unit) for r, x in self.ranges[s].items()]
+        self._row([*_added([*self._scaled(s, STATE, unit), *beside]), (self.cap, -1.0)], f"update_{s}", most=True)
 
     def _scaled(self, s: int, component: int, unit: float) -> list[Term]:
         return _added([(x, c / unit) for x, c in self.costs[s][component]])

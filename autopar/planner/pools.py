@@ -51,6 +51,7 @@ class Pools:
         totals = self.table.edge_totals(space.edges[examples])
         need = totals[:, :, STATE] + space.held * totals[:, :, SAVED]
         over = np.isinf(need) | (need > space.capacity_bytes[examples, None])
+        over |= totals[:, :, STATE] > space.most_state_bytes[examples, None]
         picked = []
         for weights in self._weightings:
             cost = weights[0] * totals[:, :, TIME] + weights[1] * totals[:, :, STEP]
@@ -138,6 +139,7 @@ class Pools:
         prices = self._near_prices(space, edge, room)
         totals = self.table.mixtures(edge, prices)
         fits = np.isfinite(totals[..., TIME]) & (totals[..., STATE] + space.held * totals[..., SAVED] <= room)
+        fits &= totals[..., STATE] <= space.most_state_bytes[row]
         time, step = (np.where(fits, totals[..., part], 0.0) for part in (TIME, STEP))
         found: dict[tuple[int, ...], Column] = {}
         for weights in self.objective.priced:

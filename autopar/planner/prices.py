@@ -304,6 +304,17 @@ class MeshPrices:
         held = [(sizes.stored.nbytes, 3)] + ([(sizes.gradient.nbytes, 2), (state, 1)] if trainable else [])
         return sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
 
+    def update_bytes(self, updated_bytes: int, zero: Sequence[int]) -> float:
+        """What the update of so many bytes on all ranks of a mesh needs of each beside state, when nothing else is
+        there, split over replicas if a level of those to choose from allows it.
+
+        Nothing of an optimizer that updates one parameter after the other.
+        """
+        if not self.optimizer.grows:
+            return 0.0
+        needed = self.optimizer.workspace_bytes / max(self.parameter_bytes, 1)
+        return needed * updated_bytes / (self.dp if any(zero) else 1)
+
     @cached_property
     def parameter_costs(self) -> Callable[[TensorMeta, Placements, bool, int, bool], tuple[float, float, float]]:
         """Seconds per microbatch and per step and bytes of state; each asked for by many segments, at all sizes."""

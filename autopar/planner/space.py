@@ -8,10 +8,11 @@ several users is shared).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import overload
 
@@ -69,6 +70,7 @@ class ModelSpace:
         self._floors_s: dict[tuple[int, bool | None], dict[Sizes, float]] = {}
         self._prices: dict[Sizes, MeshPrices] = {}
         self._mesh_prices: dict[tuple[int, Sizes], MeshPrices] = {}
+        self._updated: list[int] | None = None
         self.structure, self.specialiser = Structure(traced), Specialiser(traced)
 
     def local_model(self, microbatch_size: int) -> LocalModel | None:
@@ -171,7 +173,28 @@ class ModelSpace:
         def reserve_bytes(first: int, last: int) -> int:
             return inputs + max(moments[kind] for kind in set(order[first:last]))
 
-        return Chain(tuple(graphs), order, self._cut_s(local, prices), reserve_bytes)
+        update_bytes = self._update_bytes(local, order, prices, saving)
+        return Chain(tuple(graphs), order, self._cut_s(local, prices), reserve_bytes, update_bytes=update_bytes)
+
+    def _update_bytes(
+        self, local: LocalModel, order: Sequence[int], prices: MeshPrices, saving: Saving
+    ) -> Callable[[int, int], float]:
+        """Of the parameters of a range, those that other segments have, too, left out."""
+        levels = saving.zero or ((0, 1) if self.divisible else (0,))
+        split = math.prod(prices.sizes) if self.sharded else 1
+        of_kind = [prices.update_bytes(nbytes, levels) / split for nbytes in self._updated_bytes(local)]
+        until = [0.0, *itertools.accumulate(of_kind[kind] for kind in order)]
+        return lambda first, last: until[last] - until[first]
+
+    def _updated_bytes(self, local: LocalModel) -> list[int]:
+        """Of the parameters of each kind of segment, as the optimizer sees them."""
+        if self._updated is None:
+            own, kept = local.structure.trainable - local.structure.shared, self.precision.kept
+            parts = [
+                [local.tensor(n) for n in p.parameters if n in own] for p in local.structure.representatives.values()
+            ]
+            self._updated = [sum(replace(m, dtype=kept(m.dtype).updated).nbytes for m in part) for part in parts]
+        return self._updated
 
     def _cut_s(self, local: LocalModel, prices: MeshPrices) -> Callable[[int, str], float]:
         @functools.cache

@@ -62,6 +62,7 @@ def _of_table(
     edges, rows = table.edges, _rows(table, role)
     totals = table.edge_totals(rows)
     needed = totals[:, :, STATE] + role.held * totals[:, :, SAVED] + edges.reserve_bytes[rows, None]
+    needed = np.maximum(needed, totals[:, :, STATE] + edges.update_bytes[rows, None])
     over = ~np.isfinite(totals[:, :, TIME]) | ~(needed <= cap_bytes)
     time_s, step_s = (np.where(over, 0.0, totals[:, :, part]) for part in (TIME, STEP))
     costs = [needed, *(a * time_s + b * step_s for a, b in weighings)]
