@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,8 @@ from autopar.link import Linker
 from autopar.linked import Linked, device_map
 from autopar.meshes import DifferentMeshes, may_differ
 from autopar.model_notes import analysed, random_notes, scaling_notes
-from autopar.narrower import WORTH, narrower
+from autopar.narrower import narrower
+from autopar.on_axes import on_axes
 from autopar.optimizer_price import OptimizerPrice, price_optimizer
 from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed
@@ -34,7 +36,6 @@ from autopar.planner.space import ModelSpace, PinnedSpace
 from autopar.progress import planning_progress
 from autopar.reductions import reduced
 from autopar.relaxations import decided
-from autopar.report import seconds_text
 from autopar.rescheduled import scheduled
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
@@ -391,29 +392,12 @@ class Job:
         if self._is_placed:
             return EqualMeshes(self, pins).fastest()
         alike = len(set(self.cluster.devices)) == 1
-        found = self._on_axes(self.searched_under(pins, timed=alike and self.options.solver != FLAT))
+        timed = alike and self.options.solver != FLAT
+        step_s = functools.partial(waited_s, self) if timed else attrgetter("objective_s")
+        found = on_axes(self, pins, self.searched_under(pins, timed=timed), step_s)
         if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]
-
-    def _on_axes(self, found: Solution | Infeasible) -> Solution | Infeasible:
-        """The same degrees with tp as two axes, where links or factors suggest it and it is faster."""
-        pinned = self.options.parallelism
-        if isinstance(found, Infeasible) or pinned.tp_axes is not None:
-            return found
-        c, best = found.configuration, found
-        for axes in self.space.worth_splitting(c.dp, c.tp, c.microbatch_size, pinned.sequence_parallel):
-            pins = replace(pinned, dp=c.dp, tp=c.tp, pp=c.pp, microbatch_size=c.microbatch_size, tp_axes=axes)
-            other = self.under(pins, self.options.memory_cap_bytes)._searched()
-            if isinstance(other, Solution) and other.objective_s < best.objective_s * (1 - WORTH):
-                note = (
-                    f"tp={c.tp} is {axes[0]} x {axes[1]} axes: {seconds_text(other.objective_s)} against "
-                    f"{seconds_text(found.objective_s)} on one; the gap is to plans with one"
-                )
-                known = replace(other.configuration, tp_axes=axes)
-                bound_s = min(found.bound_s, other.objective_s)
-                best = replace(other, configuration=known, bound_s=bound_s, notes=(*found.notes, note))
-        return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
 
     def searched_under(self, pins: Pins, *, timed: bool = False) -> Solution | Infeasible:
         """timed: whether plans are simulated before one is the answer."""

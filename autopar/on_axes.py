@@ -1,0 +1,76 @@
+"""On axes: what was found, with tp as two axes where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autopar.narrower import WORTH
+from autopar.planner.local_model import Sizes
+from autopar.planner.search import search
+from autopar.planner.several_axes import pairs, spans_levels
+from autopar.planner.solution import Infeasible, Pins, Solution
+from autopar.report import seconds_text
+from cost_model.errors import ParallelismError
+
+if TYPE_CHECKING:
+    from autopar.planning import Job
+
+
+def on_axes(
+    job: Job, pins: Pins, found: Solution | Infeasible, step_s: Callable[[Solution], float]
+) -> Solution | Infeasible:
+    """The fastest of what was found, the same degrees with tp as two axes, where links or factors suggest it, and what
+    fewer devices do, repeated on the others. step_s: seconds of a step of a plan."""
+    if isinstance(found, Infeasible) or job.options.parallelism.tp_axes is not None:
+        return found
+    best, found_s = found, step_s(found)
+    best_s = found_s
+    for tried, axes in (*_same_degrees(job, found), *_repeated(job, pins, found_s)):
+        other = _searched(job, tried, axes)
+        if isinstance(other, Infeasible):
+            continue
+        other_s = step_s(other)
+        if other_s < best_s * (1 - WORTH):
+            note = (
+                f"tp={tried.tp} is {axes[0]} x {axes[1]} axes: {seconds_text(other_s)} against "
+                f"{seconds_text(found_s)} of tp={found.configuration.tp} on one; the gap is to plans with one"
+            )
+            bound_s = min(found.bound_s, other.objective_s)
+            best, best_s = replace(other, bound_s=bound_s, notes=(*found.notes, note)), other_s
+    return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
+
+
+def _searched(job: Job, tried: Pins, axes: Sizes) -> Solution | Infeasible:
+    dp, tp, pp, size = tried.dp, tried.tp, tried.pp, tried.microbatch_size
+    pinned = replace(job.options.parallelism, dp=dp, tp=tp, pp=pp, microbatch_size=size, tp_axes=axes)
+    found = job.under(pinned, job.options.memory_cap_bytes)._searched()
+    if isinstance(found, Infeasible):
+        return found
+    return replace(found, configuration=replace(found.configuration, tp_axes=axes))
+
+
+def _same_degrees(job: Job, found: Solution) -> Iterator[tuple[Pins, Sizes]]:
+    c, sequence = found.configuration, job.options.parallelism.sequence_parallel
+    for axes in job.space.worth_splitting(c.dp, c.tp, c.microbatch_size, sequence):
+        yield Pins(c.dp, c.tp, c.pp, c.microbatch_size), axes
+
+
+def _repeated(job: Job, pins: Pins, worth_s: float) -> Iterator[tuple[Pins, Sizes]]:
+    """The degrees of plans of fewer devices that take less: where links are slow, ranks of the outer axis do the same.
+
+    Ranks of the inner one are neighbours. One axis on which all do the same is looked at by the search.
+    """
+    count, space = job.cluster.num_devices, job.pinned_space()
+    for tp in (n for n in range(4, count + 1) if count % n == 0 and pins.tp in (None, n)):
+        near = [pair for pair in pairs(tp) if spans_levels(job.space.mesh_prices(1, pair).axes)]
+        for outer, inner in near[-1:]:
+            fewer = replace(pins, tp=inner)
+            try:
+                other = search(space, count // outer, job.batch, cap_bytes=job.cap_bytes, pins=fewer, cutoff_s=worth_s)
+            except ParallelismError:  # none is possible, or as fast
+                continue
+            if isinstance(other, Solution):
+                c = other.configuration
+                yield Pins(c.dp, tp, c.pp, c.microbatch_size), (outer, inner)
