@@ -27,7 +27,7 @@ def on_axes(
         return found
     best, found_s = found, step_s(found)
     best_s = found_s
-    for tried, axes in (*_same_degrees(job, found), *_repeated(job, pins, found_s)):
+    for tried, axes in (*_same_degrees(job, found), *_repeated(job, pins, found, found_s)):
         other = _searched(job, tried, axes)
         if isinstance(other, Infeasible):
             continue
@@ -57,20 +57,32 @@ def _same_degrees(job: Job, found: Solution) -> Iterator[tuple[Pins, Sizes]]:
         yield Pins(c.dp, c.tp, c.pp, c.microbatch_size), axes
 
 
-def _repeated(job: Job, pins: Pins, worth_s: float) -> Iterator[tuple[Pins, Sizes]]:
-    """The degrees of plans of fewer devices that take less: where links are slow, ranks of the outer axis do the same.
+def _repeated(job: Job, pins: Pins, found: Solution, found_s: float) -> Iterator[tuple[Pins, Sizes]]:
+    """The degrees of the fastest plan of fewer devices, if it takes less: ranks of the outer axis do the same.
 
-    Ranks of the inner one are neighbours. One axis on which all do the same is looked at by the search.
+    One axis on which all do the same is looked at by the search.
     """
-    count, space = job.cluster.num_devices, job.pinned_space()
+    best, best_s = None, found_s * (1 - WORTH)
+    for outer, inner in _outer_and_inner(job, pins, found, best_s):
+        count, fewer = job.cluster.num_devices // outer, replace(pins, tp=inner)
+        try:
+            other = search(job.pinned_space(), count, job.batch, cap_bytes=job.cap_bytes, pins=fewer, cutoff_s=best_s)
+        except ParallelismError:  # none is possible, or as fast
+            continue
+        if isinstance(other, Solution) and other.objective_s < best_s:
+            c, best_s = other.configuration, other.objective_s
+            best = Pins(c.dp, outer * inner, c.pp, c.microbatch_size), (outer, inner)
+    if best is not None:
+        yield best
+
+
+def _outer_and_inner(job: Job, pins: Pins, found: Solution, most_s: float) -> Iterator[Sizes]:
+    """Axes where so many times fewer devices may be faster: the outer ones are as many as all together take longer than
+    they compute, at most. The inner one's ranks are all that are near, so that other groups lie as they would alone."""
+    c, count = found.configuration, job.cluster.num_devices
+    floor = job.space.floor(c.dp, (1,), c.microbatch_size, -1.0)
+    alone_s = 0.0 if floor is None else floor.time_s / job.space.slowing * c.dp * c.microbatches
     for tp in (n for n in range(4, count + 1) if count % n == 0 and pins.tp in (None, n)):
-        near = [pair for pair in pairs(tp) if spans_levels(job.space.mesh_prices(1, pair).axes)]
-        for outer, inner in near[-1:]:
-            fewer = replace(pins, tp=inner)
-            try:
-                other = search(space, count // outer, job.batch, cap_bytes=job.cap_bytes, pins=fewer, cutoff_s=worth_s)
-            except ParallelismError:  # none is possible, or as fast
-                continue
-            if isinstance(other, Solution):
-                c = other.configuration
-                yield Pins(c.dp, tp, c.pp, c.microbatch_size), (outer, inner)
+        for outer, inner in pairs(tp):
+            if alone_s * outer / count < most_s and spans_levels(job.space.mesh_prices(1, (2, inner)).axes):
+                yield outer, inner

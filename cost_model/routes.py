@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -34,6 +34,7 @@ from cost_model.redistribution import conversion_steps, step_collectives
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 CLOSE = 1e-12
 
@@ -208,6 +209,29 @@ class Routes:
         found: FloatArray = distances[:, [self.states[places] for places in targets]]
         return found
 
+    def makes(self, sources: Sequence[Placements], targets: Sequence[Placements], free: Collection[str]) -> BoolArray:
+        """[source, target] whether a step of the cheapest way is of none of the kinds ``free`` in forward."""
+        _, last = self._search([self.states[places] for places in sources])
+        makes = np.isin(self._forward, list(free), invert=True)
+        found = (last >= 0) & makes[last]
+        before, row = np.where(last >= 0, self._begins[last], np.arange(last.shape[1])), np.arange(len(last))[:, None]
+        while True:  # of twice as many steps each time
+            further = before[row, before]
+            if (further == before).all():
+                return found[:, [self.states[places] for places in targets]]
+            found, before = found | found[row, before], further
+
+    @cached_property
+    def _forward(self) -> npt.NDArray[np.str_]:
+        """Of each move."""
+        steps = [step_collectives(move.source, move.target) for move in self._moves]
+        return np.array([step.forward for step in steps if step is not None])
+
+    @cached_property
+    def _begins(self) -> IntArray:
+        """Of each move."""
+        return np.array([self.states[move.before] for move in self._moves])
+
     def _search(self, sources: Sequence[int]) -> tuple[FloatArray, IntArray]:
         """[source, place] seconds, and the last move that leads there (-1: none)."""
         shape = (len(sources), len(self.states))
@@ -253,6 +277,12 @@ class RouteBook:
         if key not in self._found:
             self._found[key] = self._of(meta, (source, target)).route(source, target)
         return self._found[key]
+
+    def makes(
+        self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements], free: Collection[str]
+    ) -> BoolArray:
+        """[source, target] whether a step of the cheapest way is of none of the kinds ``free`` in forward."""
+        return self._of(meta, (*sources, *targets)).makes(sources, targets, free)
 
     def seconds(self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements]) -> FloatArray:
         """[source, target] of the cheapest moves."""

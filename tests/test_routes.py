@@ -225,6 +225,18 @@ def test_routes_are_as_long_as_their_prices_say() -> None:
         assert route_s == pytest.approx(seconds[i, j], rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.parametrize("free", [("",), ("", "slice")])
+@pytest.mark.parametrize("mesh", ["2x4", "2x2x2"])
+def test_what_routes_make_is_what_their_moves_make(mesh: str, free: tuple[str, ...]) -> None:
+    prices, shape = MESHES[mesh]
+    meta, known = TensorMeta(shape, "float32"), placements(shape, prices.sizes)[::3]
+    makes = book(mesh).makes(meta, known, known, free)
+    for i, j in itertools.product(range(0, len(known), 2), range(len(known))):
+        steps = [step_collectives(move.source, move.target) for move in book(mesh).route(meta, known[i], known[j])]
+        assert makes[i, j] == any(step is not None and step.forward not in free for step in steps)
+    assert makes.any() and not makes.all()
+
+
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [

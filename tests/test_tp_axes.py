@@ -195,20 +195,6 @@ def test_axes_are_found_where_tp_spans_levels_and_its_samples_are_fewer(tmp_path
     assert any("tp=4 is 2 x 2 axes" in note and "the gap is to plans with one" in note for note in free.notes)
 
 
-def test_what_one_node_does_is_repeated_on_others_where_links_are_too_slow(tmp_path: Path) -> None:
-    """No plan whose stages or replicas lie on both nodes is as fast as one node by itself, whose two ranks share."""
-    slower = TWO_LEVELS.replace("10 MB/s", "20 kB/s")
-    (tmp_path / "cluster.toml").write_text(slower)
-    cluster = autopar.Cluster.load(str(tmp_path / "cluster.toml"))
-    model, batch = example_gpt(n_embd=128)
-    free = autopar.estimate(model, cluster, batch)
-    for pins in ({"dp": 4}, {"dp": 2, "tp": 2}, {"tp": 2, "pp": 2}, {"dp": 2, "pp": 2}, {"pp": 4}):
-        pinned = autopar.estimate(model, cluster, batch, parallelism=autopar.Parallelism(**pins))
-        assert free.step_time_s < pinned.step_time_s
-    assert free.plan.tp_axes == (2, 2)
-    assert any("tp=4 is 2 x 2 axes" in note for note in free.notes)
-
-
 def test_where_several_axes_are_tried() -> None:
     assert pairs(8) == [(4, 2), (2, 4)] and pairs(4) == [(2, 2)] and pairs(6) == [(3, 2), (2, 3)]
     assert not pairs(2) and not pairs(3) and not pairs(7)

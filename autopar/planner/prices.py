@@ -205,14 +205,20 @@ class MeshPrices:
     ) -> BoolArray:
         """[source, target] whether a collective makes the new placement in forward or, if ``sliced``, a local copy."""
         free = ("",) if sliced else ("", "slice")
-        return np.array([[not self._forward_kinds(meta, a, b) <= set(free) for b in targets] for a in sources])
+        if len(self.sizes) > 1:
+            return self.routes.makes(meta, sources, targets, free)
+        return np.array([[not self._forward_kinds(a[0], b[0]) <= set(free) for b in targets] for a in sources])
 
-    def _forward_kinds(self, meta: TensorMeta, source: Placements, target: Placements) -> set[str]:
-        """Of the steps of a change of placement; none where there is no way."""
-        if len(self.sizes) == 1 and not can_convert(source[0], target[0]):
-            return set()
-        steps = (step_collectives(move.source, move.target) for move in self.routes.route(meta, source, target))
-        return {step.forward for step in steps if step is not None}
+    @cached_property
+    def _forward_kinds(self) -> Callable[[Placement, Placement], set[str]]:
+        """Of the steps of a change of placement on the only axis; none where there is no way."""
+
+        @functools.cache
+        def kinds(source: Placement, target: Placement) -> set[str]:
+            steps = conversion_steps(source, target) if can_convert(source, target) else ()
+            return {step.forward for step in (step_collectives(a, b) for a, b in steps) if step is not None}
+
+        return kinds
 
     @cached_property
     def conversion_s(self) -> Callable[[TensorMeta, Placement, Placement], float]:

@@ -130,13 +130,14 @@ class ModelSpace:
         return Floor(len(local.segments), time_s)
 
     def _inherited_s(self, known: Mapping[Sizes, float], sizes: Sizes) -> float:
-        ranks, slowing = math.prod(sizes), self._slowing
+        ranks, slowing = math.prod(sizes), self.slowing
         fewer = [(math.prod(other), floor_s) for other, floor_s in known.items() if other != sizes]
         parts = [floor_s * count / ranks / slowing for count, floor_s in fewer if count < ranks and ranks % count == 0]
         return max([*filter(math.isfinite, parts), known.get(sizes, 0.0)])  # more ranks may do what fewer cannot
 
     @cached_property
-    def _slowing(self) -> float:
+    def slowing(self) -> float:
+        """Larger ops may run at so many times lower rates than smaller ones."""
         return max(device.slowing for device in {id(device): device for device in self.cluster.devices}.values())
 
     def _floor_s(self, local: LocalModel, prices: MeshPrices, sequence: bool | None) -> float:

@@ -1,0 +1,38 @@
+"""Nodes repeat what one of them does where links between them are slower than its devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import autopar
+
+WIDTH = 1024
+
+
+class Residual(nn.Module):
+    """Layers of many samples, whose gradients and activations take longer over Ethernet than their products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x.float().pow(2).mean()
+
+
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_where_links_are_slow_nodes_repeat_what_one_does(nodes: int) -> None:
+    with torch.device("meta"):
+        model, batch = Residual().half(), {"x": torch.empty(64, 256, WIDTH, dtype=torch.float16)}
+    cluster = autopar.Cluster.load("p3.8xlarge", 4 * nodes)
+    found, one = autopar.estimate(model, cluster, batch), autopar.Cluster.load("p3.8xlarge", 4)
+    assert found.plan.tp_axes == (nodes, 4) and any(f"is {nodes} x 4 axes" in note for note in found.notes)
+    assert found.step_time_s < 1.1 * autopar.estimate(model, one, batch).step_time_s
+    for pins in ({"dp": 4 * nodes}, {"dp": nodes, "tp": 4}, {"pp": nodes, "tp": 4}, {"dp": 4, "pp": nodes}):
+        pinned = autopar.estimate(model, cluster, batch, parallelism=autopar.Parallelism(**pins))
+        assert found.step_time_s < pinned.step_time_s
