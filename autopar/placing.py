@@ -11,7 +11,7 @@ from autopar.grouped import group_sizes
 from autopar.planner.search import Configuration
 from autopar.planner.solution import Pins, Solution
 from autopar.schedules import windows
-from autopar.uneven import fitted
+from autopar.uneven import MOST_REWRITTEN, faster_cut, fitted
 from cost_model.prices import Replicas, price_replicas
 from cost_model.program import Program
 from cost_model.replicas import LIKELY, schedule_bound_s, slowest_first
@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 
 
 def fastest_placed(job: Job, pins: Pins, solution: Solution, limit_s: float) -> tuple[float, Solution]:
-    """Seconds of a step of a placed plan, and it as its devices run it best: cut by how fast they are, under the faster
-    of 1f1b, in any window, and gpipe, gradients summed in groups or not. Infinite where it takes longer than a limit.
+    """Seconds of a step of a placed plan, and it as its devices run it best: cut by how fast they are, with ends of
+    stages moved where sketches gain by that, under the faster of 1f1b, in any window, and gpipe, gradients summed in
+    groups or not. Infinite where it takes longer than a limit.
     """
     best = math.inf, solution
     for each in fitted(job, solution):
         found = _fastest_schedule(job, pins, each, min(limit_s, best[0]))
         best = min(best, found, key=lambda pair: pair[0])
+    for _ in range(MOST_REWRITTEN):
+        cut = faster_cut(job, best[1], min(limit_s, best[0]))
+        found = (math.inf, solution) if cut is None else _fastest_schedule(job, pins, cut, min(limit_s, best[0]))
+        if not found[0] < best[0]:
+            break
+        best = found
     return best
 
 

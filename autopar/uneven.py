@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autopar.planner.places import FloatArray, IntArray
+from autopar.planner.regional import MOST_MOVED
 from autopar.planner.solution import Solution
 from autopar.planner.virtual import shortest_ends
 from cost_model.block_price import BlockPrice
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from autopar.planning import Job
 
 MAX_TIGHTENINGS, TIE = 6, 1e-6
-MOST_SKETCHED, MOST_TIMED, MOST_REWRITTEN, MOST_DEVICES = 24, 2, 4, 128
-"""So many cuts next to a plan are sketched, so many of the fastest are rewritten, so many times, on clusters of up to
-so many devices, where that is quick."""
+MOST_SKETCHED, MOST_TIMED, MOST_REWRITTEN = 24, 2, 4
+"""So many cuts next to a plan are sketched, so many of the fastest are rewritten, so many times."""
 
 
 def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
@@ -64,8 +64,7 @@ def moved(job: Job, solution: Solution, timed_s: Callable[[Solution, float], flo
     Cuts are sketched from the prices of the plan's own, and only those that sketches find fastest are rewritten and
     timed, again from there while they are faster.
     """
-    c = solution.configuration
-    if c.pp == 1 or c.virtual_stages > 1 or job.cluster.num_devices > MOST_DEVICES:
+    if not _may_move(job, solution):
         return solution
     best, best_s = solution, timed_s(solution, math.inf)
     for _ in range(MOST_REWRITTEN):
@@ -76,6 +75,17 @@ def moved(job: Job, solution: Solution, timed_s: Callable[[Solution, float], flo
         else:
             return best
     return best
+
+
+def faster_cut(job: Job, solution: Solution, limit_s: float) -> Solution | None:
+    """The cut that sketches find fastest, where it is faster than the solution's own and than a limit."""
+    found = CutSketch(job, solution).better(solution, limit_s) if _may_move(job, solution) else []
+    return found[0] if found else None
+
+
+def _may_move(job: Job, solution: Solution) -> bool:
+    c = solution.configuration
+    return c.pp > 1 and c.virtual_stages == 1 and job.cluster.num_devices <= MOST_MOVED
 
 
 class CutSketch:
@@ -89,12 +99,17 @@ class CutSketch:
         self._once_bytes = np.array([max(1, sum(c.nbytes for c in s.step.collectives)) for s in self._program.stages])
         self._sums = ReplicaSums(self._replicas, self._program.microbatches)
 
-    def better(self, solution: Solution) -> list[Solution]:
+    def better(self, solution: Solution, limit_s: float = math.inf) -> list[Solution]:
         """The fastest of the cuts on the way from one to where no segment is better in another stage, by sums, or of
-        those next to it where there is no way; as far as simulated sketches are faster too, the fastest first."""
-        own_s, found = self.seconds(solution), list[tuple[float, int, Solution]]()
+        those next to it where there is no way; as far as simulated sketches are faster too, and than a limit, the
+        fastest first."""
         own = np.array([stage.last for stage in solution.stages])
-        for number, ends in enumerate(list(self._way(own)) or self._nearest(own)):
+        cuts = np.array(list(self._way(own)) or list(self._nearest(own)), dtype=np.int64).reshape(-1, len(own))
+        cuts = cuts[self._summed_s(cuts) < limit_s]
+        if not len(cuts):
+            return []
+        own_s, found = min(self.seconds(solution, limit_s), limit_s), list[tuple[float, int, Solution]]()
+        for number, ends in enumerate(cuts):
             other = cut_at(solution, tuple(ends.tolist()))
             found.append((self.seconds(other, own_s), number, other))
         worth = sorted(each for each in found if each[0] < own_s * (1 - TIE))

@@ -69,28 +69,49 @@ class Prices:
         found: FloatArray = replicas.max(axis=-1) + groups.max(axis=(-2, -1))
         return found
 
-    def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """[placement, replica] seconds of the schedule, [placement, stage, shard] of the reduction."""
-        along, slowest = self._pipeline_s(cells)
+    def parts_s(self, cells: IntArray, shares: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+        """[placement, replica] seconds of the schedule, [placement, stage, shard] of the reduction.
+
+        shares: [placement, stage] how many times an equal part of the model each stage has; as the module says if None.
+        """
+        busy = self._equally_long_s(cells) if shares is None else self._shared_s(cells, shares)
+        along, slowest = self._pipeline_s(cells, busy)
         slowest = np.maximum(slowest, along / (1 + MAX_WINDOW * (self.traffic.pp - 1)))
         schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
-        return schedule, self._rings_s(cells)
+        rings = self._rings_s(cells)
+        return schedule, rings if shares is None else rings * shares[..., None]
+
+    def whole_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[stage] seconds of all microbatches on the slowest replica, and of the slowest reduction, of an equal part of
+        the model on each stage of one placement."""
+        busy = self._shared_s(cells[None], np.ones((1, self.traffic.pp)))[0].max(axis=-1)
+        return self.traffic.microbatches * busy, self._rings_s(cells[None])[0].max(axis=-1)
 
     def window(self, cells: IntArray) -> int:
         """The narrowest window of 1f1b that keeps the slowest stage or channel of one placement busy: the first stage
         sends as many microbatches on their way as fit into the time that one takes to come back."""
         if self.traffic.pp == 1:
             return 1
-        along, slowest = self._pipeline_s(cells[None])
+        along, slowest = self._pipeline_s(cells[None], self._equally_long_s(cells[None]))
         return max(1, math.ceil(float((along / slowest).max() - 1) / (self.traffic.pp - 1)))
 
-    def _pipeline_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """[placement, replica] seconds once through all stages and messages, there and back; those of the slowest of
-        these."""
-        t, network = self.traffic, self.network
+    def _equally_long_s(self, cells: IntArray) -> FloatArray:
+        """[placement, stage, replica] of one microbatch where stages are equally long on their slowest devices."""
         slow = _most(self.places.slowness[cells])
         fast = 1.0 / slow.max(axis=-1, keepdims=True)
-        busy = t.stage_s * slow * fast / fast.mean(axis=-2, keepdims=True) + self._exchanges_s(cells)
+        found: FloatArray = self.traffic.stage_s * slow * fast / fast.mean(axis=-2, keepdims=True)
+        return found + self._exchanges_s(cells)
+
+    def _shared_s(self, cells: IntArray, shares: FloatArray) -> FloatArray:
+        """[placement, stage, replica] of one microbatch with so many times an equal part of the model."""
+        whole_s = self.traffic.stage_s * _most(self.places.slowness[cells]) + self._exchanges_s(cells)
+        found: FloatArray = shares[..., None] * whole_s
+        return found
+
+    def _pipeline_s(self, cells: IntArray, busy: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """[placement, replica] seconds once through all stages and messages, there and back; those of the slowest of
+        these. busy: [placement, stage, replica] those of stages."""
+        t, network = self.traffic, self.network
         along, slowest = busy.sum(axis=-2), busy.max(axis=-2)
         if t.pp == 1:
             return along, slowest

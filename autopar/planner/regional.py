@@ -20,6 +20,7 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.placed_prices import MAX_WINDOW
 from autopar.planner.placement import Placed, Sketched, exactly, glanced, improved, is_exact, sketched
 from autopar.planner.places import IntArray
+from autopar.planner.shares import moved_cost_s
 from autopar.planner.solution import Infeasible, Pins, Solution, Space
 from cost_model.cluster import Cluster
 
@@ -30,6 +31,8 @@ SLACK, SLACK_OF_FEW = 0.1, 0.5
 """No plan is made of a mesh whose price is so much above that of the fastest plan's, and no more than so much below its
 step: prices err by less, but for what a few sums do not see (docs/slow_networks.md). On few devices stages of one
 segment tell more."""
+MOST_MOVED = 128
+"""On clusters of up to so many devices ends of stages are moved, which is quick there."""
 WORTH = 0.01
 """Of a step, what whole state must be able to save to be planned for."""
 _T = TypeVar("_T")
@@ -52,17 +55,33 @@ Whole = Callable[[Pins, Sequence[PlacedAnswer], float], Answers]
 
 
 @dataclass(frozen=True, eq=False)
-class Finalists:
-    """The best meshes with their placements, by price; bound_s: no mesh has a lower one; few: whether devices are."""
+class Finalist:
+    """A mesh with its placement; price_s: with ends of stages moved, where they are."""
 
-    found: Sequence[tuple[Candidate, Placed]]
+    candidate: Candidate
+    placed: Placed
+    price_s: float
+
+    def room(self, pins: Pins) -> tuple[int | None, int]:
+        return _room(self.candidate, self.placed, pins)
+
+    def key(self) -> tuple[float, int]:
+        return self.price_s, self.candidate.order
+
+
+@dataclass(frozen=True, eq=False)
+class Finalists:
+    """The best meshes with their placements, by price; bound_s: no mesh has a lower one of stages that are equally
+    long; few: whether devices are."""
+
+    found: Sequence[Finalist]
     bound_s: float
     few: bool
 
     @property
     def price_s(self) -> float:
         """Of the best."""
-        return min((placed.cost_s for _, placed in self.found), default=math.inf)
+        return min((each.price_s for each in self.found), default=math.inf)
 
 
 def finalists(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Finalists:
@@ -82,12 +101,12 @@ def search_placed(
     slack = SLACK_OF_FEW if known.few else SLACK
     race = _Race(pins, search, whole, simulate, known.bound_s, slack, limit_s, worth_s=limit_s * (1 + slack))
     plain = (pins.window, 1)
-    for candidate, placed in known.found:
-        if placed.cost_s <= race.worth_s:
-            race.run(candidate, placed, _room(candidate, placed, pins))
-    for candidate, placed in known.found if race.winner is None else [race.winner]:
-        if placed.cost_s <= race.worth_s and _room(candidate, placed, pins) != plain:
-            race.run(candidate, placed, plain)
+    for each in known.found:
+        if each.price_s <= race.worth_s:
+            race.run(each, each.room(pins))
+    for each in known.found if race.winner is None else [race.winner]:
+        if each.price_s <= race.worth_s and each.room(pins) != plain:
+            race.run(each, plain)
     if race.best is not None or math.isfinite(limit_s):
         return race.best
     return race.short if race.short is not None else search(pins, 1)[0]
@@ -106,23 +125,23 @@ class _Race:
     slack: float
     best_s: float
     best: Solution | None = None
-    winner: tuple[Candidate, Placed] | None = None
+    winner: Finalist | None = None
     short: Infeasible | None = None
     worth_s: float = math.inf
     known: list[Solution] = field(default_factory=list)
 
-    def run(self, candidate: Candidate, placed: Placed, room: tuple[int | None, int]) -> None:
+    def run(self, mesh: Finalist, room: tuple[int | None, int]) -> None:
         """Plans of a mesh on its placements, with room for a window and for groups of replicas; then with whole state,
         where that could gain something."""
-        window, dp_inner = room
-        answers = self._searched(lambda known: self.search(known, dp_inner), candidate.configuration, window)
-        timed = [own for answer in answers for own in self._timed(answer, candidate, placed)]
+        (window, dp_inner), configuration = room, mesh.candidate.configuration
+        answers = self._searched(lambda known: self.search(known, dp_inner), configuration, window)
+        timed = [own for answer in answers for own in self._timed(answer, mesh)]
         least_s = WORTH * self.best_s
-        answers = self._searched(lambda known: self.whole(known, timed, least_s), candidate.configuration, window)
+        answers = self._searched(lambda known: self.whole(known, timed, least_s), configuration, window)
         for answer in answers:
-            self._timed(answer, candidate, placed)
+            self._timed(answer, mesh)
 
-    def _timed(self, answer: Solution | Infeasible, candidate: Candidate, placed: Placed) -> list[PlacedAnswer]:
+    def _timed(self, answer: Solution | Infeasible, mesh: Finalist) -> list[PlacedAnswer]:
         """A plan on each of the placements, simulated there; none where it was before."""
         if isinstance(answer, Infeasible):
             fewer = self.short is None or answer.needed_bytes < self.short.needed_bytes
@@ -132,11 +151,11 @@ class _Race:
             return []
         self.known.append(answer)
         found = []
-        for devices in dict.fromkeys((placed.devices, *placed.others)):
+        for devices in dict.fromkeys((mesh.placed.devices, *mesh.placed.others)):
             step_s, solution = self.simulate(replace(answer, placement=devices), self.best_s)
             found.append(solution)
             if step_s < self.best_s:
-                self._leads(step_s, solution, (candidate, placed))
+                self._leads(step_s, solution, mesh)
         return [PlacedAnswer(answer, found)]
 
     def _searched(self, search: Callable[[Pins], Answers], c: Configuration, window: int | None) -> Answers:
@@ -148,11 +167,11 @@ class _Race:
             return found
         return self._searched(search, c, narrower)
 
-    def _leads(self, step_s: float, solution: Solution, winner: tuple[Candidate, Placed]) -> None:
-        cost_s = winner[1].cost_s
-        gap, notes = max(0.0, cost_s / self.bound_s - 1.0), (*solution.notes, _note(winner[1]))
+    def _leads(self, step_s: float, solution: Solution, winner: Finalist) -> None:
+        cost_s = winner.placed.cost_s
+        gap, notes = max(0.0, cost_s / self.bound_s - 1.0), (*solution.notes, _note(winner.placed))
         self.best_s, self.best, self.winner = step_s, replace(solution, gap=gap, notes=notes), winner
-        self.worth_s = max(cost_s * (1 + self.slack), step_s / (1 + self.slack))
+        self.worth_s = max(winner.price_s * (1 + self.slack), step_s / (1 + self.slack))
 
 
 def _is_same(one: Solution, other: Solution) -> bool:
@@ -180,8 +199,9 @@ def _note(placed: Placed) -> str:
 
 def _candidates(
     cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes
-) -> tuple[list[tuple[Candidate, Placed]], float]:
+) -> tuple[list[Finalist], float]:
     """The best meshes with their placements, and a bound under all of them."""
+    most = volumes.segments if may_move(cluster, pins) else 0
     wanted, laid_out, bound_s = _finalists(cluster), list[_LaidOut](), math.inf
     for candidate in candidates(cluster, space, batch, pins, volumes):
         bound_s = min(bound_s, candidate.bound_s)
@@ -189,12 +209,23 @@ def _candidates(
             break
         found = sketched(candidate.prices, candidate.bound_s)
         laid_out.append(_LaidOut(found.cost_s, candidate.order, candidate, found))
-    ranked = sorted(_glanced(laid_out, wanted), key=_LaidOut.key)
+    ranked = sorted(_glanced(laid_out, wanted), key=lambda each: (each.price_s(most), each.order))
     best = _of_each_shape(ranked, lambda each: each.candidate)[: IMPROVED * wanted]
     placed = _shared([(each.candidate, each.placed()) for each in best])
-    placed.sort(key=lambda pair: (pair[1].cost_s, pair[0].order))
-    chosen = _of_each_shape(placed, lambda pair: pair[0])[:wanted]
-    return sorted(chosen, key=lambda pair: (pair[1].cost_s, pair[0].order)), bound_s
+    finals = [Finalist(own, where, _price_s(own, where.devices, most)) for own, where in placed]
+    chosen = _of_each_shape(sorted(finals, key=Finalist.key), lambda each: each.candidate)[:wanted]
+    return sorted(chosen, key=Finalist.key), bound_s
+
+
+def may_move(cluster: Cluster, pins: Pins) -> bool:
+    """Whether ends of stages are moved once a plan is placed."""
+    return cluster.num_devices <= MOST_MOVED and pins.virtual_stages in (None, 1)
+
+
+def _price_s(candidate: Candidate, devices: Sequence[int], segments: int) -> float:
+    """On a placement, with stages of any shares of so many segments; of none, with stages that are equally long."""
+    cells = np.array(devices).reshape(candidate.prices.shape)
+    return moved_cost_s(candidate.prices, cells, segments) if segments else candidate.prices.cost_s(cells)
 
 
 def _of_each_shape(ranked: Sequence[_T], candidate: Callable[[_T], Candidate]) -> list[_T]:
@@ -220,6 +251,10 @@ class _LaidOut:
 
     def key(self) -> tuple[float, int]:
         return self.cost_s, self.order
+
+    def price_s(self, segments: int) -> float:
+        """See ``_price_s``."""
+        return min([self.cost_s, *(_price_s(self.candidate, own.ravel().tolist(), segments) for own in self.known)])
 
     def placed(self) -> Placed:
         prices = self.candidate.prices
