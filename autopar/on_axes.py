@@ -22,24 +22,32 @@ def on_axes(
     job: Job, pins: Pins, found: Solution | Infeasible, step_s: Callable[[Solution], float]
 ) -> Solution | Infeasible:
     """The fastest of what was found, the same degrees with tp as two axes, where links or factors suggest it, and what
-    fewer devices do, repeated on the others. step_s: seconds of a step of a plan."""
+    fewer devices do, repeated on the others.
+
+    Degrees alike are compared by their prices, others by ``step_s``, waiting and all.
+    """
     if isinstance(found, Infeasible) or job.options.parallelism.tp_axes is not None:
         return found
-    best, found_s = found, step_s(found)
-    best_s = found_s
-    for tried, axes in (*_same_degrees(job, found), *_repeated(job, pins, found, found_s)):
+    best = found
+    for tried, axes in _same_degrees(job, found):
         other = _searched(job, tried, axes)
-        if isinstance(other, Infeasible):
-            continue
-        other_s = step_s(other)
-        if other_s < best_s * (1 - WORTH):
-            note = (
-                f"tp={tried.tp} is {axes[0]} x {axes[1]} axes: {seconds_text(other_s)} against "
-                f"{seconds_text(found_s)} of tp={found.configuration.tp} on one; the gap is to plans with one"
-            )
-            bound_s = min(found.bound_s, other.objective_s)
-            best, best_s = replace(other, bound_s=bound_s, notes=(*found.notes, note)), other_s
+        if isinstance(other, Solution) and other.objective_s < best.objective_s * (1 - WORTH):
+            best = _with_note(found, other, axes, found.objective_s, other.objective_s)
+    best_s = step_s(best)
+    for tried, axes in _repeated(job, pins, best, best_s):
+        other = _searched(job, tried, axes)
+        if isinstance(other, Solution) and step_s(other) < best_s * (1 - WORTH):
+            best = _with_note(found, other, axes, best_s, step_s(other))
     return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
+
+
+def _with_note(found: Solution, other: Solution, axes: Sizes, before_s: float, after_s: float) -> Solution:
+    """The other, whose bound is to hold for what was found, too."""
+    note = (
+        f"tp={other.configuration.tp} is {axes[0]} x {axes[1]} axes: {seconds_text(after_s)} against "
+        f"{seconds_text(before_s)} of tp={found.configuration.tp} on one; the gap is to plans with one"
+    )
+    return replace(other, bound_s=min(found.bound_s, other.objective_s), notes=(*found.notes, note))
 
 
 def _searched(job: Job, tried: Pins, axes: Sizes) -> Solution | Infeasible:

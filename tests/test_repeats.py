@@ -141,7 +141,10 @@ def counted(layer: Any, x: Tensor) -> Tensor:
 class Counts(Stack):
     def forward(self, x: Tensor) -> Tensor:
         COUNTER[0] = 0
-        return super().forward(x)
+        try:
+            return super().forward(x)
+        finally:
+            COUNTER[0] = 0  # as it was: what forward leaves changed is noted
 
 
 def tied_twice(layer: Any, x: Tensor) -> Tensor:
