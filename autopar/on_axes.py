@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from autopar.narrower import WORTH
 from autopar.planner.local_model import Sizes
 from autopar.planner.search import search
 from autopar.planner.several_axes import pairs, spans_levels
-from autopar.planner.solution import Infeasible, Pins, Solution
+from autopar.planner.solution import Infeasible, Pins, Solution, is_interrupted
 from autopar.report import seconds_text
 from cost_model.errors import ParallelismError
 
@@ -19,35 +20,46 @@ if TYPE_CHECKING:
 
 
 def on_axes(
-    job: Job, pins: Pins, found: Solution | Infeasible, step_s: Callable[[Solution], float]
+    job: Job, pins: Pins, found: Solution | Infeasible, step_s: Callable[[Solution], float] | None
 ) -> Solution | Infeasible:
     """The fastest of what was found, the same degrees with tp as two axes, where links or factors suggest it, and what
     fewer devices do, repeated on the others.
 
-    Degrees alike are compared by their prices, others by ``step_s``, waiting and all.
+    Degrees alike are compared by their prices, others by ``step_s``, waiting and all; None where devices differ: no
+    others are looked at then. Ctrl-C leaves the fastest so far.
     """
-    if isinstance(found, Infeasible) or job.options.parallelism.tp_axes is not None:
+    is_final = isinstance(found, Infeasible) or is_interrupted(found.notes)
+    if is_final or job.options.parallelism.tp_axes is not None:
         return found
+    assert isinstance(found, Solution)
     best = found
-    for tried, axes in _same_degrees(job, found):
-        other = _searched(job, tried, axes)
-        if isinstance(other, Solution) and other.objective_s < best.objective_s * (1 - WORTH):
-            best = _with_note(found, other, axes, found.objective_s, other.objective_s)
-    best_s = step_s(best)
-    for tried, axes in _repeated(job, pins, best, best_s):
-        other = _searched(job, tried, axes)
-        if isinstance(other, Solution) and step_s(other) < best_s * (1 - WORTH):
-            best = _with_note(found, other, axes, best_s, step_s(other))
+    with suppress(KeyboardInterrupt):
+        for tried, axes in _same_degrees(job, found):
+            other = _searched(job, tried, axes)
+            if isinstance(other, Solution) and other.objective_s < best.objective_s * (1 - WORTH):
+                best = _with_note(found, other, axes, found.objective_s, other.objective_s)
+        if step_s is not None:
+            best = _or_repeated(job, pins, best, step_s)
     return replace(best, gap=max(0.0, best.objective_s / best.bound_s - 1)) if best is not found else found
 
 
+def _or_repeated(job: Job, pins: Pins, found: Solution, step_s: Callable[[Solution], float]) -> Solution:
+    """What was found, or what fewer devices do, repeated on the others."""
+    best, best_s = found, step_s(found)
+    for tried, axes in _repeated(job, pins, found, best_s):
+        other = _searched(job, tried, axes)
+        if isinstance(other, Solution) and step_s(other) < best_s * (1 - WORTH):
+            best = _with_note(found, other, axes, best_s, step_s(other))
+    return best
+
+
 def _with_note(found: Solution, other: Solution, axes: Sizes, before_s: float, after_s: float) -> Solution:
-    """The other, whose bound is to hold for what was found, too."""
+    """The other, whose bound is to hold for what was found, too; what was noted of that is not of this."""
     note = (
         f"tp={other.configuration.tp} is {axes[0]} x {axes[1]} axes: {seconds_text(after_s)} against "
         f"{seconds_text(before_s)} of tp={found.configuration.tp} on one; the gap is to plans with one"
     )
-    return replace(other, bound_s=min(found.bound_s, other.objective_s), notes=(*found.notes, note))
+    return replace(other, bound_s=min(found.bound_s, other.objective_s), notes=(*other.notes, note))
 
 
 def _searched(job: Job, tried: Pins, axes: Sizes) -> Solution | Infeasible:

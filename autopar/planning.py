@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -393,8 +392,8 @@ class Job:
             return EqualMeshes(self, pins).fastest()
         alike = len(set(self.cluster.devices)) == 1
         timed = alike and self.options.solver != FLAT
-        step_s = functools.partial(waited_s, self) if timed else attrgetter("objective_s")
-        found = on_axes(self, pins, self.searched_under(pins, timed=timed), step_s)
+        found = self.searched_under(pins, timed=timed)
+        found = on_axes(self, pins, found, functools.partial(waited_s, self) if timed else None)
         if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]

@@ -137,11 +137,11 @@ def build_stage(
     templates: traces made so far. zeros: parameters that must have a gradient though this stage gives them none.
     recompute: segment -> its level. shared: parameters that other stages hold too. suffix: as in ``StageCode``.
     splits_backward: whether gradients of parameters have a function of their own. accumulates: whether gradients of
-    several microbatches add up: a product then finds its buffer in memory rather than in the cache and is slower than
-    one that is made apart and added, so it is not fused. overlaps: whether collectives move behind compute. given: the
-    buckets, where another program has chosen them. worth: whether ops are made a kernel, by what that costs; None: none
-    are. products: of ``PRODUCT_LIBRARIES``. device_kind: "cpu" or "cuda", whose kernels take memory of their own.
-    segments: labels of the chain's segments, for profilers. printed: whether it is to run; else it has no text.
+    several microbatches add up: a product then finds its buffer in memory, not in the cache, is slower than one that is
+    made apart and added, and is not fused. overlaps: whether collectives move behind compute. given: the buckets,
+    where another program has chosen them. worth: whether ops are made a kernel, by what that costs; None: none are.
+    products: of ``PRODUCT_LIBRARIES``. device_kind: "cpu" or "cuda", whose kernels take memory of their own. segments:
+    labels of the chain's segments, for profilers. printed: whether it is to run; else it has no text.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
     inputs, degrees, places = sharded.graph.inputs, (dp, mesh), sharded.placements
@@ -154,9 +154,8 @@ def build_stage(
     fuse(graphs.backward, {name: k.grads for name, k in kept.items() if name in stored and k.grads == k.reduce})
     if splits_backward:
         graphs = _weight_apart(graphs, inputs)
-    buckets = given
-    if buckets is None:
-        buckets = make_buckets(finished(graphs), model, places, metas, choices, degrees, shared, suffix, precision)
+    own = (model, places, metas, choices, degrees, shared, suffix, precision)
+    buckets = make_buckets(finished(graphs), *own) if given is None else given
     scattered = {name for bucket in buckets if bucket.zero > 1 for name, _ in bucket.parameters}
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:

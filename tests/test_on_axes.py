@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import pytest
 import torch
 from torch import nn
 
 import autopar
+import autopar.on_axes
 
 WIDTH = 1024
 
@@ -36,3 +39,14 @@ def test_where_links_are_slow_nodes_repeat_what_one_does(nodes: int) -> None:
     for pins in ({"dp": 4 * nodes}, {"dp": nodes, "tp": 4}, {"pp": nodes, "tp": 4}, {"dp": 4, "pp": nodes}):
         pinned = autopar.estimate(model, cluster, batch, parallelism=autopar.Parallelism(**pins))
         assert found.step_time_s < pinned.step_time_s
+
+
+def test_ctrl_c_leaves_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with torch.device("meta"):
+        model, batch = Residual().half(), {"x": torch.empty(64, 256, WIDTH, dtype=torch.float16)}
+    monkeypatch.setattr(autopar.on_axes, "search", interrupted)
+    found = autopar.estimate(model, autopar.Cluster.load("p3.8xlarge", 8), batch)
+    assert len(found.plan.tp_axes) == 1

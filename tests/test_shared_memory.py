@@ -64,7 +64,8 @@ def test_parts_of_one_memory_that_have_nothing_in_common_are_tensors_as_any() ->
         whole = torch.rand(4, 8)
         net.first.weight, net.last.weight = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
 
-    trace(Net(halves), {"x": torch.ones(4, 4)})
+    traced = trace(Net(halves), {"x": torch.ones(4, 4)})
+    assert {"first.weight", "last.weight"} <= {i.target for i in traced.global_graph.inputs if i.trainable}
 
 
 class TwoNames(nn.Module):

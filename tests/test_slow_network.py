@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,23 @@ def told(folder: Path, nodes: int, **others: Any) -> dict[str, Any]:
     return {"cluster": str(path), "width": 512, "layers": 2 * nodes, "batch": 256, "pins": pins, "steps": 2, **others}
 
 
+def answers_of_cut(
+    folder: Path, nodes: int, cut: Callable[[slow_network.SlowNetwork], None], **others: Any
+) -> list[dict[str, Any]]:
+    """What ranks answer once links are cut within some step."""
+    with slow_network.SlowNetwork(nodes) as network:
+        network.shape(20e6, 0.005)
+        ranks = SlowRanks(network)
+        ranks.tell(told(folder, nodes, steps=1000, timeout_s=6, announced=True, **others))
+        assert ranks.answers() == [{"running": True}] * nodes
+        time.sleep(1)  # into some step
+        begin = time.monotonic()
+        cut(network)
+        answers: list[dict[str, Any]] = ranks.answers()
+        assert time.monotonic() - begin < 60
+    return answers
+
+
 @pytest.mark.slow
 def test_steps_take_as_long_as_estimated(tmp_path: Path) -> None:
     with slow_network.SlowNetwork(3) as network:
@@ -163,16 +181,7 @@ def test_the_automatic_plan_against_data_parallelism_and_zero_3(tmp_path: Path) 
 )
 def test_a_link_that_dies_is_named_within_the_timeout(tmp_path: Path, pins: dict[str, Any]) -> None:
     """Whatever it carries nearly all the time."""
-    with slow_network.SlowNetwork(2) as network:
-        network.shape(20e6, 0.005)
-        ranks = SlowRanks(network)
-        ranks.tell(told(tmp_path, 2, steps=1000, timeout_s=6, announced=True, **pins))
-        assert ranks.answers() == [{"running": True}] * 2
-        time.sleep(1)  # into some step
-        begin = time.monotonic()
-        network.cut(1)
-        answers = ranks.answers()
-        assert time.monotonic() - begin < 60
+    answers = answers_of_cut(tmp_path, 2, lambda network: network.cut(1), **pins)
     assert all(answer["error"] == "CollectiveTimeoutError" for answer in answers), json.dumps(answers)
     assert sorted(answer["message"].split(", which")[0] for answer in answers) == [
         "rank 0 waited 6 s for rank 1",
@@ -189,16 +198,7 @@ def test_a_link_that_dies_one_way_is_named_within_the_timeout(
     tmp_path: Path, pins: dict[str, Any], way: tuple[int, int]
 ) -> None:
     """Nothing is acknowledged then: who still sends waits for the other, too."""
-    with slow_network.SlowNetwork(2) as network:
-        network.shape(20e6, 0.005)
-        ranks = SlowRanks(network)
-        ranks.tell(told(tmp_path, 2, steps=1000, timeout_s=6, announced=True, **pins))
-        assert ranks.answers() == [{"running": True}] * 2
-        time.sleep(1)  # into some step
-        begin = time.monotonic()
-        network.cut_way(*way)
-        answers = ranks.answers()
-        assert time.monotonic() - begin < 60
+    answers = answers_of_cut(tmp_path, 2, lambda network: network.cut_way(*way), **pins)
     named = [re.match(r"rank (\d) (waited 6 s for|has lost) rank (\d)", answer["message"]) for answer in answers]
     assert all(named), json.dumps(answers)
     assert [match[1] + match[3] for match in named if match] == ["01", "10"]
@@ -207,14 +207,7 @@ def test_a_link_that_dies_one_way_is_named_within_the_timeout(
 @pytest.mark.slow
 def test_a_link_that_dies_while_three_gather_parameters_is_named(tmp_path: Path) -> None:
     pins = {"dp": 3, "tp": 1, "pp": 1, "zero": 3}
-    with slow_network.SlowNetwork(3) as network:
-        network.shape(20e6, 0.005)
-        ranks = SlowRanks(network)
-        ranks.tell(told(tmp_path, 3, batch=255, pins=pins, steps=1000, timeout_s=6, announced=True))
-        assert ranks.answers() == [{"running": True}] * 3
-        time.sleep(1)  # into some step
-        network.cut(1)
-        answers = ranks.answers()
+    answers = answers_of_cut(tmp_path, 3, lambda network: network.cut(1), batch=255, pins=pins)
     named = [re.match(r"rank (\d) (waited 6 s for|has lost) rank (\d)", answer["message"]) for answer in answers]
     assert all(named), json.dumps(answers)
     assert {match[1] + match[3] for match in named if match} & {"01", "21"}
