@@ -8,7 +8,6 @@ clean, ``passes.picked`` proves by the factor maps of its calls that rows stay a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +17,11 @@ from torch.utils import _pytree as pytree
 from passes.alignment_vocabulary import CTC
 from passes.calls import schema_arguments
 from passes.graph import is_getitem
+from passes.parts import SPLITS, part_masks, sizes_of
 from passes.places import OF_MASK, VIEWS, Places, counted_mask, follow, is_one_each, joined, of_first_dims, of_mask
 from passes.restate_masks import is_unknown, refused
-from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED, SOURCE_KEYS
+from passes.rewriter import FIRST, LAST, LOSS, MASK
+from passes.rows import RowGraph, Rows, expression, wide
 from passes.steep import MAY_FAIL, STEEP
 
 aten = torch.ops.aten
@@ -37,58 +38,95 @@ _SUMS = {aten.sum.default, aten.sum.dim_IntList}
 _OF_MEANS: dict[Any, Any] = {aten.mean.default: aten.sum.default, aten.mean.dim: aten.sum.dim_IntList}
 _LABELLED = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default}
 _PLACED = {aten.index_put.default, aten.index_add.default, aten.index_copy.default}
-_SHAPED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 _BY_NUMBER = {aten.div.Tensor, aten.mul.Tensor, aten.div.Scalar, aten.mul.Scalar}
 _NONE, _MEAN = 0, 1
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """mask: which of the rows are picked [rows]; absent: which are not; count: the rows."""
-
-    mask: fx.Node
-    absent: fx.Node
-    count: int
-
-
 def pick(module: fx.GraphModule) -> None:
     """Restate a graph in place. What cannot be is left as it is, or UnsupportedError."""
-    if any(node.target in _PICKS and is_unknown(node.meta.get("val")) for node in module.graph.nodes):
+    begins = (*_PICKS, *SPLITS)
+    if any(node.target in begins and is_unknown(node.meta.get("val")) for node in module.graph.nodes):
         _Pick(module.graph).run()
 
 
-class _Pick:
+class _Pick(RowGraph):
+    """rows: of each value whose first dim they are; picked: what they were picked from, and the mask; joined: values
+    whose length was unknown until their parts were joined."""
+
     def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.rows: dict[fx.Node, _Rows] = {}
+        super().__init__(graph)
+        self.rows: dict[fx.Node, Rows] = {}
         self.picked: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        self.of_mask: dict[fx.Node, _Rows] = {}
-        self.of_symbol: dict[Any, _Rows] = {}
-        self.firsts: dict[tuple[Any, str], fx.Node] = {}
-        self.first: dict[fx.Node, fx.Node] = {}
         self.places: dict[Any, Places] = {}
+        self.splits: dict[Any, tuple[Rows, ...]] = {}
+        self.joined: set[fx.Node] = set()
 
     def run(self) -> None:
         for node in [n for n in self.graph.nodes if n.op == "call_function"]:
-            self._first(node)
+            self.first_like(node)
             try:
                 self._call_of(node)
             except (RuntimeError, IndexError) as error:  # a call does not take as many rows as there are
                 raise refused(node) from error
         for node in reversed(list(self.graph.nodes)):
-            forgotten = node in self.places or isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool)
+            is_number = isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool)
+            forgotten = node in self.places or node in self.splits or is_number
             if node.target in _CHECKS or (forgotten and not node.users):
                 self.graph.erase_node(node)
 
     def _call_of(self, node: fx.Node) -> None:
         if node.target in _PICKS and is_unknown(node.meta.get("val")):
             self._begin(node)
+        elif node.target in SPLITS and is_unknown(node.meta.get("val")):
+            self._split(node)
+        elif is_getitem(node) and node.args[0] in self.splits:
+            self._part(node)
         elif node.target in OF_MASK or self._lists(node):
             self._place(node)
         elif isinstance(node.target, torch._ops.OpOverload) and self._numbers(node) and node.target in _BY_NUMBER:
             self._by_number(node)
         elif any(operand in self.rows for operand in node.all_input_nodes):
             self._go_on(node)
+        elif is_unknown(node.meta.get("val")) and self._follows_joined(node):
+            self._settle(node)
+
+    def _follows_joined(self, node: fx.Node) -> bool:
+        numbers = [operand for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), torch.SymInt)]
+        return any(operand in self.joined for operand in node.all_input_nodes) or any(map(self.is_whole, numbers))
+
+    def _split(self, node: fx.Node) -> None:
+        """Parts of a value, one after the other, as long as values say."""
+        source, sizes = node.args[0], sizes_of(node)
+        known = isinstance(source, fx.Node) and source not in self.rows and not is_unknown(source.meta["val"])
+        if not known or sizes is None:
+            raise refused(node)
+        count = source.meta["val"].shape[0]  # type: ignore[union-attr]
+        if (sizes, count) not in self.of_sizes:
+            with self.graph.inserting_before(node):
+                masks = part_masks(lambda op, *args, **kwargs: self.call(op, args, node, **kwargs), sizes, count)
+                self.of_sizes[sizes, count] = tuple(self.rows_of(node, mask) for mask in masks)
+        self.splits[node] = self.of_sizes[sizes, count]
+
+    def _part(self, node: fx.Node) -> None:
+        """Of a value, those rows that are one part of it."""
+        split, number = node.args
+        rows, source = self.splits[split][number], split.args[0]  # type: ignore[index, union-attr]
+        assert isinstance(source, fx.Node)
+        with self.graph.inserting_before(node):
+            self._start(node, source, rows.mask, rows)
+
+    def _settle(self, node: fx.Node) -> None:
+        """A call of what was of unknown length until its parts were joined again."""
+        if is_getitem(node):
+            source, place = node.args
+            node.meta["val"] = source.meta["val"][place]  # type: ignore[union-attr]
+            self.joined.add(node)
+        elif isinstance(node.target, torch._ops.OpOverload) and node.target is not aten.sym_size.int:
+            args, kwargs = (self.sized(node, value) for value in (node.args, node.kwargs))
+            with self.graph.inserting_before(node):
+                made = self.call(node.target, args, node, **kwargs)
+            self.joined.add(made)
+            self.replace(node, made)
 
     def _lists(self, node: fx.Node) -> bool:
         return node.target not in _PLACED and any(operand in self.places for operand in node.all_input_nodes)
@@ -97,23 +135,26 @@ class _Pick:
         """Where a mask is true, as lists of places: to pick these is to pick by the mask."""
         source: Any = node.args[0]
         if node.target in OF_MASK:
-            self.places[node] = of_mask(self._first(source))
+            self.places[node] = of_mask(self.first_like(source))
         elif node.target is not aten.sym_size.int:
             self.places[node] = follow(node, self.places[source])
 
     def _begin(self, node: fx.Node) -> None:
         with self.graph.inserting_before(node):
             source, mask = self._picked_from(node)
-            rest = list(source.meta["val"].shape[mask.meta["val"].dim() :])
-            rows = self._of_mask(node, mask)
-            flat = self._call(aten.reshape.default, (source, [rows.count, *rest]), node)
-            dtype = flat.meta["val"].dtype
-            fill = FILL if dtype.is_floating_point or dtype.is_complex else 0
-            made = self._masked(flat, rows, fill, FIRST, node)
+            self._start(node, source, mask, self.rows_of(node, mask))
+
+    def _start(self, node: fx.Node, source: fx.Node, mask: fx.Node, rows: Rows) -> None:
+        """Rows, where they are picked: those of ``source`` that a mask of its first dims says."""
+        rest = list(source.meta["val"].shape[mask.meta["val"].dim() :])
+        flat = self.call(aten.reshape.default, (source, [rows.count, *rest]), node)
+        dtype = flat.meta["val"].dtype
+        fill = FILL if dtype.is_floating_point or dtype.is_complex else 0
+        made = self.masked(flat, rows, fill, FIRST, node)
         self.rows[made], self.picked[made] = rows, (source, mask)
         (many,) = (extent for extent in node.meta["val"].shape if isinstance(extent, torch.SymInt))
-        self.of_symbol[_expression(many)] = rows
-        self._replace(node, made)
+        self.of_symbol[expression(many)] = rows
+        self.replace(node, made)
 
     def _picked_from(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         """A value whose first dims are those of a mask, and the mask."""
@@ -133,7 +174,7 @@ class _Pick:
         return self._spread(source, before, places, node), places.mask
 
     def _wide(self, value: fx.Node, shape: torch.Size, node: fx.Node) -> fx.Node:
-        return value if value.meta["val"].shape == shape else self._call(aten.expand.default, (value, [*shape]), node)
+        return value if value.meta["val"].shape == shape else self.call(aten.expand.default, (value, [*shape]), node)
 
     def _places_of(self, indices: Any, node: fx.Node) -> Places:
         """Of indices of neighbouring dims."""
@@ -154,29 +195,10 @@ class _Pick:
         if not before and places.dims == tuple(range(len(extents))):
             return source
         rest = [dim for dim in range(len(shape)) if dim not in at.values()]
-        turned = self._call(aten.permute.default, (source, [*(at[dim] for dim in sorted(at)), *rest]), node)
+        turned = self.call(aten.permute.default, (source, [*(at[dim] for dim in sorted(at)), *rest]), node)
         for dim in places.missing:
-            turned = self._call(aten.unsqueeze.default, (turned, dim), node)
-        return self._call(aten.expand.default, (turned, [*extents, *(shape[dim] for dim in rest)]), node)
-
-    def _of_mask(self, node: fx.Node, mask: fx.Node) -> _Rows:
-        mask, count = self._first(mask), mask.meta["val"].numel()
-        if mask not in self.of_mask:
-            flat = self._call(aten.reshape.default, (mask, [count]), node)
-            if flat.meta["val"].dtype != torch.bool:
-                flat = self._call(aten.ne.Scalar, (flat, 0), node)
-            absent = self._call(aten.logical_not.default, (flat,), node, MASK)
-            self.of_mask[mask] = _Rows(flat, absent, count)
-        return self.of_mask[mask]
-
-    def _first(self, mask: fx.Node) -> fx.Node:
-        """The first of all calls that make the same of the same values; of those before, known when it is asked for."""
-        if mask not in self.first:
-            form = str(fx.map_arg((mask.args, dict(mask.kwargs)), lambda operand: self.first.get(operand, operand)))
-            draws = torch.Tag.nondeterministic_seeded in getattr(mask.target, "tags", ())
-            alone = draws or mask.op != "call_function"
-            self.first[mask] = mask if alone else self.firsts.setdefault((mask.target, form), mask)
-        return self.first[mask]
+            turned = self.call(aten.unsqueeze.default, (turned, dim), node)
+        return self.call(aten.expand.default, (turned, [*extents, *(shape[dim] for dim in rest)]), node)
 
     def _go_on(self, node: fx.Node) -> None:
         """A call of rows that were picked."""
@@ -189,13 +211,25 @@ class _Pick:
             return
         if node.target is aten.sym_size.int or node.target in _CHECKS:
             return
-        if len(known) != 1:
-            raise refused(node)
-        (rows,) = known
         with self.graph.inserting_before(node):
-            self._replace(node, self._restated(node, rows))
+            if len(known) == 1:
+                self.replace(node, self._restated(node, *known))
+            else:
+                self.replace(node, self._rejoined(node))
 
-    def _restated(self, node: fx.Node, rows: _Rows) -> fx.Node:
+    def _rejoined(self, node: fx.Node) -> fx.Node:
+        """The parts of a value, one after the other again: each row is one of one part, of the others nothing."""
+        given = schema_arguments(node)
+        parts = tuple(self.rows.get(part) for part in given.get("tensors", ()))
+        if node.target is not aten.cat.default or given["dim"] != 0 or parts not in self.of_sizes.values():
+            raise refused(node)
+        made, *more = (self.masked(part, self.rows[part], 0, LAST, node) for part in given["tensors"])
+        for part in more:
+            made = self.call(aten.add.Tensor, (made, part), node)
+        self.joined.add(made)
+        return made
+
+    def _restated(self, node: fx.Node, rows: Rows) -> fx.Node:
         if node.target in (*_SUMS, *_OF_MEANS) and self._adds_rows(node):
             return self._added(node, rows)
         given = schema_arguments(node)
@@ -213,8 +247,8 @@ class _Pick:
             raise refused(node)
         if str(node.target).removeprefix("aten.").startswith(MAY_FAIL) and node.target not in STEEP:
             raise refused(node)
-        args, kwargs = (self._sized(node, value) for value in (self._defined(node, rows), node.kwargs))
-        made = self._call(node.target, args, node, **kwargs)
+        args, kwargs = (self.sized(node, value) for value in (self._defined(node, rows), node.kwargs))
+        made = self.call(node.target, args, node, **kwargs)
         if is_unknown(made.meta["val"]):
             raise refused(node)
         leaves = (leaf for leaf in pytree.tree_leaves(made.meta["val"]) if isinstance(leaf, torch.Tensor))
@@ -223,114 +257,110 @@ class _Pick:
         self.rows[made] = rows
         return made
 
-    def _defined(self, node: fx.Node, rows: _Rows) -> tuple[Any, ...]:
+    def _defined(self, node: fx.Node, rows: Rows) -> tuple[Any, ...]:
         """Arguments, those of ``STEEP`` filled with what they are defined for."""
         fills = STEEP.get(node.target, {})
         names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
         return tuple(
-            self._masked(arg, rows, fills[name], None, node)
+            self.masked(arg, rows, fills[name], None, node)
             if name in fills and isinstance(arg, fx.Node) and arg in self.rows
             else arg
             for name, arg in zip(names, node.args, strict=False)
         )
-
-    def _sized(self, node: fx.Node, given: Any) -> Any:
-        """Arguments with the numbers of rows there are, where a shape is made of them."""
-
-        def size(value: fx.Node) -> Any:
-            number = value.meta.get("val")
-            if not isinstance(number, torch.SymInt):
-                return value
-            counts = {symbol: rows.count for symbol, rows in self.of_symbol.items()}
-            found = _expression(number).subs(counts)
-            if node.target not in _SHAPED or not found.is_Integer:
-                raise refused(node)
-            return int(found)
-
-        return fx.map_arg(given, size)
 
     def _adds_rows(self, node: fx.Node) -> bool:
         dims = node.args[1] if len(node.args) > 1 else None
         rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
         return not dims or any(dim % rank == 0 for dim in dims)  # type: ignore[union-attr]
 
-    def _added(self, node: fx.Node, rows: _Rows) -> fx.Node:
+    def _added(self, node: fx.Node, rows: Rows) -> fx.Node:
         source, *rest = node.args
         assert isinstance(source, fx.Node)
-        zeroed = self._masked(source, rows, 0, LAST, node)
+        zeroed = self.masked(source, rows, 0, LAST, node)
         target, named = _OF_MEANS.get(node.target, node.target), dict[str, Any](node.kwargs)
         if node.target in _SUMS:
-            return self._call(target, (zeroed, *rest), node, **named)
-        total = self._call(target, (zeroed, *rest), node, **(named | {"dtype": _wide(zeroed)}))
+            return self.call(target, (zeroed, *rest), node, **named)
+        total = self.call(target, (zeroed, *rest), node, **(named | {"dtype": wide(zeroed)}))
         each = source.meta["val"].numel() // max(total.meta["val"].numel(), 1) // rows.count
-        return self._divided(node, total, rows, each)
+        return self.divided(node, total, rows, each)
 
-    def _divided(self, node: fx.Node, total: fx.Node, rows: _Rows, each: int) -> fx.Node:
-        """By how many are picked, in the dtype of the mean; each: elements of a row that were added."""
-        mean = self._call(aten.div.Tensor, (total, self._counted(node, rows, each, _wide(total))), node)
-        return self._call(aten._to_copy.default, (mean,), node, dtype=node.meta["val"].dtype)
-
-    def _counted(self, node: fx.Node, rows: _Rows, each: int, dtype: torch.dtype) -> fx.Node:
-        count = self._call(aten.sum.default, (rows.mask,), node)
-        many = self._call(aten.mul.Tensor, (count, each), node) if each != 1 else count
-        return self._call(aten._to_copy.default, (many,), node, dtype=dtype)
-
-    def _placed(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+    def _placed(self, node: fx.Node, rows: Rows, given: dict[str, Any]) -> fx.Node:
         """Rows laid, or added, where they were picked."""
         target, values = given["self"], given["values"] if "values" in given else given["source"]
         if values not in self.rows or given.get("dim", 0) != 0 or given.get("indices", [0])[0] is None:
             raise refused(node)
         places = self._places_of(given.get("indices", [given.get("index")]), node)
         extents, rest = places.mask.meta["val"].shape, values.meta["val"].shape[1:]
-        if self.of_mask.get(self._first(places.mask)) != rows:
-            raise refused(node)
+        if self.of_mask.get(self.first_like(places.mask)) != rows:
+            return self._laid_in_order(target, places, values, given, node)
         if target.meta["val"].shape != (*(extents[dim] for dim in places.dims), *rest):
             raise refused(node)
         if given.get("accumulate", "alpha" in given):
-            laid = self._laid(self._masked(values, rows, 0, LAST, node), places, node)
-            return self._call(aten.add.Tensor, (target, laid), node, alpha=given.get("alpha", 1))
+            laid = self._laid(self.masked(values, rows, 0, LAST, node), places, node)
+            return self.call(aten.add.Tensor, (target, laid), node, alpha=given.get("alpha", 1))
         if not is_one_each(places):
             raise refused(node)
         return self._over(target, values, places, node)
 
+    def _laid_in_order(
+        self, target: fx.Node, places: Places, values: fx.Node, given: dict[str, Any], node: fx.Node
+    ) -> fx.Node:
+        """Rows that one mask picked laid where another is true."""
+        mask, meta = places.mask, target.meta["val"]
+        if places.missing or given.get("accumulate", "alpha" in given) or target in self.rows:
+            raise refused(node)
+        wide = self.call(
+            aten.reshape.default, (mask, [*mask.meta["val"].shape, *[1] * (meta.dim() - mask.meta["val"].dim())]), node
+        )
+        wide = self.call(aten.expand.default, (wide, [*meta.shape]), node)
+        return self.call(aten.masked_scatter.default, (target, wide, self._packed(values, node)), node)
+
     def _over(self, target: fx.Node, values: fx.Node, places: Places, node: fx.Node) -> fx.Node:
         """Rows in place of what is where they were picked."""
         rows, rank = self.rows[values], values.meta["val"].dim()
-        laid = self._laid(self._masked(values, rows, 0, LAST, node), places, node)
-        chosen = self._call(aten.reshape.default, (rows.mask, [rows.count, *[1] * (rank - 1)]), node)
-        return self._call(aten.where.self, (self._laid(chosen, places, node), laid, target), node)
+        laid = self._laid(self.masked(values, rows, 0, LAST, node), places, node)
+        chosen = self.call(aten.reshape.default, (rows.mask, [rows.count, *[1] * (rank - 1)]), node)
+        return self.call(aten.where.self, (self._laid(chosen, places, node), laid, target), node)
 
-    def _scattered(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
-        """Rows laid where their mask is true, which is repeated along the other dims."""
+    def _scattered(self, node: fx.Node, rows: Rows, given: dict[str, Any]) -> fx.Node:
+        """Rows laid where a mask is true, which is repeated along the other dims: their own, or another's in order."""
         target, wide, values = given["self"], given["mask"], given["source"]
         mask = next(mask for mask, known in self.of_mask.items() if known == rows)
         shape = (*mask.meta["val"].shape, *values.meta["val"].shape[1:])
         (found, is_not), (own, own_not) = of_first_dims(wide), of_first_dims(mask)
-        is_own = self._first(found) is self._first(own) and is_not == own_not
-        if values not in self.rows or not is_own or {target.meta["val"].dim(), wide.meta["val"].dim()} != {len(shape)}:
+        is_own = self.first_like(found) is self.first_like(own) and is_not == own_not
+        if values not in self.rows or target in self.rows or wide in self.rows:
             raise refused(node)
-        return self._over(target, values, of_mask(mask), node)
+        if is_own and {target.meta["val"].dim(), wide.meta["val"].dim()} == {len(shape)}:
+            return self._over(target, values, of_mask(mask), node)
+        return self.call(node.target, (target, wide, self._packed(values, node)), node)
+
+    def _packed(self, values: fx.Node, node: fx.Node) -> fx.Node:
+        """Rows that were picked in their order, then zeros."""
+        rows = self.rows[values]
+        order = self.call(aten.argsort.stable, (rows.mask,), node, stable=True, dim=0, descending=True)
+        return self.call(aten.index_select.default, (self.masked(values, rows, 0, LAST, node), 0, order), node)
 
     def _laid(self, rows: fx.Node, places: Places, node: fx.Node) -> fx.Node:
         """Rows in the dims that places say, those along others added up."""
         extents, shape = places.mask.meta["val"].shape, rows.meta["val"].shape
-        made = self._call(aten.reshape.default, (rows, [*extents, *shape[1:]]), node)
+        made = self.call(aten.reshape.default, (rows, [*extents, *shape[1:]]), node)
         order = [*places.dims, *places.missing]
         if order != sorted(order):
             last = range(len(extents), len(extents) + len(shape) - 1)
-            made = self._call(aten.permute.default, (made, [*order, *last]), node)
+            made = self.call(aten.permute.default, (made, [*order, *last]), node)
         if not places.missing:
             return made
         if made.meta["val"].dtype == torch.bool:
-            return self._call(aten.any.dim, (made, len(places.dims)), node)
-        return self._call(aten.sum.dim_IntList, (made, list(range(len(places.dims), len(extents)))), node)
+            return self.call(aten.any.dim, (made, len(places.dims)), node)
+        return self.call(aten.sum.dim_IntList, (made, list(range(len(places.dims), len(extents)))), node)
 
-    def _labelled(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+    def _labelled(self, node: fx.Node, rows: Rows, given: dict[str, Any]) -> fx.Node:
         """A loss that ignores a label ignores those of rows that are not picked."""
         if given["target"] not in self.rows:
             raise refused(node)
-        ignored = self._masked(given["target"], rows, given["ignore_index"], MASK, node)
-        made = self._call(node.target, (node.args[0], ignored, *node.args[2:]), node, LOSS, **node.kwargs)
+        ignored = self.masked(given["target"], rows, given["ignore_index"], MASK, node)
+        made = self.call(node.target, (node.args[0], ignored, *node.args[2:]), node, LOSS, **node.kwargs)
         if is_unknown(node.meta["val"]):
             self.rows[made] = rows
         return made
@@ -339,24 +369,24 @@ class _Pick:
         """Labels of all samples, one sample after the other, as many of each as are counted: in rows, those first."""
         counted = counted_mask(given["lengths"])
         labels, mask = self.picked.get(given["labels"], (None, None))
-        if mask is None or counted is None or self._first(counted) is not self._first(mask):
+        if mask is None or counted is None or self.first_like(counted) is not self.first_like(mask):
             raise refused(node)
-        order = self._call(aten.argsort.stable, (mask,), node, stable=True, dim=1, descending=True)
-        packed = self._call(aten.gather.default, (labels, 1, order), node)
-        return self._call(node.target, (node.args[0], packed, *node.args[2:]), node)
+        order = self.call(aten.argsort.stable, (mask,), node, stable=True, dim=1, descending=True)
+        packed = self.call(aten.gather.default, (labels, 1, order), node)
+        return self.call(node.target, (node.args[0], packed, *node.args[2:]), node)
 
-    def _averaged(self, node: fx.Node, rows: _Rows, given: dict[str, Any]) -> fx.Node:
+    def _averaged(self, node: fx.Node, rows: Rows, given: dict[str, Any]) -> fx.Node:
         """Any other loss: that of each element, and their sum or mean."""
         reduction, given["reduction"] = given["reduction"], _NONE
         schema = node.target._schema.arguments  # type: ignore[union-attr]
         named = {argument.name: given[argument.name] for argument in schema if argument.kwarg_only}
         args = tuple(given[argument.name] for argument in schema if not argument.kwarg_only)
-        each = self._call(node.target, args, node, **named)
-        zeroed = self._masked(each, rows, 0, LAST, node)
+        each = self.call(node.target, args, node, **named)
+        zeroed = self.masked(each, rows, 0, LAST, node)
         if reduction != _MEAN:
-            return self._call(aten.sum.default, (zeroed,), node)
-        total = self._call(aten.sum.default, (zeroed,), node, dtype=_wide(zeroed))
-        return self._divided(node, total, rows, each.meta["val"].numel() // rows.count)
+            return self.call(aten.sum.default, (zeroed,), node)
+        total = self.call(aten.sum.default, (zeroed,), node, dtype=wide(zeroed))
+        return self.divided(node, total, rows, each.meta["val"].numel() // rows.count)
 
     def _numbers(self, node: fx.Node) -> bool:
         return any(isinstance(operand.meta.get("val"), torch.SymInt) for operand in node.all_input_nodes)
@@ -366,7 +396,7 @@ class _Pick:
         value, number = node.args[:2]
         if not isinstance(number, fx.Node) or not isinstance(value, fx.Node) or value in self.rows:
             raise refused(node)
-        wanted = _expression(number.meta["val"])
+        wanted = expression(number.meta["val"])
         parts = [(rows, wanted.coeff(symbol), symbol) for symbol, rows in self.of_symbol.items()]
         found = [(rows, each) for rows, each, symbol in parts if each != 0 and wanted == each * symbol]
         if len(found) != 1 or not found[0][1].is_Integer:
@@ -374,44 +404,6 @@ class _Pick:
         ((rows, each),) = found
         target = aten.div.Tensor if node.target in (aten.div.Tensor, aten.div.Scalar) else aten.mul.Tensor
         with self.graph.inserting_before(node):
-            count = self._counted(node, rows, int(each), _wide(node))
-            made = self._call(target, (value, count), node)
-            self._replace(node, self._call(aten._to_copy.default, (made,), node, dtype=node.meta["val"].dtype))
-
-    def _masked(self, value: fx.Node, rows: _Rows, fill: float, mark: str | None, node: fx.Node) -> fx.Node:
-        """``value``, whose rows may have become several each, with rows that are not picked filled."""
-        shape, absent = value.meta["val"].shape, rows.absent
-        each = shape[0] // rows.count
-        if each != 1:
-            for op, to in ((aten.reshape, (rows.count, 1)), (aten.expand, (rows.count, each)), (aten.reshape, (-1,))):
-                absent = self._call(op.default, (absent, list(to)), node)
-        if len(shape) > 1:
-            absent = self._call(aten.reshape.default, (absent, [shape[0], *[1] * (len(shape) - 1)]), node)
-        return self._call(aten.masked_fill.Scalar, (value, absent, fill), node, mark)
-
-    def _call(
-        self, target: Any, args: tuple[Any, ...], like: fx.Node, mark: str | None = None, **kwargs: Any
-    ) -> fx.Node:
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta.update({key: like.meta[key] for key in SOURCE_KEYS if key in like.meta})
-        if mark is not None:
-            made.meta[PICKED] = mark
-        values, named = fx.map_arg((args, kwargs), lambda operand: operand.meta["val"])
-        mode = next(leaf.fake_mode for leaf in pytree.tree_leaves((values, named)) if hasattr(leaf, "fake_mode"))
-        with mode, torch.no_grad():
-            made.meta["val"] = target(*values, **named)
-        return made
-
-    def _replace(self, node: fx.Node, made: fx.Node) -> None:
-        node.replace_all_uses_with(made)
-        self.graph.erase_node(node)
-
-
-def _wide(node: fx.Node) -> torch.dtype:
-    """In what values are added and counted: half types in float32."""
-    dtype: torch.dtype = node.meta["val"].dtype
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _expression(number: torch.SymInt) -> Any:
-    return number.node.expr
+            count = self.counted(node, rows, int(each), wide(node))
+            made = self.call(target, (value, count), node)
+            self.replace(node, self.call(aten._to_copy.default, (made,), node, dtype=node.meta["val"].dtype))

@@ -60,14 +60,23 @@ def _index(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
 
 @rewrites(aten.index_put.default)
 def _laid_over(run: Cleaner, node: fx.Node, a: dict[str, Any]) -> Any:
-    """``x[mask] = value``, the value one for all places: a choice between both."""
+    """``x[mask] = value``: a choice between both where the value is one for all places; else values in their order."""
     (mask, *more), meta, value = a["indices"], run.tensor(a["self"]), run.tensor(a["values"])
     if mask is None or more or run.tensor(mask).dtype != "bool" or a["accumulate"]:
         return NotImplemented
-    rest = meta.shape[len(run.tensor(mask).shape) :]
-    if len(value.shape) > len(rest):
-        return NotImplemented
+    places, rest = run.tensor(mask).shape, meta.shape[len(run.tensor(mask).shape) :]
     if rest:
-        shape = (*run.tensor(mask).shape, *[1] * len(rest))
+        shape = (*places, *[1] * len(rest))
         mask = run.call(aten.reshape.default, (mask, list(shape)), TensorMeta(shape, "bool"), like=node)
-    return run.call(aten.where.self, (mask, a["values"], a["self"]), meta, like=node)
+    if len(value.shape) <= len(rest):
+        return run.call(aten.where.self, (mask, a["values"], a["self"]), meta, like=node)
+    if value.shape[0] == 1:
+        one = run.call(aten.squeeze.dim, (a["values"], 0), TensorMeta(value.shape[1:], value.dtype), like=node)
+        return run.call(aten.where.self, (mask, one, a["self"]), meta, like=node)
+    wide = TensorMeta((value.shape[0], *rest), value.dtype)
+    source = a["values"]
+    if wide != value:
+        source = run.call(aten.expand.default, (source, list(wide.shape)), wide, like=node)
+    if rest:
+        mask = run.call(aten.expand.default, (mask, list(meta.shape)), TensorMeta(meta.shape, "bool"), like=node)
+    return REWRITES[aten.masked_scatter.default](run, node, {"self": a["self"], "mask": mask, "source": source})

@@ -51,6 +51,28 @@ def test_what_is_laid_over_a_mask_runs_as_on_one_device(grid: str) -> None:
     check_parity(Masked(), batch(), 2, 1e-5, SGD, **GRIDS[grid])
 
 
+@pytest.mark.usefixtures("thread_ranks")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_values_are_laid_over_a_mask_in_their_order(grid: str) -> None:
+    class Features(Masked):
+        """As many as there are places, one for all places, and single numbers."""
+
+        def forward(self, x: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+            h = self.front(x)
+            h[places] = self.front(x[:, 3:5]).flatten(0, 1)
+            h[places.roll(1, 1)] = self.token[None]
+            z = self.head(h.mean(1))
+            z[places[:, :8]] = x[:, 0, :2].flatten()
+            return F.cross_entropy(z, labels)
+
+    given = batch()
+    places = (torch.arange(10) + torch.arange(BATCH)[:, None]) % 4 == 1
+    places = places & (places.cumsum(1) <= 2) & (torch.arange(10) < 8)
+    check_parity(
+        Features(), {"x": given["x"], "places": places, "labels": given["labels"]}, 2, 1e-5, SGD, **GRIDS[grid]
+    )
+
+
 @pytest.mark.parametrize("rows", [True, False])
 def test_what_goes_to_the_places_of_a_mask_is_looked_up(rows: bool) -> None:
     class Placed(Masked):
@@ -145,9 +167,34 @@ def _distances(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tens
     return apart + (logits.sum(1) / labels[few]).square().mean() - right.mean()
 
 
+def _parts(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """Rows sorted by expert, each part as long as values say; all parts joined have a length that is known."""
+    rows = x.flatten(0, 1)
+    weights, chosen = self.head(rows).softmax(1)[:, :3].topk(2)
+    order, counts = chosen.flatten().argsort(stable=True), F.one_hot(chosen, 3).sum((0, 1)).tolist()
+    parts = zip(rows[order // 2].split(counts), (self.front, self.front[0], nn.Identity()), strict=True)
+    made = torch.cat([layer(part) for part, layer in parts])
+    made = made.view(made.shape[0], 4, 4).tanh().flatten(1) * weights.flatten()[order, None]
+    first, _, _ = torch.split(made, counts)
+    made = torch.zeros_like(rows).index_add(0, order // 2, made).view_as(x)
+    return F.cross_entropy(self.head(made.mean(1)), labels) + first.square().mean()
+
+
+def _of_one_laid_by_another(self: nn.Module, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """What one mask picks goes, in its order, to where another is true: to as many tokens of another sample."""
+    there = mask.sum(1, keepdim=True).flip(0) > torch.arange(10)
+    h, found = self.front(x), F.layer_norm(x[mask.flip(0)], (16,)) * self.token
+    h = h.masked_scatter(there.unsqueeze(-1), found)
+    kinds = torch.full_like(mask, 3, dtype=torch.long)
+    kinds[there] = x.argmax(-1)[mask.flip(0)] % 8
+    return F.cross_entropy(self.head(h).flatten(0, 1), kinds.flatten())
+
+
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("forward", [_tokens, _samples, _experts, _normed, _routed, _distances])
+@pytest.mark.parametrize(
+    "forward", [_tokens, _samples, _experts, _normed, _routed, _distances, _parts, _of_one_laid_by_another]
+)
 def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callable[..., Tensor], grid: str) -> None:
     kind = type("Picked", (Masked,), {"forward": forward})
     model = kind()
