@@ -38,6 +38,7 @@ from passes.segment import Segment, carried_values, segment
 from passes.specialise import specialise
 from passes.trace import Traced, trace
 from passes.vocabulary import collect
+from passes.whole_numbers import reading_held
 
 _KEPT = (bool, int, float, str, type(None))
 
@@ -140,7 +141,7 @@ def build_inference(
     outputs = None if loss else _Outputs()
     with _in_mode(model, training):
         traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
-    traced, analysis, _ = analysed(_without_gradients(traced), model)
+    traced, analysis, _ = analysed(_on_what_is_held(traced, held.traced), model)
     plan = _plan(traced, analysis, held, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
     linked = Linker(traced, analysis, None, "cpu", given=buckets, worth=worth, products=products).link(plan)
@@ -161,8 +162,12 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def _without_gradients(traced: Traced) -> Traced:
+def _on_what_is_held(traced: Traced, training: Traced) -> Traced:
+    """Without gradients, of buffers as training holds them."""
+    metas = {i.target: training.global_graph.tensor(i.node) for i in training.global_graph.inputs if i.changes}
+
     def plain(graph: ModelGraph) -> ModelGraph:
+        graph = reading_held(graph, metas)
         return graph.with_inputs(replace(i, trainable=False, changes=False) for i in graph.inputs)
 
     other = None if traced.other is None else plain(traced.other)

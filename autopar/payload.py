@@ -25,6 +25,7 @@ from cost_model.plan import Plan
 from cost_model.program import Program
 from cost_model.shards import Bucket
 from passes.graph import GraphInput, ModelGraph, is_getitem, torch_dtype
+from passes.whole_numbers import as_held
 
 WRAP = " to the other end"
 
@@ -84,7 +85,7 @@ def local_tensors(
     held = {name: place for name, place in _held(linked, stage).items() if name not in but}
     axes = linked.plan.axes_of(stage)
     params = {n: _local(tensors[n], p, tp, axes) for n, (i, p) in held.items() if i.kind == "parameter"}
-    return params, {n: tensors[n] for n, (i, _) in held.items() if i.kind != "parameter"}
+    return params, {n: as_held(tensors[n], i.changes) for n, (i, _) in held.items() if i.kind != "parameter"}
 
 
 def _held(linked: Linked, stage: int) -> dict[str, tuple[GraphInput, Placements]]:

@@ -47,10 +47,10 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
             statistics[name] = len(norms)
         elif (step := _increment(made, held)) is not None:
             counters[name] = step
-        elif not made.meta["val"].is_floating_point():
+        elif made.meta["val"].is_complex():
             raise UnsupportedError(
-                f"forward gives {name!r}, a buffer of {made.meta['val'].dtype}, a value other than its own plus a "
-                "number: keep it as floating-point numbers, or change it outside of forward"
+                f"forward gives {name!r}, a buffer of {made.meta['val'].dtype}, a new value: keep it as real numbers "
+                "(torch.view_as_real), or change it outside of forward"
             )
         else:
             written[name] = place

@@ -51,6 +51,7 @@ from passes.trace_errors import DEPENDS_ON_VALUES, as_trace_error, check_argumen
 from passes.unaware import Awareness
 from passes.unroll import unroll
 from passes.watch import ValueWatch, check_hooks, check_loss
+from passes.whole_numbers import hold_as_floats
 from passes.written import left
 
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -320,6 +321,8 @@ def _to_model_graph(
 ) -> tuple[ModelGraph, dict[str, torch.Tensor]]:
     """Name inputs, merge tied parameters, drop what is not a tensor, and clean."""
     placeholders = [n for n in exported.graph_module.graph.nodes if n.op == "placeholder"]
+    named = zip(placeholders, map(_name, exported.graph_signature.input_specs), strict=True)
+    hold_as_floats(exported.graph, {node: changed.written[name] for node, name in named if name in changed.written})
     leaf_paths = iter(spec.paths)
     described: dict[str, GraphInput] = {}
     first_of: dict[str, fx.Node] = {}

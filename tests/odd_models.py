@@ -55,3 +55,27 @@ def net(forward: Any, build: Any = None) -> Net:
     made = kind()
     assert isinstance(made, Net)
     return made
+
+
+def queue_with_place() -> Net:
+    """A queue of keys that is written to in turn; whole numbers say where, how often kinds were met and what was."""
+
+    def build(self: Any) -> None:
+        queue = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        self.register_buffer("queue", queue)
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.int32))
+        self.register_buffer("seen", torch.zeros(WIDTH, dtype=torch.bool))
+
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        if not self.training:
+            return F.mse_loss(self.body(x) * self.seen, y) + self.counts[0] + self.queue[self.place].sum()
+        key, near = self.b(y).detach(), self.a(x) @ self.queue.clone().t()
+        loss = F.mse_loss(self.body(x) * (1 + self.counts[:1]), y) + near.square().mean()
+        self.queue[(self.place + torch.arange(len(key))) % 16] = key
+        self.place.copy_((self.place + len(key)) % 16)
+        self.counts.add_(F.one_hot((x[:, 0] > 0) + 1, 3).sum(0))
+        self.seen.logical_or_((x > 1.8).any(0))
+        return loss
+
+    return net(forward, build)

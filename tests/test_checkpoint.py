@@ -11,7 +11,8 @@ import pytest
 import torch
 from masks import dropout_given
 from models import example_gpt
-from parity import ADAMW, SGD, cpu_cluster
+from odd_models import inputs, queue_with_place
+from parity import ADAMW, SGD, cpu_cluster, reference
 from regression import BATCH, TWO, Regression
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
@@ -263,3 +264,20 @@ def test_a_scheduler_that_cannot_be_made_is_refused() -> None:
             compiled(Regression(), BATCH, 2, scheduler=factory)
     with pytest.raises(ConfigError, match="a scheduler needs an optimizer"):
         compiled(Regression(), BATCH, 2, optimizer=None, scheduler=COSINE)
+
+
+def test_whole_numbers_are_saved_loaded_and_read_in_eval(tmp_path: Path) -> None:
+    model, batch, plans = queue_with_place(), inputs(), [{"dp": 2, "tp": 1}, {"dp": 1, "tp": 2}]
+    losses, trained = reference(model, batch, SGD)
+    saving, loading = (autopar.Parallelism(pp=1, **pins) for pins in plans)
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=SGD, parallelism=saving) as exe:
+        assert [exe.step(batch) for _ in losses] == pytest.approx(losses)
+        exe.save(tmp_path)
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=SGD, parallelism=loading) as exe:
+        exe.load(tmp_path)
+        exe.eval()
+        found, expected = exe.full_state_dict(), trained.state_dict()
+        assert float(exe.eval_step(batch)) == pytest.approx(float(trained.eval()(**batch).detach()))
+    for name in ("place", "counts", "seen"):
+        assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
+    assert expected["place"] == 8 and 0 < expected["seen"].sum() < 12

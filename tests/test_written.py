@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_models import inputs, net
+from odd_models import inputs, net, queue_with_place
 from parity import check_parity, cpu_cluster
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
@@ -124,19 +124,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "assigned": lambda: net(_assigned, _assignable),
     "annealed": lambda: net(_annealed, _counting),
     "queue": lambda: net(_queued, _queue),
+    "place in a queue": queue_with_place,
 }
 DP, TP, PP = {"dp": 2, "tp": 1, "pp": 1}, {"dp": 1, "tp": 2, "pp": 1}, {"dp": 1, "tp": 1, "pp": 2}
 
 
-def test_a_place_in_a_queue_is_refused() -> None:
+def test_a_complex_buffer_is_refused() -> None:
     def build(self: Any) -> None:
-        self.register_buffer("place", torch.zeros((), dtype=torch.long))
+        self.register_buffer("phase", torch.ones((), dtype=torch.complex128))
 
     def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
-        self.place.copy_((self.place + len(x)) % 16)
+        self.phase.mul_(1j)
         return F.mse_loss(self.body(x), y)
 
-    with pytest.raises(UnsupportedError, match="'place', a buffer of torch.int64"):
+    with pytest.raises(UnsupportedError, match="'phase', a buffer of torch.complex128"):
         trace(net(forward, build), inputs())
 
 
