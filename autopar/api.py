@@ -50,6 +50,8 @@ def compile(
 
     inputs: one global batch, dict (keyword arguments) or tuple (positional), dim 0 of its tensors is the batch;
     real, meta or fake tensors. loss_fn(outputs, inputs) -> scalar; without it the output is the loss or has ``.loss``.
+    The program trains copies of the model's weights, taken at the first step: the model itself keeps its values
+    (``exe.full_state_dict()`` has those trained). Which parameters train (``requires_grad``) is part of the plan.
     optimizer: a callable that takes parameters; None: gradients only. parallelism: pins; None is the planner's.
     memory_cap: bytes per device ("30GiB"); default: the device's memory less a reserve. plan: an earlier plan.
     scheduler: a callable that takes the optimizer, e.g. functools.partial(CosineAnnealingLR, T_max=1000); every step

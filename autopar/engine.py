@@ -15,6 +15,7 @@ from autopar.batch import check_batch, joined_batches, random_leaves, rows_of_re
 from autopar.inference import Inference, build_inference
 from autopar.kernel_calls import check_compiler, worth_compiling
 from autopar.linked import Linked
+from autopar.model_since import ModelSince
 from autopar.options import Options, check_target
 from autopar.payload import rank_batch, rank_payload
 from autopar.planning import Planned, plan_model
@@ -96,7 +97,7 @@ class Engine:
             self._planned = self._agreed(inputs)
         else:
             self._planned = plan_model(self._model, self._cluster, inputs, self._options)
-        self._autocast = autocast_here()
+        self._autocast, self._since = autocast_here(), ModelSince(self._model)
         self._linked.verify()
 
     def _agreed(self, inputs: Any) -> Planned:
@@ -138,6 +139,7 @@ class Engine:
                 )
             self.prepare(batch)
         check_autocast(self._autocast)
+        self._since.check()
         tensors = self.batch_tensors(batch)
         if not self._compared:
             self._check_batches(self._running() if self._loaded else self._load(), tensors)
@@ -254,6 +256,7 @@ class Engine:
             }
         )
         self._loaded = True
+        self._since.take()
         return ranks
 
     def load_weights(self, path: str | os.PathLike[str], *, strict: bool = True) -> LoadedWeights:
@@ -287,6 +290,8 @@ class Engine:
 
         All ranks of a job call it.
         """
+        if self._planned is not None:
+            self._since.give()
         current = dict(self._model.state_dict())
         trained = self._gathered() if self._loaded else {}
         first, values = alias_map(self._model), self._values()

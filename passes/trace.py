@@ -25,6 +25,7 @@ from cost_model.errors import AutoparError, ConfigError, TraceError, Unsupported
 from passes.as_traced import as_traced
 from passes.batch_spec import BatchSpec, batch_spec, is_batched, other_sizes, turned_samples
 from passes.batch_statistics import show_moves
+from passes.branches import Branches
 from passes.clean import clean
 from passes.draws import give_draws
 from passes.elsewhere import Elsewhere
@@ -102,11 +103,13 @@ class _WithLoss(nn.Module):
         self.questions = Questions()
         self.awareness = Awareness()
         self.elsewhere = Elsewhere(model)
+        self.branches = Branches()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         try:
             with self.questions.over(), self.awareness.over(), statistics_as_traced(self.model), self.elsewhere.over():
-                return self._loss(*args, **kwargs)
+                with self.branches.over():
+                    return self._loss(*args, **kwargs)
         except DEPENDS_ON_VALUES as error:  # before torch prints the graph that it has so far
             raise trace_error(error, self.model) from error
 
@@ -209,6 +212,7 @@ def _traced(wrapped: _WithLoss, spec: BatchSpec, sources: bool) -> Traced:
         *wrapped.functions.notes(),
         *wrapped.questions.notes(),
         *wrapped.awareness.notes(),
+        *wrapped.branches.notes(),
     )
     other, alone = _other(wrapped, spec, aliases, graph)
     failures = () if alone is None else (f"the batch cannot be split: {alone}",)
