@@ -285,7 +285,7 @@ def unruled(model: ModelGraph) -> dict[str, list[fx.Node]]:
 
 
 def missing_rules(model: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[str, ...]:
-    """Ops without a rule: every rank of a tp axis does all of their work; where they stand, and what that costs.
+    """Ops without a rule: every rank of a stage does all of their work; where they stand, and what that costs.
 
     The forward's seconds in a step; the backward's are not known, and count as twice as much.
     """
@@ -293,8 +293,8 @@ def missing_rules(model: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[str,
     dp, tp = (min(degrees) for degrees in zip(*((mesh.dp, mesh.tp) for mesh in plan.meshes), strict=True))
     for name, nodes in unruled(model).items():
         costs = (price_of(call_of(node, model.metas)) for node in nodes)
-        whole_s = sum(device.op_time_s(cost) for cost in costs if cost is not None) / dp
-        wasted = f", {3e3 * whole_s * (1 - 1 / tp):.3g} ms of a step" if tp > 1 else ""
+        whole_s = sum(device.op_time_s(cost) for cost in costs if cost is not None)
+        wasted = f", {3e3 * whole_s * (1 - 1 / (dp * tp)):.3g} ms of a step" if dp * tp > 1 else ""
         notes.append(
             f"{name} has no rule ({source_of(nodes[0])}): {len(nodes)} call(s) replicated{wasted}, priced by the bytes "
             "that they move; autopar.register_rule gives it one"

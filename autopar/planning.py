@@ -36,6 +36,7 @@ from autopar.progress import planning_progress
 from autopar.reductions import reduced
 from autopar.relaxations import decided
 from autopar.rescheduled import scheduled
+from autopar.rules import unchecked_notes
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.spaces import Spaces
@@ -249,7 +250,8 @@ class Job:
     def planned(self, decision: Decision) -> Planned:
         """The decided plan rewritten and priced."""
         plan = decision.plan
-        missing = missing_rules(self.traced.global_graph, plan, self.cluster)
+        graph = self.traced.global_graph
+        missing = (*missing_rules(graph, plan, self.cluster), *unchecked_notes(graph))
         program = self.program(plan)
         notes = (*self.notes, *missing, *decision.notes, *plan_notes(plan, program, self.cap_bytes, self.cluster))
         notes = (*notes, *kernel_notes(program)) if self.options.compiles else notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,10 @@ from cost_model.factors import FactorMap, Strategy, parse_map, split_factor
 from cost_model.ops.table import OPS, Op, OpCall, bytes_moved, register
 from cost_model.placement import Partial, Placement, Shard
 from cost_model.program import OpCost
+from passes.graph import ModelGraph
 
+_FACTOR = re.compile(r"\w+")
+_UNCHECKED: set[str] = set()
 _RANKS = 2
 _TOLERANCE = 1e-4
 _BACKWARD_FLOPS = 2.0
@@ -29,8 +33,9 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
 
     notation: factors of each dim of each tensor operand and result, as in einsum; "..." stands for leading dims,
     "(q c)" for a dim made of two. A factor of the operands alone is summed over, by the op: split, its results add up.
-    Say so only of what is a plain sum. whole: factors that may not be split. Gradients follow from the map.
-    check: arguments of one call; shards of it are run and compared with the whole, forward and backward.
+    Say so only of what is a plain sum. A factor of the results alone is not split. whole: others that may not be.
+    Gradients follow from the map. check: arguments of one call; shards of it are run and compared with the whole,
+    forward and backward; notes say which rules were not checked.
     Errors: ConfigError for an op that is not there or a notation that does not fit it, RuleError where a check fails.
     """
     name = _overload(op)
@@ -39,9 +44,14 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
     if notation.count("->") != 1:
         raise ConfigError(f"a rule reads 'operands -> results', as \"b s d, e d -> b s e\", not {notation!r}")
 
+    given, made = (set(_FACTOR.findall(side)) for side in notation.split("->"))
+    if unknown := set(_FACTOR.findall(whole)) - given - made:
+        raise ConfigError(f"whole={whole!r} names {min(unknown)!r}, which the rule {notation!r} of {op} does not have")
+    unsplit = " ".join(sorted({*_FACTOR.findall(whole), *(made - given)}))
+
     def factors(call: OpCall) -> FactorMap:
         try:
-            return parse_map(notation, call.inputs, call.outputs, whole=whole)
+            return parse_map(notation, call.inputs, call.outputs, whole=unsplit)
         except (AssertionError, ValueError) as error:
             shapes = ", ".join(str(list(m.shape)) for m in (*call.inputs, *call.outputs))
             raise ConfigError(f"the rule {notation!r} of {op} does not fit a call on {shapes}; correct it") from error
@@ -59,6 +69,16 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
     if check is not None:
         prove(op, factors, check)
     register(Op(name, factors, price, backward, saves))
+    (_UNCHECKED.add if check is None else _UNCHECKED.discard)(name)
+
+
+def unchecked_notes(model: ModelGraph) -> tuple[str, ...]:
+    """Which rules of the user's own a program relies on that nothing has proved."""
+    names = sorted({str(node.target) for node in model.nodes()} & _UNCHECKED)
+    return tuple(
+        f"{name} is split as autopar.register_rule said, which was not checked: pass check=(its arguments in one call)"
+        for name in names
+    )
 
 
 def _overload(op: str) -> str:
@@ -108,7 +128,7 @@ def _run(
     inputs = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in arguments]
     outputs = [leaf for leaf in pytree.tree_leaves(function(*inputs)) if isinstance(leaf, Tensor)]
     seeds = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs] if seeds is None else list(seeds)
-    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad]
+    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad and o.shape == s.shape]
     tensors = [a for a in inputs if isinstance(a, Tensor)]
     wanted = [t for t in tensors if t.requires_grad] if pairs else []
     found = (
@@ -147,9 +167,13 @@ def _summed(parts: list[Tensor | None], place: Placement) -> Tensor | None:
 
 def _compare(op: str, factor: str, what: str, found: Sequence[Tensor | None], whole: Sequence[Tensor | None]) -> None:
     for number, (a, b) in enumerate(zip(found, whole, strict=True)):
-        if a is not None and b is not None and not torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE):
+        if a is not None and b is not None and not _are_close(a, b):
             raise RuleError(
                 op,
                 f"split along {factor!r}, {what} {number} is not that of the whole; correct the notation, or name the "
                 "factor in whole=",
             )
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE)

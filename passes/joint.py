@@ -18,7 +18,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cost_model.errors import VerificationError
+from cost_model.errors import AutoparError, RuleError, VerificationError
 from cost_model.tensor import TensorMeta
 from passes.graph import ModelGraph, is_getitem, torch_dtype
 from passes.layer_vocabulary import DIFFERENTIABLE
@@ -74,8 +74,16 @@ class Runner(fx.Interpreter):
         if isinstance(expected, TensorMeta) and not is_getitem(n):
             found = tuple(result.shape)
             if found != expected.shape:
-                raise VerificationError("local shapes", f"{n.target} gives {found}, its rule says {expected.shape}")
+                raise _unlike(str(n.target), found, expected.shape)
         return result
+
+
+def _unlike(op: str, found: tuple[int, ...], expected: tuple[int, ...]) -> AutoparError:
+    """Of an op of torch's or of autopar's own it is a bug."""
+    said = f"{op} gives {found}, its rule says {expected}"
+    if op.partition(".")[0] in ("aten", "autopar", "_operator"):
+        return VerificationError("local shapes", said)
+    return RuleError(op, f"shards of a call give {found}, and its rule says {expected}; correct it in register_rule")
 
 
 NO_STRIDES: Mapping[str, tuple[int, ...]] = {}

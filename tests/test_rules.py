@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,7 @@ def test_a_right_rule_is_proved() -> None:
         ("user_ops::centre", "... d -> ... d", (torch.arange(24.0).reshape(4, 6) ** 2,), "along 'd'.*whole="),
         ("user_ops::project", "b s d, e d -> b s e", call()[:1], None),
         ("user_ops::project", "b s e, e d -> b s d", call(), "does not fit"),
+        ("user_ops::project", "b s d, e d -> b s f", call(), "along 'e', result 0"),
         ("user_ops::project", "b s d, e d", call(), "operands -> results"),
         ("user_ops::nothing", NOTATION, call(), "import the module"),
         ("aten::linear", NOTATION, call(), "already"),
@@ -78,6 +80,26 @@ def test_wrong_rules_are_refused(op: str, notation: str, arguments: tuple[Any, .
     with pytest.raises((ConfigError, RuleError) if said else Exception, match=said):
         autopar.register_rule(op, notation, check=arguments)
     assert "user_ops.project.default" not in OPS and "user_ops.centre.default" not in OPS
+
+
+def test_a_factor_that_is_kept_whole_is_one_of_the_rule() -> None:
+    with pytest.raises(ConfigError, match="whole='D' names 'D', which the rule .* does not have"):
+        autopar.register_rule("user_ops::centre", "b s d -> b s d", whole="D")
+
+
+def test_a_rule_that_no_shards_follow_is_named() -> None:
+    autopar.register_rule(PROJECT, "b s d, e d -> b s f")
+    pins, shape = autopar.Parallelism(dp=1, tp=2, pp=1), (2, 2)
+    links = {"latency_s": np.full(shape, 1e-12), "bandwidth_bytes_per_s": np.full(shape, 1e15)}
+    with pytest.raises(RuleError, match="shards of a call give .* correct it in register_rule"):
+        autopar.estimate(Projected(), autopar.Cluster.from_matrix(device="cpu", **links), batch(), parallelism=pins)
+
+
+@pytest.mark.parametrize("check", [None, call()])
+def test_a_rule_that_was_not_checked_is_noted(check: Any) -> None:
+    autopar.register_rule(PROJECT, NOTATION, check=check)
+    notes = autopar.estimate(Projected(), cpu_cluster(1), batch()).notes
+    assert any("user_ops.project.default is split as" in note for note in notes) == (check is None)
 
 
 def test_programs_follow_the_rule() -> None:
@@ -90,10 +112,9 @@ def test_programs_follow_the_rule() -> None:
         assert not any("no rule" in note for note in exe.notes)
 
 
-def test_a_missing_rule_is_named_with_its_line_and_its_cost() -> None:
-    est = autopar.estimate(
-        Projected(), cpu_cluster(2), batch(), parallelism=autopar.Parallelism(dp=1, tp=2, pp=1, microbatch_size=8)
-    )
+@pytest.mark.parametrize("pins", [{"dp": 1, "tp": 2}, {"dp": 2, "tp": 1}], ids=str)
+def test_a_missing_rule_is_named_with_its_line_and_its_cost(pins: dict[str, int]) -> None:
+    est = autopar.estimate(Projected(), cpu_cluster(2), batch(), parallelism=autopar.Parallelism(pp=1, **pins))
     (note,) = (n for n in est.notes if "no rule (" in n)
     assert "user_ops.project.default" in note and "# the line" in note
     assert "2 call(s)" in note and "ms of a step" in note and "register_rule" in note
