@@ -283,7 +283,7 @@ class _Analysis:
         if place == wanted or (place == REPLICATE and wanted == VARYING):
             return
         if isinstance(wanted, Partial) and place in (VARYING, REPLICATE):
-            self.shared.add((node.name, operand.name))
+            self._share(node, operand)
         elif isinstance(wanted, Shard) and place == _SIZED and self._may_be_alike(operand, wanted):
             self.constant[(operand.name, wanted.dim, wanted.outer)] = None
         elif wanted == Shard(0) and place in (_GLOBAL, _SIZED):
@@ -313,9 +313,17 @@ class _Analysis:
         outputs = (PARTIAL,) * len(self._all(node, PARTIAL))
         self.sizes.check(node, outputs)
         others = min(groups, key=len) - partial
-        self.shared.update((node.name, operands[i].name) for i in others)
+        for i in others:
+            self._share(node, operands[i])
         self._hoist_all(operands, places)
         return outputs
+
+    def _share(self, node: fx.Node, operand: fx.Node) -> None:
+        """A value that knows no batch joins a sum over it: each part has its share, which integers do not have."""
+        meta = self.model.metas[operand.name]
+        if isinstance(meta, TensorMeta) and not meta.has_gradient:
+            raise CannotSplitError(f"{node.target} adds integers to a sum over the batch ({source_of(node)})")
+        self.shared.add((node.name, operand.name))
 
     def _with_sum(self, node: fx.Node, operands: list[fx.Node], places: list[Place]) -> list[Place]:
         """The smallest sum over the batch among the operands is made whole across replicas first."""

@@ -46,10 +46,12 @@ def hold_as_floats(graph: fx.Graph, written: Mapping[fx.Node, int]) -> None:
 
 
 def _read_as(graph: fx.Graph, buffer: fx.Node, value: Tensor) -> None:
-    with graph.inserting_after(buffer):
-        read = graph.call_function(aten._to_copy.default, (buffer,), {"dtype": value.dtype})
-    read.meta["val"] = value
-    buffer.replace_all_uses_with(read, lambda user: user is not read)
+    """Cast where it is read: a value that is made before would be one more to send where the model is cut."""
+    for user in list(buffer.users):
+        with graph.inserting_before(user):
+            read = graph.call_function(aten._to_copy.default, (buffer,), {"dtype": value.dtype})
+        read.meta["val"] = value
+        user.replace_input_with(buffer, read)
 
 
 def reading_held(model: ModelGraph, held: Mapping[str, TensorMeta]) -> ModelGraph:

@@ -217,3 +217,35 @@ def test_outputs_of_a_model_computed_in_half_precision() -> None:
         plain = on_one_device(exe, model, training=False)(**batch)["pair"][0]
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), plain.detach(), rtol=0.1, atol=0.05)
+
+
+class Counting(nn.Module):
+    """More tokens than float32 has numbers for, and how many of the batch the model finds to be of a kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.body, self.head = (nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("before", torch.tensor(2**24 + 1))
+        self.register_buffer("found", torch.tensor(0))
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.body(self.first(x).tanh()).tanh())
+        of_kind = (logits.argmax(-1) < 3).sum()
+        if self.training:
+            self.found += of_kind
+        return {"loss": F.cross_entropy(logits, y), "all": self.before + of_kind, "found": self.found.clone()}
+
+
+@on_threads
+@pytest.mark.parametrize("pins", [{"dp": 2, "pp": 1}, {"dp": 1, "pp": 2}], ids=str)
+def test_counts_of_samples_are_whole_numbers(pins: dict[str, int]) -> None:
+    model, batch = Counting(), {"x": torch.randn(8, 6), "y": torch.randint(6, (8,))}
+    parallelism = autopar.Parallelism(tp=1, **pins)
+    with autopar.compile(model, cpu_cluster(2), batch, optimizer=SGD, parallelism=parallelism) as exe:
+        exe.step(batch)
+        model.load_state_dict(exe.full_state_dict())
+        found, expected = exe.forward(batch), model(**batch)
+    for name in ("all", "found"):
+        assert found[name].dtype == torch.int64 and torch.equal(found[name], expected[name])
+    assert expected["all"] > 2**24 and expected["found"] > 0
