@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from autopar.placing import fastest_placed, timed_s
-from autopar.planner.candidates import fastest_view
+from autopar.planner.candidates import fastest_view, with_shards
 from autopar.planner.regional import Finalists, PlacedAnswer, finalists, search_placed
 from autopar.planner.solution import Infeasible, Pins, Solution
 from autopar.uneven import moved
 from autopar.whole_state import whole_state_gain_s
+from cost_model.collectives import Link
 
 if TYPE_CHECKING:
     from autopar.planning import Job
@@ -52,20 +53,24 @@ class EqualMeshes:
     def _view(self) -> Job:
         return self.job.on(fastest_view(self.job.cluster, self.job.product_dtype))
 
-    @cached_property
-    def _views(self) -> list[Job]:
-        """Under the least memory of a device, and under the mean: more on larger ones makes room on smaller."""
+    def _views(self, shards: int, link: Link | None) -> list[Job]:
+        """With shards on links that are no faster; under the least memory of a device, and under the mean: more on
+        larger ones makes room on smaller."""
+        view = self._view if link is None else self.job.on(with_shards(self._view.cluster, shards, link))
         usable = [self.job.device_cap_bytes(device) for device in range(self.job.cluster.num_devices)]
         caps = dict.fromkeys((min(usable), sum(usable) // len(usable)))
-        return [self._view.under(self.job.options.parallelism, cap) for cap in caps]
+        return [view.under(self.job.options.parallelism, cap) for cap in caps]
 
-    def _searched(self, known: Pins, dp_inner: int) -> list[Solution | Infeasible]:
+    def _searched(self, known: Pins, dp_inner: int, link: Link | None = None) -> list[Solution | Infeasible]:
         """dp_inner: where replicas may sum gradients in groups, each has room for all parameters and state."""
         p = self.job.options.parallelism
         whole = dp_inner > 1 and p.dp_inner is None and p.zero is None
-        return [(_undivided(way) if whole else way).searched_under(known) for way in self._views]
+        views = self._views(known.tp or 1, link)
+        return [(_undivided(way) if whole else way).searched_under(known) for way in views]
 
-    def _whole(self, known: Pins, placed: Sequence[PlacedAnswer], least_s: float) -> list[Solution | Infeasible]:
+    def _whole(
+        self, known: Pins, placed: Sequence[PlacedAnswer], least_s: float, link: Link | None = None
+    ) -> list[Solution | Infeasible]:
         """With whole parameters and state, where that could gain so much of some placed plan: the same choices, or
         others where these have no room for it."""
         gaining = [own for own in placed if any(self._whole_state_gain_s(each) >= least_s for each in own.plans)]
@@ -73,7 +78,7 @@ class EqualMeshes:
         fitting = [each for each in same if self.job.fits(self.job.plan(each))]
         if fitting or not gaining:
             return list(fitting)
-        found = [_undivided(way).searched_under(known) for way in self._views]
+        found = [_undivided(way).searched_under(known) for way in self._views(known.tp or 1, link)]
         return [_with_whole_state(each, None) if isinstance(each, Solution) else each for each in found]
 
     def _whole_state_gain_s(self, placed: Solution) -> float:

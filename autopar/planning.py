@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -427,8 +427,18 @@ class Job:
     @cached_property
     def reduced_bytes(self) -> float:
         """All gradients, as they are summed."""
+        return self._summed_bytes({i.node for i in self.traced.global_graph.inputs})
+
+    @cached_property
+    def end_bytes(self) -> tuple[float, float, float]:
+        """Those of the first segment, of the last, and of parameters that both have."""
+        first, last = (set(self.traced.segments[end].parameters) for end in (0, -1))
+        return self._summed_bytes(first), self._summed_bytes(last), self._summed_bytes(first & last)
+
+    def _summed_bytes(self, parameters: Set[str]) -> float:
+        """Gradients of some, as they are summed."""
         whole, kept = self.traced.global_graph, self.options.precision.kept
-        metas = [whole.tensor(i.node) for i in whole.inputs if i.trainable]
+        metas = [whole.tensor(i.node) for i in whole.inputs if i.trainable and i.node in parameters]
         return float(sum(replace(meta, dtype=kept(meta.dtype).reduce).nbytes for meta in metas))
 
     @property
@@ -437,9 +447,9 @@ class Job:
         return len(self.traced.segments)
 
     @property
-    def replicas_meet(self) -> bool:
-        """Whether they exchange something in every microbatch."""
-        return bool(self.analysis.synchronised)
+    def meetings(self) -> int:
+        """How often replicas exchange something in every microbatch: forward, and gradients of it backward."""
+        return 2 * len(self.analysis.synchronised)
 
     @property
     def product_dtype(self) -> str:
@@ -463,7 +473,7 @@ class Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
         job = copy.copy(self)
         job.cluster, job._simulated, job.elsewhere, job.sketched = cluster, {}, {}, {}
-        for known in ("space", "reduced_bytes", "state_bytes"):
+        for known in ("space", "reduced_bytes", "end_bytes", "state_bytes"):
             job.__dict__.pop(known, None)
         return job
 

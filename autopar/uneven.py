@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from autopar.planner.candidates import MOST_MOVED
 from autopar.planner.places import FloatArray, IntArray
-from autopar.planner.regional import MOST_MOVED
+from autopar.planner.shares import soonest
 from autopar.planner.solution import Solution
 from autopar.planner.virtual import shortest_ends
 from cost_model.block_price import BlockPrice
@@ -104,7 +105,7 @@ class CutSketch:
         those next to it where there is no way; as far as simulated sketches are faster too, and than a limit, the
         fastest first."""
         own = np.array([stage.last for stage in solution.stages])
-        cuts = np.array(list(self._way(own)) or list(self._nearest(own)), dtype=np.int64).reshape(-1, len(own))
+        cuts = np.array(list(self._ways(own)) or list(self._nearest(own)), dtype=np.int64).reshape(-1, len(own))
         cuts = cuts[self._summed_s(cuts) < limit_s]
         if not len(cuts):
             return []
@@ -122,6 +123,30 @@ class CutSketch:
         count = self._program.microbatches
         found = step_time_s(self._program, slowest_first(cut, count)[:LIKELY], limit_s=limit_s)
         return found if found <= limit_s else math.inf
+
+    def _ways(self, own: IntArray) -> Iterator[IntArray]:
+        """From one and from the shares that cost least, which may be far: where several stages take as long, moving a
+        segment of one of them helps nothing."""
+        yield from self._way(own)
+        least = self._cheapest()
+        if self._summed_s(least[None])[0] < self._summed_s(own[None])[0] * (1 - TIE):
+            yield least
+            yield from self._way(least)
+
+    def _cheapest(self) -> IntArray:
+        """[stage] Ends of stages of about the shares of the model that cost least by sums."""
+        parts = np.maximum(self._own_s, TIE * self._own_s.max())
+        parts /= parts.mean()
+        work_s, once_s = self._sums.stages_s
+        once_s = once_s / self._once_bytes * (self._once_bytes / parts).min()
+        count, stages = len(self._upto_s) - 1, len(parts)
+        shares = soonest((work_s / parts)[None], once_s[None], stages / count)[0]
+        ends = np.abs(self._upto_s[:, None] - shares.cumsum() * self._upto_s[-1] / stages).argmin(axis=0)
+        ends[-1] = count
+        numbers = np.arange(stages)
+        ends = np.maximum.accumulate(ends - numbers) + numbers  # each a segment further than the one before, at least
+        found: IntArray = np.clip(ends, numbers + 1, count - stages + 1 + numbers)
+        return found
 
     def _way(self, best: IntArray) -> Iterator[IntArray]:
         """Ends of stages, one segment from one stage to another each time, where that helps most."""

@@ -72,6 +72,11 @@ class ReplicaSums:
         self._sent_s = np.array([_way_s(own) for own in replicas]) - self._blocks_s.sum(axis=1)
         self._channel_s = np.array([_channel_s(own) for own in replicas])
 
+    @property
+    def stages_s(self) -> tuple[FloatArray, FloatArray]:
+        """[stage] all microbatches on the slowest replica, and what is done once."""
+        return self._microbatches * self._blocks_s.max(axis=0), self._once_s
+
     def steps_s(self, shares: FloatArray, once: FloatArray) -> FloatArray:
         """[cut] at [cut, stage] times as much work in every microbatch, and once a step."""
         blocks = shares[:, None] * self._blocks_s

@@ -22,11 +22,12 @@ from test_uneven import SLOW, cut_at, even, job_of, solved, step_s
 from autopar.equal_meshes import EqualMeshes
 from autopar.planner.candidates import Candidate, smallest_cuts
 from autopar.planner.configuration import Configuration
-from autopar.planner.placed_prices import Prices, Traffic
+from autopar.planner.placed_prices import MAX_WINDOW, Prices
 from autopar.planner.placement import sketched
 from autopar.planner.places import Places
 from autopar.planner.regional import PlacedAnswer, _glanced, _LaidOut
 from autopar.planner.solution import Solution
+from autopar.planner.traffic import Traffic
 from autopar.planning import Job
 from autopar.uneven import CutSketch
 from autopar.whole_state import whole_state_gain_s
@@ -82,6 +83,24 @@ def test_the_window_is_the_narrowest_that_hides_the_messages(latency_s: float, b
 
     assert seconds(window) <= seconds(2 * window) * 1.01
     assert window > 1 and seconds(window) < seconds(window - 1) * 0.95
+
+
+@pytest.mark.parametrize(("hop", "count"), [(0, 4), (2, 4), (4, 12)])
+def test_prices_know_what_the_widest_window_has_under_way(hop: int, count: int) -> None:
+    """Behind a long hop few stages keep few microbatches under way, and its channel no more than a window of them."""
+    far_s, microbatches, devices = 2.0, 96, range(count)
+    regions = tuple(int(device > hop) for device in devices)
+    delays = ((0.001, far_s), (far_s, 0.001))
+    network = Network(("a", "b"), delays, ((1e12, 1e12),) * 2, regions, tuple(devices), (None,) * count)
+    price = Prices(
+        Places(Cluster("line", (SLOW,) * count, (), "nccl", network)),
+        Traffic(count, 1, 1, microbatches, 0.02, 1.0, 0.0),
+    )
+    pairs = {(a, b): delays[regions[a]][regions[b]] for a in devices for b in devices}
+    timed = TimedCluster((TimedDevice(),) * count, uneven=True, transfers_s=pairs, delays_s=pairs)
+    what = replace(pipeline("1f1b", microbatches, [(0.008, 0.012)] * count), window=MAX_WINDOW)
+    priced_s = price.cost_s(np.arange(count).reshape(count, 1, 1))
+    assert priced_s == pytest.approx(simulate(what, timed).step_time_s, rel=0.1)
 
 
 @pytest.mark.parametrize(("count", "groups"), [(2, 4), (4, 2), (1, 1), (8, 1)])

@@ -10,7 +10,7 @@ import functools
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,25 +21,31 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FactorGraph
 from autopar.planner.layouts import configurations
 from autopar.planner.least import quick_bound_s
-from autopar.planner.placed_prices import Prices, Traffic
+from autopar.planner.placed_prices import Prices
 from autopar.planner.places import Places
 from autopar.planner.segment import Segment
 from autopar.planner.solution import Pins, Space
+from autopar.planner.traffic import Traffic
 from cost_model.cluster import Cluster, Level
 from cost_model.collectives import Link
 from cost_model.network import Network
 
-FEW = 8
+FEW = 16
 """On so many devices everything is tried, since each takes no time."""
-MAX_MICROBATCH = 16
+ENOUGH = 0.01
+"""Microbatches are as large as some of which a sample takes at most so much longer than of any others."""
+MOST_MOVED = 128
+"""On clusters of up to so many devices ends of stages are moved, which is quick there."""
+LEAST_PART = 0.01
+"""Of the segments, that shards divide unless they are said to repeat all."""
 MANY = 10**6
 EXCHANGES_PER_SEGMENT = 4  # all_reduces of an activation: two each way, as in an attention and a perceptron
 
 
 class Volumes(Protocol):
-    """What a model sends on a mesh: the largest activation between segments, or between so many stages, all gradients;
-    of how many segments it is, in which dtype its products are, and whether replicas exchange something in every
-    microbatch.
+    """What a model sends on a mesh: the largest activation between segments, or between so many stages, all gradients,
+    those of the first, of the last and of both segments; of how many segments it is, in which dtype its products are,
+    and how often replicas exchange something in every microbatch.
     """
 
     def sent_bytes(self, microbatch_size: int, pp: int | None = None) -> float: ...
@@ -48,23 +54,33 @@ class Volumes(Protocol):
     def reduced_bytes(self) -> float: ...
 
     @property
+    def end_bytes(self) -> tuple[float, float, float]: ...
+
+    @property
     def segments(self) -> int: ...
 
     @property
     def product_dtype(self) -> str: ...
 
     @property
-    def replicas_meet(self) -> bool: ...
+    def meetings(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mesh with what it sends; order: breaks ties."""
+    """A mesh with what it sends; order: breaks ties; repeats: whether each shard does all that its stage does, and
+    exchanges nothing."""
 
     order: int
     configuration: Configuration
     prices: Prices
     bound_s: float
+    repeats: bool = False
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Alike for all sizes of microbatches."""
+        return *self.prices.shape, self.repeats
 
 
 def fastest_view(cluster: Cluster, dtype: str) -> Cluster:
@@ -85,6 +101,15 @@ def fastest_view(cluster: Cluster, dtype: str) -> Cluster:
     return Cluster(cluster.name, (fastest,) * count, tuple(levels[: 1 if inner == count else 2]), cluster.backend)
 
 
+def with_shards(view: Cluster, shards: int, link: Link) -> Cluster:
+    """The view, where so many neighbours are joined by a link that is no faster than theirs there."""
+    outer = view.levels[-1]
+    known = next(level for level in view.levels if level.group_size >= shards).link
+    slower = Link(max(link.latency_s, known.latency_s), min(link.bandwidth_bytes_per_s, known.bandwidth_bytes_per_s))
+    inner = Level("shards", shards, outer.start_s, slower)
+    return replace(view, levels=(inner, outer) if shards < view.num_devices else (inner,))
+
+
 def _largest_group(network: Network) -> int:
     """Of so many devices the largest equal groups are that lie on one node each."""
     return math.gcd(*network.sizes)
@@ -97,29 +122,42 @@ def _level(name: str, network: Network, size: int, chosen: np.typing.NDArray[np.
     return Level(name, size, network.start_s, link)
 
 
+def may_move(cluster: Cluster, pins: Pins) -> bool:
+    """Whether ends of stages are moved once a plan is placed."""
+    return cluster.num_devices <= MOST_MOVED and pins.virtual_stages in (None, 1)
+
+
 def candidates(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Iterator[Candidate]:
     """Every mesh that may be, in the order of their bounds."""
-    whole_s = _whole_seconds(space, volumes)
+    whole_s, moved = _whole_seconds(space, volumes), may_move(cluster, pins)
     view, places = fastest_view(cluster, volumes.product_dtype), Places(cluster, volumes.product_dtype)
-    waiting: list[tuple[float, int, Configuration, Prices | None]] = []
-    for number, c in enumerate(configurations(cluster.num_devices, batch, pins)):
-        if c.pp > volumes.segments or (pins.microbatch_size is None and c.microbatch_size > MAX_MICROBATCH):
+    every = list(configurations(cluster.num_devices, batch, pins))
+    most = _largest(whole_s, sorted({c.microbatch_size for c in every}), volumes)
+
+    def priced(c: Configuration, alone_s: float, part: float) -> Prices:
+        return Prices(places, _traffic(c, alone_s, part, volumes), moved=moved)
+
+    waiting: list[tuple[float, int, bool, Configuration, Prices | None]] = []
+    for number, c in enumerate(every):
+        if c.pp > volumes.segments or c.microbatch_size > most:
             continue
-        if pins.tp is None and not _may_shard(whole_s, view, c, volumes):
-            continue
-        parts = (0.0, 1.0) if c.tp > 1 else (1.0,)
-        least = min(Prices(places, _traffic(c, _divided_s(whole_s, c, p), p, volumes)).bound_s() for p in parts)
-        waiting.append((least, number, c, None))
+        one_s = whole_s(c.dp, 1, c.microbatch_size)
+        if c.tp > 1 and math.isfinite(one_s):
+            repeated = priced(c, one_s, 0.0)
+            waiting.append((repeated.bound_s(), number, True, c, repeated))
+        if c.tp == 1 or pins.tp is not None or _may_shard(whole_s, view, c, volumes):
+            least = min(priced(c, _divided_s(whole_s, c, p), p).bound_s() for p in ((0.0, 1.0) if c.tp > 1 else (1.0,)))
+            waiting.append((least, number, False, c, None))
     heapq.heapify(waiting)
     while waiting:
-        bound_s, number, c, prices = heapq.heappop(waiting)
+        bound_s, number, repeats, c, prices = heapq.heappop(waiting)
         if prices is not None:
-            yield Candidate(number, c, prices, bound_s)
+            yield Candidate(number, c, prices, bound_s, repeats)
             continue
         alone_s, part = _alone(view, c, whole_s, volumes)
-        if math.isfinite(alone_s):
-            prices = Prices(places, _traffic(c, alone_s, part, volumes))
-            heapq.heappush(waiting, (prices.bound_s(), number, c, prices))
+        if math.isfinite(alone_s) and (c.tp == 1 or part > LEAST_PART):
+            prices = priced(c, alone_s, part)
+            heapq.heappush(waiting, (prices.bound_s(), number, False, c, prices))
 
 
 WholeSeconds = Callable[[int, int, int], float]
@@ -141,7 +179,18 @@ def _whole_seconds(space: Space, volumes: Volumes) -> WholeSeconds:
         return quick_bound_s(first, own, Objective(1, MANY)) / MANY
 
     # Replicas that do not meet take as long, however many there are.
-    return lambda dp, tp, size: alike_s(dp if volumes.replicas_meet else 1, tp, size)
+    return lambda dp, tp, size: alike_s(dp if volumes.meetings else 1, tp, size)
+
+
+def _largest(whole_s: WholeSeconds, sizes: Sequence[int], volumes: Volumes) -> float:
+    """The smallest microbatch than which no larger one gains anything on a device alone; where replicas exchange
+    something in every microbatch, each has one, however large."""
+    if volumes.meetings:
+        return math.inf
+    samples_s = [whole_s(1, 1, size) / size for size in sizes]
+    least_s = min(samples_s, default=math.inf)
+    enough = (size for size, own_s in zip(sizes, samples_s, strict=True) if own_s <= least_s * (1 + ENOUGH))
+    return next(enough, math.inf)
 
 
 def _first_labels(chain: Chain) -> Chain | None:
@@ -176,6 +225,8 @@ def _exchanged(c: Configuration, volumes: Volumes) -> float:
 
 
 def _traffic(c: Configuration, alone_s: float, part: float, volumes: Volumes) -> Traffic:
+    first, last, both = volumes.end_bytes if c.pp > 1 else (0.0, 0.0, 0.0)
+    shard = 1 - part * (1 - 1 / c.tp)
     return Traffic(
         c.pp,
         c.dp,
@@ -183,8 +234,11 @@ def _traffic(c: Configuration, alone_s: float, part: float, volumes: Volumes) ->
         c.microbatches,
         alone_s / c.pp,
         volumes.sent_bytes(c.microbatch_size, c.pp),
-        volumes.reduced_bytes / c.pp * (1 - part * (1 - 1 / c.tp)),
+        shard * (volumes.reduced_bytes + both) / c.pp,
         part * _exchanged(c, volumes) / c.pp,
+        volumes.segments,
+        volumes.meetings / c.pp,
+        (shard * first, shard * last),
     )
 
 

@@ -7,12 +7,12 @@ slowest gradient reduction:
                           + (microbatches - 1) x the slowest stage or channel
     + max over (stage, shard) of the ring over replicas,
 
-where a microbatch takes no less than its part of the way through all stages and back with as many under way as the
+where a microbatch takes no less than its part of the way from any stage on and back with as many under way there as the
 widest window has.
 
-A stage has as much of the model as its slowest device takes as long for as those of the others take for theirs. No
-schedule takes less than the former where all stages are equally long: the first microbatch goes there and back, and the
-slowest stage or channel, which it passes on the way, does as much for every other one.
+Stages are equally long: each has as much of the model as its slowest devices take as long for as those of the others
+take for theirs. Where ends of stages may be moved, they have the shares that cost least instead, if that is less (see
+``shares``).
 """
 
 from __future__ import annotations
@@ -20,43 +20,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from autopar.planner.places import FloatArray, IntArray, Places
+from autopar.planner.shares import equally_long, soonest
+from autopar.planner.traffic import Traffic
+from cost_model.collectives import Link
 from cost_model.gloo_ring import segments
 
 MAX_WINDOW = 8
 """Of 1f1b."""
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What cells do and send. stage_s: forward and backward of one microbatch on the fastest device, of one of equal
-    stages, exchanges within it left out; sent_bytes: the activation of one microbatch, and its gradient, of one shard;
-    reduced_bytes: gradients of one (stage, shard); exchanged_bytes: what a shard sends to the others of its stage for
-    one microbatch.
-    """
-
-    pp: int
-    dp: int
-    tp: int
-    microbatches: int
-    stage_s: float
-    sent_bytes: float
-    reduced_bytes: float
-    exchanged_bytes: float = 0.0
-
-
 class Prices:
     """The prices of placements: arrays [placement, stage, replica, shard] of devices, many at once, since one by one
     most of the time is that of calling numpy."""
 
-    def __init__(self, places: Places, traffic: Traffic) -> None:
-        self.places, self.network, self.traffic = places, places.network, traffic
+    def __init__(self, places: Places, traffic: Traffic, *, moved: bool = False) -> None:
+        """moved: whether ends of stages may be."""
+        self.places, self.network, self.traffic, self.moved = places, places.network, traffic, moved
         self.shape = (traffic.pp, traffic.dp, traffic.tp)
 
     def cost_s(self, cells: IntArray) -> float:
@@ -69,62 +54,88 @@ class Prices:
         found: FloatArray = replicas.max(axis=-1) + groups.max(axis=(-2, -1))
         return found
 
-    def parts_s(self, cells: IntArray, shares: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
-        """[placement, replica] seconds of the schedule, [placement, stage, shard] of the reduction.
-
-        shares: [placement, stage] how many times an equal part of the model each stage has; as the module says if None.
-        """
-        busy = self._equally_long_s(cells) if shares is None else self._shared_s(cells, shares)
-        along, slowest = self._pipeline_s(cells, busy)
-        slowest = np.maximum(slowest, along / (1 + MAX_WINDOW * (self.traffic.pp - 1)))
-        schedule: FloatArray = along + (self.traffic.microbatches - 1) * slowest
-        rings = self._rings_s(cells)
-        return schedule, rings if shares is None else rings * shares[..., None]
-
-    def whole_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """[stage] seconds of all microbatches on the slowest replica, and of the slowest reduction, of an equal part of
-        the model on each stage of one placement."""
-        busy = self._shared_s(cells[None], np.ones((1, self.traffic.pp)))[0].max(axis=-1)
-        return self.traffic.microbatches * busy, self._rings_s(cells[None])[0].max(axis=-1)
-
-    def window(self, cells: IntArray) -> int:
-        """The narrowest window of 1f1b that keeps the slowest stage or channel of one placement busy: the first stage
-        sends as many microbatches on their way as fit into the time that one takes to come back."""
+    def parts_s(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[placement, replica] seconds of the schedule, [placement, stage, shard] of the reduction."""
+        work_s, rings_s, hops = self._work_s(cells), self._rings_s(cells), self._hops(cells)
+        longest_s = work_s.max(axis=-1)
+        shares = equally_long(longest_s, self.traffic.least_share)
+        schedule = self._schedule_s(shares, work_s, hops)
         if self.traffic.pp == 1:
-            return 1
-        along, slowest = self._pipeline_s(cells[None], self._equally_long_s(cells[None]))
-        return max(1, math.ceil(float((along / slowest).max() - 1) / (self.traffic.pp - 1)))
+            return schedule, rings_s
+        groups = self._summed_s(shares, rings_s)
+        if self.moved and self.traffic.dp > 1:
+            t, once_s = self.traffic, self.traffic.divided * rings_s.max(axis=-1)
+            other = soonest(t.microbatches * longest_s, once_s, t.least_share)
+            moved, moved_groups = self._schedule_s(other, work_s, hops), self._summed_s(other, rings_s)
+            gains = moved.max(axis=-1) + moved_groups.max(axis=(-2, -1)) < (
+                schedule.max(axis=-1) + groups.max(axis=(-2, -1))
+            )
+            schedule[gains], groups[gains] = moved[gains], moved_groups[gains]
+        return schedule, groups
 
-    def _equally_long_s(self, cells: IntArray) -> FloatArray:
-        """[placement, stage, replica] of one microbatch where stages are equally long on their slowest devices."""
-        slow = _most(self.places.slowness[cells])
-        fast = 1.0 / slow.max(axis=-1, keepdims=True)
-        found: FloatArray = self.traffic.stage_s * slow * fast / fast.mean(axis=-2, keepdims=True)
-        return found + self._exchanges_s(cells)
-
-    def _shared_s(self, cells: IntArray, shares: FloatArray) -> FloatArray:
-        """[placement, stage, replica] of one microbatch with so many times an equal part of the model."""
-        whole_s = self.traffic.stage_s * _most(self.places.slowness[cells]) + self._exchanges_s(cells)
-        found: FloatArray = shares[..., None] * whole_s
+    def _summed_s(self, shares: FloatArray, rings_s: FloatArray) -> FloatArray:
+        """[placement, stage, shard] of the reduction, of rings_s for equal parts of all gradients."""
+        t = self.traffic
+        parts = t.divided * shares
+        if any(t.end_bytes):
+            parts[:, 0] += t.end_bytes[0] / t.reduced_bytes
+            parts[:, -1] += t.end_bytes[1] / t.reduced_bytes
+        found: FloatArray = rings_s * parts[..., None]
         return found
 
-    def _pipeline_s(self, cells: IntArray, busy: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """[placement, replica] seconds once through all stages and messages, there and back; those of the slowest of
-        these. busy: [placement, stage, replica] those of stages."""
+    def window(self, cells: IntArray) -> int:
+        """The narrowest window of 1f1b that keeps the slowest stage or channel of one placement of equally long stages
+        busy: each stage but the last sends as many microbatches on their way as fit into the time that one takes to
+        come back."""
+        if self.traffic.pp == 1:
+            return 1
+        work_s, (back_s, channel_s) = self._work_s(cells[None]), self._hops(cells[None])
+        shares = equally_long(work_s.max(axis=-1), self.traffic.least_share)
+        busy, rest = self._rest_s(shares, work_s, back_s)
+        slowest = np.maximum(busy.max(axis=-2), channel_s)
+        later = np.arange(self.traffic.pp - 1, 0, -1)[:, None]
+        return max(1, math.ceil(float(((rest[:, :-1] / slowest[:, None] - 1) / later).max())))
+
+    def _work_s(self, cells: IntArray) -> FloatArray:
+        """[placement, stage, replica] of one microbatch and an equal part of the model."""
+        found: FloatArray = self.traffic.stage_s * _most(self.places.slowness[cells])
+        found += self._exchanges_s(cells) + self._meetings_s(cells)
+        return found
+
+    def _schedule_s(self, shares: FloatArray, work_s: FloatArray, hops: tuple[FloatArray, FloatArray]) -> FloatArray:
+        """[placement, replica] of all microbatches, of stages with such shares of the model, [placement, stage]."""
+        t, (back_s, channel_s) = self.traffic, hops
+        busy, rest = self._rest_s(shares, work_s, back_s)
+        further = (t.microbatches - 1) * np.maximum(busy.max(axis=-2), channel_s)
+        for way_s, held in (
+            (rest, 1 + MAX_WINDOW * np.arange(t.pp - 1, -1, -1)),
+            (back_s, np.full(t.pp - 1, MAX_WINDOW)),
+        ):
+            rounds = np.maximum(0, t.microbatches / held - 1)
+            further = np.maximum(further, (way_s * rounds[:, None]).max(axis=-2, initial=0.0))
+        found: FloatArray = rest[:, 0] + further
+        return found
+
+    def _rest_s(self, shares: FloatArray, work_s: FloatArray, back_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """[placement, stage, replica] one microbatch in a stage, and its way from there to the last stage and back."""
+        busy = shares[..., None] * work_s
+        rest = busy.copy()
+        rest[:, :-1] += back_s
+        return busy, rest[:, ::-1].cumsum(axis=-2)[:, ::-1]
+
+    def _hops(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
+        """[placement, stage but the last, replica] of a message to the next stage and one back; [placement, replica]
+        what a microbatch keeps the slowest channel busy for."""
         t, network = self.traffic, self.network
-        along, slowest = busy.sum(axis=-2), busy.max(axis=-2)
-        if t.pp == 1:
-            return along, slowest
         pairs = cells[:, :-1] * len(network) + cells[:, 1:]
         delay_s, delay_back_s, s_per_byte, s_per_byte_back = (table.take(pairs) for table in self.places.messages)
         sent_there, sent_back = t.sent_bytes * s_per_byte, t.sent_bytes * s_per_byte_back
-        along += _most(delay_s + sent_there).sum(axis=-2)
-        along += _most(delay_back_s + sent_back).sum(axis=-2)
-        slowest = np.maximum(slowest, _most(np.maximum(sent_there, sent_back)).max(axis=-2))
+        found: FloatArray = _most(delay_s + sent_there) + _most(delay_back_s + sent_back)
+        slowest: FloatArray = _most(np.maximum(sent_there, sent_back)).max(axis=-2, initial=0.0)
         if t.pp > 2 and network.shares_egress:
             both = np.where(self._share(pairs), sent_there[:, 1:] + sent_back[:, :-1], 0.0)
             slowest = np.maximum(slowest, _most(both).max(axis=-2))
-        return along, slowest
+        return found, slowest
 
     def bound_s(self) -> float:
         """No placement has a lower price: each replica lies in one region, or only the shards of each of its stages do,
@@ -141,8 +152,10 @@ class Prices:
             bounds.append(max(crossing, slowest) + self._ring_bound_s(t.tp))
         if t.tp > 1 and several:
             exchange_s = t.exchanged_bytes / self.network.bandwidths_out[0]
-            longer_s = exchange_s - self._least_exchange_s
-            spread = self._replica_bound_s(2 * (t.pp - 1) * near + longer_s, self._shortest_stage_s + exchange_s)
+            stages_s = np.full(t.pp, t.stage_s + self._least_exchange_s)
+            stages_s[0] = t.stage_s + exchange_s
+            longer_s = t.least_share * (exchange_s - self._least_exchange_s)
+            spread = self._replica_bound_s(2 * (t.pp - 1) * near + longer_s, _shared_out_s(stages_s))
             bounds.append(max(spread, slowest) + self._ring_bound_s(1))
         return float(min(bounds))
 
@@ -153,12 +166,6 @@ class Prices:
         return self.traffic.pp * stage_s + beside_s + (self.traffic.microbatches - 1) * max(stage_s, busiest_s)
 
     @property
-    def _shortest_stage_s(self) -> float:
-        """Of a stage that has little of the model since it is on the slowest device, in a replica of the fastest."""
-        t = self.traffic
-        return t.stage_s * t.pp / (1 + (t.pp - 1) * float(self.places.slowness.max()))
-
-    @property
     def _least_exchange_s(self) -> float:
         """Around the shards of a stage."""
         t = self.traffic
@@ -167,7 +174,7 @@ class Prices:
     def _slowest_bound_s(self) -> float:
         """Of the slowest replica: some one has a stage on the slowest devices of that stage, some one sends over the
         border of each region of which stages do not divide the devices."""
-        t, slowest = self.traffic, self._even_s() + self._least_exchange_s
+        t, slowest = self.traffic, self._even_s()
         (inside, _), (across, _) = self._fastest_hops_s()
         for size, bandwidth in self.places.borders:
             if size % t.pp:
@@ -175,10 +182,10 @@ class Prices:
         return self._replica_bound_s(2 * (t.pp - 1) * min(inside, across), slowest)
 
     def _even_s(self) -> float:
-        """What every stage takes on its slowest devices, at least: segments are shared out so that stages are equally
-        long there, and they add up to no more speed than where each stage has the fastest devices that are left."""
+        """What some stage takes on its slowest devices, at least: they add up to no more speed than where each stage
+        has the fastest devices that are left."""
         slow = np.sort(self.places.slowness).reshape(self.traffic.pp, -1)[:, -1]
-        return self.traffic.stage_s / float(np.mean(1.0 / slow))
+        return _shared_out_s(self.traffic.stage_s * slow + self._least_exchange_s)
 
     def busy_s(self, sources: IntArray, targets: IntArray) -> FloatArray:
         """Seconds for which messages keep their channels busy."""
@@ -200,6 +207,25 @@ class Prices:
         pairs = cells * len(self.network) + _next(cells, -1)
         found: FloatArray = (t.exchanged_bytes / self.places.links[0].take(pairs) * self._users(cells, -1)).max(axis=-1)
         return found
+
+    def _meetings_s(self, cells: IntArray) -> FloatArray | float:
+        """[placement, stage, 1] what replicas wait longer for each other than over the fastest links, in rounds of
+        messages that take no longer than their delays: by twos along a tree, over gloo around a ring."""
+        t = self.traffic
+        if t.dp == 1 or not t.meetings:
+            return 0.0
+        rounds = t.dp - 1 if self.places.asks else math.ceil(math.log2(t.dp))
+        delays_s = self.places.round_s
+        longer = delays_s.take(cells * len(self.network) + _next(cells, -2)) - self.places.least_round_s
+        found: FloatArray = t.meetings * rounds * longer.max(axis=(-2, -1))[..., None]
+        return found
+
+    def shard_link(self, cells: IntArray) -> Link:
+        """The slowest between neighbouring shards of one placement."""
+        pairs = cells * len(self.network) + _next(cells, -1)
+        bandwidths, latencies_s, _ = self.places.links
+        slowest = float((bandwidths.take(pairs) / self._users(cells, -1)).min())
+        return Link(float(latencies_s.take(pairs).max()), slowest)
 
     def _rings_s(self, cells: IntArray) -> FloatArray:
         """[placement, stage, shard] all_reduce over the replicas, in groups of a region first where that is faster: the
@@ -316,18 +342,24 @@ class Prices:
         return float(max((dp - 1) * sent / network.fastest_bandwidth, across_s, self._border_s(sent)))
 
     def _border_s(self, sent: float) -> float:
-        """Where replicas do not divide the devices of a region, those of some stage lie in it in part, and are summed
-        in no larger groups than lie there."""
+        """Where replicas do not divide the devices of a region, those of some stage, which may have the least share of
+        the model, lie in it in part, and are summed in no larger groups than lie there."""
         dp = self.traffic.dp
         parts = [(min(size, dp - 1), bandwidth) for size, bandwidth in self.places.borders if size % dp]
         inner = {part: next(n for n in range(part, 0, -1) if dp % n == 0) for part, _ in parts}
-        return max(((dp / inner[part] - 1) * sent / bandwidth for part, bandwidth in parts), default=0.0)
+        found_s = max(((dp / inner[part] - 1) * sent / bandwidth for part, bandwidth in parts), default=0.0)
+        return self.traffic.divided * self.traffic.least_share * found_s
 
 
 def _most(values: FloatArray) -> FloatArray:
     """The largest of all shards; there is often one."""
     found: FloatArray = values[..., 0] if values.shape[-1] == 1 else values.max(axis=-1)
     return found
+
+
+def _shared_out_s(stages_s: FloatArray) -> float:
+    """Of stages that take so long for equal parts of the model, what the slowest takes however it is shared out."""
+    return len(stages_s) / float(np.sum(1.0 / stages_s)) if stages_s.all() else 0.0
 
 
 def _next(values: IntArray, axis: int) -> IntArray:

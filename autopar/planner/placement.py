@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.planner.placed_prices import Prices, Traffic
+from autopar.planner.placed_prices import Prices
 from autopar.planner.places import FloatArray, IntArray, Places
+from autopar.planner.traffic import Traffic
 from cost_model.cluster import Cluster
 
 MAX_EXACT_CELLS = 8 * math.factorial(8)

@@ -77,6 +77,17 @@ class Places:
         return self.network.bandwidths.ravel(), latencies_s.ravel(), latencies_s.T.ravel()
 
     @cached_property
+    def round_s(self) -> FloatArray:
+        """[pair] of a message without bytes in a collective."""
+        _, there_s, back_s = self.links
+        return there_s + back_s if self.asks else there_s
+
+    @cached_property
+    def least_round_s(self) -> float:
+        """Of two devices that are nearest."""
+        return float(self.round_s[~np.eye(len(self.network), dtype=bool).ravel()].min())
+
+    @cached_property
     def sharing(self) -> IntArray:
         """[node x (devices of the largest + 1) + those of a group there] groups like it that a node has room for."""
         size = int(self.sizes.max())

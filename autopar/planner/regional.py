@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -20,9 +20,9 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.placed_prices import MAX_WINDOW
 from autopar.planner.placement import Placed, Sketched, exactly, glanced, improved, is_exact, sketched
 from autopar.planner.places import IntArray
-from autopar.planner.shares import moved_cost_s
 from autopar.planner.solution import Infeasible, Pins, Solution, Space
 from cost_model.cluster import Cluster
+from cost_model.collectives import Link
 
 FINALISTS, FINALISTS_OF_FEW = 4, 8  # the latter on clusters of few devices, where each takes no time
 OF_ONE_SHAPE = 2  # before meshes of other shapes
@@ -31,14 +31,13 @@ SLACK, SLACK_OF_FEW = 0.1, 0.5
 """No plan is made of a mesh whose price is so much above that of the fastest plan's, and no more than so much below its
 step: prices err by less, but for what a few sums do not see (docs/slow_networks.md). On few devices stages of one
 segment tell more."""
-MOST_MOVED = 128
-"""On clusters of up to so many devices ends of stages are moved, which is quick there."""
 WORTH = 0.01
 """Of a step, what whole state must be able to save to be planned for."""
 _T = TypeVar("_T")
 Answers = Sequence[Solution | Infeasible]
-Search = Callable[[Pins, int], Answers]
-"""Of a mesh, with room for gradients that are summed in groups of so many replicas first."""
+Search = Callable[[Pins, int, Link | None], Answers]
+"""Of a mesh, with room for gradients that are summed in groups of so many replicas first, and shards on links that are
+no faster."""
 Simulate = Callable[[Solution, float], tuple[float, Solution]]
 
 
@@ -50,20 +49,40 @@ class PlacedAnswer:
     plans: Sequence[Solution]
 
 
-Whole = Callable[[Pins, Sequence[PlacedAnswer], float], Answers]
+Whole = Callable[[Pins, Sequence[PlacedAnswer], float, Link | None], Answers]
 """Of a mesh with whole state on each replica; none where no placed plan could gain as much as a least by that."""
 
 
 @dataclass(frozen=True, eq=False)
 class Finalist:
-    """A mesh with its placement; price_s: with ends of stages moved, where they are."""
+    """A mesh with its placement; smaller: the same with smaller microbatches, by price."""
 
     candidate: Candidate
     placed: Placed
-    price_s: float
+    smaller: tuple[Finalist, ...] = ()
+
+    @property
+    def price_s(self) -> float:
+        return self.placed.cost_s
 
     def room(self, pins: Pins) -> tuple[int | None, int]:
         return _room(self.candidate, self.placed, pins)
+
+    @property
+    def link(self) -> Link | None:
+        """The slowest between shards, where there are any."""
+        prices = self.candidate.prices
+        return prices.shard_link(self.cells) if prices.traffic.tp > 1 else None
+
+    def next_smaller(self) -> Finalist | None:
+        """What is tried where memory has no room for it: the best of at most half as large microbatches."""
+        most = self.candidate.configuration.microbatch_size // 2
+        found = [each for each in self.smaller if each.candidate.configuration.microbatch_size <= most]
+        return replace(found[0], smaller=tuple(found[1:])) if found else None
+
+    @property
+    def cells(self) -> IntArray:
+        return np.array(self.placed.devices).reshape(self.candidate.prices.shape)
 
     def key(self) -> tuple[float, int]:
         return self.price_s, self.candidate.order
@@ -71,8 +90,7 @@ class Finalist:
 
 @dataclass(frozen=True, eq=False)
 class Finalists:
-    """The best meshes with their placements, by price; bound_s: no mesh has a lower one of stages that are equally
-    long; few: whether devices are."""
+    """The best meshes with their placements, by price; bound_s: no mesh has a lower one; few: whether devices are."""
 
     found: Sequence[Finalist]
     bound_s: float
@@ -86,7 +104,25 @@ class Finalists:
 
 def finalists(cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes) -> Finalists:
     """``space`` is that of the fastest view."""
-    return Finalists(*_candidates(cluster, space, batch, pins, volumes), few=cluster.num_devices <= FEW)
+    wanted = FINALISTS_OF_FEW if cluster.num_devices <= FEW else FINALISTS
+    laid_out, bound_s = _laid_out(candidates(cluster, space, batch, pins, volumes), wanted)
+    ranked = sorted(_glanced(laid_out, wanted), key=_LaidOut.key)
+    best = _of_each_shape(ranked, lambda each: each.candidate)[: IMPROVED * wanted]
+    placed = _shared([(each.candidate, each.placed()) for each in best])
+    finals = sorted((Finalist(own, where) for own, where in placed), key=Finalist.key)
+    chosen = sorted(_of_each_shape(finals, lambda each: each.candidate)[:wanted], key=Finalist.key)
+    found = [replace(each, smaller=_smaller(each, laid_out)) for each in chosen]
+    return Finalists(found, bound_s, few=cluster.num_devices <= FEW)
+
+
+def _smaller(mesh: Finalist, laid_out: Sequence[_LaidOut]) -> tuple[Finalist, ...]:
+    """The mesh with smaller microbatches on the same placement, by price."""
+    own, found = mesh.candidate, list[Finalist]()
+    for each in (each.candidate for each in laid_out):
+        if each.shape == own.shape and each.configuration.microbatch_size < own.configuration.microbatch_size:
+            cost_s = each.prices.cost_s(mesh.cells)
+            found.append(Finalist(each, replace(mesh.placed, cost_s=cost_s)))
+    return tuple(sorted(found, key=Finalist.key))
 
 
 def search_placed(
@@ -102,20 +138,22 @@ def search_placed(
     race = _Race(pins, search, whole, simulate, known.bound_s, slack, limit_s, worth_s=limit_s * (1 + slack))
     plain = (pins.window, 1)
     for each in known.found:
-        if each.price_s <= race.worth_s:
-            race.run(each, each.room(pins))
+        mesh: Finalist | None = each
+        while mesh is not None and mesh.price_s <= race.worth_s:
+            mesh = None if race.fits(mesh, plain) else mesh.next_smaller()
     for each in known.found if race.winner is None else [race.winner]:
         if each.price_s <= race.worth_s and each.room(pins) != plain:
             race.run(each, plain)
     if race.best is not None or math.isfinite(limit_s):
         return race.best
-    return race.short if race.short is not None else search(pins, 1)[0]
+    return race.short if race.short is not None else search(pins, 1, None)[0]
 
 
 @dataclass(eq=False)
 class _Race:
     """Plans of the best meshes, the fastest so far. worth_s: no plan is made of meshes of a higher price; known: those
-    that were simulated, each by its mesh and stages."""
+    that were simulated, each by its mesh and stages; too_large: of each shape, the smallest microbatch that memory has
+    no room for."""
 
     pins: Pins
     search: Search
@@ -129,17 +167,28 @@ class _Race:
     short: Infeasible | None = None
     worth_s: float = math.inf
     known: list[Solution] = field(default_factory=list)
+    too_large: dict[object, int] = field(default_factory=dict)
 
-    def run(self, mesh: Finalist, room: tuple[int | None, int]) -> None:
+    def fits(self, mesh: Finalist, plain: tuple[int | None, int]) -> bool:
+        """Whether there are plans of a mesh, with the room that its placement asks for, or without."""
+        shape, size = mesh.candidate.shape, mesh.candidate.configuration.microbatch_size
+        if size >= self.too_large.get(shape, size + 1):
+            return False
+        if any(self.run(mesh, room) for room in dict.fromkeys((mesh.room(self.pins), plain))):
+            return True
+        self.too_large[shape] = size
+        return False
+
+    def run(self, mesh: Finalist, room: tuple[int | None, int]) -> bool:
         """Plans of a mesh on its placements, with room for a window and for groups of replicas; then with whole state,
-        where that could gain something."""
-        (window, dp_inner), configuration = room, mesh.candidate.configuration
-        answers = self._searched(lambda known: self.search(known, dp_inner), configuration, window)
+        where that could gain something. Whether any fits."""
+        (window, dp_inner), configuration, link = room, mesh.candidate.configuration, mesh.link
+        answers = self._searched(lambda known: self.search(known, dp_inner, link), configuration, window)
         timed = [own for answer in answers for own in self._timed(answer, mesh)]
         least_s = WORTH * self.best_s
-        answers = self._searched(lambda known: self.whole(known, timed, least_s), configuration, window)
-        for answer in answers:
+        for answer in self._searched(lambda known: self.whole(known, timed, least_s, link), configuration, window):
             self._timed(answer, mesh)
+        return any(isinstance(answer, Solution) for answer in answers)
 
     def _timed(self, answer: Solution | Infeasible, mesh: Finalist) -> list[PlacedAnswer]:
         """A plan on each of the placements, simulated there; none where it was before."""
@@ -188,52 +237,40 @@ def _room(candidate: Candidate, placed: Placed, pins: Pins) -> tuple[int | None,
     return window if window > 1 else pins.window, prices.dp_inner(cells)
 
 
-def _finalists(cluster: Cluster) -> int:
-    return FINALISTS_OF_FEW if cluster.num_devices <= FEW else FINALISTS
-
-
 def _note(placed: Placed) -> str:
     how = "every placement was tried" if placed.exact else f"its placement is within {placed.gap:.1%} of a bound"
     return f"devices and links differ: the plan was placed on them, and {how}"
 
 
-def _candidates(
-    cluster: Cluster, space: Space, batch: int, pins: Pins, volumes: Volumes
-) -> tuple[list[Finalist], float]:
-    """The best meshes with their placements, and a bound under all of them."""
-    most = volumes.segments if may_move(cluster, pins) else 0
-    wanted, laid_out, bound_s = _finalists(cluster), list[_LaidOut](), math.inf
-    for candidate in candidates(cluster, space, batch, pins, volumes):
+def _laid_out(found: Iterable[Candidate], wanted: int) -> tuple[list[_LaidOut], float]:
+    """Those that may be among the best, and a bound under all of them."""
+    laid_out, bound_s = list[_LaidOut](), math.inf
+    for candidate in found:
         bound_s = min(bound_s, candidate.bound_s)
-        if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > sorted(r.cost_s for r in laid_out)[wanted - 1]:
+        if len(laid_out) >= IMPROVED * wanted and candidate.bound_s > _last_s(laid_out, wanted):
             break
-        found = sketched(candidate.prices, candidate.bound_s)
-        laid_out.append(_LaidOut(found.cost_s, candidate.order, candidate, found))
-    ranked = sorted(_glanced(laid_out, wanted), key=lambda each: (each.price_s(most), each.order))
-    best = _of_each_shape(ranked, lambda each: each.candidate)[: IMPROVED * wanted]
-    placed = _shared([(each.candidate, each.placed()) for each in best])
-    finals = [Finalist(own, where, _price_s(own, where.devices, most)) for own, where in placed]
-    chosen = _of_each_shape(sorted(finals, key=Finalist.key), lambda each: each.candidate)[:wanted]
-    return sorted(chosen, key=Finalist.key), bound_s
+        own = sketched(candidate.prices, candidate.bound_s)
+        laid_out.append(_LaidOut(own.cost_s, candidate.order, candidate, own))
+    return laid_out, bound_s
 
 
-def may_move(cluster: Cluster, pins: Pins) -> bool:
-    """Whether ends of stages are moved once a plan is placed."""
-    return cluster.num_devices <= MOST_MOVED and pins.virtual_stages in (None, 1)
-
-
-def _price_s(candidate: Candidate, devices: Sequence[int], segments: int) -> float:
-    """On a placement, with stages of any shares of so many segments; of none, with stages that are equally long."""
-    cells = np.array(devices).reshape(candidate.prices.shape)
-    return moved_cost_s(candidate.prices, cells, segments) if segments else candidate.prices.cost_s(cells)
+def _last_s(laid_out: Sequence[_LaidOut], wanted: int) -> float:
+    """What the last of the best costs, a few of each shape."""
+    seen = Counter[object]()
+    for each in sorted(laid_out, key=_LaidOut.key):
+        if seen[each.candidate.shape] < OF_ONE_SHAPE:
+            seen[each.candidate.shape] += 1
+            if seen.total() == wanted:
+                return each.cost_s
+    return math.inf
 
 
 def _of_each_shape(ranked: Sequence[_T], candidate: Callable[[_T], Candidate]) -> list[_T]:
     """The first few of each shape before all others: microbatches of different sizes have much the same price."""
-    seen = Counter[tuple[int, ...]]()
+    seen = Counter[object]()
     first, rest = list[_T](), list[_T]()
     for each in ranked:
-        shape = candidate(each).prices.shape
+        shape = candidate(each).shape
         (first if seen[shape] < OF_ONE_SHAPE else rest).append(each)
         seen[shape] += 1
     return first + rest
@@ -252,10 +289,6 @@ class _LaidOut:
     def key(self) -> tuple[float, int]:
         return self.cost_s, self.order
 
-    def price_s(self, segments: int) -> float:
-        """See ``_price_s``."""
-        return min([self.cost_s, *(_price_s(self.candidate, own.ravel().tolist(), segments) for own in self.known)])
-
     def placed(self) -> Placed:
         prices = self.candidate.prices
         return exactly(prices) if is_exact(prices.places) else improved(self.sketched, *self.known)
@@ -268,8 +301,7 @@ def _glanced(laid_out: Sequence[_LaidOut], wanted: int) -> list[_LaidOut]:
     for each in sorted(laid_out, key=_LaidOut.key):
         shapes.setdefault(each.candidate.prices.shape, []).append(each)
     for own in shapes.values():
-        known_s = sorted(each.cost_s for each in found)[:wanted]
-        if len(known_s) == wanted and min(each.candidate.bound_s for each in own) > known_s[-1]:
+        if min(each.candidate.bound_s for each in own) > _last_s(found, wanted):
             found += own
             continue
         cells = glanced(own[0].sketched)
