@@ -27,7 +27,7 @@ from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
 from passes.dependence import active_nodes
 from passes.graph import ModelGraph, is_getitem
-from passes.shard import input_key, op_key
+from passes.shard import exit_key, input_key, op_key
 from passes.vocabulary import collect
 
 _SPLIT_PREFERENCE = 1e-3
@@ -94,6 +94,8 @@ class _Follow:
     def _place(self, node: fx.Node, place: Placement) -> None:
         """Where a value lies; what crosses a cut is whole, and is handed on so."""
         self.places[node.name] = REPLICATE if node.name in self.whole else place
+        if node.name in self.whole:
+            self.chosen[exit_key(node.name)] = str(REPLICATE)
         self.chosen[input_key(node.name)] = str(self.places[node.name])
 
     def _best(self, node: fx.Node) -> Strategy:

@@ -49,6 +49,11 @@ def form_key(node: str) -> str:
     return f"form:{node}"
 
 
+def exit_key(node: str) -> str:
+    """How a value leaves a stage; where no choice says so, as its call makes it."""
+    return f"exit:{node}"
+
+
 def shard(model: ModelGraph, choices: Mapping[str, str], mesh: Axes, *, last: bool) -> ShardedStage:
     """Apply ``choices`` on a mesh; calls without a choice are replicated. ``last``: the output is the loss."""
     return _Shard(model, choices, mesh).run(last)
@@ -79,7 +84,8 @@ class _Shard:
                 if "segment" in node.meta:
                     self.mapped[node].meta.setdefault("segment", node.meta["segment"])
         exit_node = next(n for n in self.model.graph.nodes if n.name == self.model.outputs[0])
-        target = self.whole if last else self.places[exit_node]
+        leaves = self.choices.get(exit_key(exit_node.name))
+        target = self.whole if last else parse_placements(leaves) if leaves else self.places[exit_node]
         out = self._form(exit_node, target, exit_node)
         by_name = {n.name: n for n in self.model.graph.nodes}
         outs = (out, *(self.mapped[by_name[name]] for name in self.model.outputs[1:]))

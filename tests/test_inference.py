@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,35 @@ def test_outputs_in_eval_mode_are_those_of_one_device_before_and_after_training(
         if plan == "tp":
             places = [p for stage in exe.planned.linked.stages for p in stage.places.values()]
             assert any(isinstance(place, Shard) for (place,) in places)
+
+
+class Positioned(nn.Module):
+    """Blocks behind a table of positions, which tensor parallelism splits along the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions = nn.Parameter(torch.randn(6, 12))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 12), nn.GELU(), nn.Linear(12, 12)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.positions
+        for block in self.blocks:
+            x = x + block(x)
+        return F.mse_loss(x, y)
+
+
+@on_threads
+def test_in_eval_mode_what_crosses_stages_of_several_shards_is_whole() -> None:
+    model, batch = Positioned(), {"x": torch.randn(8, 6, 12), "y": torch.randn(8, 6, 12)}
+    pins, shape = autopar.Parallelism(dp=1, tp=2, pp=2), (4, 4)
+    free = {"latency_s": np.full(shape, 1e-12), "bandwidth_bytes_per_s": np.full(shape, 1e15)}
+    cluster = autopar.Cluster.from_matrix(device="cpu", **free)
+    with autopar.compile(model, cluster, batch, optimizer=SGD, parallelism=pins) as exe:
+        exe.eval()
+        assert exe.eval_step(batch) == pytest.approx(float(model.eval()(**batch).detach()), rel=1e-5)
 
 
 @on_threads

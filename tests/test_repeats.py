@@ -116,6 +116,13 @@ def test_layers_that_are_alike_are_traced_once() -> None:
     assert repetitions(unread, BATCH) == 2 * (LAYERS - 1)
 
 
+def test_layers_on_the_meta_device_beside_calls_that_are_traced_twice() -> None:
+    with torch.device("meta"):
+        model = stack(mlp)
+        model.first = nn.Sequential(nn.Flatten(1), nn.BatchNorm1d(6 * WIDTH), nn.Unflatten(1, (6, WIDTH)))
+    assert repetitions(model, BATCH) == 2 * (LAYERS - 1)
+
+
 def test_tied_layers_read_what_they_share() -> None:
     model = stack(mlp)
     model.layers[2].up.weight = model.layers[1].up.weight  # type: ignore[union-attr]
