@@ -293,6 +293,15 @@ def test_exchanges_find_a_way_through_links_that_all_differ() -> None:
         assert place(cluster, prices.traffic).cost_s < sketched(prices, prices.bound_s()).cost_s / 2
 
 
+def test_ends_that_share_a_parameter_are_near_each_other() -> None:
+    """Four stages in two regions: between the first and the last a large gradient is summed, between others little
+    is sent."""
+    cluster = sites(*[("a", "v100-sxm2-16gb")] * 2, *[("b", "v100-sxm2-16gb")] * 2)
+    apart = regions_of(place(cluster, traffic(4, 1, sent=1e3)), cluster, (4, 1))
+    near = regions_of(place(cluster, replace(traffic(4, 1, sent=1e3), tied_bytes=1e8)), cluster, (4, 1))
+    assert apart[0] != apart[-1] and near[0] == near[-1]
+
+
 def test_shards_that_repeat_all_take_no_slow_links() -> None:
     """Of two replicas on two nodes, the shards of each may lie on both: those of one number are neighbours then."""
     cluster = sites(*[("a", "v100-sxm2-16gb")] * 4, *[("b", "v100-sxm2-16gb")] * 4)

@@ -239,6 +239,7 @@ def _traffic(c: Configuration, alone_s: float, part: float, volumes: Volumes) ->
         volumes.segments,
         volumes.meetings / c.pp,
         (shard * first, shard * last),
+        shard * both / c.dp,
     )
 
 

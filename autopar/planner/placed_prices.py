@@ -71,6 +71,8 @@ class Prices:
                 schedule.max(axis=-1) + groups.max(axis=(-2, -1))
             )
             schedule[gains], groups[gains] = moved[gains], moved_groups[gains]
+        if self.traffic.tied_bytes:
+            groups[:, [0, -1]] += self._tied_s(cells)[:, None]
         return schedule, groups
 
     def _summed_s(self, shares: FloatArray, rings_s: FloatArray) -> FloatArray:
@@ -81,6 +83,11 @@ class Prices:
             parts[:, 0] += t.end_bytes[0] / t.reduced_bytes
             parts[:, -1] += t.end_bytes[1] / t.reduced_bytes
         found: FloatArray = rings_s * parts[..., None]
+        return found
+
+    def _tied_s(self, cells: IntArray) -> FloatArray:
+        """[placement, shard] all_reduce between the first and the last stage, of the slowest replica."""
+        found: FloatArray = self._around_s(cells[:, [0, -1]], 1, self.traffic.tied_bytes).max(axis=-2)
         return found
 
     def window(self, cells: IntArray) -> int:

@@ -13,7 +13,8 @@ class Traffic:
     reduced_bytes: gradients of one (stage, shard); exchanged_bytes: what a shard sends to the others of its stage for
     one microbatch; segments: of the model, one of which a stage has at least; meetings: how often replicas exchange
     something in a stage in one microbatch, for which stage_s has what the fastest links take; end_bytes: of the
-    gradients those that the first and the last stage have whatever their shares.
+    gradients those that the first and the last stage have whatever their shares; tied_bytes: of those of both,
+    which they sum between them, a replica's part.
     """
 
     pp: int
@@ -27,6 +28,7 @@ class Traffic:
     segments: float = math.inf
     meetings: float = 0.0
     end_bytes: tuple[float, float] = (0.0, 0.0)
+    tied_bytes: float = 0.0
 
     @property
     def least_share(self) -> float:
