@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from parity import check_parity, cpu_cluster
@@ -201,6 +202,18 @@ def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callab
     model.front = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
     assert any("computed for all rows" in note for note in trace(model, batch()).notes)
     check_parity(model, batch(), 2, 1e-5, SGD, **GRIDS[grid])
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_masks_that_follow_from_the_model_are_no_terms_of_a_sum() -> None:
+    """Parts that replicas agree on, on links that cost nothing, where sums of masks cost no more than masks."""
+    kind, shape = type("Picked", (Masked,), {"forward": _parts}), (4, 4)
+    model, given = kind(), batch()
+    model.front = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    free = {"latency_s": np.full(shape, 1e-12), "bandwidth_bytes_per_s": np.full(shape, 1e15)}
+    cluster, pins = autopar.Cluster.from_matrix(device="cpu", **free), autopar.Parallelism(dp=2, tp=2, pp=1)
+    with autopar.compile(model, cluster, given, optimizer=SGD, parallelism=pins) as exe:
+        assert exe.step(given) == pytest.approx(float(model(**given).detach()), rel=1e-5)
 
 
 def _columns(values: Tensor, picked: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class _Enumeration:
         if self.size == 1:
             strategies: tuple[Strategy, ...] = (replicated(num_inputs, num_outputs),)
         else:
-            fixed = unsplit(self.rules[name], num_inputs, num_outputs)
+            fixed = (s for s in unsplit(self.rules[name], num_inputs, num_outputs) if _has_terms(call, s))
             split = sorted(self.found[name], key=lambda s: (s.factor, str(s)))
             strategies = tuple(s for s in (*fixed, *split) if self._consistent(name, s))
         return PlannedOp(name, tuple(self.operands[name]), call, _distinct(strategies))
@@ -179,3 +179,9 @@ def pin_sequence(space: OpSpace, starts: Iterable[str], *, split: bool) -> OpSpa
     ops = tuple(replace(op, strategies=tuple(s for s in op.strategies if keeps(op, s))) for op in space.ops)
     shards = {t: tuple(s for s in known if split or (t, s) not in along) for t, known in space.shards.items()}
     return OpSpace(ops, space.values, shards)
+
+
+def _has_terms(call: OpCall, strategy: Strategy) -> bool:
+    """Whether what is wanted as terms of a sum can be: whole numbers and truths have no equal parts."""
+    pairs = zip(call.inputs, strategy.inputs, strict=True)
+    return all(meta.has_gradient for meta, place in pairs if isinstance(place, Partial))
