@@ -16,6 +16,7 @@ from torch import nn
 
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
 from autopar.equal_meshes import EqualMeshes
+from autopar.gathered import Gathered, beats, unless_beaten
 from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linker
 from autopar.linked import Linked, device_map
@@ -28,20 +29,18 @@ from autopar.options import FLAT, Options, check_target
 from autopar.placing import fastest_placed
 from autopar.plan_of import parts_of, stage_plans, unplaced
 from autopar.planner.candidates import smallest_cuts
-from autopar.planner.search import Configuration, search
+from autopar.planner.search import Configuration, Confirm, search
 from autopar.planner.smallest_cap import smallest_cap
 from autopar.planner.solution import Infeasible, Pins, Solution
 from autopar.planner.space import ModelSpace, PinnedSpace
 from autopar.progress import planning_progress
-from autopar.reductions import reduced
 from autopar.relaxations import decided
-from autopar.rescheduled import scheduled
 from autopar.rules import unchecked_notes
 from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.spaces import Spaces
 from autopar.tied import tied_s
-from autopar.timing import hidden_s, waited_s
+from autopar.timing import fastest, hidden_s, waited_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused
@@ -131,6 +130,7 @@ class Job:
         self._peaks_of: dict[tuple[object, ...], list[StagePeak]] = {}
         self.spaces = Spaces()
         self.elsewhere: dict[tuple[Parallelism, int], Solution | None] = {}
+        self.gathered: dict[tuple[Parallelism, int], tuple[float, Gathered | None]] = {}
         self.sketched: dict[tuple[Plan, Parallelism], list[tuple[float, Configuration]]] = {}
         kind, options = self.cluster.devices[0].kind, self.options
         self._linker = Linker(
@@ -211,9 +211,8 @@ class Job:
             check_sequence(self.space)
 
     def _decision(self, solution: Solution, start: float) -> Decision:
-        found = scheduled(self, solution)
-        plan, more = reduced(self, found)
-        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *found.notes, *more))
+        plan, notes = fastest(self, solution)
+        return Decision(plan, time.perf_counter() - start, solution.gap, (*solution.notes, *notes))
 
     def _write_lp(self, solution: Solution) -> None:
         path = self.options.write_lp
@@ -319,8 +318,13 @@ class Job:
     @cached_property
     def state_bytes(self) -> float:
         """Of all parameters and the optimizer state, each byte once."""
-        stored = sum(meta.nbytes for meta in self.parameters.values())
+        stored = self.parameter_bytes
         return stored + stored * self.space.optimizer.state_bytes / self.space.parameter_bytes
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """Of all parameters, as they are stored."""
+        return sum(meta.nbytes for meta in self.parameters.values())
 
     @cached_property
     def separable(self) -> bool:
@@ -346,7 +350,8 @@ class Job:
             raise self._infeasible(found)
         return found
 
-    def _searched(self) -> Solution | Infeasible:
+    def _searched(self, *, fits: bool = False) -> Solution | Infeasible:
+        """fits: whether the plan itself has to, though another one is faster."""
         p = self.options.parallelism
         flat = self.options.solver == FLAT
         if p.meshes_differ:
@@ -358,7 +363,7 @@ class Job:
             return DifferentMeshes(self).pinned()
         pins = self.pins(p.schedule)
         if not self._may_differ:
-            return self._searched_alike(pins)
+            return self._searched_alike(pins, fits=fits)
         if not self._is_placed:
             return DifferentMeshes(self).faster(self._searched_alike(pins))
         return DifferentMeshes(self).unless_faster(EqualMeshes(self, pins))
@@ -367,7 +372,7 @@ class Job:
         """Some plan where the search finds one."""
         p = self.options.parallelism
         if p.meshes_differ or not self._may_differ or not self._is_placed:
-            return self._searched()
+            return self._searched(fits=True)
         return DifferentMeshes(self).fitting(EqualMeshes(self, self.pins(p.schedule)))
 
     @property
@@ -388,20 +393,27 @@ class Job:
         assert not isinstance(p.dp, tuple) and not isinstance(p.tp, tuple)
         return Pins(p.dp, p.tp, self._stages(p.pp), p.microbatch_size, schedule, p.virtual_stages, p.window)
 
-    def _searched_alike(self, pins: Pins) -> Solution | Infeasible:
-        """With one mesh for all stages."""
+    def _searched_alike(self, pins: Pins, *, fits: bool = False) -> Solution | Infeasible:
+        """With one mesh for all stages. fits: as for ``_searched``."""
         if self._is_placed:
             return EqualMeshes(self, pins).fastest()
         alike = len(set(self.cluster.devices)) == 1
         timed = alike and self.options.solver != FLAT
-        found = self.searched_under(pins, timed=timed)
+        if timed and not fits:
+            found = unless_beaten(self, functools.partial(self.searched_under, pins, timed=True))
+            if isinstance(found, Solution) and beats(self, found) is not None:
+                return found
+        else:
+            found = self.searched_under(pins, timed=timed)
         found = on_axes(self, pins, found, functools.partial(waited_s, self) if timed else None)
         if isinstance(found, Infeasible) or alike:
             return found
         return fastest_placed(self, pins, found, math.inf)[1]
 
-    def searched_under(self, pins: Pins, *, timed: bool = False) -> Solution | Infeasible:
-        """timed: whether plans are simulated before one is the answer."""
+    def searched_under(
+        self, pins: Pins, confirm: Confirm | None = None, *, timed: bool = False
+    ) -> Solution | Infeasible:
+        """confirm: as for ``search``, or exact peaks. timed: whether plans are simulated before one is the answer."""
         with planning_progress() as report:
             return search(
                 self.pinned_space(),
@@ -409,7 +421,7 @@ class Job:
                 self.batch,
                 cap_bytes=self.cap_bytes,
                 pins=pins,
-                confirm=self._peaks,
+                confirm=confirm or self._peaks,
                 timed=functools.partial(waited_s, self) if timed else None,
                 hidden_s=functools.partial(hidden_s, self) if timed else None,
                 lacks_s=functools.partial(tied_s, self) if timed else None,
@@ -472,7 +484,7 @@ class Job:
     def on(self, cluster: Cluster) -> Job:
         """The same model for another cluster, searched anew; trace and programs are shared."""
         job = copy.copy(self)
-        job.cluster, job._simulated, job.elsewhere, job.sketched = cluster, {}, {}, {}
+        job.cluster, job._simulated, job.elsewhere, job.gathered, job.sketched = cluster, {}, {}, {}, {}
         for known in ("space", "reduced_bytes", "end_bytes", "state_bytes"):
             job.__dict__.pop(known, None)
         return job

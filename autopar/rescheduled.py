@@ -8,15 +8,14 @@ may, and be faster.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from autopar.options import FLAT
 from autopar.planner.search import Configuration, search
-from autopar.planner.solution import Pins, Progress, Solution, is_interrupted
+from autopar.planner.solution import Pins, Progress, Solution, Space, is_interrupted
 from autopar.report import seconds_text
 from autopar.schedules import faster_schedules, may_fit
 from autopar.tied import tied_s
@@ -79,11 +78,28 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
                 searched = True
                 for other in _searched(job, c, limit_s):
                     is_faster(other)
-    if best is plan:
-        return Scheduled(plan, solution, ())
+    return Scheduled(best, chosen, () if best is plan else (_chosen_note(job, plan, best),))
+
+
+def held(job: Job, solution: Solution) -> Scheduled:
+    """The very choices that were found, under the fastest schedule that they fit under."""
+    plan = job.plan(solution)
+    program, step_s = job.program(plan), job.step_s(plan)
+    for sketched_s, c in sketches(job, solution):
+        same = replace(solution, configuration=c)
+        if sketched_s >= step_s:
+            break
+        if may_fit(same, c, program, job.static_bytes(plan), job.stage_caps(plan)) and job.fits(job.plan(same)):
+            if job.step_s(job.plan(same)) < step_s:
+                return Scheduled(job.plan(same), same, (_chosen_note(job, plan, job.plan(same)),))
+            break
+    return Scheduled(plan, solution, ())
+
+
+def _chosen_note(job: Job, plan: Plan, best: Plan) -> str:
     seconds = f"{seconds_text(job.step_s(best))} against {seconds_text(job.step_s(plan))}"
     note = f"{best.schedule_text()} was chosen after the search: {seconds} of {plan.schedule}"
-    return Scheduled(best, chosen, (f"{note}; the gap is that of the best plan under {plan.schedule}",))
+    return f"{note}; the gap is that of the best plan under {plan.schedule}"
 
 
 def sketches(job: Job, solution: Solution) -> Sequence[tuple[float, Configuration]]:
@@ -118,32 +134,53 @@ def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Solution]:
 def _searched_on_mesh(job: Job, c: Configuration, size: int, worth_s: float) -> Solution | None:
     """The best plan that fits, if one of the first does."""
     parts = c.virtual_stages if c.virtual_stages > 1 else None
-    return _first(job, Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window), worth_s)
+    return first(job, Pins(c.dp, c.tp, c.pp, size, c.schedule, parts, c.window), worth_s)
 
 
-def _first(job: Job, pins: Pins, worth_s: float, *, fastest_only: bool = False) -> Solution | None:
+def first(
+    job: Job,
+    pins: Pins,
+    worth_s: float,
+    *,
+    fastest_only: bool = False,
+    space: Space | None = None,
+    plan: Callable[[Solution], Plan] | None = None,
+    room_bytes: int = 0,
+) -> Solution | None:
     """What a search finds of a lower price, if one of the first plans to be rewritten fits: the fastest of those that
-    come then. Ctrl-C ends what it is searched for."""
-    rewritten, fitting = itertools.count(), list[Solution]()
+    come then. Ctrl-C ends what it is searched for.
+
+    space, plan: the job's own, if None. room_bytes: of the cap, that plans leave until they are rewritten.
+    """
+    rewritten, fitting = set[Plan](), list[Solution]()
+    make = job.plan if plan is None else plan
 
     def report(progress: Progress) -> None:
         if progress.solved == _MOST_SOLVED and not fitting:
             raise _NotWorthIt
 
     def confirm(found: Solution) -> Sequence[int]:
-        if next(rewritten) >= _MOST_REWRITTEN and not fitting:
+        rewritten.add(make(found))
+        if len(rewritten) > _MOST_REWRITTEN and not fitting:
             raise _NotWorthIt
-        return job.peaks(job.plan(found))
+        return [peak - room_bytes for peak in job.peaks(make(found))]
 
     def timed(found: Solution) -> float:
         fitting.append(found)
-        return job.step_s(job.plan(found))
+        return job.step_s(make(found))
 
-    space, count, cap = job.pinned_space(), job.cluster.num_devices, job.cap_bytes
+    count, cap = job.cluster.num_devices, job.cap_bytes - room_bytes
     ask = functools.partial(search, cap_bytes=cap, pins=pins, confirm=confirm, timed=timed, cutoff_s=worth_s)
     lacks_s = functools.partial(tied_s, job)
     try:
-        found = ask(space, count, job.batch, lacks_s=lacks_s, progress=report, fastest_only=fastest_only)
+        found = ask(
+            job.pinned_space() if space is None else space,
+            count,
+            job.batch,
+            lacks_s=lacks_s,
+            progress=report,
+            fastest_only=fastest_only,
+        )
     except (_NotWorthIt, ParallelismError):  # no mesh is possible or left; the plan found first stays
         return None
     if isinstance(found, Solution) and is_interrupted(found.notes):
@@ -163,5 +200,5 @@ def elsewhere(job: Job, worth_s: float) -> Solution | None:
     key = (p, job.cap_bytes)
     if key not in job.elsewhere:
         pins = replace(job.pins(_WAITS_LEAST), pipelined=True)
-        job.elsewhere[key] = _first(job, pins, worth_s, fastest_only=True)
+        job.elsewhere[key] = first(job, pins, worth_s, fastest_only=True)
     return job.elsewhere[key]

@@ -8,7 +8,8 @@ reduced and scattered, and the rank's part is added to what the rank keeps.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ def stateless(choices: Mapping[str, str]) -> dict[str, str] | None:
     microbatches gather or scatter something."""
     levels = {key: int(level) for key, level in choices.items() if key.startswith(zero_key(""))}
     return {k: v for k, v in choices.items() if k not in levels} if max(levels.values(), default=0) < 2 else None
+
+
+def gathers(choices: Mapping[str, str]) -> bool:
+    """Whether microbatches gather parameters."""
+    return any(key.startswith(zero_key("")) and level == "3" for key, level in choices.items())
 
 
 # --- Which parameters lie together
@@ -126,10 +132,10 @@ def _segments_of(model: ModelGraph) -> dict[str, tuple[int, ...]]:
 
 def shard_state(graphs: SplitGraphs, buckets: Sequence[Bucket], parameters: Mapping[str, str]) -> SplitGraphs:
     """The graphs with gathers, buckets and reductions written out. parameters: placeholder -> the model's name."""
+    split = [bucket for bucket in buckets if bucket.zero == 3]
+    for graph in (graphs.forward, *graphs.backwards) if split else ():
+        _gather_all(graph, split, parameters)
     for bucket in buckets:
-        if bucket.zero == 3:
-            for graph in (graphs.forward, *graphs.backwards):
-                _gather(graph, bucket, parameters)
         if bucket.zero > 1 and bucket.trainable:
             _scatter(graphs.backwards[-1], bucket)
     for graph in (graphs.forward, *graphs.backwards):
@@ -142,20 +148,25 @@ def shard_name(bucket: Bucket) -> str:
     return re.sub(r"\W", "_", bucket.name)
 
 
-def _gather(graph: fx.Graph, bucket: Bucket, parameters: Mapping[str, str]) -> None:
-    """Each segment that uses a parameter of the bucket gathers it before the first such use."""
-    offsets = bucket.offsets()
-    whole = {
-        n: offsets[parameters[n.name]]
-        for n in graph.nodes
-        if parameters.get(n.name) in offsets and n.op == "placeholder"
-    }
-    if not whole:
-        return
+def _gather_all(graph: fx.Graph, buckets: Sequence[Bucket], parameters: Mapping[str, str]) -> None:
+    """Each segment that uses a parameter of a bucket gathers it before the first such use."""
+    places, inputs = {node: place for place, node in enumerate(graph.nodes)}, defaultdict[str, list[fx.Node]](list)
+    for node in graph.find_nodes(op="placeholder"):
+        inputs[parameters.get(node.name, "")].append(node)
+    for bucket in buckets:
+        offsets = {node: offset for name, offset in bucket.offsets().items() for node in inputs[name]}
+        whole = {node: offsets[node] for node in sorted(offsets, key=places.__getitem__)}
+        if whole:
+            _gather(
+                graph, bucket, whole, sorted({user for node in whole for user in node.users}, key=places.__getitem__)
+            )
+
+
+def _gather(graph: fx.Graph, bucket: Bucket, whole: Mapping[fx.Node, int], using: Iterable[fx.Node]) -> None:
+    """whole: placeholders of the bucket's parameters -> where they begin. using: what uses them, in order."""
     users: dict[int, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if any(o in whole for o in node.all_input_nodes):
-            users.setdefault(segment_of(node), []).append(node)
+    for node in using:
+        users.setdefault(segment_of(node), []).append(node)
     with graph.inserting_before(next(iter(graph.nodes))):
         shard = graph.placeholder(shard_name(bucket))
     _describe(shard, bucket.part, ("input", shard.name))

@@ -63,8 +63,10 @@ class Deep(nn.Module):
 
 
 def priced(layers: list[nn.Module], **pins: Any) -> Job:
-    """A deep model under pins, after its program has been held against what was priced."""
-    found = Parallelism(**{"dp": 1, "tp": 1, "pp": 1, "microbatch_size": 2, "schedule": "1f1b", **pins})
+    """A deep model under pins, what blocks gather in them, after its program has been held against what was priced."""
+    found = Parallelism(
+        **{"dp": 1, "tp": 1, "pp": 1, "microbatch_size": 2, "schedule": "1f1b", "overlap": False, **pins}
+    )
     assert isinstance(found.dp, int) and isinstance(found.tp, int) and found.pp
     cluster = cpu_cluster(found.dp * found.tp * found.pp)
     job = Job.of(Deep(layers), cluster, {"x": torch.ones(8, 4)}, Options.of(None, SGD, found, None, None, None))

@@ -62,7 +62,9 @@ class MeshPrices:
     sizes: of the axes that tp consists of.
     optimizer: the price of one parameter of each shape, from which rates per byte are taken; parameter_bytes: theirs;
     reduced_bytes: of all parameters, whose gradients are reduced in a few large messages. precision: in which dtypes
-    the gradient of a parameter, and what is updated, are kept.
+    the gradient of a parameter, and what is updated, are kept. copies: where what a microbatch gathers and scatters of
+    parameters hides behind compute, so many of the bytes of each that a rank has are there for that, as a mean over the
+    segments of a stage; None: it takes its time.
     """
 
     cluster: Cluster
@@ -72,6 +74,7 @@ class MeshPrices:
     parameter_bytes: int
     reduced_bytes: int
     precision: Precision = Precision()
+    copies: float | None = None
 
     @cached_property
     def tp(self) -> int:
@@ -289,7 +292,7 @@ class MeshPrices:
         """Once per microbatch: its gradient added to the buffer where there are several, after a reduction from level 2
         on; at level 3 the parameter gathered for forward and for backward."""
         sizes = self._sizes(self.local_meta(meta, places))
-        gathers = 2 * sizes.stored.nbytes * self._rate_s("all_gather") if zero == 3 else 0.0
+        gathers = 2 * sizes.stored.nbytes * self._microbatch_rate_s("all_gather") if zero == 3 else 0.0
         if not trainable:
             return gathers
         kept, part = sizes.gradient, self.dp if zero > 1 else 1
@@ -299,7 +302,10 @@ class MeshPrices:
         row = sizes.reduced
         packed = self.op_s(OpCost("copy", 0.0, float(sizes.stored.nbytes + 2 * row.nbytes), row.dtype))
         added += self._cast_s(row, kept) / self.dp
-        return gathers + added + packed + row.nbytes * self._rate_s("reduce_scatter")
+        return gathers + added + packed + row.nbytes * self._microbatch_rate_s("reduce_scatter")
+
+    def _microbatch_rate_s(self, kind: str) -> float:
+        return self._rate_s(kind) if self.copies is None else 0.0
 
     def parameter_state_bytes(self, meta: TensorMeta, places: Placements, trainable: bool, zero: int = 0) -> float:
         """Weight, gradient and optimizer state with the master copy, each split over dp from level 3, 2 and 1 on."""
@@ -308,7 +314,8 @@ class MeshPrices:
         if self.optimizer.costs and sizes.updated != sizes.stored:
             state += sizes.updated.nbytes
         held = [(sizes.stored.nbytes, 3)] + ([(sizes.gradient.nbytes, 2), (state, 1)] if trainable else [])
-        return sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
+        kept = sum(nbytes / (self.dp if zero >= level else 1) for nbytes, level in held)
+        return kept + (sizes.stored.nbytes * self.copies if self.copies and zero == 3 else 0.0)
 
     def update_bytes(self, updated_bytes: int, zero: Sequence[int]) -> float:
         """What the update of so many bytes on all ranks of a mesh needs of each beside state, when nothing else is

@@ -7,6 +7,7 @@ several users is shared).
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -41,6 +42,10 @@ from passes.specialise import BatchMismatchError, Specialiser
 from passes.trace import Traced
 from passes.zero import zero_key
 
+_EXCHANGED = 5
+"""Copies of a segment's parameters that are there where exchanges move behind compute: what backward uses and has
+gathered for the next segment, its gradients and those of the one before, as they were and as they arrive."""
+
 
 class ModelSpace:
     """What the search asks: a chain for each (dp, axes of tp, microbatch size); None where the batch does not split so.
@@ -71,6 +76,7 @@ class ModelSpace:
         self._prices: dict[Sizes, MeshPrices] = {}
         self._mesh_prices: dict[tuple[int, Sizes], MeshPrices] = {}
         self._updated: list[int] | None = None
+        self._moves = False
         self.structure, self.specialiser = Structure(traced), Specialiser(traced)
 
     def local_model(self, microbatch_size: int) -> LocalModel | None:
@@ -211,13 +217,24 @@ class ModelSpace:
     def _momentary_bytes(self, local: LocalModel, sizes: Sizes, saving: Saving, sequence: bool | None) -> list[int]:
         """Of each kind of segment, what the highest levels hold while its backward runs: what is made again, gradients
         before they are scattered, and gathered parameters twice, as they arrive and as they lie."""
-        copies = {0: 0, 1: 0, 2: 1, 3: 2}[max(saving.zero, default=0)]
-        found = []
+        found, whole = [], self._exchanged_bytes(local, max(saving.zero, default=0))
         for kind in local.structure.representatives:
             graph = self._graphs[(local.model.batch, sizes, sequence, kind)]
-            parameters = sum(local.tensor(name).nbytes for name in graph.part.parameters)
             again = 0 if saving.recompute == (NONE,) else graph.segment_levels.again_bytes(saving.recompute[-1])
-            found.append((again + copies * parameters) // math.prod(sizes))
+            found.append((again + whole[kind]) // math.prod(sizes))
+        return found
+
+    def _exchanged_bytes(self, local: LocalModel, level: int) -> dict[str, int]:
+        """Of each kind of segment, whole parameters and gradients that are there for an exchange between replicas;
+        where it moves, beside those of a segment of mean size, which prices know."""
+        parts = local.structure.representatives
+        own = {kind: sum(local.tensor(n).nbytes for n in part.parameters) for kind, part in parts.items()}
+        if not self._moves or level < 3:
+            return {kind: {0: 0, 1: 0, 2: 1, 3: 2}[level] * nbytes for kind, nbytes in own.items()}
+        row = [own[part.kind] for part in local.segments]
+        mean, found = _EXCHANGED * sum(row) / len(row), dict.fromkeys(own, 0)
+        for part, before, here, after in zip(local.segments, [0, *row], row, [*row[1:], 0], strict=False):
+            found[part.kind] = max(found[part.kind], int(before + 2 * here + 2 * after - mean))
         return found
 
     def worth_splitting(self, dp: int, tp: int, microbatch_size: int, sequence: bool | None) -> list[Sizes]:
@@ -233,8 +250,16 @@ class ModelSpace:
     def mesh_prices(self, dp: int, sizes: Sizes) -> MeshPrices:
         if (dp, sizes) not in self._mesh_prices:
             known = (self.optimizer, self.parameter_bytes, self._reduced_bytes, self.precision)
-            self._mesh_prices[dp, sizes] = MeshPrices(self.cluster, dp, sizes, *known)
+            stages = self.cluster.num_devices / (dp * math.prod(sizes))
+            copies = _EXCHANGED * stages / len(self.traced.segments) if self._moves else None
+            self._mesh_prices[dp, sizes] = MeshPrices(self.cluster, dp, sizes, *known, copies=copies)
         return self._mesh_prices[dp, sizes]
+
+    def moving(self) -> ModelSpace:
+        """The same where what microbatches gather and scatter of parameters hides behind compute."""
+        space = copy.copy(self)
+        space._chains, space._mesh_prices, space._moves = {}, {}, True
+        return space
 
     @cached_property
     def _reduced_bytes(self) -> int:

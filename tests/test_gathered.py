@@ -1,0 +1,56 @@
+"""Gathered: plans at level 3 of ZeRO whose exchanges hide behind compute are searched for beside the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autopar
+from autopar import gathered
+from autopar.planner.solution import Solution
+
+WIDTH = 4096
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x.float().pow(2).mean()
+
+
+def estimate(devices: int, cap: str | None = None, **pins: Any) -> autopar.Estimate:
+    with torch.device("meta"):
+        model, batch = Residual().half(), {"x": torch.empty(64, 512, WIDTH, dtype=torch.float16)}
+    cluster = autopar.Cluster.load("dgx-a100-80gb", devices)
+    return autopar.estimate(model, cluster, batch, memory_cap=cap, parallelism=autopar.Parallelism(**pins))
+
+
+@pytest.mark.parametrize("cap", [None, "6GiB"])
+def test_no_pinned_level_is_faster(cap: str | None) -> None:
+    found = estimate(16, cap)
+    assert found.plan.overlap and found.plan.saving_text().startswith(", zero 3")
+    assert any("parameters are split over replicas" in note for note in found.notes)
+    assert cap is None or found.peak_bytes <= 6 * 2**30
+    for pins in ({"zero": 0}, {"zero": 1}, {"zero": 3}, {"dp": 16, "zero": 3}, {"dp": 8, "tp": 2, "zero": 3}):
+        assert found.step_time_s <= estimate(16, cap, **pins).step_time_s * (1 + 1e-9), pins
+    still = estimate(16, cap, overlap=False)
+    assert not still.plan.overlap and found.step_time_s < 0.97 * still.step_time_s
+
+
+def test_ctrl_c_leaves_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> Solution:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gathered, "first", interrupted)
+    found = estimate(16)
+    assert not found.plan.overlap or not found.plan.saving_text().startswith(", zero 3")
+    assert any("interrupted after" in note for note in found.notes)
