@@ -22,6 +22,8 @@ from passes.pieces import segment_of
 from passes.split import SplitGraphs
 from passes.storage import is_view
 
+aten = torch.ops.aten
+
 
 def overlap(graphs: SplitGraphs, state_axis: str) -> SplitGraphs:
     """state_axis: over which parameters and gradients are split."""
@@ -83,7 +85,8 @@ def _waited(graph: fx.Graph, node: fx.Node, begun: fx.Node) -> fx.Node:
 
 def _scatter_late(graph: fx.Graph, axis: str) -> None:
     """What a segment's gradients are summed to is waited for where those of the next segment begin to leave."""
-    found = [n for n in graph.nodes if n.target is vocabulary.reduce_scatter and n.args[1] == axis]
+    over = [n for n in graph.nodes if n.target is vocabulary.reduce_scatter and n.args[1] == axis]
+    found = [node for node in over if _is_kept(node)]
     late: list[fx.Node] = []
     for scatters in _by_segment(found):
         begun = [_begun_scatter(graph, node) for node in scatters]
@@ -93,6 +96,11 @@ def _scatter_late(graph: fx.Graph, axis: str) -> None:
     output = next(n for n in graph.nodes if n.op == "output")
     for node in late:
         _move_before(output, node)
+
+
+def _is_kept(node: fx.Node) -> bool:
+    """Whether a sum is one of gradients: nothing is done with it but that it is added to what the rank keeps."""
+    return all(u.target in ACCUMULATIONS or (u.target is aten.to.dtype and _is_kept(u)) for u in node.users)
 
 
 def _begun_scatter(graph: fx.Graph, node: fx.Node) -> fx.Node:
