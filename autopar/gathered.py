@@ -41,7 +41,7 @@ class _BeatenError(Exception):
 
 @dataclass(frozen=True)
 class Gathered:
-    """A plan, and what to tell of it. step_s: what it takes; note: of that beside another's."""
+    """A plan, and what to tell of it. step_s: seconds that a step of it takes."""
 
     plan: Plan
     notes: tuple[str, ...]

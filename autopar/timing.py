@@ -12,6 +12,7 @@ from autopar.narrower import WORTH
 from autopar.planner.search import Configuration
 from autopar.planner.solution import Solution
 from autopar.reductions import reduced
+from autopar.report import seconds_text
 from autopar.rescheduled import elsewhere, held, is_plain, scheduled
 from cost_model.plan import Plan
 
@@ -60,12 +61,15 @@ def fastest(job: Job, solution: Solution) -> tuple[Plan, tuple[str, ...]]:
 
 
 def _unless_elsewhere(job: Job, solution: Solution, best: Gathered) -> tuple[Plan, tuple[str, ...]]:
-    """The best, or what waits least on any mesh, if that takes less."""
+    """The best, or what waits least on any mesh, if that takes less. What was found has not been rewritten: it may not
+    fit."""
     other = elsewhere(job, best.step_s) if is_plain(job, solution) else None
     if other is None or job.step_s(job.plan(other)) >= best.step_s:
         return best.told(solution.objective_s)
-    found = scheduled(job, solution)
-    return found.plan, found.notes
+    plan = job.plan(other)
+    seconds = f"{seconds_text(job.step_s(plan))} against {seconds_text(solution.objective_s)}"
+    note = f"{plan.schedule_text()} was chosen after the search: {seconds} of {solution.configuration.schedule}"
+    return plan, (f"{note}; the gap is that of the best plan under that",)
 
 
 def hidden_s(job: Job, c: Configuration, along_s: float) -> float:

@@ -140,8 +140,8 @@ def build_stage(
     several microbatches add up: a product then finds its buffer in memory, not in the cache, is slower than one that is
     made apart and added, and is not fused. overlaps: whether collectives move behind compute. given: the buckets,
     where another program has chosen them. worth: whether ops are made a kernel, by what that costs; None: none are.
-    products: of ``PRODUCT_LIBRARIES``. device_kind: "cpu" or "cuda", whose kernels take memory of their own. segments:
-    labels of the chain's segments, for profilers. printed: whether it is to run; else it has no text.
+    products: of ``PRODUCT_LIBRARIES``. device_kind: whose kernels take memory of their own. segments: labels of the
+    chain's segments, for profilers. printed: whether it is to run; else it has no text.
     """
     sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
     inputs, degrees, places = sharded.graph.inputs, (dp, mesh), sharded.placements
@@ -160,8 +160,7 @@ def build_stage(
     alone = [i for i in inputs if i.kind == "parameter" and i.target not in scattered]
     for graph in graphs.backwards:
         cast_gradients(graph, {i.target: kept[i.target].grads for i in alone})
-    gradients = finished(graphs)
-    graphs = shard_state(graphs, buckets, parameters)
+    gradients, graphs = finished(graphs), shard_state(graphs, buckets, parameters)
     _choose_kernels(graphs, suffix, products, worth)
     groups: Groups = ()
     if overlaps:

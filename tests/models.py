@@ -43,3 +43,17 @@ def hf_gpt2(attention: str, layers: int = 2) -> tuple[nn.Module, dict[str, torch
     labels[0, 3:] = -100
     labels[5, :9] = -100
     return GPT2LMHeadModel(config), {"input_ids": ids, "labels": labels}
+
+
+class Residual(nn.Module):
+    """Layers of large products, gradients and activations, and few ops."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x.float().pow(2).mean()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from models import Residual
 
 import autopar
 from autopar import gathered
@@ -15,21 +15,9 @@ from autopar.planner.solution import Solution
 WIDTH = 4096
 
 
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(4))
-        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return x.float().pow(2).mean()
-
-
 def estimate(devices: int, cap: str | None = None, **pins: Any) -> autopar.Estimate:
     with torch.device("meta"):
-        model, batch = Residual().half(), {"x": torch.empty(64, 512, WIDTH, dtype=torch.float16)}
+        model, batch = Residual(WIDTH).half(), {"x": torch.empty(64, 512, WIDTH, dtype=torch.float16)}
     cluster = autopar.Cluster.load("dgx-a100-80gb", devices)
     return autopar.estimate(model, cluster, batch, memory_cap=cap, parallelism=autopar.Parallelism(**pins))
 

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from torch import nn
+from models import Residual
 
 import autopar
 import autopar.on_axes
@@ -14,24 +14,10 @@ import autopar.on_axes
 WIDTH = 1024
 
 
-class Residual(nn.Module):
-    """Layers of many samples, whose gradients and activations take longer over Ethernet than their products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(4))
-        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for up, down in zip(self.up, self.down, strict=True):
-            x = x + down(torch.relu(up(x)))
-        return x.float().pow(2).mean()
-
-
 @pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_where_links_are_slow_nodes_repeat_what_one_does(nodes: int) -> None:
     with torch.device("meta"):
-        model, batch = Residual().half(), {"x": torch.empty(64, 256, WIDTH, dtype=torch.float16)}
+        model, batch = Residual(WIDTH).half(), {"x": torch.empty(64, 256, WIDTH, dtype=torch.float16)}
     cluster = autopar.Cluster.load("p3.8xlarge", 4 * nodes)
     found, one = autopar.estimate(model, cluster, batch), autopar.Cluster.load("p3.8xlarge", 4)
     assert found.plan.tp_axes == (nodes, 4) and any(f"is {nodes} x 4 axes" in note for note in found.notes)
@@ -47,7 +33,7 @@ def test_ctrl_c_leaves_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with torch.device("meta"):
-        model, batch = Residual().half(), {"x": torch.empty(64, 256, WIDTH, dtype=torch.float16)}
+        model, batch = Residual(WIDTH).half(), {"x": torch.empty(64, 256, WIDTH, dtype=torch.float16)}
     monkeypatch.setattr(autopar.on_axes, "search", interrupted)
     found = autopar.estimate(model, autopar.Cluster.load("p3.8xlarge", 8), batch)
     assert len(found.plan.tp_axes) == 1
