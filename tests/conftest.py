@@ -46,3 +46,12 @@ def known_answers() -> Iterator[None]:
 
     with asked_once():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_ranks() -> Iterator[None]:
+    """Ranks are forked from a process that has imported what they need."""
+    from forked_ranks import forked
+
+    with forked():
+        yield

@@ -1,7 +1,7 @@
 """Real ranks that stay up between tests: workers start once for each number of ranks, programs are loaded anew.
 
-To start a rank takes two seconds of a core, to load it with another program some milliseconds. Tests of starting,
-ending and losing ranks use ``autopar.ranks.LocalRanks`` itself.
+To load a rank with another program takes some milliseconds; to start it five seconds of a core, or two tenths where it
+is forked (``forked_ranks``). Tests of ending and losing ranks use ``autopar.ranks.LocalRanks`` itself.
 """
 
 from __future__ import annotations

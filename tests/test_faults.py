@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import workers
 from models import example_gpt
 from parity import SGD, cpu_cluster, reference
 from processes import all_gone, descendants
@@ -36,10 +37,6 @@ while sys.argv[1] == "steps":
     exe.step(BATCH)
 print("end of script")
 """
-
-
-def workers() -> list[int]:
-    return descendants(os.getpid())
 
 
 def test_a_killed_worker_is_named_soon_and_closes_the_executable() -> None:
@@ -164,9 +161,9 @@ def after_the_first_step(script: subprocess.Popen[str]) -> list[int]:
     return ranks
 
 
+@pytest.mark.slow  # tests/test_pool.py has a script whose pool nobody closes
 @pytest.mark.parametrize(
-    ("mode", "code", "last"),
-    [pytest.param("ends", 0, "end of script", marks=pytest.mark.slow), ("raises", 1, "the user's own error")],
+    ("mode", "code", "last"), [("ends", 0, "end of script"), ("raises", 1, "the user's own error")]
 )
 def test_a_script_that_never_closes_leaves_nothing(tmp_path: Path, mode: str, code: int, last: str) -> None:
     with run_script(tmp_path, mode) as script:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from typing import Any
 
 import pytest
+from forked_ranks import started_ranks, workers  # noqa: F401  (a fixture)
 from models import example_gpt
 from parity import ADAMW, cpu_cluster
-from processes import descendants
 from regression import BATCH, Regression
 from shared_ranks import end_ranks, fresh_ranks, shared_ranks  # noqa: F401  (fixtures)
 
@@ -29,10 +28,6 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 
 SETTLED = 600
 """Steps after which the heap of a rank has found its size: from 300 MiB it grows by 1 % before."""
-
-
-def workers() -> list[int]:
-    return descendants(os.getpid())
 
 
 def data_bytes(pid: int) -> int:
@@ -60,7 +55,7 @@ def train_within(cap_bytes: int, model: Any, batch: Any, **keywords: Any) -> lis
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_ranks")
+@pytest.mark.usefixtures("started_ranks", "fresh_ranks")
 def test_what_fits_a_cap_runs_in_it_and_plain_data_parallel_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "WORKER_ENVIRONMENT", {**pool.WORKER_ENVIRONMENT, **GIVES_BACK})
     model, batch = example_gpt(n_embd=384, n_layer=6, n_head=6, vocab_size=2048, block_size=128, tied=True)
@@ -87,7 +82,7 @@ def test_what_fits_a_cap_runs_in_it_and_plain_data_parallel_does_not(monkeypatch
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("fresh_ranks")
+@pytest.mark.usefixtures("started_ranks", "fresh_ranks")
 def test_two_hundred_steps_take_no_more_memory(precision: Precision, pins: dict[str, int]) -> None:
     model, batch = example_gpt(tied=True)
     parallelism = Parallelism(**{"dp": 1, "tp": 1, "pp": 1, **pins})

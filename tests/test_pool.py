@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_ranks import started_ranks  # noqa: F401  (a fixture)
 
 from autopar.runtime.channel import Channel, Tree, decode, encode
 from autopar.runtime.pool import WorkerPool, _gather, _Worker
 from cost_model.errors import ClosedError, ConfigError, UnknownNameError, WorkerError
 
+pytestmark = pytest.mark.usefixtures("started_ranks")
 TESTS = Path(__file__).resolve().parent
 LOST_PEER = "[pair.cc:547] Connection closed by peer [127.0.0.1]:9"
 SCRIPT = """
