@@ -34,7 +34,7 @@ from passes.follow import choices
 from passes.graph import ModelGraph
 from passes.group import Worth
 from passes.precision import cast
-from passes.segment import Segment, carried_values, segment
+from passes.segment import Segment, carried_values
 from passes.specialise import specialise
 from passes.trace import Traced, trace
 from passes.vocabulary import collect
@@ -142,7 +142,8 @@ def build_inference(
     with _in_mode(model, training):
         traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
     traced, analysis, _ = analysed(_on_what_is_held(traced, held.traced), model)
-    plan = _plan(traced, analysis, held, spec.size)
+    traced, ends = _cut_alike(traced, held)
+    plan = _plan(traced, analysis, held, ends, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
     linked = Linker(traced, analysis, None, "cpu", given=buckets, worth=worth, products=products).link(plan)
     linked.verify()
@@ -180,17 +181,16 @@ def _collected(analysis: BatchAnalysis, outputs: _Outputs | None) -> dict[int, P
     return {} if outputs is None else {number: places.get(number) for number in outputs.numbers}
 
 
-def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, batch: int) -> Plan:
-    """The plan of training for another graph: parts of the chain by the parameters that they hold."""
+def _plan(traced: Traced, analysis: BatchAnalysis, held: Linked, ends: list[int], batch: int) -> Plan:
+    """The plan of training for another graph: parts of the chain by the parameters that they hold; ends: of these."""
     plan, whole = held.plan, _microbatch(held.plan, batch)
     if analysis.synchronised:
         whole = batch
     if analysis.reason is not None and whole // plan.mesh(0).dp < batch:
         raise UnsupportedError(f"the batch cannot be split over {plan.dp} replicas or microbatches: {analysis.reason}")
     model = specialise(traced, whole // plan.mesh(0).dp)
-    segments = segment(model)
     targets = {i.node: i.target for i in model.inputs if i.kind == "parameter"}
-    ends = _ends(segments, targets, held)
+    segments = traced.segments
     crossing = {*carried_values(segments), *(segments[end].entry or "" for end in ends[:-1])}
     chosen: dict[Mesh, dict[str, str]] = {}
     for number, mesh in enumerate(plan.meshes):
@@ -225,8 +225,23 @@ def _microbatch(plan: Plan, batch: int) -> int:
     return batch // rounds if batch % (whole * rounds) else whole
 
 
-def _ends(segments: Sequence[Segment], targets: Mapping[str, str], held: Linked) -> list[int]:
-    """Where each part of the chain ends: it has the segments whose parameters the same part of training has."""
+def _cut_alike(traced: Traced, held: Linked) -> tuple[Traced, list[int]]:
+    """With a chain that can be cut where the stages' ends are, and these ends. One that is cut nowhere there is cut
+    wherever it can be. Errors: UnsupportedError."""
+    targets = {i.node: i.target for i in traced.global_graph.inputs if i.kind == "parameter"}
+    for known in (traced, replace(traced, least=len(traced.global_graph.nodes()))):
+        ends = _ends(known.segments, targets, held)
+        if ends is not None:
+            return known, ends
+    raise UnsupportedError(
+        f"the outputs cannot be computed by the {held.plan.pp} stages of the plan: their parts of the model differ "
+        "from those of training; compile with parallelism=autopar.Parallelism(pp=1)"
+    )
+
+
+def _ends(segments: Sequence[Segment], targets: Mapping[str, str], held: Linked) -> list[int] | None:
+    """Where each part of the chain ends: it has the segments whose parameters the same part of training has. None
+    where it is cut nowhere there."""
     plan = held.plan
     codes = [held.stages[k % plan.pp].chunks[k // plan.pp] for k in range(len(plan.stages))]
     owned = [{i.target for i in code.inputs if i.kind == "parameter"} for code in codes]
@@ -238,8 +253,5 @@ def _ends(segments: Sequence[Segment], targets: Mapping[str, str], held: Linked)
             part += 1
     ends += [len(segments)] * (len(owned) - len(ends))
     if part >= len(owned) or any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
-        raise UnsupportedError(
-            f"the outputs cannot be computed by the {plan.pp} stages of the plan: their parts of the model differ from "
-            "those of training; compile with parallelism=autopar.Parallelism(pp=1)"
-        )
+        return None
     return ends

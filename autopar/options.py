@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from autopar.planner.solution import FEWEST_PARTS
 from cost_model.cluster import Cluster
 from cost_model.errors import ConfigError, UnknownNameError
 from cost_model.parallelism import Parallelism
@@ -55,6 +56,18 @@ class Options:
     def compiles(self) -> bool:
         """Whether ops are compiled into kernels."""
         return self.backend != EAGER
+
+    def fewest_segments(self, num_devices: int) -> int:
+        """As many as a given plan has, else as there are pinned stages; two where pins leave their number open."""
+        if self.plan is not None:
+            return len(self.plan.segment_labels)
+        pins = self.parallelism
+        known = pins.pp
+        if known is None:  # degrees are of all stages
+            left = num_devices // (int(pins.dp or 1) * int(pins.tp or 1))  # type: ignore[arg-type]
+            known = left if pins.dp and pins.tp else min(left, 2)
+        parts = pins.virtual_stages or (FEWEST_PARTS if pins.schedule == "interleaved" else 1)
+        return max(known * parts, 1)
 
     @staticmethod
     def of_keywords(keywords: Mapping[str, Any]) -> Options:

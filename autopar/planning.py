@@ -158,6 +158,7 @@ class Job:
         updated = {n: replace(m, dtype=options.precision.kept(m.dtype).updated) for n, m in parameters.items()}
         shapes = {n: (m.shape, torch_dtype(m.dtype)) for n, m in updated.items()}
         optimizer = capture(options.optimizer, shapes)
+        traced = replace(traced, least=options.fewest_segments(cluster.num_devices))
         notes = (*traced.notes, *notes, *random_notes(whole, options.seed), *scaling_notes(options.precision))
         return Job(cluster, options, traced, analysis, optimizer, updated, notes, ways)
 

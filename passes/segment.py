@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -49,23 +49,31 @@ def carried_values(segments: tuple[Segment, ...]) -> frozenset[str]:
     return frozenset(name for part in segments for name in part.carried)
 
 
-def segment(model: ModelGraph, other: ModelGraph | None = None) -> tuple[Segment, ...]:
+def segment(model: ModelGraph, other: ModelGraph | None = None, least: int = 1) -> tuple[Segment, ...]:
     """The chain: atoms between cut points, those without parameters merged, repeated runs folded into blocks.
 
     other: the same graph at a second batch size. What is alike at both is alike at every size, sizes being affine in
     the batch, so that one chain serves them all.
+    least: segments that are asked for. Where the chain has fewer, blocks are taken apart, then values that live
+    together are carried over cuts; the longest chain where none has as many.
     """
     active = active_nodes(model)
     nodes = [n for n in model.nodes() if n.name in active]
     if not nodes:
         return ()
     params = {i.node for i in model.inputs if i.kind == "parameter"}
-    atoms = _merge_free(_atoms(model, nodes, params), params)
     trainable = {i.node for i in model.inputs if i.trainable}
     twin = other if other is not None and _names(model) == _names(other) else None
+    atoms: list[list[fx.Node]] = []
+    for cuts in _Places.of(model, nodes, params).choices():
+        found = _merge_free(_runs(nodes, cuts), params)
+        atoms = max(atoms, found, key=len)
+        if len(atoms) >= least:
+            break
     facts = _Facts(model, twin, params, trainable, active, _shared_parameters(atoms, params), _carried(atoms))
     groups = _fold([_fingerprint(facts, atom) for atom in atoms])
-    runs = [[n for atom in atoms[start:end] for n in atom] for start, end in groups]
+    blocks = [[n for atom in atoms[start:end] for n in atom] for start, end in groups]
+    runs = blocks if len(blocks) >= least else atoms
     return _segments(replace(facts, carried=_carried(runs)), runs)
 
 
@@ -106,23 +114,67 @@ def _cuttable(model: ModelGraph) -> frozenset[str]:
     return (receiving_nodes(model) & batch_nodes(model) & floating) - detached
 
 
-def _atoms(model: ModelGraph, nodes: list[fx.Node], params: set[str]) -> list[list[fx.Node]]:
-    """Runs of calls between the places where exactly one activation is live beside what lives long."""
-    cuttable = _cuttable(model)
-    position = {n: i for i, n in enumerate(nodes)}
-    last_use = {n: max((position[u] for u in n.users if u in position), default=position[n]) for n in nodes}
-    long, whole = _long_lived(model, nodes, last_use, params), _changed_together(model, position)
-    atoms: list[list[fx.Node]] = [[]]
-    live: set[fx.Node] = set()
-    for i, node in enumerate(nodes):
-        atoms[-1].append(node)
-        live.add(node)
-        live = {n for n in live if last_use[n] > i}
-        may_cut = node.name in cuttable and i + 1 < len(nodes) and i not in whole
-        if may_cut and node in live and live - long <= {node}:
-            if all(model.tensor(n.name).dtype == model.tensor(node.name).dtype for n in live):
-                atoms.append([])
-    return atoms
+@dataclass(frozen=True)
+class _Places:
+    """Where a chain may be cut: behind calls, by their number.
+
+    live: bytes of what is live behind each call where all of that can cross; before: calls with parameters up to each.
+    alone: behind which exactly one activation is live beside what lives long.
+    """
+
+    live: Mapping[int, int]
+    before: tuple[int, ...]
+    alone: tuple[int, ...]
+
+    @staticmethod
+    def of(model: ModelGraph, nodes: list[fx.Node], params: set[str]) -> _Places:
+        cuttable = _cuttable(model)
+        position = {n: i for i, n in enumerate(nodes)}
+        last_use = {n: max((position[u] for u in n.users if u in position), default=position[n]) for n in nodes}
+        before = [0]
+        for node in nodes:
+            before.append(before[-1] + any(o.name in params for o in node.all_input_nodes))
+        long, whole = _long_lived(model, last_use, before), _changed_together(model, position)
+        known: dict[int, int] = {}
+        alone: list[int] = []
+        live: set[fx.Node] = set()
+        for i, node in enumerate(nodes[:-1]):
+            live.add(node)
+            live = {n for n in live if last_use[n] > i}
+            if node.name in cuttable and i not in whole and node in live and _cross(model, node, live):
+                known[i] = sum(model.tensor(n.name).nbytes for n in live)
+                if live - long <= {node}:
+                    alone.append(i)
+        return _Places(known, tuple(before), tuple(alone))
+
+    def choices(self) -> Iterator[list[int]]:
+        """Places to cut at, ever more of them."""
+        yield list(self.alone)
+        for span in range(LONG, 0, -1):
+            yield self._narrow(span)
+
+    def _narrow(self, span: int) -> list[int]:
+        """Besides where one activation is live, where the fewest bytes are: no nearer than so many calls with
+        parameters to each other and to the ends."""
+        taken = {0, self.before[-1], *(self.before[i + 1] for i in self.alone)}
+        chosen = list(self.alone)
+        for place in sorted(self.live.keys() - set(self.alone), key=lambda i: (self.live[i], i)):
+            number = self.before[place + 1]
+            if all(abs(number - other) >= span for other in taken):
+                taken.add(number)
+                chosen.append(place)
+        return sorted(chosen)
+
+
+def _cross(model: ModelGraph, node: fx.Node, live: set[fx.Node]) -> bool:
+    """Whether all of that may cross a cut: as one message, so of one dtype."""
+    return all(getattr(model.metas[n.name], "dtype", None) == model.tensor(node.name).dtype for n in live)
+
+
+def _runs(nodes: list[fx.Node], cuts: list[int]) -> list[list[fx.Node]]:
+    """The calls between cuts."""
+    ends = [place + 1 for place in cuts]
+    return [nodes[start:end] for start, end in zip([0, *ends], [*ends, len(nodes)], strict=True)]
 
 
 def _changed_together(model: ModelGraph, position: dict[fx.Node, int]) -> frozenset[int]:
@@ -136,14 +188,10 @@ def _changed_together(model: ModelGraph, position: dict[fx.Node, int]) -> frozen
     return frozenset(place for own in users.values() for place in range(min(own), max(own)))
 
 
-def _long_lived(
-    model: ModelGraph, nodes: list[fx.Node], last_use: dict[fx.Node, int], params: set[str]
-) -> frozenset[fx.Node]:
-    """Floating tensors that live over more than ``LONG`` calls with parameters."""
-    before = [0]
-    for node in nodes:
-        before.append(before[-1] + any(o.name in params for o in node.all_input_nodes))
-    long = (n for i, n in enumerate(nodes) if before[last_use[n] + 1] - before[i + 1] > LONG)
+def _long_lived(model: ModelGraph, last_use: Mapping[fx.Node, int], before: list[int]) -> frozenset[fx.Node]:
+    """Floating tensors that live over more than ``LONG`` calls with parameters; before: how many there are up to each
+    place."""
+    long = (n for i, (n, last) in enumerate(last_use.items()) if before[last + 1] - before[i + 1] > LONG)
     metas = ((n, model.metas[n.name]) for n in long)
     return frozenset(n for n, meta in metas if isinstance(meta, TensorMeta) and meta.has_gradient)
 

@@ -66,6 +66,7 @@ class Traced:
     aliases: every name of a shared parameter or buffer -> the one name the graph uses.
     constants: tensors made from Python values inside the model, by target.
     counters: buffers to which every step adds a number.
+    least: segments that are asked for.
     """
 
     global_graph: ModelGraph
@@ -76,11 +77,12 @@ class Traced:
     notes: tuple[str, ...]
     counters: Mapping[str, int | float] = field(hash=False, default_factory=dict)
     alone: str | None = None
+    least: int = 1
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The chain of segments, the same at every batch size."""
-        return segment(self.global_graph, self.other)
+        return segment(self.global_graph, self.other, self.least)
 
     @cached_property
     def twins(self) -> dict[fx.Node, fx.Node]:

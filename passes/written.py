@@ -60,7 +60,10 @@ def write_buffers(model: ModelGraph, values: Mapping[fx.Node, fx.Node]) -> Model
     built = GraphBuilder()
     built.graph, built.metas = model.graph, dict(model.metas)
     loss = next(n for n in model.graph.nodes if n.name == model.outputs[0])
+    parameters = {i.node for i in model.inputs if parameter_left(i.target)}
     for buffer, made in values.items():
+        if buffer.name in parameters:  # written at the end of forward: as early as it is known, for cuts to lie behind
+            made = _undetached(made)
         for user in [user for user in buffer.users if user.op == "call_function"]:
             user.replace_input_with(buffer, _detached(built, buffer, user.prev))
         value = _detached(built, made, made)
@@ -79,6 +82,13 @@ def write_buffers(model: ModelGraph, values: Mapping[fx.Node, fx.Node]) -> Model
 
 def _is_tensor(model: ModelGraph, node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(model.metas[node.name], TensorMeta)
+
+
+def _undetached(made: fx.Node) -> fx.Node:
+    """What a value is detached from."""
+    while made.target is torch.ops.aten.detach.default:
+        made = made.all_input_nodes[0]
+    return made
 
 
 def _detached(built: GraphBuilder, source: fx.Node, place: fx.Node) -> fx.Node:

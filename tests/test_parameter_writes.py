@@ -114,6 +114,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
         *((name, grid) for name in MODELS for grid in ("dp2", "tp2")),
         *(("bounded", grid) for grid in ("pp2", "zero1", "zero3")),
         ("deep", "pp2"),
+        ("moved", "pp2"),
         ("moved", "zero3"),
     ],
 )

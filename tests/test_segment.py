@@ -16,9 +16,9 @@ from passes.segment import Segment, segment
 from passes.trace import trace
 
 
-def segments_of(model: nn.Module, batch: Any) -> tuple[Segment, ...]:
+def segments_of(model: nn.Module, batch: Any, least: int = 1) -> tuple[Segment, ...]:
     graph = trace(model, batch).global_graph
-    found = segment(graph)
+    found = segment(graph, least=least)
     _check_chain(found, active_nodes(graph))
     return found
 
@@ -124,3 +124,25 @@ def test_no_cut_while_two_values_are_live() -> None:
         return F.mse_loss(self.c(torch.tanh(self.b(skipped))) + skipped, y)
 
     assert _cuts(forward) == [None, "linear"]
+
+
+def _two_streams(self: Any, x: Tensor, y: Tensor) -> Tensor:
+    left, right = self.a(x), self.b(x)
+    for _ in range(2):
+        left = left + torch.tanh(self.c(right))
+        right = right + torch.tanh(self.a(left))
+    return F.mse_loss(left * right, y)
+
+
+@pytest.mark.parametrize(("least", "entries"), [(2, [None, "linear"]), (3, [None, "linear", "add"])])
+def test_a_chain_that_is_too_short_is_cut_where_several_values_are_live(least: int, entries: list[str | None]) -> None:
+    """All of them are carried, where they have the fewest bytes and parts are as long as they can be."""
+    found = segments_of(net(_two_streams), inputs(), least)
+    assert [part.entry for part in found] == entries
+    assert [part.carried for part in found[2:]] == [("linear_1",)] * (least - 2)
+
+
+def test_blocks_are_taken_apart_before_anything_is_carried() -> None:
+    model, batch = example_gpt(n_layer=3)
+    found = segments_of(model, batch, len(segments_of(model, batch)) + 1)
+    assert [part.label for part in found][2:4] == ["blocks.0", "blocks.0"] and not any(part.carried for part in found)
