@@ -21,6 +21,8 @@ from cost_model.errors import UnsupportedError
 from cost_model.ops import price_of
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
+from passes.fakes import as_parameter, fake_tensor
+from passes.graph import torch_dtype
 
 _STEADY = 1000
 """What a fake scalar reads as: a step count far into training, where warm-up branches are behind."""
@@ -72,8 +74,7 @@ def observe(
     spec: OptimizerSpec, parameters: Mapping[str, TensorMeta], names: Sequence[str], device: str
 ) -> Observation:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake:
-        held = {name: _parameter(parameters[name], device) for name in names}
+    held = {name: _parameter(parameters[name], torch.device(device), fake) for name in names}
     recorder = _Recorder()
     for position, parameter in enumerate(held.values()):
         recorder.give(parameter, position)
@@ -102,9 +103,10 @@ def _explained(spec: OptimizerSpec, device: str) -> Iterator[None]:
         ) from error
 
 
-def _parameter(meta: TensorMeta, device: str) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device=device))
-    parameter.grad = torch.empty_like(parameter)
+def _parameter(meta: TensorMeta, device: torch.device, mode: FakeTensorMode) -> nn.Parameter:
+    held, grad = (fake_tensor(meta.shape, torch_dtype(meta.dtype), device=device, mode=mode) for _ in range(2))
+    parameter = as_parameter(held, requires_grad=True)
+    parameter.grad = grad
     return parameter
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes import vocabulary
+from passes.fakes import fake_tensor
 from passes.graph import torch_dtype
 
 
@@ -26,7 +26,6 @@ def _cast(graph: fx.Graph, before: fx.Node, gradient: fx.Node, dtype: torch.dtyp
     """A contiguous copy, just before the call that takes it."""
     with graph.inserting_before(before):
         made = graph.call_function(torch.ops.aten.to.dtype, (gradient, dtype))
-    with FakeTensorMode():
-        value = torch.empty(gradient.meta["val"].shape, dtype=dtype)
+    value = fake_tensor(gradient.meta["val"].shape, dtype)
     made.meta = {**gradient.meta, "val": value, "storage": ("cast", made.name)}
     return made

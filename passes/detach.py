@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cost_model.errors import UnsupportedError
+from passes.fakes import fake_like
 from passes.graph import is_getitem
 
 aten = torch.ops.aten
@@ -107,8 +108,8 @@ def _gives_back(node: fx.Node) -> bool:
     made, first = values[:2]
     if (first.shape, first.stride(), first.dtype) != (made.shape, made.stride(), made.dtype):
         return False
+    empty = [fake_like(value, mode=first.fake_mode) for value in values[1:]]
     with first.fake_mode:
-        empty = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values[1:]]
         given = dict(zip(operands, empty, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: given[each])
         return target(*args, **kwargs) is empty[0]

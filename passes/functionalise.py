@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 
 from cost_model.errors import UnsupportedError
 from passes.calls import schema_arguments
 from passes.detach import detach
+from passes.fakes import as_parameter, fake_tensor
 from passes.in_place import state_writes, writes
 from passes.instance_statistics import show_statistics
 
@@ -28,7 +30,19 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     reasons = (writes, _moves_statistics, _is_of_vmap, _is_autocast)
     retraced = any(reason(node) for graph in graphs for node in graph.nodes for reason in reasons)
     detach(exported.graph_module)
+    if retraced:
+        _hold_as_traced(exported)
     return exported.run_decompositions({}) if retraced else exported
+
+
+def _hold_as_traced(exported: torch.export.ExportedProgram) -> None:
+    """Parameters on the meta device, of layers that were traced as others are, as fake tensors of a CPU like these."""
+    held = exported.state_dict
+    fakes = [tensor for tensor in held.values() if isinstance(tensor, FakeTensor)]
+    for name, tensor in held.items():
+        if tensor.is_meta and fakes:
+            made = fake_tensor(tensor.shape, tensor.dtype, tensor.stride(), mode=fakes[0].fake_mode)
+            held[name] = as_parameter(made, tensor.requires_grad)
 
 
 def merge_buffers(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> None:

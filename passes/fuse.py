@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes import vocabulary
+from passes.fakes import fake_tensor
 from passes.graph import torch_dtype
 from passes.storage import is_view
 
@@ -48,8 +48,7 @@ def product(graph: fx.Graph, node: fx.Node) -> fx.Node:
     with graph.inserting_before(node):
         made = graph.call_function(aten.mm.default, (left, right))
     rows, columns = left.meta["val"].shape[0], right.meta["val"].shape[1]
-    with FakeTensorMode():
-        value = torch.empty(rows, columns, dtype=left.meta["val"].dtype)
+    value = fake_tensor((rows, columns), left.meta["val"].dtype)
     made.meta = {**node.meta, "val": value, "storage": ("product", made.name)}
     return made
 

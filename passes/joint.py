@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cost_model.errors import AutoparError, RuleError, VerificationError
 from cost_model.tensor import TensorMeta
+from passes.fakes import fake_tensor
 from passes.graph import ModelGraph, is_getitem, torch_dtype
 from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.layouts import LAYOUTS
@@ -97,8 +98,8 @@ def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
         with torch.no_grad():
             return tuple(runner.run(*inputs))
 
-    with FakeTensorMode(), _tracing():
-        example = [_fake(model, i, False) for i in range(len(model.inputs))]
+    with FakeTensorMode() as mode, _tracing():
+        example = [_fake(model, i, False, mode) for i in range(len(model.inputs))]
         graph = make_fx(run, decomposition_table=LAYOUTS)(*example).graph
     unmutate(graph)
     nodes = list(graph.nodes)
@@ -125,9 +126,10 @@ def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[in
         return (output, mark, *(grads or [None] * len(leaves)))
 
     with FakeTensorMode() as mode, _tracing():
-        example = [_fake(model, i, i in wanted, strides) for i in range(len(model.inputs))]
+        example = [_fake(model, i, i in wanted, mode, strides) for i in range(len(model.inputs))]
         if not last:
-            example.append(_gradient_like(model))
+            output = model.tensor(model.outputs[0])
+            example.append(fake_tensor(output.shape, torch_dtype(output.dtype), mode=mode))
         with mode:
             module = make_fx(joint, decomposition_table=LAYOUTS)(*example)
     described = _describe(module, model, wanted, last)
@@ -149,19 +151,15 @@ def _differentiated(model: ModelGraph) -> list[int]:
 
 
 def _fake(
-    model: ModelGraph, index: int, requires_grad: bool, strides: Mapping[str, tuple[int, ...]] = NO_STRIDES
+    model: ModelGraph,
+    index: int,
+    requires_grad: bool,
+    mode: FakeTensorMode,
+    strides: Mapping[str, tuple[int, ...]] = NO_STRIDES,
 ) -> torch.Tensor:
     name = model.inputs[index].node
     meta = model.tensor(name)
-    made = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
-    if name in strides:
-        made = torch.empty_strided(meta.shape, strides[name], dtype=made.dtype)
-    return made.requires_grad_(requires_grad)
-
-
-def _gradient_like(model: ModelGraph) -> torch.Tensor:
-    meta = model.tensor(model.outputs[0])
-    return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+    return fake_tensor(meta.shape, torch_dtype(meta.dtype), strides.get(name), mode=mode).requires_grad_(requires_grad)
 
 
 def _describe(module: fx.GraphModule, model: ModelGraph, wanted: list[int], last: bool) -> JointGraph:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.device_rows import QUICK_FLOPS
 from passes import vocabulary
+from passes.fakes import fake_tensor
 from passes.fuse import operands, product
 
 aten = torch.ops.aten
@@ -53,8 +53,7 @@ def _by_rows(graph: fx.Graph, node: fx.Node, matrix: fx.Node) -> fx.Node:
         return matrix
     with graph.inserting_before(node):
         copied = graph.call_function(vocabulary.by_rows, (matrix,))
-    with FakeTensorMode():
-        laid = torch.empty(value.shape, dtype=value.dtype)
+    laid = fake_tensor(value.shape, value.dtype)
     copied.meta = {**node.meta, "val": laid, "storage": ("rows", copied.name)}
     return copied
 

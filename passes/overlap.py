@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes import vocabulary
+from passes.fakes import fake_tensor
 from passes.fuse import ACCUMULATIONS
 from passes.overlap_vocabulary import begin_all_gather, begin_all_reduce, begin_reduce_scatter, sum_arrived, wait
 from passes.pieces import segment_of
@@ -108,8 +108,7 @@ def _begun_scatter(graph: fx.Graph, node: fx.Node) -> fx.Node:
         begun = graph.call_function(begin_reduce_scatter, node.args)
     whole, size = node.all_input_nodes[0].meta["val"], node.args[2]
     assert isinstance(size, int)
-    with FakeTensorMode():
-        value = torch.empty(whole.numel() // size * (size - 1), dtype=whole.dtype)
+    value = fake_tensor((whole.numel() // size * (size - 1),), whole.dtype)
     begun.meta = {**node.meta, "val": value}
     return begun
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from passes.fakes import fake_tensor
 from passes.graph import ModelGraph, copied_node, torch_dtype
 from passes.joint import JointGraph, trace_joint, trace_values
 from passes.lower import label_of
@@ -86,15 +86,14 @@ class _Stitch:
         )
 
     def _placeholders(self) -> fx.Node | None:
-        with FakeTensorMode():
-            for item in self.model.inputs:
-                self.nodes[item.node] = self._placeholder(item.node, item.node)
-            return None if self.last else self._placeholder("grad_in", self.model.outputs[0])
+        for item in self.model.inputs:
+            self.nodes[item.node] = self._placeholder(item.node, item.node)
+        return None if self.last else self._placeholder("grad_in", self.model.outputs[0])
 
     def _placeholder(self, name: str, like: str) -> fx.Node:
         node = self.graph.placeholder(name)
         meta = self.model.tensor(like)
-        node.meta["val"] = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+        node.meta["val"] = fake_tensor(meta.shape, torch_dtype(meta.dtype))
         node.meta["storage"] = ("input", node.name)
         return node
 
@@ -210,9 +209,8 @@ class _Stitch:
             return new
         parts = [node.meta["val"] for node in (before, new)]
         made = self._call(aten.add.Tensor, (before, new), parts[0], segment)
-        with FakeTensorMode():  # gradients may lie as their kernels leave them, column by column
-            laid = [torch.empty_strided(part.shape, part.stride(), dtype=part.dtype) for part in parts]
-            made.meta["val"] = laid[0] + laid[1]
+        laid = [fake_tensor(part.shape, part.dtype, part.stride()) for part in parts]
+        made.meta["val"] = laid[0] + laid[1]  # gradients may lie as their kernels leave them, column by column
         return made
 
     def _zeros(self, name: str) -> fx.Node:
@@ -232,8 +230,7 @@ class _Stitch:
 
     def _call(self, target: Any, args: tuple[fx.Node, ...], like: torch.Tensor, segment: int, **kwargs: Any) -> fx.Node:
         made = self.graph.call_function(target, args, kwargs)
-        with FakeTensorMode():
-            made.meta["val"] = torch.empty(like.shape, dtype=like.dtype)
+        made.meta["val"] = fake_tensor(like.shape, like.dtype)
         made.meta["storage"] = ("made", made.name)
         made.meta["label"] = ""
         made.meta["segment"] = segment

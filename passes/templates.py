@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import _side_effectful_functions
 from torch.overrides import TorchFunctionMode
 
+from passes.fakes import fake_like
 from passes.flat import flat, whole
 
 _CONSTANTS = (
@@ -192,6 +193,5 @@ def _is_equal(leaf: Any, before: Any) -> bool:
 
 def ghost_of(tensor: Tensor) -> Tensor:
     """As large and of the same kind, unknown to the tracer."""
-    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
-        shape, stride = tensor.shape, tensor.stride()
-        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    assert isinstance(tensor, FakeTensor)
+    return fake_like(tensor, mode=tensor.fake_mode)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from cost_model.errors import VerificationError
 from cost_model.ops import entry_of
 from cost_model.ops.table import backward_only
+from passes.fakes import fake_like
 from passes.graph import is_getitem
 from passes.plain_forms import PLAIN_FORMS
 from passes.rewriter import SOURCE_KEYS
@@ -49,8 +50,7 @@ def unfolded(node: fx.Node) -> Unfolded | None:
     mode = next((value.fake_mode for value in known if isinstance(value, FakeTensor)), None)
     if mode is None:
         return None
-    with mode:  # those of the trace have gradients of their own
-        values = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+    values = [fake_like(value, mode=mode) for value in values]  # those of the trace have gradients of their own
 
     def call(*tensors: Any) -> Any:
         given = iter(tensors)

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from passes.graph import copied_node
@@ -53,17 +52,9 @@ def _shown(exported: torch.export.ExportedProgram, hidden: Hidden) -> dict[str, 
             raise HiddenError  # names would be told apart otherwise
         node.meta = dict(nodes[known[hidden.twins[target]].arg.name].meta)
         ordered.append(InputSpec(InputKind.PARAMETER, TensorArgument(name), target))
-        exported.state_dict[target] = _held_like(exported.state_dict[hidden.twins[target]], hidden.tensors[target])
+        exported.state_dict[target] = hidden.tensors[target]
     specs[:] = [*ordered, *others]
     return made
-
-
-def _held_like(twin: Tensor, tensor: Tensor) -> Tensor:
-    """A hidden parameter; one on the meta device is exported as its twin is, a fake tensor of a CPU."""
-    if not isinstance(twin, FakeTensor) or not tensor.is_meta:
-        return tensor
-    with twin.fake_mode:
-        return nn.Parameter(torch.empty_like(twin), tensor.requires_grad)
 
 
 class _Arguments(NamedTuple):

@@ -18,6 +18,7 @@ from cost_model.program import Block, Collective, Program, StageProgram, StepWor
 from cost_model.shards import Bucket
 from cost_model.tensor import DTYPE_BYTES, TensorMeta
 from passes import overlap_vocabulary, vocabulary
+from passes.fakes import fake_tensor
 from passes.graph import torch_dtype
 from passes.printed import check_printed
 from passes.stage import StageCode
@@ -159,10 +160,11 @@ def verify_emitted(code: StageCode) -> None:
 def _run(code: StageCode, namespace: dict[str, Any]) -> tuple[list[list[Collective]], Tensor]:
     """The collectives of each block, and what is sent."""
 
-    def fake(meta: TensorMeta) -> Tensor:
-        return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+    with FakeTensorMode() as mode, torch.no_grad():
 
-    with FakeTensorMode(), torch.no_grad():
+        def fake(meta: TensorMeta) -> Tensor:
+            return fake_tensor(meta.shape, torch_dtype(meta.dtype), mode=mode)
+
         by_kind: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "batch": {}, "step": {}}
         for item in code.inputs:
             if item.kind != "activation":

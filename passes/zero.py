@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cost_model.axes import Axes
 from cost_model.placement import Placements, varying_axes
@@ -22,6 +21,7 @@ from cost_model.precision import Precision
 from cost_model.shards import Bucket
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
+from passes.fakes import fake_tensor
 from passes.fuse import ACCUMULATIONS, parameter_of, product
 from passes.graph import GraphInput, ModelGraph, torch_dtype
 from passes.pieces import segment_of
@@ -263,6 +263,5 @@ def _label(node: object) -> str:
 
 def _describe(node: fx.Node, meta: TensorMeta, storage: object, segment: int = -1, label: str = "") -> None:
     """Meta of a new contiguous value."""
-    with FakeTensorMode():
-        value = torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+    value = fake_tensor(meta.shape, torch_dtype(meta.dtype))
     node.meta = {"val": value, "storage": storage, "segment": segment, "label": label}

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from cost_model.errors import ConfigError, UnsupportedError
+from passes.fakes import as_parameter, fake_tensor
 
 Factory: TypeAlias = Callable[[Any], Optimizer]
 """Called once, with the list of trainable parameters in model order."""
@@ -95,13 +95,11 @@ def capture(
 
 
 def _probes(named_shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, nn.Parameter]:
-    """Parameters without memory that say they are on the CPU; each is its own, those of a shape of one stand-in."""
-    with FakeTensorMode():
-        empty = functools.cache(lambda shape, dtype: torch.empty(shape, dtype=dtype))
-        return {
-            name: nn.Parameter(empty(tuple(shape), dtype), requires_grad=dtype.is_floating_point)
-            for name, (shape, dtype) in named_shapes.items()
-        }
+    """Parameters without memory that say they are on the CPU."""
+    return {
+        name: as_parameter(fake_tensor(shape, dtype), dtype.is_floating_point)
+        for name, (shape, dtype) in named_shapes.items()
+    }
 
 
 def _made(factory: Factory, parameters: list[nn.Parameter]) -> Optimizer:
