@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import check_parity
+from parity import check_parity, cpu_cluster
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from unseen_models import BATCH, classes, normal
+
+import autopar
+from autopar.planner import search
 
 
 class Shared(nn.Module):
@@ -65,3 +68,19 @@ PLANS = {
 def test_what_is_shared_is_trained_as_on_one_device(plan: str) -> None:
     pins = PLANS[plan]
     check_parity(Shared(), batch(), pins["dp"] * pins["tp"] * pins["pp"], 1e-9, **pins)
+
+
+def test_what_several_blocks_share_is_not_searched_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few combinations of placements take long, too, where the search of each is: the blocks are solved apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(2) for layer in [nn.Linear(16, 16), nn.Tanh()]))
+    model[2].weight = model[0].weight
+    given = {"input": normal(BATCH, 16).float()}
+
+    def notes() -> str:
+        pins, tp2 = autopar.Parallelism(dp=1, tp=2, pp=1), cpu_cluster(2)
+        return str(autopar.estimate(model, tp2, given, loss_fn=lambda y, x: y.square().mean(), parallelism=pins).notes)
+
+    assert "combinations of their placements" not in notes()
+    monkeypatch.setattr(search, "MOST_SHARED_ENTRIES", 10)
+    assert "combinations of their placements" in notes()

@@ -51,6 +51,8 @@ __all__ = [
 MAX_CONFIRMATIONS = 8
 MOST_SHARED_LABELS = 256
 """Combinations of labels of shared variables that are tried one by one: those of four parameters of four labels."""
+MOST_SHARED_ENTRIES = 10**9
+"""Of all tables that a search of each of these combinations goes through: some ten seconds."""
 WORTH_TIGHTENING = 0.01
 NEAR = 1.05
 GLANCES = 2
@@ -305,9 +307,10 @@ class _Search:
         """
         domains = {} if self.flat else chain.shared_domains()
         count = math.prod(map(len, domains.values()))
-        if count <= MOST_SHARED_LABELS:
+        segments = self._segments(chain) if count > 1 else []
+        if count <= min(MOST_SHARED_LABELS, MOST_SHARED_ENTRIES / max(sum(s.entries for s in segments), 1)):
             return (dict(zip(domains, labels, strict=True)) for labels in itertools.product(*domains.values())), ()
-        solver = ConfigurationSolver(chain, self._segments(chain), c, math.inf)
+        solver = ConfigurationSolver(chain, segments, c, math.inf)
         choice = solver.solve(math.inf).choice
         chosen: dict[str, str] = {}
         for stage in stage_solutions(solver, choice.columns) if choice is not None else ():

@@ -90,6 +90,11 @@ class Segment:
         return {v: self.graph.domains[v][int(i)] for v, i in zip(self.variables, picked, strict=True)}
 
     @property
+    def entries(self) -> int:
+        """Of all tables that ``solve`` makes for one price."""
+        return sum(math.prod(self._sizes[v] for v in part.scope) for step in self._plan.steps for part in step.sums)
+
+    @property
     def exact(self) -> bool:
         """Whether assignments are proved to be best; else ``SegmentTable.cost`` bounds them."""
         return self._plan.exact
