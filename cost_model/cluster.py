@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -262,6 +263,10 @@ class Cluster:
 
     def fingerprint(self) -> str:
         """SHA-256 of every figure that prices depend on; names of files and sources do not count."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         kinds = {device: index for index, device in enumerate(dict.fromkeys(self.devices))}
         content = {
             "devices": [_figures(device) for device in kinds],

@@ -127,7 +127,6 @@ def forked() -> Iterator[None]:
         if sys.platform == "linux":
             patch.setattr(pool, "_spawn", NURSERY.spawn)
         yield
-    NURSERY.end()
 
 
 def workers() -> list[int]:

@@ -400,7 +400,7 @@ def test_the_needed_cap_suffices_and_a_hundredth_less_does_not(name: str) -> Non
 
 def test_the_smallest_cap_in_the_message_suffices_as_it_is_written() -> None:
     with pytest.raises(InfeasiblePlanError) as caught:
-        estimate(Regression(), memory_cap=0)
+        estimate(Regression(), memory_cap=0, dp=1, tp=1, pp=2)
     message = str(caught.value)
     assert caught.value.tensors and caught.value.stage in (0, 1)
     assert re.match(
@@ -408,7 +408,7 @@ def test_the_smallest_cap_in_the_message_suffices_as_it_is_written() -> None:
     )
     written = re.search(r"smallest cap that would do is ([\d.]+ KiB)", message)
     assert written is not None
-    assert estimate(Regression(), memory_cap=written[1]).peak_bytes <= parse_bytes(written[1])
+    assert estimate(Regression(), memory_cap=written[1], dp=1, tp=1, pp=2).peak_bytes <= parse_bytes(written[1])
 
 
 def test_a_smallest_cap_is_found_where_smaller_ones_do_and_do_not() -> None:

@@ -284,11 +284,21 @@ def test_parts_add_up(name: str) -> None:
     check_parity(*SPLIT[name](), 2, 1e-9, dp=2, tp=1, pp=1, microbatch_size=2)
 
 
+SHARDED = ("a root of the mean", "a balanced router", "values alike in name", "two towers", "attention between samples")
+"""Models of each way to exchange that are tried with shards, too, where slow tests are left out."""
+
+
 @pytest.mark.usefixtures("thread_ranks")
 @pytest.mark.parametrize(
     ("name", "pins"),
     [
-        *((name, pins) for name in {**EXCHANGED, **JOINED} for pins in ({"dp": 2, "zero": 3}, {"dp": 2, "tp": 2})),
+        *((name, {"dp": 2, "zero": 3}) for name in {**EXCHANGED, **JOINED}),
+        *((name, {"dp": 2, "tp": 2}) for name in SHARDED),
+        *(
+            pytest.param(name, {"dp": 2, "tp": 2}, marks=pytest.mark.slow)
+            for name in {**EXCHANGED, **JOINED}
+            if name not in SHARDED
+        ),
         ("correlated features", {"dp": 2, "pp": 2}),
         ("two towers", {"dp": 2, "pp": 2}),
         ("two views", {"dp": 4, "zero": 1}),

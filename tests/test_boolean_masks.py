@@ -191,10 +191,18 @@ def _of_one_laid_by_another(self: nn.Module, x: Tensor, mask: Tensor, labels: Te
     return F.cross_entropy(self.head(h).flatten(0, 1), kinds.flatten())
 
 
+PICKING = (_tokens, _samples, _experts, _normed, _routed, _distances, _parts, _of_one_laid_by_another)
+
+
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
-    "forward", [_tokens, _samples, _experts, _normed, _routed, _distances, _parts, _of_one_laid_by_another]
+    ("forward", "grid"),
+    [
+        *((forward, "dp2") for forward in PICKING),
+        *((forward, "tp2") for forward in (_tokens, _experts, _parts)),
+        *(pytest.param(forward, "tp2", marks=pytest.mark.slow) for forward in PICKING[1:6] if forward != _experts),
+        pytest.param(_of_one_laid_by_another, "tp2", marks=pytest.mark.slow),
+    ],
 )
 def test_what_masks_pick_and_losses_add_up_runs_as_on_one_device(forward: Callable[..., Tensor], grid: str) -> None:
     kind = type("Picked", (Masked,), {"forward": forward})

@@ -195,8 +195,13 @@ def batch() -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize(("dp", "tp"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "dp", "tp"),
+    [
+        *((name, 2, 1) for name in CALLS),
+        *(pytest.param(name, 1, 2, marks=pytest.mark.slow if name == "solved" else ()) for name in CALLS),
+    ],
+)
 def test_gradients_are_those_of_the_function(name: str, dp: int, tp: int) -> None:
     check_parity(Model(CALLS[name][0]), batch(), 2, 1e-4, SGD, dp=dp, tp=tp, pp=1)
 

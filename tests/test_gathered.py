@@ -22,7 +22,7 @@ def estimate(devices: int, cap: str | None = None, **pins: Any) -> autopar.Estim
     return autopar.estimate(model, cluster, batch, memory_cap=cap, parallelism=autopar.Parallelism(**pins))
 
 
-@pytest.mark.parametrize("cap", [None, "6GiB"])
+@pytest.mark.parametrize("cap", [pytest.param(None, marks=pytest.mark.slow), "6GiB"])
 def test_no_pinned_level_is_faster(cap: str | None) -> None:
     found = estimate(16, cap)
     assert found.plan.overlap and found.plan.saving_text().startswith(", zero 3")

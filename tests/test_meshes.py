@@ -147,15 +147,17 @@ def test_plan_files_hold_meshes_of_stages() -> None:
 # --- Training
 
 
-CASES: list[tuple[int, dict[str, Any]]] = [
+CASES: list[Any] = [
     (3, {"dp": 1, "tp": (2, 1), "microbatch_size": 2, "schedule": "1f1b"}),
-    (6, {"dp": 1, "tp": (2, 4), "microbatch_size": 4, "schedule": "gpipe"}),
+    pytest.param((6, {"dp": 1, "tp": (2, 4), "microbatch_size": 4, "schedule": "gpipe"}), marks=pytest.mark.slow),
     (7, {"dp": 1, "tp": (1, 2, 4), "microbatch_size": 2, "schedule": "1f1b", "recompute": "full"}),
-    (6, {"dp": 2, "tp": (1, 2), "microbatch_size": 2, "schedule": "1f1b", "zero": 1}),
+    pytest.param(
+        (6, {"dp": 2, "tp": (1, 2), "microbatch_size": 2, "schedule": "1f1b", "zero": 1}), marks=pytest.mark.slow
+    ),
     (6, {"dp": 2, "tp": (1, 2), "microbatch_size": 2, "zero": 2, "recompute": "selective"}),
     (6, {"dp": 2, "tp": (2, 1), "microbatch_size": 2, "zero": 3}),
     (6, {"dp": 2, "tp": (2, 1), "microbatch_size": 2, "schedule": "zero_bubble"}),
-    (6, {"dp": (4, 2), "tp": 1, "microbatch_size": 1, "schedule": "1f1b"}),
+    pytest.param((6, {"dp": (4, 2), "tp": 1, "microbatch_size": 1, "schedule": "1f1b"}), marks=pytest.mark.slow),
     (8, {"dp": (4, 2), "tp": (1, 2), "microbatch_size": 1, "zero": 1}),
     (6, {"dp": (2, 1), "tp": 2, "microbatch_size": 1, "zero": 3}),
     (6, {"dp": (1, 2), "tp": (4, 1), "microbatch_size": 4, "schedule": "gpipe"}),

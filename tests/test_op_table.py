@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from effort import drawn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -267,7 +268,7 @@ def test_every_plannable_op_is_drawn() -> None:
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_shards_joined_are_the_whole(name: str) -> None:
     @settings(
-        max_examples=EXAMPLES[name],
+        max_examples=drawn(EXAMPLES[name]),
         deadline=None,
         database=None,
         derandomize=True,

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ def single(rng: np.random.Generator) -> tuple[np.ndarray, RangeTable]:
     return totals, RangeTable(chain, [Segment(graph)])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=drawn(200), deadline=None)
 @given(seed=st.integers(0, 10**6), held=st.integers(1, 4), other=st.integers(1, 4))
 def test_the_bound_of_an_edge_is_below_every_plan_that_fits(seed: int, held: int, other: int) -> None:
     """Prices meant for a stage that holds another number of microbatches must not count."""
@@ -46,7 +47,7 @@ def test_the_bound_of_an_edge_is_below_every_plan_that_fits(seed: int, held: int
         assert dual(table, space, w)[0] <= best * (1 + 1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=drawn(100), deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_steeper_prices_reach_the_convex_hull(seed: int) -> None:
     """Repeated, they end at the least cost of a mixture of two plans that needs just the cap."""
@@ -93,7 +94,7 @@ def tilings(arcs: list[Arcs], start: int, end: int) -> list[tuple[int, ...]]:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=drawn(100), deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_sweeps_and_bottlenecks_equal_enumeration(seed: int) -> None:
     arcs = random_arcs(np.random.default_rng(seed), stages=3, count=7, nodes=3)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def best_range(chain: Chain, price: Price, first: int, last: int) -> dict[tuple[
     return best
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=drawn(25), deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_every_range_equals_enumeration(seed: int) -> None:
     chain = random_chain(seed)
@@ -77,7 +78,7 @@ def test_every_range_equals_enumeration(seed: int) -> None:
             assert cost[e, k] == pytest.approx(expected[edges.first[e], edges.last[e]][tuple(labels)])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=drawn(25), deadline=None)
 @given(seed=st.integers(0, 10**6), edge_seed=st.integers(0, 10**6))
 def test_a_column_is_the_sum_of_its_assignments(seed: int, edge_seed: int) -> None:
     chain = random_chain(seed)
@@ -119,7 +120,7 @@ def test_folding_does_not_change_a_range() -> None:
         assert one.assignments(one.column(edge, 1)) == other.assignments(other.column(edge, 1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=drawn(25), deadline=None)
 @given(seed=st.integers(0, 10**6), edge_seed=st.integers(0, 10**6))
 def test_what_was_left_out_is_priced_like_the_rest_once_it_is_required(seed: int, edge_seed: int) -> None:
     """Prices that came meanwhile included, before and behind those that were known."""

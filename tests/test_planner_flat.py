@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lp_reader import solved_elsewhere
@@ -17,7 +18,7 @@ from autopar.planner.search import search
 from autopar.planner.solution import Infeasible, Pins, Solution
 from cost_model.errors import ProblemSizeError, UnsupportedError
 
-FEW, MANY = (settings(max_examples=count, deadline=None) for count in (30, 400))
+FEW, MANY = (settings(max_examples=drawn(count), deadline=None) for count in (30, 400))
 SCHEDULE = st.sampled_from([None, "gpipe", "zero_bubble"])
 SEED = st.integers(0, 10**6)
 
@@ -76,7 +77,7 @@ def test_programs_that_presolve_gives_a_wrong_answer(seed: int, tied: bool, tigh
     agree_under_a_cap(seed, tied=tied, tightness=tightness, updated=False)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=drawn(15), deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.0))
 def test_ways_to_save_memory_are_variables_of_the_flat_program_too(seed: int, tightness: float) -> None:
     space = SavingSpace(seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pulp
 import pytest
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +54,7 @@ def brute_force(offers: list[list[Column]], objective: Objective) -> float:
     return min((objective_s(choice, objective) for choice in tilings), default=np.inf)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     stages=st.integers(1, 3),

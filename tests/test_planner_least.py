@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import example_gpt
@@ -27,7 +28,7 @@ from cost_model.parallelism import Parallelism
 TIME = Price(*TIME_ONLY)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=drawn(50), deadline=None)
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 20))
 def test_the_product_of_a_row_is_that_from_left_to_right(seed: int, length: int) -> None:
     rng = np.random.default_rng(seed)

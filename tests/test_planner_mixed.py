@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import example_gpt
@@ -130,7 +131,7 @@ def _plans(
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=drawn(25), deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 3]), st.sampled_from([1, 4]))
 def test_as_fast_as_the_fastest_of_all(seed: int, pp: int, microbatches: int) -> None:
     plans = every_plan(seed, pp, microbatches)
@@ -144,7 +145,7 @@ def test_as_fast_as_the_fastest_of_all(seed: int, pp: int, microbatches: int) ->
     assert sum(mesh.size for mesh in found.meshes) == sum(COUNTS)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=drawn(15), deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.0, 1.0))
 def test_under_a_cap(seed: int, share: float) -> None:
     """Never over the cap nor faster than the fastest that fits; where nothing fits, the least that any plan needs."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pulp
 import pytest
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lp_reader import solved_elsewhere
@@ -34,7 +35,7 @@ from autopar.planner.timings import Timings
 from cost_model.errors import ParallelismError, UnknownNameError
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tied=st.booleans())
 def test_without_a_cap_one_stage_is_exact(seed: int, tied: bool) -> None:
     space = RandomSpace(seed, tied)
@@ -45,7 +46,7 @@ def test_without_a_cap_one_stage_is_exact(seed: int, tied: bool) -> None:
     assert_consistent(space, found, math.inf)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tied=st.booleans())
 def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool) -> None:
     space = RandomSpace(seed, tied, step=False)
@@ -55,7 +56,7 @@ def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool)
     assert_consistent(space, found, math.inf)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=drawn(120), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     tied=st.booleans(),
@@ -80,7 +81,7 @@ def test_under_a_cap_the_bound_and_the_gap_are_true(
     assert found.objective_s <= min(fitting) * (1 + found.gap) * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2))
 def test_where_only_the_fastest_is_wanted_what_is_too_large_is_left_out(seed: int, tightness: float) -> None:
     space, pins = RandomSpace(seed), Pins(schedule="zero_bubble")
@@ -100,7 +101,7 @@ def test_where_only_the_fastest_is_wanted_what_is_too_large_is_left_out(seed: in
         assert found.objective_s <= min(plans)[0] * (1 + found.gap) * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), hint_s=st.floats(0, 3), pp=st.integers(1, 2))
 def test_a_glance_under_a_cap_is_a_bound(seed: int, tightness: float, hint_s: float, pp: int) -> None:
     space, pins = RandomSpace(seed), Pins(pp=pp, dp=1, tp=DEVICES // pp, microbatch_size=1)
@@ -113,7 +114,7 @@ def test_a_glance_under_a_cap_is_a_bound(seed: int, tightness: float, hint_s: fl
     assert solver.glance_s() <= min(time_s for time_s, need in plans if need <= cap) * (1 + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), part=st.floats(0.5, 1.5))
 def test_plans_above_a_cutoff_are_not_found_and_others_are(seed: int, tightness: float, part: float) -> None:
     space = RandomSpace(seed)
@@ -134,7 +135,7 @@ def test_plans_above_a_cutoff_are_not_found_and_others_are(seed: int, tightness:
         assert part < 1.1, "a search may miss its best plan by its gap"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), tied=st.booleans())
 def test_ways_to_save_memory_are_taken_where_they_are_needed(seed: int, tightness: float, tied: bool) -> None:
     """One stage: what the search finds is the best of all plans that fit but for its gap, and it knows its bound."""

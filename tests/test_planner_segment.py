@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from effort import drawn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ def brute_force(graph: FactorGraph, price: Price) -> np.ndarray:
     return best
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=drawn(150), deadline=None)
 @given(seed=st.integers(0, 10**6), ends=st.sampled_from(["none", "both", "same", "exit"]))
 def test_every_pair_equals_brute_force(seed: int, ends: str) -> None:
     graph = random_graph(np.random.default_rng(seed), ends)
@@ -73,7 +74,7 @@ def test_every_pair_equals_brute_force(seed: int, ends: str) -> None:
             assert graph.exit is None or labels[graph.exit] == graph.exit_labels[exit]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=drawn(50), deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_one_price_at_a_time_equals_all_at_once(seed: int) -> None:
     graph = random_graph(np.random.default_rng(seed), "both")
@@ -119,7 +120,7 @@ def held_by(price: Price, table: SegmentTable) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("small_tables")
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=drawn(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), ends=st.sampled_from(["none", "both", "same", "exit"]))
 def test_tables_too_large_are_bounded_and_an_assignment_is_priced(seed: int, ends: str) -> None:
     graph = random_graph(np.random.default_rng(seed), ends)

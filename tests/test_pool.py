@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_ranks import started_ranks  # noqa: F401  (a fixture)
+from forked_ranks import forked, started_ranks  # noqa: F401  (a fixture)
 
 from autopar.runtime.channel import Channel, Tree, decode, encode
 from autopar.runtime.pool import WorkerPool, _gather, _Worker
@@ -75,7 +75,8 @@ def pool() -> Iterator[WorkerPool]:
 
 @pytest.fixture
 def own_pool() -> Iterator[WorkerPool]:
-    with start_pool() as started:
+    """For tests of ranks that end, which need not start as others do."""
+    with forked(), start_pool() as started:
         yield started
 
 

@@ -43,7 +43,7 @@ def _check(seed: int, grids: list[dict[str, int]], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("shared_ranks")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_on_real_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(seed, REAL_GRIDS, monkeypatch)
 
@@ -56,7 +56,9 @@ def test_more_on_real_ranks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("thread_ranks")
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize(
+    "seed", [*range(100, 104), *(pytest.param(n, marks=pytest.mark.slow) for n in range(104, 108))]
+)
 def test_on_threads(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     _check(seed, GRIDS, monkeypatch)
 

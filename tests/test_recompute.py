@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from effort import drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import example_gpt, hf_gpt2
@@ -62,7 +63,7 @@ def brute_force(flow: Flow, needed: frozenset[str]) -> int:
     return min(best)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=drawn(200), deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_selective_keeps_the_fewest_bytes(seed: int) -> None:
     flow, needed = random_flow(np.random.default_rng(seed))

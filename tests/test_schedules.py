@@ -102,14 +102,15 @@ def test_what_a_schedule_is_known_to_hold_is_near_what_it_holds(pins: dict[str, 
             assert not may_fit(solution, c, program, static, caps)
 
 
-def test_messages_between_nodes_are_waited_for_in_every_plan_that_is_compared() -> None:
+@pytest.mark.parametrize("meshes", [[(4, 1)], pytest.param([(4, 2), (1, 4)], marks=pytest.mark.slow)], ids=str)
+def test_messages_between_nodes_are_waited_for_in_every_plan_that_is_compared(meshes: list[tuple[int, int]]) -> None:
     """Stages of half a node send over fast and slow links in turn: no pipeline is faster than the plan chosen."""
     model, batch = example_gpt(n_layer=4, n_embd=128)
     batch = {name: value.repeat(8, 1) for name, value in batch.items()}
     cluster = Cluster.load("p3.8xlarge", num_devices=8)
     job = Job.of(model, cluster, batch, Options.of(None, ADAMW, Parallelism(), None, None, None))
     chosen = job.decide(0.0).plan
-    for pp, tp in ((4, 1), (4, 2), (1, 4)):
+    for pp, tp in meshes:
         pins = Parallelism(dp=8 // pp // tp, tp=tp, pp=pp)
         assert job.step_s(chosen) <= job.step_s(job.under(pins, None).decide(0.0).plan), pins
 

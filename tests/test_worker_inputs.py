@@ -30,9 +30,10 @@ def loss(outputs, inputs):
 SCRIPT = """
 import autopar
 from beside import Slow, loss
-from regression import BATCH, TWO, Regression
+from parity import cpu_cluster
+from regression import BATCH, Regression
 
-with autopar.compile(Regression(), TWO, BATCH, optimizer=Slow, loss_fn=loss) as exe:
+with autopar.compile(Regression(), cpu_cluster(1), BATCH, optimizer=Slow, loss_fn=loss) as exe:
     print([exe.step(BATCH) for _ in range(3)])
 model = Regression()
 optimizer = Slow(model.parameters())
