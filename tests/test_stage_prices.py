@@ -59,7 +59,7 @@ def found_for(make: Any, dtype: torch.dtype, cluster: Cluster, pins: Parallelism
         *((t5, pins) for pins in ((4, 1, 1, 2), (1, 2, 2, 4))),
         *(pytest.param(t5, pins, marks=pytest.mark.slow) for pins in ((4, 1, 1, 4), (1, 4, 1, 8))),
     ],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_stages_take_what_they_were_priced_at(make: Any, pins: tuple[int, int, int, int]) -> None:
     """Heads over split vocabularies, attention whose bias is learned, gradients that meet, and the first of a step."""
