@@ -38,7 +38,7 @@ from passes.stage import StageCode, build_stage, reduce_axis
 from passes.stitch import Templates
 from passes.trace import Traced
 from passes.verify import verify_cuts
-from passes.zero import gathers, make_buckets, stateless
+from passes.zero import make_buckets, stateless
 
 
 class Linker:
@@ -167,8 +167,7 @@ class Linker:
     def _priced(self, plan: Plan, index: int) -> StageCode:
         """The code of a stage as prices see it: of many equal blocks a few are rewritten, and repeated."""
         stage, mesh = plan.stages[index], plan.mesh(index % plan.pp)
-        ahead = plan.overlap and gathers(stage.choices)
-        if ahead or self.worth is not None:  # what a block does, and kernels of neighbours, do not end with it
+        if self.worth is not None:  # kernels of neighbours do not end with a block
             return self._code(plan, index)
         whole = self._cut(plan, index)
         degrees, shared = (mesh.dp, plan.axes_of(index % plan.pp)), _held_by_several(self.traced.segments, plan)

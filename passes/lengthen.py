@@ -203,9 +203,13 @@ class _Lengthen:
         return found
 
     def _places(self, block: Block) -> list[_Place]:
-        """Where the instructions of the middle blocks stand one after the other. Errors: UnlikeError."""
+        """Where the instructions of the middle blocks stand one after the other. Errors: UnlikeError.
+
+        What begins ahead of its block stands within the one before, and what is waited for late within the next: they
+        are moved on with those.
+        """
         lines, found, starts = block.instructions, [], dict[int, int]()
-        numbers = [self.equal.block(i.segment) if i.segment >= 0 else None for i in lines]
+        numbers = [self.equal.block(i.segment) if i.segment >= 0 and not i.begins else None for i in lines]
         blocks = [None if number is None else self._counted(number) for number in numbers]
         for at, number in enumerate(blocks):
             if len(starts) == BEFORE + AFTER and number == next(iter(starts)):
@@ -215,7 +219,7 @@ class _Lengthen:
                 starts.setdefault(number, at)
         if starts:
             found.append(_place_of(starts))
-        middle = [line for place in found for line in place.parts(lines)[1] if line.segment >= 0]
+        middle = [number for place in found for number in place.parts(blocks)[1] if number is not None]
         if len(middle) != blocks.count(0):
             raise UnlikeError
         return found

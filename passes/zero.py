@@ -49,11 +49,6 @@ def stateless(choices: Mapping[str, str]) -> dict[str, str] | None:
     return {k: v for k, v in choices.items() if k not in levels} if max(levels.values(), default=0) < 2 else None
 
 
-def gathers(choices: Mapping[str, str]) -> bool:
-    """Whether microbatches gather parameters."""
-    return any(key.startswith(zero_key("")) and level == "3" for key, level in choices.items())
-
-
 # --- Which parameters lie together
 
 
@@ -173,7 +168,7 @@ def _gather(graph: fx.Graph, bucket: Bucket, whole: Mapping[fx.Node, int], using
     for segment, uses in users.items():
         with graph.inserting_before(uses[0]):
             full = graph.call_function(vocabulary.all_gather, (shard, AXIS, bucket.dp, 0, 1))
-            _describe(full, bucket.meta, ("gathered", full.name), segment, _label(uses[0]))
+            _describe(full, bucket.meta, ("gathered", full), segment, _label(uses[0]))
             for node, offset in whole.items():
                 if any(node in use.all_input_nodes for use in uses):
                     _unpack(graph, node, full, offset, uses)
