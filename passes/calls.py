@@ -44,7 +44,7 @@ def tensor_args(node: fx.Node) -> list[fx.Node]:
 
 
 def call_of(node: fx.Node, metas: Mapping[str, Meta]) -> OpCall:
-    """The node as an ``OpCall``."""
+    """The node as an ``OpCall``; without a meta it makes nothing."""
     inputs: list[TensorMeta] = []
 
     def refer(operand: fx.Node) -> Ref:
@@ -54,7 +54,7 @@ def call_of(node: fx.Node, metas: Mapping[str, Meta]) -> OpCall:
         return Ref(len(inputs) - 1)
 
     arguments = {name: _map(value, refer) for name, value in schema_arguments(node).items()}
-    out = metas[node.name]
+    out = metas.get(node.name, ())
     outputs = (out,) if isinstance(out, TensorMeta) else tuple(m for m in out if m is not None)
     return OpCall(op=str(node.target), inputs=tuple(inputs), outputs=outputs, args=arguments)
 

@@ -204,7 +204,7 @@ class _Lower:
         """(cost, bytes that the call needs beside its results)."""
         if isinstance(node.target, Kernel):
             return node.target.cost, node.target.workspace_bytes
-        call = call_of(node, self.metas if node.name in self.metas else {**self.metas, node.name: ()})
+        call = call_of(node, self.metas)
         cost = None if is_view(node) else price_of(call)
         copy = OpCost("copy", 0.0, 2.0 * call.inputs[0].nbytes, call.inputs[0].dtype) if call.inputs else None
         if collective is not None and collective.kind == "all_reduce":
