@@ -76,7 +76,8 @@ class Inference:
     def payload(self, rank: int, tensors: Mapping[str, Tensor], held: Linked) -> dict[str, Any]:
         """What ``RankExecutor.attach`` takes: the program, and of the model what training does not hold there."""
         stage = held.coordinates[rank][0]
-        known = {i.target for i in (*held.stages[stage].inputs, *held.stages[stage].prologue_inputs)}
+        part = held.stages[stage]
+        known = {i.target for i in (*part.inputs, *part.prologue_inputs) if i.is_held}
         params, buffers = local_tensors(self.linked, rank, tensors, known)
         return {
             "name": self.name,

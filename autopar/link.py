@@ -344,7 +344,7 @@ def _parameter_shards(
     found: dict[str, ParameterShard] = {}
     for code in chunks:
         for item in code.inputs:
-            if item.kind in ("parameter", "buffer", "constant"):
+            if item.is_held:
                 place, name = code.placements[item.node], item.target
                 axis = reduce_axis(place, dp, axes)
                 meta, kept = code.metas[item.node], code.types(item)

@@ -43,7 +43,8 @@ class LinkedStage:
     @property
     def places(self) -> dict[str, Placements]:
         """How each parameter and buffer lies on the tp axes, by its name in the model."""
-        return {i.target: code.placements[i.node] for code in self.chunks for i in code.inputs}
+        held = ((i, code.placements[i.node]) for code in self.chunks for i in code.inputs if i.is_held)
+        return {i.target: place for i, place in held}
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -81,7 +82,7 @@ class LinkedStage:
     def batch_inputs(self) -> dict[GraphInput, bool]:
         """Batch inputs that the stage reads -> whether a rank reads the rows of its replica only: what enters the
         prologue is read whole."""
-        whole = {i.target for i in self.prologue_inputs}
+        whole = {i.target for i in self.prologue_inputs if not i.is_held}
         read = (i for i in (*self.inputs, *self.prologue_inputs) if i.kind == "batch")
         return {i: i.batched and i.target not in whole for i in read}
 
@@ -118,7 +119,8 @@ class Linked:
         holders = dict.fromkeys(self.traced.counters, 0)
         for index, stage in enumerate(self.stages):
             for item in (*stage.inputs, *stage.prologue_inputs):
-                holders.setdefault(item.target, index)
+                if item.is_held:
+                    holders.setdefault(item.target, index)
         return holders
 
     def at(self, plan: Plan) -> Linked:

@@ -41,6 +41,11 @@ class GraphInput:
     counts: bool = False
 
     @property
+    def is_held(self) -> bool:
+        """Whether it is of the model; inputs of the batch may have the same names."""
+        return self.kind in ("parameter", "buffer", "constant")
+
+    @property
     def has_gradient(self) -> bool:
         """Whether backward gives it one, or a new value in place of one."""
         return self.trainable or self.changes or self.kind == "activation"

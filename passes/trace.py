@@ -235,7 +235,7 @@ def _other(
         try:
             with _stack_traces(False):
                 other, *_ = _export(wrapped, spec, size, aliases, folded=True)
-        except TraceError as error:
+        except (TraceError, UnsupportedError) as error:  # of this size: the other was taken
             failed = str(error.args[0]).partition("\n  next:")[0]
             alone = f"the model does not trace at batch {size} ({failed}{turned_samples(spec)})"
         else:

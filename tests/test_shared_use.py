@@ -70,6 +70,33 @@ def test_what_is_shared_is_trained_as_on_one_device(plan: str) -> None:
     check_parity(Shared(), batch(), pins["dp"] * pins["tp"] * pins["pp"], 1e-9, **pins)
 
 
+class Named(nn.Module):
+    """Its parameters and buffers have the names of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(2048, 16)
+        self.x, self.y = nn.Parameter(normal(16, 2048) * 0.3), nn.Parameter(normal(16, 4) * 0.3)
+        self.register_buffer("worth", torch.zeros(2048))
+        self.double()
+
+    def forward(self, x: Tensor, y: Tensor, worth: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x) @ self.x)
+        self.worth.lerp_(h.detach().mean(0), 0.1)
+        losses = F.cross_entropy(torch.relu(self.b(h + self.worth)) @ self.y, y, reduction="none")
+        return (losses * (worth / worth.sum())).sum()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_inputs_may_have_the_names_of_parameters_and_buffers() -> None:
+    given = {"x": normal(BATCH, 16).double(), "y": classes(4, BATCH), "worth": normal(BATCH).double().abs()}
+    check_parity(Named(), given, 2, 1e-9, dp=1, tp=2, pp=1)
+    pins = autopar.Parallelism(dp=2, tp=1, pp=2)
+    with autopar.compile(Named(), cpu_cluster(4), given, optimizer=None, parallelism=pins) as exe:
+        torch.testing.assert_close(exe.forward(given), Named()(**given))
+
+
 def test_what_several_blocks_share_is_not_searched_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few combinations of placements take long, too, where the search of each is: the blocks are solved apart."""
     torch.manual_seed(0)

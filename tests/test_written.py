@@ -174,3 +174,16 @@ def test_a_written_buffer_is_said_and_allows_one_microbatch() -> None:
     assert any("gives 2 buffer(s) or parameter(s) a new value" in note for note in estimate.notes)
     with pytest.raises(ParallelismError, match="one microbatch"):
         autopar.estimate(model, cpu_cluster(2), inputs(), parallelism=autopar.Parallelism(dp=2, microbatch_size=2))
+
+
+def test_a_buffer_that_keeps_its_shape_at_one_batch_size_is_kept_with_the_whole_batch() -> None:
+    def forward(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        key = self.body(x)
+        self.queue = torch.cat([key.detach(), self.queue[:-8]])
+        return (key @ self.queue.t()).square().mean()
+
+    def build(self: Any) -> None:
+        self.register_buffer("queue", torch.ones(16, 12, dtype=torch.float64))
+
+    traced = trace(net(forward, build), inputs())
+    assert traced.other is None and "puts another tensor there" in str(traced.alone)
