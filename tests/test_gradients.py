@@ -163,8 +163,12 @@ def _allowed(name: str, grid: dict[str, Any]) -> bool:
     return not (splits and name in NEVER_SPLIT) and not (grid["pp"] > 1 and name in NEVER_STAGED)
 
 
-WITHIN: list[dict[str, Any]] = [{"dp": 1, "tp": 1, "pp": 2, "microbatch_size": 8}, {"dp": 1, "tp": 2, "pp": 1}]
-"""What other grids hold too, for models whose batch can be split: two stages, and a tp axis."""
+WITHIN: list[dict[str, Any]] = [
+    {"dp": 2, "tp": 1, "pp": 1, "microbatch_size": 4},
+    {"dp": 1, "tp": 1, "pp": 2, "microbatch_size": 8},
+    {"dp": 1, "tp": 2, "pp": 1},
+]
+"""What other grids hold too, for models whose batch can be split: replicas, two stages, and a tp axis."""
 CASES = [
     pytest.param(name, grid, marks=pytest.mark.slow) if grid in WITHIN and name not in NEVER_SPLIT else (name, grid)
     for name in MODELS

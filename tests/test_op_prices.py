@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from effort import drawn
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -53,7 +54,7 @@ def _aliases(case: Case) -> bool:
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_planned_entries_answer_and_only_views_are_free(name: str) -> None:
     @settings(
-        max_examples=6,
+        max_examples=drawn(6),
         deadline=None,
         database=None,
         derandomize=True,

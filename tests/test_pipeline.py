@@ -68,7 +68,7 @@ def _check(pins: dict[str, Any], **changes: Any) -> autopar.Plan:
 @pytest.mark.parametrize(
     "pins",
     [
-        {"pp": 2, "virtual_stages": 2, "microbatch_size": 2},
+        pytest.param({"pp": 2, "virtual_stages": 2, "microbatch_size": 2}, marks=pytest.mark.slow),
         {"pp": 2, "virtual_stages": 3, "microbatch_size": 4, "recompute": "full"},
         {"pp": 2, "tp": 2, "virtual_stages": 2, "microbatch_size": 1, "recompute": "selective"},
         {"pp": 2, "dp": 2, "virtual_stages": 2, "microbatch_size": 1, "zero": 3, "recompute": "full"},
@@ -86,7 +86,7 @@ def test_interleaved_stages(pins: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "pins",
     [
-        {"pp": 2, "microbatch_size": 2},
+        pytest.param({"pp": 2, "microbatch_size": 2}, marks=pytest.mark.slow),
         {"pp": 2, "microbatch_size": 8},
         {"pp": 2, "tp": 2, "microbatch_size": 1, "recompute": "full"},
         {"pp": 2, "dp": 2, "microbatch_size": 1, "zero": 3, "recompute": "selective"},
@@ -102,7 +102,7 @@ def test_zero_bubble(pins: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "pins",
     [
-        {"pp": 2, "window": 2, "microbatch_size": 1},
+        pytest.param({"pp": 2, "window": 2, "microbatch_size": 1}, marks=pytest.mark.slow),
         {"pp": 4, "window": 3, "microbatch_size": 1, "recompute": "full"},
         {"pp": 2, "dp": 2, "window": 5, "microbatch_size": 1, "zero": 3},
     ],
@@ -283,7 +283,7 @@ def test_a_plan_file_says_which_part_is_where(tmp_path: Path) -> None:
 # --- The planner's choice
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 4])
+@pytest.mark.parametrize("microbatch_size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_schedule_that_is_fastest_is_chosen(microbatch_size: int) -> None:
     """Of those that are possible; a sketch of each says what the rewritten program then takes."""
     model, batch = example_gpt(n_layer=4, n_embd=128)
