@@ -257,7 +257,10 @@ def test_pins_that_leave_no_room() -> None:
     model, batch = example_gpt()
     for pins, message in (
         ({"dp": 2, "pp": 1, "schedule": "interleaved"}, "at least 2 stages of at least 2 virtual stages, not pp=1"),
-        ({"pp": 2, "virtual_stages": 4, "microbatch_size": 1}, "pp=2 x virtual_stages=4 is more than the .* segments"),
+        (
+            {"pp": 2, "virtual_stages": 24, "microbatch_size": 1},
+            "pp=2 x virtual_stages=24 is more than the .* segments",
+        ),
         ({"pp": 2, "virtual_stages": 2, "microbatch_size": 8}, "a multiple of pp=2 microbatches, not 1; change"),
     ):
         with pytest.raises(ParallelismError, match=message):
