@@ -1,7 +1,7 @@
 """Workspace: memory that kernels take for themselves while they run, beyond their operands and results.
 
-What CPU kernels of torch 2.13 (oneDNN 3) take was found from their allocations. A GPU's libraries have workspaces of
-their own.
+What CPU kernels of torch 2.13 (oneDNN 3) take was found from their allocations, with AVX-512 and with AVX2: programs
+are taken to run on CPUs like the one they are planned on. A GPU's libraries have workspaces of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _ALIGNED = alignment_vocabulary.CTC, alignment_vocabulary.CTC_BACKWARD
 _EXPERTS = layer_vocabulary.EXPERTS, layer_vocabulary.EXPERTS_BACKWARD
 _DEEPEST_SINGLE = 1024  # of blocks of float32
 _QUERIES, _KEYS = ((768, 256), (192, 64), (0, 32)), 512  # of blocks of attention: (least queries, rows), columns
-_BLOCK = 16  # channels that oneDNN lays side by side
+_IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+_BLOCK = 8 if _IS_AVX2 else 16  # channels that oneDNN lays side by side: one to each place of a register
+_TALL, _APART, _PACKED_ROWS = 1024, 2048, 4 * 1024 * 260  # of products of float32 with AVX2: rows, elements, bytes
 _PLAIN_CHANNELS = 4  # images of at most so many channels are read as they are
 _SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/native/Convolution.cpp, use_mkldnn
 
@@ -110,9 +112,12 @@ def _packing(m: int, n: int, k: int, *, turned: bool) -> int:
 
 
 def _single(cost: OpCost) -> int:
-    """What oneDNN takes for a product of float32: columns of the second operand."""
+    """What oneDNN takes for a product of float32: columns of the second operand. With AVX2 some rows of the first, too,
+    where there are many and they begin at places that caches do not tell apart: a multiple of 8 KiB from each other."""
     assert cost.gemm is not None
-    return 4 * min(_filled(cost.gemm[-1]), _DEEPEST_SINGLE) * _COLUMNS + _BOOKKEEPING
+    _, rows, _, depth = cost.gemm
+    packed = _PACKED_ROWS if _IS_AVX2 and rows >= _TALL and depth % _APART == 0 else 0
+    return packed + 4 * min(_rounded(depth, 16), _DEEPEST_SINGLE) * _COLUMNS + _BOOKKEEPING
 
 
 class _Convolution:
@@ -193,7 +198,11 @@ def _straightened(*images: Tensor) -> int:
 
 
 def _filled(channels: int) -> int:
-    return -(-channels // _BLOCK) * _BLOCK
+    return _rounded(channels, _BLOCK)
+
+
+def _rounded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
 
 
 def _nbytes(x: Tensor) -> int:
