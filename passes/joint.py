@@ -6,7 +6,7 @@ incoming gradient is an input, gradients of trainable parameters and of the acti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,23 @@ from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.layouts import LAYOUTS
 from passes.unmutate import unmutate
 from passes.vocabulary import forward_end
+
+
+@dataclass(frozen=True)
+class TracedPiece:
+    """The recorded graph of a piece and what its placeholders and outputs are, all node names.
+
+    Placeholders: ``inputs`` (in the piece's order), then gradients of its outputs unless its output is the loss.
+    outputs: in the piece's order; grads_in: the placeholder of the gradient of each, None where it has none; mark: the
+    node that ends forward; gradients: input name -> gradient node (None where no output depends on it).
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    grads_in: tuple[str | None, ...]
+    mark: str
+    gradients: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,7 @@ class Runner(fx.Interpreter):
         for node in self.model.nodes():
             if node.name in self.differentiated and any(o.name in found for o in node.all_input_nodes):
                 found.add(node.name)
-        if self.model.outputs[0] in found:
+        if not found.isdisjoint(self.model.outputs):
             users = ", ".join(str(u.target) for u in by_name[name].users)
             raise VerificationError("gradient", f"autograd loses the gradient of {name} on its way through {users}")
 
@@ -108,31 +125,34 @@ def trace_values(model: ModelGraph) -> tuple[fx.Graph, tuple[str, ...]]:
     return graph, tuple(n.name for n in nodes[-1].args[0])
 
 
-def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[int, ...]] = NO_STRIDES) -> JointGraph:
-    """Joint forward and backward of a graph; ``last``: the output is the loss and its gradient is one.
+def trace_joint(model: ModelGraph, *, last: bool, strides: Mapping[str, tuple[int, ...]] = NO_STRIDES) -> TracedPiece:
+    """Joint forward and backward of a graph; ``last``: its only output is the loss, whose gradient is one.
 
     strides: of inputs that do not lie contiguously; what an op does to a value depends on how it lies.
     """
     wanted = _differentiated(model)
     runner = Runner(model)
+    sent: list[int] = []
 
     def joint(*tensors: torch.Tensor) -> tuple[Any, ...]:
-        inputs = tensors if last else tensors[:-1]
-        output = runner.run(*inputs)[0]
-        mark = forward_end(output)
-        seed = torch.ones_like(output) if last else tensors[-1]
-        leaves = [inputs[i] for i in wanted]
-        grads = torch.autograd.grad(output, leaves, seed, allow_unused=True) if leaves and output.requires_grad else ()
-        return (output, mark, *(grads or [None] * len(leaves)))
+        inputs = tensors[: len(model.inputs)]
+        outputs = runner.run(*inputs)
+        mark = forward_end(outputs[0])
+        sent[:] = [i for i, output in enumerate(outputs) if output.requires_grad]
+        seeds = [torch.ones_like(outputs[0])] if last else tensors[len(model.inputs) :]
+        leaves, ends = [inputs[i] for i in wanted], [outputs[i] for i in sent]
+        grads = (
+            torch.autograd.grad(ends, leaves, [seeds[i] for i in sent], allow_unused=True) if leaves and ends else ()
+        )
+        return (*outputs, mark, *(grads or [None] * len(leaves)))
 
     with FakeTensorMode() as mode, _tracing():
         example = [_fake(model, i, i in wanted, mode, strides) for i in range(len(model.inputs))]
-        if not last:
-            output = model.tensor(model.outputs[0])
+        for output in () if last else map(model.tensor, model.outputs):
             example.append(fake_tensor(output.shape, torch_dtype(output.dtype), mode=mode))
         with mode:
             module = make_fx(joint, decomposition_table=LAYOUTS)(*example)
-    described = _describe(module, model, wanted, last)
+    described = _describe(module, model, wanted, () if last else sent)
     for name, gradient in described.gradients.items():
         if gradient is None:
             runner.check_reached(name)
@@ -162,20 +182,22 @@ def _fake(
     return fake_tensor(meta.shape, torch_dtype(meta.dtype), strides.get(name), mode=mode).requires_grad_(requires_grad)
 
 
-def _describe(module: fx.GraphModule, model: ModelGraph, wanted: list[int], last: bool) -> JointGraph:
+def _describe(module: fx.GraphModule, model: ModelGraph, wanted: Sequence[int], sent: Sequence[int]) -> TracedPiece:
+    """wanted: numbers of the inputs that get a gradient; sent: of the outputs whose gradient is given."""
     unmutate(module.graph)
     nodes = list(module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
-    outputs = nodes[-1].args[0]
-    names = tuple(i.node for i in model.inputs)
+    names, count = tuple(i.node for i in model.inputs), len(model.outputs)
     _rename(nodes, dict(zip(placeholders, names, strict=False)))
-    return JointGraph(
+    seeds = placeholders[len(names) :]
+    outputs, (mark, *grads) = nodes[-1].args[0][:count], nodes[-1].args[0][count:]
+    return TracedPiece(
         graph=module.graph,
         inputs=names,
-        grad_in=None if last else placeholders[-1].name,
-        output=outputs[0].name,
-        mark=outputs[1].name,
-        gradients={names[i]: (g.name if g is not None else None) for i, g in zip(wanted, outputs[2:], strict=True)},
+        outputs=tuple(node.name for node in outputs),
+        grads_in=tuple(seeds[i].name if i in sent else None for i in range(count)),
+        mark=mark.name,
+        gradients={names[i]: (g.name if g is not None else None) for i, g in zip(wanted, grads, strict=True)},
     )
 
 

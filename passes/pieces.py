@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from cost_model.tensor import TensorMeta
 from passes.graph import GraphInput, ModelGraph
 from passes.rewriter import GraphBuilder
 
@@ -17,19 +18,20 @@ AMBIENT = -1
 @dataclass(frozen=True)
 class Pieces:
     """ambient: what depends on no parameter, its outputs those that pieces use (None: nothing does);
-    chain: one graph for each segment; each takes the output of the one before as its "activation"."""
+    chain: one graph for each segment; what each takes from those before is an "activation", or a "value" where it has
+    no gradient, and what it gives to those after is among its outputs."""
 
     ambient: ModelGraph | None
     chain: tuple[ModelGraph, ...]
 
 
-def cut_pieces(model: ModelGraph) -> Pieces:
-    """Cut at segments; a stage in which more than one value crosses between segments is one piece."""
+def cut_pieces(model: ModelGraph, *, whole: bool = False) -> Pieces:
+    """Cut at segments; ``whole``, or where values go back to segments before, the stage is one piece."""
     numbers, of = segments_of(model), {n: segment_of(n) for n in model.nodes()}
-    if not is_chain(model):
+    if whole or not _goes_onward(model, of):
         of = {n: s if s == AMBIENT else numbers[0] for n, s in of.items()}
         numbers = numbers[:1]
-    chain = tuple(_piece(model, of, s, s == numbers[-1]) for s in numbers)
+    chain = tuple(_piece(model, of, s) for s in numbers)
     wanted = dict.fromkeys(i.node for piece in chain for i in piece.inputs if i.kind == "ambient")
     return Pieces(_ambient(model, of, tuple(wanted)) if wanted else None, chain)
 
@@ -63,24 +65,39 @@ def is_chain(model: ModelGraph) -> bool:
     return not late and all(len(crossing.get(s, ())) == 1 for s in numbers[1:])
 
 
-def _piece(model: ModelGraph, of: dict[fx.Node, int], segment: int, last: bool) -> ModelGraph:
+def _goes_onward(model: ModelGraph, of: dict[fx.Node, int]) -> bool:
+    """Every segment takes tensors from segments before it alone and gives some to others; the last makes the output."""
+    for node, segment in of.items():
+        for operand in node.all_input_nodes:
+            source = of.get(operand, AMBIENT)
+            if source > segment or (source not in (segment, AMBIENT) and not _is_tensor(model, operand)):
+                return False
+    numbers = sorted({*of.values()} - {AMBIENT})
+    gives = {s for n, s in of.items() if s != AMBIENT for u in n.users if of.get(u, s) != s}
+    ends = {s for n, s in of.items() if n.name == model.outputs[0]}
+    return ends == {numbers[-1]} and gives >= {*numbers[:-1]}
+
+
+def _is_tensor(model: ModelGraph, node: fx.Node) -> bool:
+    return isinstance(model.metas[node.name], TensorMeta)
+
+
+def _piece(model: ModelGraph, of: dict[fx.Node, int], segment: int) -> ModelGraph:
     known = {i.node: i for i in model.inputs}
     built, mapped = GraphBuilder(), {}
     own = [n for n in model.nodes() if of[n] == segment]
     inputs: list[GraphInput] = []
     for operand in dict.fromkeys(o for n in own for o in n.all_input_nodes if of.get(o) != segment):
-        kind = "ambient" if of.get(operand) == AMBIENT else "activation"
+        carried = "activation" if operand.name in known or model.tensor(operand.name).has_gradient else "value"
+        kind = "ambient" if of.get(operand) == AMBIENT else carried
         inputs.append(known.get(operand.name) or GraphInput(operand.name, kind, operand.name, False, False))
         mapped[operand] = built.placeholder(operand.name, model.metas[operand.name])
     for node in own:
         mapped[node] = built.copy(node, mapped, model.metas[node.name])
-    exits = (
-        [n for n in own if n.name in model.outputs]
-        if last
-        else [n for n in own if any(of[u] != segment for u in n.users if u in of)]
-    )
-    built.graph.output((mapped[exits[0]],))
-    return ModelGraph(built.graph, built.metas, tuple(inputs), (mapped[exits[0]].name,), model.batch)
+    exits = [n for n in own if n.name == model.outputs[0] or any(of.get(u, segment) != segment for u in n.users)]
+    outputs = tuple(mapped[n] for n in exits)
+    built.graph.output(outputs)
+    return ModelGraph(built.graph, built.metas, tuple(inputs), tuple(n.name for n in outputs), model.batch)
 
 
 def _ambient(model: ModelGraph, of: dict[fx.Node, int], wanted: tuple[str, ...]) -> ModelGraph:

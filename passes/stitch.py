@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from passes.fakes import fake_tensor
 from passes.graph import ModelGraph, copied_node, torch_dtype
-from passes.joint import JointGraph, trace_joint, trace_values
+from passes.joint import JointGraph, TracedPiece, trace_joint, trace_values
 from passes.lower import label_of
 from passes.pieces import AMBIENT, cut_pieces, piece_key, segment_of
 from passes.storage import renamed, storage_of
@@ -27,7 +27,7 @@ class Templates:
     pieces: of a chain, with their backward; ambient: what depends on no parameter, with the names of its outputs.
     """
 
-    pieces: dict[str, tuple[JointGraph, list[str]]] = field(default_factory=dict)
+    pieces: dict[str, tuple[TracedPiece, list[str]]] = field(default_factory=dict)
     ambient: dict[str, tuple[fx.Graph, tuple[str, ...], list[str]]] = field(default_factory=dict)
 
 
@@ -38,7 +38,14 @@ def stage_joint(
 
     zeros: parameters that get a gradient of zeros where the stage has none for them.
     """
-    return _Stitch(model, templates, last).run(zeros)
+    try:
+        return _Stitch(model, templates, last).run(zeros, whole=False)
+    except _UnevenGradientsError:
+        return _Stitch(model, templates, last).run(zeros, whole=True)
+
+
+class _UnevenGradientsError(Exception):
+    """Of the values that a piece gives to others, some get a gradient and some get none."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class _Laid:
     """A piece in the stage's graph: its trace, the stage's node for each of its nodes, what its storages stand for."""
 
     piece: ModelGraph
-    joint: JointGraph
+    joint: TracedPiece
     mapped: dict[fx.Node, fx.Node]
     bound: dict[Hashable, Hashable]
     labels: dict[str, str]
@@ -60,15 +67,16 @@ class _Stitch:
         self.nodes: dict[str, fx.Node] = {}
         self.gradients: dict[str, fx.Node | None] = {i.node: None for i in model.inputs if i.has_gradient}
 
-    def run(self, zeros: frozenset[str]) -> JointGraph:
+    def run(self, zeros: frozenset[str], *, whole: bool) -> JointGraph:
+        """whole: as one piece."""
         grad_in = self._placeholders()
-        pieces = cut_pieces(self.model)
+        pieces = cut_pieces(self.model, whole=whole)
         if pieces.ambient is not None:
             self._lay_ambient(pieces.ambient)
         laid = []
         for piece in pieces.chain:
             laid.append(self._lay_forward(piece, piece is pieces.chain[-1]))
-        output = self.nodes[pieces.chain[-1].outputs[0]]
+        output = self.nodes[self.model.outputs[0]]
         mark = self.graph.call_function(forward_end, (output,))
         self._lay_backwards(laid, grad_in)
         for item in self.model.inputs:
@@ -141,7 +149,7 @@ class _Stitch:
         made.meta["segment"] = segment
         return made
 
-    def _template(self, piece: ModelGraph, last: bool) -> tuple[JointGraph, list[str]]:
+    def _template(self, piece: ModelGraph, last: bool) -> tuple[TracedPiece, list[str]]:
         """The piece's trace, shared by equal pieces, and the labels of the piece that was traced."""
         strides = self._strides(piece)
         key = f"{piece_key(piece, last=last)} {strides}"
@@ -152,19 +160,19 @@ class _Stitch:
         return known[key]
 
     def _strides(self, piece: ModelGraph) -> dict[int, tuple[int, ...]]:
-        """Of inputs that do not lie contiguously, by number: ambient values that are views of others."""
-        values = [self.nodes[i.node].meta["val"] for i in piece.inputs]
-        apart = (k for k, i in enumerate(piece.inputs) if i.kind != "activation" and not values[k].is_contiguous())
+        """Of inputs that do not lie contiguously, by number: views of others."""
+        values, alone = [self.nodes[i.node].meta["val"] for i in piece.inputs], _only_activation(piece)
+        apart = (k for k, i in enumerate(piece.inputs) if i.node != alone and not values[k].is_contiguous())
         return {k: tuple(values[k].stride()) for k in apart}
 
     def _lay_forward(self, piece: ModelGraph, final: bool) -> _Laid:
         joint, traced_labels = self._template(piece, final and self.last)
         labels = dict(zip(traced_labels, _labels(piece), strict=True))
         laid = _Laid(piece, joint, {}, {}, labels, segment_of(piece.nodes()[0]))
-        by_name = {n.name: n for n in joint.graph.nodes}
+        by_name, alone = {n.name: n for n in joint.graph.nodes}, _only_activation(piece)
         for name, item in zip(joint.inputs, piece.inputs, strict=True):
             actual = self.nodes[item.node]
-            if item.kind == "activation":
+            if item.node == alone:
                 actual = self._contiguous(actual, laid.segment)
             self._bind(by_name[name], actual, laid.mapped, laid.bound)
         for node in joint.graph.nodes:
@@ -172,36 +180,45 @@ class _Stitch:
                 break
             if node.op == "call_function":
                 laid.mapped[node] = self._copy(node, laid.mapped, laid.bound, laid.segment, labels)
-        self.nodes[piece.outputs[0]] = laid.mapped[by_name[joint.output]]
+        for output, name in zip(piece.outputs, joint.outputs, strict=True):
+            self.nodes[output] = laid.mapped[by_name[name]]
         return laid
 
     def _lay_backwards(self, laid: list[_Laid], grad_in: fx.Node | None) -> None:
-        gradient = grad_in
+        sent = {} if grad_in is None else {self.model.outputs[0]: grad_in}
         for part in reversed(laid):
-            if part.joint.grad_in is not None and gradient is None:
-                return
-            gradient = self._lay_backward(part, gradient)
+            pairs = zip(part.piece.outputs, part.joint.grads_in, strict=True)
+            wanted = {name: placeholder for name, placeholder in pairs if placeholder is not None}
+            given = wanted.keys() & sent.keys()
+            if given != wanted.keys() and given:
+                raise _UnevenGradientsError
+            if given == wanted.keys():
+                self._lay_backward(part, {placeholder: sent[name] for name, placeholder in wanted.items()}, sent)
 
-    def _lay_backward(self, part: _Laid, gradient: fx.Node | None) -> fx.Node | None:
-        """Copy a piece's backward; returns the gradient of its entry."""
+    def _lay_backward(self, part: _Laid, given: Mapping[str, fx.Node], sent: dict[str, fx.Node]) -> None:
+        """Copy a piece's backward.
+
+        given: placeholder -> the gradient it stands for. sent: value that goes from piece to piece -> its gradient so
+        far, to which this one's is added.
+        """
         joint = part.joint
         by_name = {n.name: n for n in joint.graph.nodes}
-        if joint.grad_in is not None and gradient is not None:
-            self._bind(by_name[joint.grad_in], self._contiguous(gradient, part.segment), part.mapped, part.bound)
+        for placeholder, gradient in given.items():
+            self._bind(by_name[placeholder], self._contiguous(gradient, part.segment), part.mapped, part.bound)
         after = False
         for node in joint.graph.nodes:
             if after and node.op == "call_function":
                 part.mapped[node] = self._copy(node, part.mapped, part.bound, part.segment, part.labels)
             after = after or node.name == joint.mark
-        entry = None
         for name, item in zip(joint.inputs, part.piece.inputs, strict=True):
             found = joint.gradients.get(name)
-            node = None if found is None else part.mapped[by_name[found]]
-            if item.kind == "activation":
-                entry = node
-            if item.node in self.gradients and node is not None:
+            if found is None:
+                continue
+            node = part.mapped[by_name[found]]
+            if item.node in self.gradients:
                 self.gradients[item.node] = self._summed(self.gradients[item.node], node, part.segment)
-        return entry
+            elif item.kind == "activation":
+                sent[item.node] = self._summed(sent.get(item.node), node, part.segment)
 
     def _summed(self, before: fx.Node | None, new: fx.Node, segment: int) -> fx.Node:
         """A parameter that several pieces use has the sum of their gradients."""
@@ -235,6 +252,15 @@ class _Stitch:
         made.meta["label"] = ""
         made.meta["segment"] = segment
         return made
+
+
+def _only_activation(piece: ModelGraph) -> str | None:
+    """What a piece of a plain chain takes from the one before: contiguous, so that equal pieces stay equal.
+
+    What several pieces read is read as it lies.
+    """
+    found = [i.node for i in piece.inputs if i.kind == "activation"]
+    return found[0] if len(found) == 1 else None
 
 
 def _labels(piece: ModelGraph) -> list[str]:

@@ -17,6 +17,7 @@ from models import example_gpt, hf_gpt2
 from parity import ADAMW, check_parity, cpu_cluster
 from shared_ranks import shared_ranks  # noqa: F401  (a fixture)
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
+from torch import Tensor, nn
 
 import autopar
 from autopar.options import Options
@@ -152,6 +153,39 @@ def test_the_search_prices_levels_as_they_turn_out(tp: int) -> None:
 
 
 # --- It trains as one device does
+
+
+class Conditioned(nn.Module):
+    """Every layer reads what the first one makes, as a decoder's do an encoder's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = made = self.first(x)
+        for layer in self.layers:
+            made = layer(made + context)
+        return (self.last(made) ** 2).mean()
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_segments_of_which_each_reads_several_values() -> None:
+    """They are made again one after the other, and run as on one device."""
+    batch, peaks = {"x": torch.randn(512, 8)}, {}
+    for level in ("none", "full"):
+        pins = Parallelism(dp=1, tp=1, pp=1, microbatch_size=512, recompute=level)
+        found = plan_model(Conditioned(), cpu_cluster(1), batch, Options.of(None, ADAMW, pins, None, None, None))
+        peaks[level] = found.estimate.peak_bytes
+        lines = found.linked.program.stages[0].chunks[0].forward.instructions
+        assert len({line.segment for line in lines if line.segment >= 0}) >= 8
+    assert peaks["full"] < 0.6 * peaks["none"]
+    model, batch = Conditioned().double(), {"x": batch["x"].double()}
+    for pins in ({"dp": 2, "zero": 3, "overlap": True}, {"tp": 2, "pp": 2}):
+        check_parity(
+            model, batch, 4 if "pp" in pins else 2, 1e-9, **{"dp": 1, "tp": 1, "pp": 1, "recompute": "full", **pins}
+        )
 
 
 @pytest.mark.usefixtures("thread_ranks")
