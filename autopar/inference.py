@@ -44,15 +44,21 @@ _KEPT = (bool, int, float, str, type(None))
 
 
 class _Outputs:
-    """A loss function that collects every tensor of the model's outputs, and remembers how they hung together."""
+    """A loss function that collects every tensor of the model's outputs, and remembers how they hung together.
 
-    def __init__(self) -> None:
+    inputs: the batch; a model is traced with others, too, for which the numbers among its outputs may be others.
+    """
+
+    def __init__(self, inputs: Any) -> None:
         self.leaves: list[Any] = []
         self.spec: Any = None
+        self._shapes = _shapes(inputs)
 
-    def __call__(self, outputs: Any, _: Any) -> Tensor:
-        leaves, self.spec = pytree.tree_flatten(outputs)
-        self.leaves = [None if isinstance(v, Tensor) or not isinstance(v, _KEPT) else v for v in leaves]
+    def __call__(self, outputs: Any, inputs: Any) -> Tensor:
+        leaves, spec = pytree.tree_flatten(outputs)
+        if _shapes(inputs) == self._shapes:
+            self.leaves = [None if isinstance(v, Tensor) or not isinstance(v, _KEPT) else v for v in leaves]
+            self.spec = spec
         self.numbers = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not self.numbers:
             raise UnsupportedError("the model returns no tensor; return one, or a tuple, a list or a dict of them")
@@ -62,6 +68,10 @@ class _Outputs:
     def joined(self, tensors: Mapping[int, Tensor]) -> Any:
         """The outputs as the model returns them."""
         return pytree.tree_unflatten([tensors.get(k, leaf) for k, leaf in enumerate(self.leaves)], self.spec)
+
+
+def _shapes(inputs: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +149,7 @@ def build_inference(
 
     Errors: those of tracing, UnsupportedError, BatchError.
     """
-    outputs = None if loss else _Outputs()
+    outputs = None if loss else _Outputs(inputs)
     with _in_mode(model, training):
         traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
     traced, analysis, _ = analysed(_on_what_is_held(traced, held.traced), model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -15,9 +16,15 @@ _living_classes = 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Said before tests are imported, whose number of examples depends on it."""
+    """Said before tests are imported, whose number of examples depends on it.
+
+    Shells have what they start in the background ignore interrupts, and its children with it: those that tests
+    interrupt would never end.
+    """
     from effort import LEFT_OUT
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "not slow":
         os.environ[LEFT_OUT] = "1"
 

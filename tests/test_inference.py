@@ -58,6 +58,7 @@ class Nested(nn.Module):
             "named": Named(first[:, :3], True),
             "fixed": self.table * 2,
             "name": "nested",
+            "samples": len(x),
         }
 
 
