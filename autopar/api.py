@@ -54,9 +54,8 @@ def compile(
     (``exe.full_state_dict()`` has those trained). Which parameters train (``requires_grad``) is part of the plan.
     optimizer: a callable that takes parameters; None: gradients only. parallelism: pins; None is the planner's.
     memory_cap: bytes per device ("30GiB"); default: the device's memory less a reserve. plan: an earlier plan.
-    scheduler: a callable that takes the optimizer, e.g. functools.partial(CosineAnnealingLR, T_max=1000); every step
-    advances it. max_grad_norm: gradients are clipped to this norm over all ranks in every step. timeout_s: how long a
-    rank waits for another before it gives up; default: torch's.
+    scheduler: a callable that takes the optimizer, e.g. functools.partial(CosineAnnealingLR, T_max=1000), advanced by
+    every step. max_grad_norm: gradients are clipped to it over all ranks. timeout_s: how long a rank waits for another.
     local_batches: under a launcher, each rank passes to ``step`` the samples of its replica only, replica
     ``exe.data_parallel_rank`` of ``exe.data_parallel_size``; ``inputs`` is one global batch all the same.
     seed: of dropout and all else that forward draws, which no plan changes: one device draws the same.

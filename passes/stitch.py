@@ -239,7 +239,7 @@ class _Stitch:
         return made
 
     def _contiguous(self, node: fx.Node, segment: int) -> fx.Node:
-        """Pieces are traced with contiguous activations."""
+        """Pieces are traced with contiguous gradients, and those of a plain chain with contiguous activations."""
         value = node.meta["val"]
         if value.is_contiguous():
             return node
