@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from passes.vocabulary import Collect, all_gather, all_reduce, define, like
+from passes.vocabulary import Bits, Collect, all_gather, all_reduce, define, like
 
 HALF = (torch.float16, torch.bfloat16)
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -243,5 +243,6 @@ DIFFERENTIABLE = {
     torch.ops.autopar.attention.default: attention,
     torch.ops.autopar.cross_entropy_sum.default: cross_entropy_sum,
     torch.ops.autopar.collect.default: Collect.apply,
+    torch.ops.autopar.bits.default: Bits.apply,
 }
 """Opaque ops of forward graphs -> the functions with a gradient that stand for them when the joint graph is traced."""

@@ -7,8 +7,9 @@ not stand in the way of cuts: they are carried along, whole on every rank, besid
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -119,7 +120,9 @@ class _Places:
     """Where a chain may be cut: behind calls, by their number.
 
     live: bytes of what is live behind each call where all of that can cross; before: calls with parameters up to each.
-    alone: behind which exactly one activation is live beside what lives long.
+    alone: behind which exactly one activation is live beside what lives long; and, in a run of calls that has most of
+    the model's parameters because several values are live all along it (two streams, a sum of losses that grows from
+    block to block), where no fewer bytes are live nearby.
     """
 
     live: Mapping[int, int]
@@ -141,11 +144,12 @@ class _Places:
         for i, node in enumerate(nodes[:-1]):
             live.add(node)
             live = {n for n in live if last_use[n] > i}
-            if node.name in cuttable and i not in whole and node in live and _cross(model, node, live):
+            if node.name in cuttable and i not in whole and node in live and _cross(model, live):
                 known[i] = sum(model.tensor(n.name).nbytes for n in live)
                 if live - long <= {node}:
                     alone.append(i)
-        return _Places(known, tuple(before), tuple(alone))
+        alone += _fewest(known, before, _long_runs(nodes, alone, params))
+        return _Places(known, tuple(before), tuple(sorted(alone)))
 
     def choices(self) -> Iterator[list[int]]:
         """Places to cut at, ever more of them."""
@@ -166,9 +170,37 @@ class _Places:
         return sorted(chosen)
 
 
-def _cross(model: ModelGraph, node: fx.Node, live: set[fx.Node]) -> bool:
-    """Whether all of that may cross a cut: as one message, so of one dtype."""
-    return all(getattr(model.metas[n.name], "dtype", None) == model.tensor(node.name).dtype for n in live)
+def _long_runs(nodes: list[fx.Node], cuts: list[int], params: set[str]) -> Iterator[range]:
+    """Places in runs of calls, cut there, that use most of the parameters first, and more than sublayers have."""
+    runs = _runs(nodes, cuts)
+    first: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        for name in (o.name for n in run for o in n.all_input_nodes if o.name in params):
+            first.setdefault(name, number)
+    used = Counter(first.values())
+    start = 0
+    for number, run in enumerate(runs):
+        if used[number] > max(2 * LONG, len(first) // 2):
+            yield range(start, start + len(run) - 1)
+        start += len(run)
+
+
+def _fewest(live: Mapping[int, int], before: list[int], runs: Iterable[range]) -> list[int]:
+    """Places in these runs with as few live bytes as any within ``LONG`` calls with parameters, on one side or both."""
+    found = []
+    for run in runs:
+        known = [i for i in run if i in live]
+        counts = [before[i + 1] for i in known]
+        for place, (i, count) in enumerate(zip(known, counts, strict=True)):
+            sides = known[bisect_left(counts, count - LONG) : place], known[place : bisect_right(counts, count + LONG)]
+            if any(all(live[i] <= live[j] for j in near) for near in sides):
+                found.append(i)
+    return found
+
+
+def _cross(model: ModelGraph, live: set[fx.Node]) -> bool:
+    """Whether all of that may cross a cut: tensors, of whatever dtype (``passes.message``)."""
+    return all(isinstance(model.metas[n.name], TensorMeta) for n in live)
 
 
 def _runs(nodes: list[fx.Node], cuts: list[int]) -> list[list[fx.Node]]:
@@ -189,11 +221,10 @@ def _changed_together(model: ModelGraph, position: dict[fx.Node, int]) -> frozen
 
 
 def _long_lived(model: ModelGraph, last_use: Mapping[fx.Node, int], before: list[int]) -> frozenset[fx.Node]:
-    """Floating tensors that live over more than ``LONG`` calls with parameters; before: how many there are up to each
+    """Tensors that live over more than ``LONG`` calls with parameters; before: how many there are up to each
     place."""
     long = (n for i, (n, last) in enumerate(last_use.items()) if before[last + 1] - before[i + 1] > LONG)
-    metas = ((n, model.metas[n.name]) for n in long)
-    return frozenset(n for n, meta in metas if isinstance(meta, TensorMeta) and meta.has_gradient)
+    return frozenset(n for n in long if isinstance(model.metas[n.name], TensorMeta))
 
 
 def _carried(runs: list[list[fx.Node]]) -> frozenset[str]:

@@ -143,7 +143,7 @@ def build_stage(
     products: of ``PRODUCT_LIBRARIES``. device_kind: whose kernels take memory of their own. segments: labels of the
     chain's segments, for profilers. printed: whether it is to run; else it has no text.
     """
-    sharded = compress(pack(shard(model, choices, mesh, last=last)), precision, last=last)
+    sharded = compress(pack(shard(model, choices, mesh, last=last), precision), precision, last=last)
     inputs, degrees, places = sharded.graph.inputs, (dp, mesh), sharded.placements
     parameters = {i.node: i.target for i in inputs if i.kind == "parameter" or i.changes}
     metas = {i.node: sharded.graph.tensor(i.node) for i in inputs}

@@ -84,6 +84,12 @@ def collect(x: Tensor, number: int) -> Tensor:
     return like(x)
 
 
+@define("bits(Tensor x, ScalarType dtype) -> Tensor")
+def bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a flat tensor read as numbers of another dtype."""
+    return x.new_empty([x.numel() * x.element_size() // dtype.itemsize], dtype=dtype)
+
+
 @define("accumulate(Tensor grad, str parameter) -> ()")
 def accumulate(grad: Tensor, parameter: str) -> None:
     """Adds a finished gradient to the parameter's buffer."""
@@ -203,6 +209,19 @@ class Collect(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0], None
+
+
+class Bits(Function):
+    """``bits``, whose gradient goes the way back as it is. A copy, since parts of messages begin anywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Any:
+        ctx.dtype = x.dtype
+        return x.clone().view(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].clone().view(ctx.dtype), None
 
 
 class _Portion(Function):

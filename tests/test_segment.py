@@ -142,6 +142,31 @@ def test_a_chain_that_is_too_short_is_cut_where_several_values_are_live(least: i
     assert [part.carried for part in found[2:]] == [("linear_1",)] * (least - 2)
 
 
+class _Routed(nn.Module):
+    """Blocks of 4 parameters that read one routing and add to one sum of losses."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(12, 8), nn.Parameter(torch.ones(8, 8))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(blocks))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, extra = self.first(x), x.new_zeros(())
+        route = x.argmax(-1)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x)) * self.scale[route]
+            extra = extra + x.square().mean()
+        return F.mse_loss(x, y[:, :8]) + 0.1 * extra
+
+
+def test_integers_and_growing_sums_are_carried() -> None:
+    """Neither whole numbers that many blocks read nor a sum that each adds to leaves most of a model in one segment."""
+    found = segments_of(_Routed(10), inputs())
+    labels = [part.label for part in found]
+    assert labels[0] == "first" and len(found) >= 10 and len({part.kind for part in found}) <= 4
+    assert all("argmax" in part.carried for part in found[2:])
+
+
 def test_blocks_are_taken_apart_before_anything_is_carried() -> None:
     model, batch = example_gpt(n_layer=3)
     found = segments_of(model, batch, len(segments_of(model, batch)) + 1)

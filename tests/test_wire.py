@@ -43,6 +43,40 @@ class Chain(nn.Module):
         return x.square().mean()
 
 
+class Kinds(nn.Module):
+    """Values of many dtypes that are made in the first layer and read after the last."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = [nn.Linear(WIDTH, WIDTH, dtype=dtype) for _ in range(LAYERS)]
+        self.layers = nn.ModuleList(sizes)
+        self.register_buffer("large", torch.arange(WIDTH) * (2**40 + 12345) + 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x.to(self.layers[0].weight.dtype))
+        order, positive, wide = x.argsort(-1), x > 0, x.double().cumsum(-1)
+        large = self.large[order]
+        small, short, plain = (order * 7).to(torch.uint8), (order * 900).to(torch.int16), (large % 999_983).int()
+        both = torch.complex(x.float(), x.float().flip(-1))
+        for layer in self.layers[1:]:
+            x = x + torch.tanh(layer(x))
+        whole = (large // 2**40 + large % 2**40 % 1009).to(x.dtype) / WIDTH + small.to(x.dtype) / 255
+        x = torch.where(positive, x, x / 2).gather(-1, order) * whole
+        x = x.double() + wide + (short + plain % 11).double() / 30_000 + (both * both.conj()).real.double()
+        return x.square().mean().float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_of_every_dtype_cross_exactly(thread_ranks: None, dtype: torch.dtype) -> None:  # noqa: F811
+    losses = {}
+    for pp in (1, 3):
+        pins = Parallelism(dp=1, tp=1, pp=pp, microbatch_size=MICROBATCH)
+        with autopar.compile(Kinds(dtype), cluster(pp), BATCH, optimizer=SGD, parallelism=pins) as exe:
+            losses[pp] = [exe.step(BATCH) for _ in range(3)]
+    assert losses[3] == losses[1] and len(set(losses[1])) == 3
+
+
 def cluster(devices: int, bytes_per_s: float = 1e9) -> autopar.Cluster:
     shape = (devices, devices)
     return autopar.Cluster.from_matrix(

@@ -18,6 +18,7 @@ from cost_model.placement import (
 from cost_model.tensor import TensorMeta
 from passes.dependence import active_nodes, differentiable_nodes
 from passes.graph import ModelGraph
+from passes.message import carried_bytes
 from passes.segment import Segment, carried_values
 from passes.specialise import Specialiser
 from passes.trace import Traced
@@ -73,7 +74,7 @@ class LocalModel:
             key = (before.kind, after.carried)
             if key not in known:
                 exit = self.tensor(self.structure.representatives[before.kind].exit)
-                known[key] = exit, sum(self.tensor(name).nbytes for name in after.carried)
+                known[key] = exit, sum(carried_bytes(self.tensor(name), exit.dtype) for name in after.carried)
             found.append(known[key])
         return found
 
