@@ -28,6 +28,7 @@ from cost_model.errors import BatchError, UnsupportedError
 from cost_model.mesh import Mesh
 from cost_model.placement import Partial, Placement, Shard
 from cost_model.plan import Plan, StagePlan
+from passes.at_home import read_at_home
 from passes.batch import BatchAnalysis
 from passes.batch_spec import BatchSpec
 from passes.follow import choices
@@ -152,7 +153,7 @@ def build_inference(
     outputs = None if loss else _Outputs(inputs)
     with _in_mode(model, training):
         traced = cast(trace(model, inputs, options.loss_fn if outputs is None else outputs), options.precision)
-    traced, analysis, _ = analysed(_on_what_is_held(traced, held.traced), model)
+    traced, analysis, _ = analysed(_with_parts(_on_what_is_held(traced, held.traced), _owned(held)), model)
     traced, ends = _cut_alike(traced, held)
     plan = _plan(traced, analysis, held, ends, spec.size)
     buckets = [tuple(replace(b, trainable=False) for b in s.buckets if b.zero == 3) for s in held.stages]
@@ -184,6 +185,24 @@ def _on_what_is_held(traced: Traced, training: Traced) -> Traced:
 
     other = None if traced.other is None else plain(traced.other)
     return replace(traced, global_graph=plain(traced.global_graph), other=other, counters={})
+
+
+def _owned(held: Linked) -> list[set[str]]:
+    """The parameters of each part of the chain."""
+    plan = held.plan
+    codes = [held.stages[k % plan.pp].chunks[k // plan.pp] for k in range(len(plan.stages))]
+    return [{i.target for i in code.inputs if i.kind == "parameter"} for code in codes]
+
+
+def _with_parts(traced: Traced, owned: Sequence[set[str]]) -> Traced:
+    """With parameters read where training holds them."""
+
+    def at_home(graph: ModelGraph) -> ModelGraph:
+        homes = {i.node: [k for k, own in enumerate(owned) if i.target in own] for i in graph.inputs if i.is_held}
+        return read_at_home(graph, {node: parts for node, parts in homes.items() if parts})
+
+    other = None if traced.other is None else at_home(traced.other)
+    return replace(traced, global_graph=at_home(traced.global_graph), other=other)
 
 
 def _collected(analysis: BatchAnalysis, outputs: _Outputs | None) -> dict[int, Placement | None]:
@@ -245,18 +264,16 @@ def _cut_alike(traced: Traced, held: Linked) -> tuple[Traced, list[int]]:
         if ends is not None:
             return known, ends
     raise UnsupportedError(
-        f"the outputs cannot be computed by the {held.plan.pp} stages of the plan: their parts of the model differ "
-        "from those of training; compile with parallelism=autopar.Parallelism(pp=1)"
+        f"the outputs cannot be computed by the {held.plan.pp} stages of the plan, in whose order they do not take the "
+        "model's parameters; compile with parallelism=autopar.Parallelism(pp=1)"
     )
 
 
 def _ends(segments: Sequence[Segment], targets: Mapping[str, str], held: Linked) -> list[int] | None:
     """Where each part of the chain ends: it has the segments whose parameters the same part of training has. None
     where it is cut nowhere there."""
-    plan = held.plan
-    codes = [held.stages[k % plan.pp].chunks[k // plan.pp] for k in range(len(plan.stages))]
-    owned = [{i.target for i in code.inputs if i.kind == "parameter"} for code in codes]
-    known, part, ends = set().union(*owned), 0, []
+    owned = _owned(held)
+    known, part, ends = set().union(*owned), 0, list[int]()
     for index, item in enumerate(segments):
         needed = {targets[name] for name in item.parameters} & known
         while part < len(owned) and not needed <= owned[part]:

@@ -55,6 +55,7 @@ class Nested(nn.Module):
             "loss": loss,
             "pair": (logits, [logits.argmax(-1), x > 0]),
             "turned": logits.t(),
+            "weights": [self.blocks[0].up.weight, logits @ self.head.weight @ self.blocks[0].up.weight.t()],
             "named": Named(first[:, :3], True),
             "fixed": self.table * 2,
             "name": "nested",
