@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from autopar.aten_call import AtenCall
 from autopar.runtime.comm import join_shards, shard_of
-from cost_model.errors import ConfigError, RuleError
+from cost_model.errors import AutoparError, ConfigError, RuleError
 from cost_model.factors import FactorMap, Strategy, parse_map, split_factor
 from cost_model.ops.table import OPS, Op, OpCall, bytes_moved, register
 from cost_model.placement import Partial, Placement, Shard
@@ -35,7 +36,7 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
     "(q c)" for a dim made of two. A factor of the operands alone is summed over, by the op: split, its results add up.
     Say so only of what is a plain sum. A factor of the results alone is not split. whole: others that may not be.
     Gradients follow from the map. check: arguments of one call; shards of it are run and compared with the whole,
-    forward and backward; notes say which rules were not checked.
+    forward and (but under torch.no_grad) backward; notes say which rules were not checked.
     Errors: ConfigError for an op that is not there or a notation that does not fit it, RuleError where a check fails.
     """
     name = _overload(op)
@@ -107,35 +108,77 @@ def prove(op: str, factors: Any, arguments: Sequence[Any]) -> None:
     namespace, _, rest = op.partition("::")
     function = getattr(getattr(torch.ops, namespace), rest.partition(".")[0])
     arguments = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-    outputs, seeds, gradients = _run(function, arguments, None)
+    outputs, seeds, gradients = _run(function, arguments, None, functools.partial(_unfit, op))
     target = getattr(function, rest.partition(".")[2] or "default")
     rule = factors(AtenCall(target, arguments, {}, outputs[0] if len(outputs) == 1 else outputs).op_call())
     splits = [s for f in rule.sizes for s in (split_factor(rule, f, 1, _RANKS),) if s is not None]
     if not splits:
         raise ConfigError(f"no factor of {op}'s rule can be split in {_RANKS} on these arguments; pass even sizes")
     for strategy in splits:
-        parts = [_run(function, _local(arguments, strategy, r), _parts(seeds, strategy, r)) for r in range(_RANKS)]
+        failed = functools.partial(_undivided, op, strategy.factor)
+        local = [(_local(arguments, strategy, r), _parts(seeds, strategy, r)) for r in range(_RANKS)]
+        parts = [_run(function, *given, failed) for given in local]
         results = [_joined([p[0][i] for p in parts], place) for i, place in enumerate(strategy.outputs)]
         _compare(op, strategy.factor, "result", results, outputs)
         back = [_summed([p[2][i] for p in parts], place) for i, place in enumerate(strategy.inputs)]
         _compare(op, strategy.factor, "gradient", back, gradients)
 
 
-def _run(
-    function: Any, arguments: Sequence[Any], seeds: Sequence[Tensor] | None
-) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
-    """Results, the gradients they were given (drawn where there are none), and those of all tensor operands."""
-    inputs = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in arguments]
-    outputs = [leaf for leaf in pytree.tree_leaves(function(*inputs)) if isinstance(leaf, Tensor)]
-    seeds = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs] if seeds is None else list(seeds)
-    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad and o.shape == s.shape]
-    tensors = [a for a in inputs if isinstance(a, Tensor)]
-    wanted = [t for t in tensors if t.requires_grad] if pairs else []
-    found = (
-        torch.autograd.grad([o for o, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True) if pairs else ()
+def _unfit(op: str, said: str) -> AutoparError:
+    return ConfigError(f"{op} does not run on the arguments of check ({said}); pass those of a call that works")
+
+
+def _undivided(op: str, factor: str, said: str) -> AutoparError:
+    return RuleError(
+        op,
+        f"split along {factor!r}, it does not run ({said}); correct the notation, or name the factor in whole=",
     )
+
+
+def _run(
+    function: Any, arguments: Sequence[Any], seeds: Sequence[Tensor] | None, failed: Callable[[str], AutoparError]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Results, the gradients they were given (drawn where there are none), and those of all tensor operands.
+
+    failed: the error where the op does not run, by what it said.
+    """
+    inputs = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in arguments]
+    try:
+        made = function(*inputs)
+    except Exception as error:
+        raise failed(_said(error)) from error
+    outputs = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+    seeds = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs] if seeds is None else list(seeds)
+    tensors = [a for a in inputs if isinstance(a, Tensor)]
+    return (
+        [o.detach() for o in outputs],
+        list(seeds),
+        _gradients(str(function).replace(".", "::", 1), tensors, outputs, seeds),
+    )
+
+
+def _gradients(
+    op: str, tensors: Sequence[Tensor], outputs: Sequence[Tensor], seeds: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Of each operand, where results have any."""
+    pairs = [(o, s) for o, s in zip(outputs, seeds, strict=True) if o.requires_grad and o.shape == s.shape]
+    wanted = [t for t in tensors if t.requires_grad] if pairs else []
+    if not wanted:
+        return [None] * len(tensors)
+    try:
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True)
+    except Exception as error:
+        raise RuleError(
+            op,
+            f"its backward fails on the arguments of check ({_said(error)}); mend it "
+            "(torch.library.register_autograd) or, where no gradient passes through the op, register the rule under torch.no_grad()",
+        ) from error
     known = {id(t): g for t, g in zip(wanted, found, strict=True)}
-    return [o.detach() for o in outputs], list(seeds), [known.get(id(t)) for t in tensors]
+    return [known.get(id(t)) for t in tensors]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _local(arguments: Sequence[Any], strategy: Strategy, rank: int) -> list[Any]:

@@ -25,6 +25,18 @@ def centre(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
+@torch.library.custom_op("user_ops::counted", mutates_args=())
+def counted(x: Tensor) -> Tensor:
+    """Without a backward."""
+    return x.round()
+
+
+@torch.library.custom_op("user_ops::paired", mutates_args=())
+def paired(x: Tensor) -> Tensor:
+    """x [b, s], b even: pairs of rows change places."""
+    return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
 @torch.library.custom_op("user_ops::ctc", mutates_args=())
 def ctc(likely: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
     """likely [t, b, c] logarithms, labels [b, s] of which the first of ``lengths`` [b] count -> [b]."""
