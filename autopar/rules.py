@@ -171,7 +171,8 @@ def _gradients(
         raise RuleError(
             op,
             f"its backward fails on the arguments of check ({_said(error)}); mend it "
-            "(torch.library.register_autograd) or, where no gradient passes through the op, register the rule under torch.no_grad()",
+            "(torch.library.register_autograd) or, where no gradient passes through the op, register the rule under "
+            "torch.no_grad()",
         ) from error
     known = {id(t): g for t, g in zip(wanted, found, strict=True)}
     return [known.get(id(t)) for t in tensors]
