@@ -26,6 +26,7 @@ from passes.dependence import differentiable_nodes
 from passes.fingerprint import fingerprint
 from passes.graph import ModelGraph, is_getitem, source_of
 from passes.segment import Segment
+from passes.shard import form_of, input_key, is_own_form, op_key
 from passes.zero import zero_key
 
 # --- The model
@@ -244,14 +245,25 @@ def _check_choices(
     for variable, label in stage.choices.items():
         if variable.startswith(zero_key("")):
             _check_zero(number, variable, label, domains, divisible)
-        elif variable not in domains:
+            continue
+        known = _labels(variable, domains)
+        if not known:
             raise ConfigError(f"the plan has a choice for {variable!r}, which stage {number} does not have; plan again")
-        elif label not in domains[variable]:
+        if label not in known:
             why = "" if sharded else " (the optimizer is not elementwise, so parameters stay whole)"
             raise ConfigError(
-                f"the plan's choice for {variable!r} is {label!r}, but it can be {', '.join(domains[variable])}{why}; "
-                "plan again"
+                f"the plan's choice for {variable!r} is {label!r}, but it can be {', '.join(known)}{why}; plan again"
             )
+
+
+def _labels(variable: str, domains: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """What a choice can be; a value's second form in one segment: that of others, or as it is held."""
+    if not is_own_form(variable):
+        return domains.get(variable, ())
+    if op_key(variable.partition(":")[2]) not in domains:
+        return ()
+    held = input_key(form_of(variable).partition(":")[2])
+    return tuple(dict.fromkeys((*domains.get(form_of(variable), ()), *domains.get(held, ()))))
 
 
 def _check_agreement(plan: Plan) -> None:

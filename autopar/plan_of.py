@@ -13,6 +13,7 @@ from autopar.planner.virtual import Assigned, recut
 from cost_model.mesh import Mesh
 from cost_model.plan import Plan, StagePlan
 from passes.segment import Segment
+from passes.shard import form_key, input_key, own_form_key
 from passes.zero import zero_key
 
 _PREFIXES = ("op:", "input:", "form:")
@@ -59,7 +60,22 @@ def _placements(segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]]) 
             is_inner_entry = offset > 0 and part.entry is not None and rename(variable) == f"input:{part.entry}"
             if variable.startswith(_PREFIXES) and not is_inner_entry:
                 choices[rename(variable)] = label
+    choices.update(_own_forms(segments, choices))
     return choices
+
+
+def _own_forms(
+    segments: Sequence[tuple[Segment, Segment, Mapping[str, str]]], choices: Mapping[str, str]
+) -> dict[str, str]:
+    """Second forms that segments chose for what others hold too, where these differ from what the stage says of it."""
+    found: dict[str, str] = {}
+    for part, like, assignment in segments:
+        for name, solved in zip(part.parameters, like.parameters, strict=True):
+            said = choices.get(form_key(name))
+            own = assignment.get(form_key(solved), choices.get(input_key(name)))
+            if said is not None and own is not None and own != said:
+                found[own_form_key(name, part.nodes[0])] = own
+    return found
 
 
 def unplaced(plan: Plan) -> Plan:

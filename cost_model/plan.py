@@ -30,8 +30,8 @@ class StagePlan:
 
     choices: on the tp axes, axis by axis with " | " between, the strategy of each op ("op:<node>"), the placement of
     each parameter and of the activation that comes in ("input:<node>") and the second form of a tensor with several
-    users ("form:<node>"); on the dp axis the ZeRO level of each parameter ("zero:<node>", "1" to "3"; 0 is not
-    written).
+    users ("form:<node>"; of a shared parameter that of one segment, where it is another, "form.<node>:<a call of it>");
+    on the dp axis the ZeRO level of each parameter ("zero:<node>", "1" to "3"; 0 is not written).
     recompute: the level of each segment, in order; empty where none recomputes.
     """
 

@@ -3,7 +3,7 @@
 A move is one elementary step of ``redistribution`` on one axis, or on several taken together as one: sums of two axes
 are reduced in one all_reduce, shards of two axes that lie one inside the other gathered in one all_gather. The places
 in between are whole, sums and shards on each axis; a route is a shortest path among them. From Varying the way leads
-through Partial: each rank's share of the value, and of the gradient.
+through Partial: each rank's share of the value, and of the gradient. Whole numbers and truths have no shares.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ class Routes:
     @cached_property
     def _moves(self) -> list[Move]:
         shape, sizes = self.meta.shape, self.prices.sizes
-        return [m for places in self.states for m in moves_from(places, self.labels, shape, sizes)]
+        known = (m for places in self.states for m in moves_from(places, self.labels, shape, sizes))
+        return [m for m in known if self.meta.has_gradient or m.target != PARTIAL]
 
     @cached_property
     def _edges(self) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
@@ -260,7 +261,10 @@ class Routes:
 
 
 class RouteBook:
-    """Routes on one mesh, found once for each tensor shape; on one axis those of ``redistribution``."""
+    """Routes on one mesh, found once for each tensor shape; on one axis those of ``redistribution``.
+
+    On several axes whole numbers and truths, which have no gradient, are whole where others vary.
+    """
 
     def __init__(self, prices: MovePrices) -> None:
         self.prices = prices
@@ -273,6 +277,7 @@ class RouteBook:
         if len(source) == 1:
             steps = conversion_steps(source[0], target[0])
             return tuple(Move((0,), a, b, (a,), (b,)) for a, b in steps)
+        source, target = _without_gradient(meta, (source, target))
         key = (meta, source, target)
         if key not in self._found:
             self._found[key] = self._of(meta, (source, target)).route(source, target)
@@ -282,10 +287,12 @@ class RouteBook:
         self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements], free: Collection[str]
     ) -> BoolArray:
         """[source, target] whether a step of the cheapest way is of none of the kinds ``free`` in forward."""
+        sources, targets = _without_gradient(meta, sources), _without_gradient(meta, targets)
         return self._of(meta, (*sources, *targets)).makes(sources, targets, free)
 
     def seconds(self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements]) -> FloatArray:
         """[source, target] of the cheapest moves."""
+        sources, targets = _without_gradient(meta, sources), _without_gradient(meta, targets)
         return self._of(meta, (*sources, *targets)).seconds(sources, targets)
 
     def _of(self, meta: TensorMeta, ends: Sequence[Placements]) -> Routes:
@@ -299,6 +306,13 @@ class RouteBook:
         if key not in self._routes:
             self._routes[key] = Routes(meta, self.prices, extra)
         return self._routes[key]
+
+
+def _without_gradient(meta: TensorMeta, ends: Sequence[Placements]) -> Sequence[Placements]:
+    """Of what has no gradient, Varying is Replicate."""
+    if meta.has_gradient:
+        return ends
+    return [tuple(REPLICATE if place == VARYING else place for place in places) for places in ends]
 
 
 __all__ = ["Move", "MovePrices", "RouteBook", "Routes", "move_s", "moves_from", "moves_s", "nested"]

@@ -49,6 +49,20 @@ def form_key(node: str) -> str:
     return f"form:{node}"
 
 
+def own_form_key(node: str, inside: str) -> str:
+    """The second form of a value in one segment, of which ``inside`` is a call, where that is another."""
+    return f"form.{node}:{inside}"
+
+
+def is_own_form(key: str) -> bool:
+    return key.startswith("form.")
+
+
+def form_of(key: str) -> str:
+    """The key that says the second form of the same value in the other segments."""
+    return form_key(key.partition(":")[0].removeprefix("form."))
+
+
 def exit_key(node: str) -> str:
     """How a value leaves a stage; where no choice says so, as its call makes it."""
     return f"exit:{node}"
@@ -71,6 +85,9 @@ class _Shard:
         self.places: dict[fx.Node, Placements] = {}
         self.outputs_of: dict[fx.Node, tuple[Placements, ...]] = {}
         self.forms: dict[tuple[fx.Node, Placements, int], fx.Node] = {}
+        numbers = {node.name: segment_of(node) for node in model.nodes()}
+        own = {key: label for key, label in choices.items() if is_own_form(key)}
+        self.own_forms = {(form_of(key), numbers[key.partition(":")[2]]): label for key, label in own.items()}
 
     def run(self, last: bool) -> ShardedStage:
         for node in self.model.graph.nodes:
@@ -160,7 +177,8 @@ class _Shard:
             return self._ambient(operand, wanted, user)
         if operand.name in self.changed:  # its new value is whole where it is not split, no sum
             wanted = tuple(place if isinstance(place, Shard) else REPLICATE for place in wanted)
-        form = self.choices.get(form_key(operand.name))
+        key = form_key(operand.name)
+        form = self.own_forms.get((key, segment_of(user)), self.choices.get(key))
         return self._form(operand, wanted, user, parse_placements(form) if form else None)
 
     def _ambient(self, operand: fx.Node, wanted: Placements, user: fx.Node) -> fx.Node:

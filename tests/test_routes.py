@@ -18,6 +18,7 @@ from cost_model.collectives import Link
 from cost_model.placement import (
     PARTIAL,
     REPLICATE,
+    VARYING,
     Partial,
     Placement,
     Placements,
@@ -255,6 +256,21 @@ def test_sequences(source: str, target: str, expected: str) -> None:
     route = RouteBook(mesh).route(TensorMeta((8, 4), "float32"), parse_placements(source), parse_placements(target))
     text = ", ".join(f"{mesh.name(move.axes)} {move.source} -> {move.target}" for move in route)
     assert text == expected
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_whole_numbers_are_divided_by_nobody(mesh: str) -> None:
+    """The way of a value that varies to its shards led through equal parts of it, which whole numbers do not have."""
+    known, meta = book(mesh), TensorMeta((8, 24), "int64")
+    for axis in range(len(known.prices.sizes)):
+        places = tuple(VARYING if k == axis else REPLICATE for k in range(len(known.prices.sizes)))
+        for target in (
+            places,
+            (REPLICATE,) * len(places),
+            tuple(Shard(0) if k == axis else v for k, v in enumerate(places)),
+        ):
+            route = known.route(meta, places, target)
+            assert all(move.target != PARTIAL for move in route) and known.seconds(meta, [places], [target])[0, 0] < 1
 
 
 def test_a_slow_outer_axis_is_spared() -> None:

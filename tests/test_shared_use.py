@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import check_parity, cpu_cluster
+from random_prices import draw_prices
 from thread_ranks import thread_ranks  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 from unseen_models import BATCH, classes, normal
@@ -111,3 +112,28 @@ def test_what_several_blocks_share_is_not_searched_for_minutes(monkeypatch: pyte
     assert "combinations of their placements" not in notes()
     monkeypatch.setattr(search, "MOST_SHARED_ENTRIES", 10)
     assert "combinations of their placements" in notes()
+
+
+class ReadOften(nn.Module):
+    """Two parts of a chain that each read one table more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(6, 12))
+        self.first, self.last = nn.Linear(5, 12), nn.Linear(12, 5)
+        self.double()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)) * self.table + self.table.abs()
+        return F.mse_loss(self.last(h + self.table[:, :1] * self.table[:2, 2:3].sum()), y)
+
+
+@pytest.mark.usefixtures("thread_ranks")
+def test_each_part_that_shares_a_table_has_a_second_form_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of one part was taken for all, and no way may lead from it to what another wants."""
+    draw_prices(monkeypatch, 3)
+    batch = {name: normal(BATCH, 6, 5).double() for name in ("x", "y")}
+    plan = check_parity(ReadOften(), batch, 3, 1e-9, dp=1, tp=3, pp=1)
+    assert any(name.startswith("form.p_model_table:") for name in plan.stages[0].choices)
+    assert autopar.Plan.from_json(plan.to_json()) == plan

@@ -303,7 +303,9 @@ class SegmentGraph:
         return f"out{index}" in self._saves(self.ops[op_name])
 
     def _forms(self, tensor: str, places: tuple[Placements, ...]) -> tuple[Placements, ...]:
-        more = self.space.places(tensor, self._meta(tensor).shape, (REPLICATE, VARYING, PARTIAL))
+        meta = self._meta(tensor)
+        sums = (PARTIAL,) if meta.has_gradient else ()
+        more = self.space.places(tensor, meta.shape, (REPLICATE, VARYING, *sums))
         return tuple(dict.fromkeys([*places, *more]))
 
     def _pair(
