@@ -46,23 +46,20 @@ def segments_of(model: ModelGraph) -> list[int]:
 
 
 def is_chain(model: ModelGraph) -> bool:
-    """Every segment takes one value, from the segment right before (the first: what is received); ambient values take
-    none."""
+    """Every segment takes one value from the segment right before (the first: what is received), and carried ones from
+    any before; ambient values take none."""
     numbers, of = segments_of(model), {n: segment_of(n) for n in model.nodes()}
-    received = {i.node for i in model.inputs if i.kind == "activation"}
-    if any(o.name in received and s != numbers[0] for n, s in of.items() for o in n.all_input_nodes):
-        return False
     before = dict(zip(numbers[1:], numbers, strict=False))
     crossing: dict[int, set[fx.Node]] = {}
     for node, segment in of.items():
         for operand in node.all_input_nodes:
             source = of.get(operand, AMBIENT)
             if source not in (segment, AMBIENT):
-                if segment == AMBIENT or before.get(segment) != source:
+                if segment == AMBIENT or source > segment:
                     return False
-                crossing.setdefault(segment, set()).add(operand)
-    late = {s for s in numbers[1:] for n in crossing.get(s, ()) if of[n] != before[s]}
-    return not late and all(len(crossing.get(s, ())) == 1 for s in numbers[1:])
+                if not operand.meta.get("carried"):
+                    crossing.setdefault(segment, set()).add(operand)
+    return all(len(own) == 1 and of[next(iter(own))] == before[s] for s, own in crossing.items())
 
 
 def _goes_onward(model: ModelGraph, of: dict[fx.Node, int]) -> bool:

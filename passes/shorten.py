@@ -1,7 +1,8 @@
 """Shorten: a stage of many equal blocks as one of a few, whose code ``passes.lengthen`` makes that of the whole stage.
 
 A block is one segment, or several neighbours that come again and again. Blocks are equal where their calls are, their
-choices too, each reading the same values from outside, from the block before, or from tensors of its own.
+choices too, each reading the same values from outside (of those that are carried past it, too), from the block before,
+or from tensors of its own.
 """
 
 from __future__ import annotations
@@ -120,11 +121,15 @@ class _Texts:
     def _facts(self, node: fx.Node) -> str:
         return f"{self.model.metas[node.name]} {self.choices.get(node.name)}"
 
+    def _is_received(self, node: fx.Node) -> bool:
+        """Received values travel in one message, as long as all of them."""
+        return node.op == "placeholder" and self.inputs[node.name].kind == "activation"
+
     def _operand(self, node: fx.Node, number: int) -> str:
         if node in self.places:
             segment, place = self.places[node]
             return f"%{number - segment}.{place}" if not node.meta.get("carried") else f"%{node.name}"
-        if self.reader.get(node) != number:
+        if self.reader.get(node) != number or self._is_received(node):
             return f"%{node.name}"
         if node.op != "placeholder":
             return f"({self._line(node, number)})"
@@ -192,7 +197,7 @@ class _Shorter:
         for run in self.runs:
             segment = segment_of(node) if node.op == "call_function" else AMBIENT
             if run.is_left_out(segment):
-                if run.block(segment) != run.count - AFTER - 1:
+                if run.block(segment) != run.count - AFTER - 1 or node.meta.get("carried"):
                     return None
                 twin = segment - run.left_out * run.period
                 return self.calls[twin][self.calls[segment].index(node)]

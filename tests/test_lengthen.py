@@ -62,14 +62,41 @@ class Deep(nn.Module):
         return (self.last(x) ** 2).mean()
 
 
-def priced(layers: list[nn.Module], **pins: Any) -> Job:
+class Gated(Deep):
+    """Every layer's result times a value that is carried past all of them."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__(layers)
+        self.gate = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.first(x), torch.tanh(self.gate(x))
+        for layer in self.layers:
+            x = x + gate * layer(x)
+        return (self.last(x) ** 2).mean()
+
+
+class Down(Deep):
+    """As many layers down as up, each of which takes what one of the former made: as a U-Net."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, skips, half = self.first(x), [], len(self.layers) // 2
+        for layer in self.layers[:half]:
+            x = layer(x)
+            skips.append(x)
+        for layer in self.layers[half:]:
+            x = layer(x + skips.pop())
+        return (self.last(x) ** 2).mean()
+
+
+def priced(layers: list[nn.Module], make: type[Deep] = Deep, **pins: Any) -> Job:
     """A deep model under pins, what blocks gather in them, after its program has been held against what was priced."""
     found = Parallelism(
         **{"dp": 1, "tp": 1, "pp": 1, "microbatch_size": 2, "schedule": "1f1b", "overlap": False, **pins}
     )
     assert isinstance(found.dp, int) and isinstance(found.tp, int) and found.pp
     cluster = cpu_cluster(found.dp * found.tp * found.pp)
-    job = Job.of(Deep(layers), cluster, {"x": torch.ones(8, 4)}, Options.of(None, SGD, found, None, None, None))
+    job = Job.of(make(layers), cluster, {"x": torch.ones(8, 4)}, Options.of(None, SGD, found, None, None, None))
     plan = job.decide(0.0).plan
     linked, program = job.linked(plan).program, job.program(plan)
     verify_priced(linked, program)
@@ -107,6 +134,16 @@ def test_blocks_of_several_stages(pins: dict[str, Any]) -> None:
     parts = 2 * pins.get("virtual_stages", 1)
     job = priced([Layer() for _ in range(parts * BLOCKS)], pp=2, zero=0, **pins)
     assert all(repeats(job))
+
+
+@pytest.mark.parametrize("pins", [{"pp": 2}, {"dp": 2, "tp": 2, "zero": 3, "recompute": "selective"}])
+def test_blocks_past_which_a_value_is_carried(pins: dict[str, Any]) -> None:
+    """It is made with parameters: its gradient is the sum of what all blocks give to it."""
+    assert all(repeats(priced([Layer() for _ in range(2 * BLOCKS)], Gated, **pins)))
+
+
+def test_blocks_that_give_values_to_others_than_the_next_are_made_as_they_are() -> None:
+    assert not any(repeats(priced([Layer() for _ in range(2 * BLOCKS)], Down, pp=2)))
 
 
 @pytest.mark.parametrize("tp", [1, 2])
