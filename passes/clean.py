@@ -42,6 +42,8 @@ _DROPPED = {
     aten._linalg_check_errors.default,
     aten.sym_constrain_range_for_size.default,
 }
+_ALIKE: dict[Any, Any] = {torch.ops.prims.scalar_tensor.default: aten.scalar_tensor.default}
+"""What torch's own decompositions make, and the op that has a rule."""
 _INACTIVE = {aten.scaled_dot_product_attention.default}
 """Ops tagged as random that draw nothing by the time they are kept (dropout_p is 0)."""
 
@@ -117,6 +119,7 @@ class Cleaner:
                 "draw them outside the model and pass them as inputs, or make them of torch.rand"
             )
         made = self.built.copy(node, self.mapped, meta)
+        made.target = _ALIKE.get(made.target, made.target)
         if "device" in made.kwargs:
             made.kwargs = {**made.kwargs, "device": torch.device("cpu")}
         if "pin_memory" in made.kwargs:

@@ -1,10 +1,10 @@
 """What torch's DTensor offers for a call, asked of its private tables: run as a process of its own.
 
-    python tests/dtensor_rules.py OP ...
+    python tests/dtensor_rules.py [OP ...]
 
-Prints a JSON line an op that DTensor knows: its name, and for its example call (see ``op_examples.example``) the
-combinations that DTensor takes on an axis of two ranks without redistributing anything, as [inputs, outputs] of "R",
-"P" or "S(dim)".
+Without ops it prints a JSON list of the names of all that DTensor knows. Else it prints a JSON line an op that DTensor
+knows: its name, and for its example call (see ``op_examples.example``) the combinations that DTensor takes on an axis
+of two ranks without redistributing anything, as [inputs, outputs] of "R", "P" or "S(dim)".
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ _TABLES = DTensor._op_dispatcher.sharding_propagator  # type: ignore[attr-define
 def ruled(name: str) -> bool:
     op = function_of(name)
     return op in _TABLES.op_single_dim_strategy_funcs or op in _TABLES.op_strategy_funcs or op in _TABLES.op_to_rules
+
+
+def known() -> list[str]:
+    ops = (*_TABLES.op_single_dim_strategy_funcs, *_TABLES.op_strategy_funcs, *_TABLES.op_to_rules)
+    return sorted({str(op) for op in ops})
 
 
 def offered(case: Case, mesh: Any) -> Iterator[tuple[list[str], list[str]]]:
@@ -91,6 +96,9 @@ def _text(place: Any) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) == 1:
+        print(json.dumps(known()))
+        return
     logging.disable(logging.CRITICAL)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))

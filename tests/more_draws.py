@@ -270,7 +270,15 @@ def _dropout(d: Draw, x: Tensor) -> tuple[Any, ...]:
     return x, *_numbers(x.shape), d.pick(0.1, 0.5)
 
 
+_POLYNOMIALS = """chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v chebyshev_polynomial_w
+shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u shifted_chebyshev_polynomial_v
+shifted_chebyshev_polynomial_w hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l
+legendre_polynomial_p""".split()
+
 MORE: list[Drawn] = [
+    *((f"special_{name}.default", 1, lambda d: (d.normal(4, 6).tanh(), d.ids(4, 6).double())) for name in _POLYNOMIALS),
+    *((f"special_{name}.n_scalar", 1, lambda d: (d.normal(4, 6).tanh(), 3)) for name in _POLYNOMIALS),
+    *((f"special_{name}.x_scalar", 1, lambda d: (0.5, d.ids(4, 4, 6).double())) for name in _POLYNOMIALS),
     (
         """leaky_relu.default hardtanh.default relu6.default hardsigmoid.default hardswish.default softplus.default
         elu.default celu.default selu.default mish.default log_sigmoid.default square.default expm1.default exp2.default
@@ -282,11 +290,38 @@ MORE: list[Drawn] = [
     ),
     ("asin.default acos.default atanh.default erfinv.default tan.default logit.default log1p.default", 4, _unit),
     ("log2.default log10.default", 4, lambda d: (d.positive(*d.shape()),)),
+    ("any.dims all.dims", 6, lambda d: (d.mask(*d.shape(2)), d.pick([0], [0, 1], [1]), d.pick(True, False))),
+    ("nanmedian.dim", 6, lambda d: (d.any(1), d.pick(0, -1), d.pick(True, False))),
+    ("nanmedian.default", 4, lambda d: (d.any(),)),
+    (
+        """__lshift__.Scalar __rshift__.Scalar bitwise_left_shift.Tensor_Scalar bitwise_right_shift.Tensor_Scalar""",
+        2,
+        lambda d: (d.ids(9, *d.shape()), 1),
+    ),
+    (
+        "bitwise_and.Scalar_Tensor bitwise_or.Scalar_Tensor bitwise_xor.Scalar_Tensor",
+        2,
+        lambda d: (9, d.ids(9, *d.shape())),
+    ),
+    ("bitwise_left_shift.Scalar_Tensor bitwise_right_shift.Scalar_Tensor", 2, lambda d: (9, d.ids(3, *d.shape()))),
+    (
+        """__lshift__.Tensor __rshift__.Tensor bitwise_left_shift.Tensor bitwise_right_shift.Tensor gcd.default
+        lcm.default""",
+        4,
+        lambda d: (d.ids(9, 4, 6), d.ids(3, 6)),
+    ),
+    ("copysign.Scalar", 4, lambda d: (d.any(), -1.0)),
+    ("frexp.Tensor", 4, lambda d: (d.positive(*d.shape()),)),
+    ("igamma.default igammac.default special_zeta.default", 4, lambda d: (d.ids(3, 4, 6) + 2, d.positive(6) + 1)),
+    ("isclose.default nextafter.default", 4, _pair),
+    ("special_zeta.other_scalar", 4, lambda d: (d.ids(3, *d.shape()) + 2, 2.5)),
+    ("remainder.Scalar_Tensor", 4, lambda d: (7, d.ids(3, *d.shape()) + 1)),
+    ("view.dtype", 6, lambda d: (d.any(1), d.pick(torch.int64, torch.int32))),
     ("acosh.default", 4, lambda d: (d.positive(*d.shape()) + 1,)),
     ("round.decimals", 4, lambda d: (d.any(), {"decimals": 1})),
     ("threshold.default", 4, lambda d: (d.any(), 0.1, 0.5)),
     ("logical_xor.default bitwise_xor.Tensor __xor__.Tensor", 4, lambda d: (d.mask(4, 3), d.mask(4, 3))),
-    ("bitwise_xor.Scalar", 4, lambda d: (d.ids(4, *d.shape()), 2)),
+    ("bitwise_xor.Scalar __xor__.Scalar", 4, lambda d: (d.ids(4, *d.shape()), 2)),
     ("floor_divide.default", 6, lambda d: (d.ids(9, 4, 6), d.ids(3, 6) + 1)),
     ("floor_divide.Scalar", 6, lambda d: (d.ids(9, 4, 6), 2)),
     ("div.Tensor_mode", 6, lambda d: (d.ids(9, 4, 6), d.ids(3, 6) + 1, {"rounding_mode": "floor"})),
@@ -335,8 +370,8 @@ MORE: list[Drawn] = [
         lambda d: (*_resized(2)(d), False),
     ),
     ("_upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec", 4, lambda d: (*_resized(2)(d), False, None)),
-    ("upsample_nearest3d.default", 4, _resized(3)),
-    ("upsample_nearest3d.vec", 4, lambda d: (*_resized(3)(d), None)),
+    ("upsample_nearest3d.default _upsample_nearest_exact3d.default", 4, _resized(3)),
+    ("upsample_nearest3d.vec _upsample_nearest_exact3d.vec", 4, lambda d: (*_resized(3)(d), None)),
     ("upsample_trilinear3d.default", 4, lambda d: (*_resized(3)(d), False)),
     ("upsample_trilinear3d.vec", 4, lambda d: (*_resized(3)(d), False, None)),
     ("reflection_pad1d.default replication_pad1d.default", 4, lambda d: (d.normal(4, d.size(), 5), [1, 2])),
@@ -468,6 +503,7 @@ MORE: list[Drawn] = [
         lambda d: (_definite(d),),
     ),
     ("special_zeta.self_scalar", 4, lambda d: (2.5, d.positive(*d.shape()) + 1)),
+    ("triangular_solve.default", 6, lambda d: _solved(d)[::-1]),
     ("linalg_lu.default", 6, lambda d: (_definite(d),)),
     ("linalg_householder_product.default", 6, lambda d: torch.geqrf(_definite(d))),
     ("linalg_pinv.atol_rtol_tensor", 6, lambda d: (_definite(d),)),

@@ -42,7 +42,8 @@ elementwise(
 )
 elementwise(
     """digamma.default lgamma.default polygamma.default special_erfcx.default special_ndtri.default
-    special_i0e.default i0.default special_i1.default special_i1e.default special_zeta.self_scalar""",
+    special_i0e.default i0.default special_i1.default special_i1e.default special_zeta.default
+    special_zeta.self_scalar special_zeta.other_scalar""",
     "transcendental",
     nowhere_linear,
     gradient_of("too ooo"),
@@ -57,6 +58,24 @@ elementwise(
     nowhere_linear,
     no_backward,
 )
+elementwise(
+    " ".join(
+        f"special_{name}.{overload}"
+        for name in (
+            *(f"{shifted}chebyshev_polynomial_{kind}" for shifted in ("", "shifted_") for kind in "tuvw"),
+            *(f"{name}_polynomial_{kind}" for name, kind in (("hermite", "h"), ("hermite", "he"), ("laguerre", "l"))),
+            "legendre_polynomial_p",
+        )
+        for overload in ("default", "x_scalar", "n_scalar")
+    ),
+    "transcendental",
+    nowhere_linear,
+    no_backward,
+)
+elementwise(
+    "igamma.default igammac.default", "transcendental", nowhere_linear, gradient_of("tooo"), saving("in0", "in1")
+)
+elementwise("copysign.Scalar", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0"))
 elementwise("copysign.Tensor", "elementwise", nowhere_linear, gradient_of("oo ooo"), saving("in0", "in1"))
 elementwise("ldexp.Tensor", "transcendental", nowhere_linear, gradient_of("too ooo"), saving("in0", "in1"))
 elementwise(
@@ -68,8 +87,12 @@ elementwise(
 elementwise("frac.default", "elementwise", nowhere_linear, gradient_of(""))
 elementwise("nan_to_num.default", "elementwise", nowhere_linear, gradient_of("om om ooo"), saving("in0"))
 elementwise(
-    """logical_xor.default bitwise_xor.Tensor bitwise_xor.Scalar __xor__.Tensor isnan.default isinf.default
-    isfinite.default signbit.default""",
+    """logical_xor.default bitwise_xor.Tensor bitwise_xor.Scalar __xor__.Tensor __xor__.Scalar
+    bitwise_and.Scalar_Tensor bitwise_or.Scalar_Tensor bitwise_xor.Scalar_Tensor isnan.default isinf.default
+    isfinite.default signbit.default isclose.default nextafter.default gcd.default lcm.default
+    __lshift__.Tensor __lshift__.Scalar __rshift__.Tensor __rshift__.Scalar
+    bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_left_shift.Scalar_Tensor
+    bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_right_shift.Scalar_Tensor""",
     "elementwise",
     nowhere_linear,
     no_backward,
@@ -81,7 +104,7 @@ elementwise(
     no_backward,
 )
 elementwise(
-    "remainder.Scalar remainder.Tensor fmod.Scalar fmod.Tensor",
+    "remainder.Scalar remainder.Tensor remainder.Scalar_Tensor fmod.Scalar fmod.Tensor",
     "elementwise",
     nowhere_linear,
     gradient_of("oo"),
@@ -112,6 +135,14 @@ elementwise(
 )  # fmt: skip
 elementwise("lerp.Scalar", "elementwise", lambda call: ((0, 1),), gradient_of("oo"))
 elementwise("lerp.Tensor", "elementwise", lambda call: ((0, 1),), gradient_of("ooo"), saving("in2", "in0", "in1"))
+
+
+def _parted_factors(call: OpCall) -> FactorMap:
+    """Several results of the operand's shape."""
+    return parse_map(f"... -> {', '.join(['...'] * len(call.outputs))}", call.inputs, call.outputs)
+
+
+register(Op("aten.frexp.Tensor", _parted_factors, pass_of("elementwise"), gradient_of("too ooo"), saving("out1")))
 
 
 def _prelu_factors(call: OpCall) -> FactorMap:

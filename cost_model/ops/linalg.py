@@ -128,7 +128,7 @@ _register(
 _register("linalg_pinv.atol_rtol_tensor", _inverted)
 _register("cholesky_solve.default", _from_factor)
 _register("linalg_lu_solve.default", _from_factors)
-_register("_linalg_solve_ex.default", _alike)
+_register("_linalg_solve_ex.default triangular_solve.default", _alike)
 _register("linalg_solve_triangular.default", _triangular)
 register(
     Op("aten._cdist_forward.default", _distance_factors, _distance_price, _distance_backward, saving("in0", "in1"))

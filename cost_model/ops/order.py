@@ -76,11 +76,11 @@ _register("topk.default sort.default sort.stable", pass_of("reduction", SORT_FLO
 _register("argsort.default argsort.stable", pass_of("reduction", SORT_FLOPS), no_backward)
 _placed = alike("aten.max.dim", pass_of("reduction"))
 _register("max.dim min.dim", _placed, _placed_back, "out1")
-_register("median.dim mode.default kthvalue.default", pass_of("reduction"), _placed_back, "out1")
+_register("median.dim nanmedian.dim mode.default kthvalue.default", pass_of("reduction"), _placed_back, "out1")
 _register("cummax.default cummin.default", pass_of("reduction"), _placed_back, "out1")
 _register("argmin.default", _placed, no_backward)
 _register(
-    "amin.default max.default min.default median.default",
+    "amin.default max.default min.default median.default nanmedian.default",
     lambda call: sweep("reduction", *call.outputs, *call.inputs, flops=call.inputs[0].numel),
     _statistic_backward,
     "in0",

@@ -128,8 +128,8 @@ for _name in ("aten.mean.default", "aten.mean.dim"):
 register(Op("aten.amax.default", _extremum_factors, _reduction_price, _extremum_backward, saving("in0", "out0")))
 _argmax_price = alike("aten.max.dim", _reduction_price)
 register(Op("aten.argmax.default", _extremum_factors, _argmax_price, no_backward, saves_nothing))
-for _name in ("aten.any.default", "aten.any.dim", "aten.all.default", "aten.all.dim"):
-    register(Op(_name, _extremum_factors, _reduction_price, no_backward, saves_nothing))
+for _name in "any.default any.dim any.dims all.default all.dim all.dims".split():
+    register(Op(f"aten.{_name}", _extremum_factors, _reduction_price, no_backward, saves_nothing))
 register(Op("aten.histc.default", _histogram_factors, _reduction_price, no_backward, saves_nothing))
 register(Op("aten.cumsum.default", _scan_factors, _reduction_price, _scan_backward, saves_nothing))
 register(Op("aten.diff.default", _diff_factors, pass_of("elementwise"), _diff_backward, saves_nothing))

@@ -94,7 +94,7 @@ for _name, _d in (
 register(Op("aten._adaptive_avg_pool2d.default", _spatial_factors(2), pass_of("reduction"), _scattered, saves_nothing))
 _RESIZED = """upsample_nearest1d:1 _upsample_nearest_exact1d:1 upsample_linear1d:1 upsample_nearest2d:2
 _upsample_nearest_exact2d:2 upsample_bilinear2d:2 upsample_bicubic2d:2 _upsample_bilinear2d_aa:2
-_upsample_bicubic2d_aa:2 upsample_nearest3d:3 upsample_trilinear3d:3"""
+_upsample_bicubic2d_aa:2 upsample_nearest3d:3 _upsample_nearest_exact3d:3 upsample_trilinear3d:3"""
 _LINEAR |= {f"aten.{item.split(':')[0]}.{end}" for item in _RESIZED.split() for end in ("default", "vec")}
 for _item in _RESIZED.split():
     _name, _count = _item.split(":")

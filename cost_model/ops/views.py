@@ -293,6 +293,16 @@ def _expand_backward(call: OpCall) -> tuple[OpCost, ...]:
     return (sweep("reduction", out, source, flops=out.numel),) if is_sum else ()
 
 
+def _other_dtype_factors(call: OpCall) -> FactorMap:
+    """The same bytes as values of another dtype: the last dim is whole where that has another size."""
+    (source,), (out,) = call.inputs, call.outputs
+    names = [f"a{i}" for i in range(len(source.shape))]
+    before = after = " ".join(names)
+    if source.shape != out.shape:
+        before, after = (" ".join([*names[:-1], last]) for last in ("given", "made"))
+    return parse_map(f"{before} -> {after}", call.inputs, call.outputs, whole="" if before == after else "given made")
+
+
 def _register_views(
     names: str, factors: Callable[[OpCall], FactorMap | None], backward: Callable[[OpCall], tuple[OpCost, ...]]
 ) -> None:
@@ -319,6 +329,7 @@ _register_views("slice.Tensor", _slice_factors, _padded_gradient)
 _register_views("split.Tensor split_with_sizes.default chunk.default", _split_factors, _copied_gradient)
 _register_views("unbind.int", _select_factors, _copied_gradient)
 _register_views("detach.default", aligned(linear_in_first), no_backward)
+_register_views("view.dtype", _other_dtype_factors, no_backward)
 _register_views("alias.default", aligned(linear_in_first), no_backward)
 
 
