@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from autopar.aten_call import AtenCall
+from autopar.aten_call import AtenCall, tensors_in
 from autopar.runtime.comm import join_shards, shard_of
 from cost_model.errors import AutoparError, ConfigError, RuleError
 from cost_model.factors import FactorMap, Strategy, parse_map, split_factor
@@ -21,6 +21,7 @@ from cost_model.placement import Partial, Placement, Shard
 from cost_model.program import OpCost
 from passes.graph import ModelGraph
 
+_Call = tuple[list[Any], dict[str, Any]]
 _FACTOR = re.compile(r"\w+")
 _UNCHECKED: set[str] = set()
 _RANKS = 2
@@ -42,7 +43,7 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
     name = _overload(op)
     if name in OPS:
         raise ConfigError(f"{op} has a rule already; `autopar coverage` lists them")
-    if notation.count("->") != 1:
+    if not isinstance(notation, str) or notation.count("->") != 1:
         raise ConfigError(f"a rule reads 'operands -> results', as \"b s d, e d -> b s e\", not {notation!r}")
 
     given, made = (set(_FACTOR.findall(side)) for side in notation.split("->"))
@@ -84,6 +85,8 @@ def unchecked_notes(model: ModelGraph) -> tuple[str, ...]:
 
 def _overload(op: str) -> str:
     """ "my_lib::op" as graphs name it; ConfigError where there is none."""
+    if not isinstance(op, str):
+        raise ConfigError(f'an op is given by its name, as "my_lib::op", not {op!r}')
     namespace, _, rest = op.partition("::")
     name, _, overload = rest.partition(".")
     try:
@@ -107,21 +110,30 @@ def prove(op: str, factors: Any, arguments: Sequence[Any]) -> None:
     """Run shards of a call along each factor, and compare with the whole. Errors: RuleError, ConfigError."""
     namespace, _, rest = op.partition("::")
     function = getattr(getattr(torch.ops, namespace), rest.partition(".")[0])
-    arguments = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
-    outputs, seeds, gradients = _run(function, arguments, None, functools.partial(_unfit, op))
     target = getattr(function, rest.partition(".")[2] or "default")
-    rule = factors(AtenCall(target, arguments, {}, outputs[0] if len(outputs) == 1 else outputs).op_call())
+    call = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), _call(target, arguments))
+    outputs, seeds, gradients = _run(function, call, None, functools.partial(_unfit, op))
+    made = outputs[0] if len(outputs) == 1 else outputs
+    rule = factors(AtenCall(target, call[0], call[1], made).op_call())
     splits = [s for f in rule.sizes for s in (split_factor(rule, f, 1, _RANKS),) if s is not None]
     if not splits:
         raise ConfigError(f"no factor of {op}'s rule can be split in {_RANKS} on these arguments; pass even sizes")
     for strategy in splits:
         failed = functools.partial(_undivided, op, strategy.factor)
-        local = [(_local(arguments, strategy, r), _parts(seeds, strategy, r)) for r in range(_RANKS)]
+        local = [(_local(call, strategy, r), _parts(seeds, strategy, r)) for r in range(_RANKS)]
         parts = [_run(function, *given, failed) for given in local]
         results = [_joined([p[0][i] for p in parts], place) for i, place in enumerate(strategy.outputs)]
         _compare(op, strategy.factor, "result", results, outputs)
         back = [_summed([p[2][i] for p in parts], place) for i, place in enumerate(strategy.inputs)]
         _compare(op, strategy.factor, "gradient", back, gradients)
+
+
+def _call(target: Any, arguments: Sequence[Any]) -> _Call:
+    """Those by name in the order of the schema, as the op table has a call's tensors."""
+    given = list(arguments)
+    named = given.pop() if given and isinstance(given[-1], Mapping) else {}
+    order = [argument.name for argument in target._schema.arguments]
+    return given, dict(sorted(named.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1))
 
 
 def _unfit(op: str, said: str) -> AutoparError:
@@ -136,20 +148,21 @@ def _undivided(op: str, factor: str, said: str) -> AutoparError:
 
 
 def _run(
-    function: Any, arguments: Sequence[Any], seeds: Sequence[Tensor] | None, failed: Callable[[str], AutoparError]
+    function: Any, call: _Call, seeds: Sequence[Tensor] | None, failed: Callable[[str], AutoparError]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
     """Results, the gradients they were given (drawn where there are none), and those of all tensor operands.
 
     failed: the error where the op does not run, by what it said.
     """
-    inputs = [a.clone().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in arguments]
+    call = pytree.tree_map_only(Tensor, lambda t: t.clone().requires_grad_(t.is_floating_point()), call)
+    args, kwargs = call
     try:
-        made = function(*inputs)
+        made = function(*args, **kwargs)
     except Exception as error:
         raise failed(_said(error)) from error
     outputs = [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
     seeds = [torch.randn_like(o) if o.is_floating_point() else o for o in outputs] if seeds is None else list(seeds)
-    tensors = [a for a in inputs if isinstance(a, Tensor)]
+    tensors = tensors_in(call)
     return (
         [o.detach() for o in outputs],
         list(seeds),
@@ -182,9 +195,10 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _local(arguments: Sequence[Any], strategy: Strategy, rank: int) -> list[Any]:
+def _local(call: _Call, strategy: Strategy, rank: int) -> _Call:
     places = iter(strategy.inputs)
-    return [_part(a, next(places), rank) if isinstance(a, Tensor) else a for a in arguments]
+    local: _Call = pytree.tree_map_only(Tensor, lambda t: _part(t, next(places), rank), call)
+    return local
 
 
 def _parts(seeds: Sequence[Tensor], strategy: Strategy, rank: int) -> list[Tensor]:

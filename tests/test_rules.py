@@ -66,6 +66,16 @@ def test_a_right_rule_is_proved() -> None:
     assert {"user_ops.project.default", "user_ops.centre.default"} <= OPS.keys()
 
 
+def test_lists_and_arguments_by_name_are_checked() -> None:
+    """Shards of a list's tensors were its whole tensors, and there was no way to give arguments by name."""
+    values, named = [torch.randn(4, 6) for _ in range(3)], {"scale": 0.5, "bias": torch.randn(6)}
+    with torch.no_grad():  # it has no backward
+        with pytest.raises(RuleError, match="along 'd', it does not run"):
+            autopar.register_rule("user_ops::added", "b d, b d, b d, e -> b d", check=(values, named))
+        autopar.register_rule("user_ops::added", "b d, b d, b d, d -> b d", check=(values, named))
+    assert "user_ops.added.default" in OPS
+
+
 @pytest.mark.parametrize(
     ("op", "notation", "arguments", "said"),
     [
@@ -76,6 +86,7 @@ def test_a_right_rule_is_proved() -> None:
         ("user_ops::project", "b s e, e d -> b s d", call(), "does not fit"),
         ("user_ops::project", "b s d, e d -> b s f", call(), "along 'e', result 0"),
         ("user_ops::project", "b s d, e d", call(), "operands -> results"),
+        (None, NOTATION, call(), "by its name"),
         ("user_ops::nothing", NOTATION, call(), "import the module"),
         ("aten::linear", NOTATION, call(), "already"),
     ],
