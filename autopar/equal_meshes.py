@@ -53,19 +53,19 @@ class EqualMeshes:
     def _view(self) -> Job:
         return self.job.on(fastest_view(self.job.cluster, self.job.product_dtype))
 
-    def _views(self, shards: int, link: Link | None) -> list[Job]:
-        """With shards on links that are no faster; under the least memory of a device, and under the mean: more on
-        larger ones makes room on smaller."""
-        view = self._view if link is None else self.job.on(with_shards(self._view.cluster, shards, link))
+    def _views(self, known: Pins, link: Link | None) -> list[Job]:
+        """With shards on links that are no faster; under the least memory of a device, and where there may be several
+        stages under the mean: more on larger ones makes room on smaller."""
+        view = self._view if link is None else self.job.on(with_shards(self._view.cluster, known.tp or 1, link))
         usable = [self.job.device_cap_bytes(device) for device in range(self.job.cluster.num_devices)]
-        caps = dict.fromkeys((min(usable), sum(usable) // len(usable)))
+        caps = dict.fromkeys((min(usable), sum(usable) // len(usable)) if known.pp != 1 else (min(usable),))
         return [view.under(self.job.options.parallelism, cap) for cap in caps]
 
     def _searched(self, known: Pins, dp_inner: int, link: Link | None = None) -> list[Solution | Infeasible]:
         """dp_inner: where replicas may sum gradients in groups, each has room for all parameters and state."""
         p = self.job.options.parallelism
         whole = dp_inner > 1 and p.dp_inner is None and p.zero is None
-        views = self._views(known.tp or 1, link)
+        views = self._views(known, link)
         return [(_undivided(way) if whole else way).searched_under(known) for way in views]
 
     def _whole(
@@ -78,7 +78,7 @@ class EqualMeshes:
         fitting = [each for each in same if self.job.fits(self.job.plan(each))]
         if fitting or not gaining:
             return list(fitting)
-        found = [_undivided(way).searched_under(known) for way in self._views(known.tp or 1, link)]
+        found = [_undivided(way).searched_under(known) for way in self._views(known, link)]
         return [_with_whole_state(each, None) if isinstance(each, Solution) else each for each in found]
 
     def _whole_state_gain_s(self, placed: Solution) -> float:

@@ -27,12 +27,16 @@ def fastest_placed(job: Job, pins: Pins, solution: Solution, limit_s: float) -> 
     groups or not. Infinite where it takes longer than a limit.
     """
     best = math.inf, solution
-    for each in fitted(job, solution):
-        found = _fastest_schedule(job, pins, each, min(limit_s, best[0]))
+
+    def worth_s() -> float:
+        return min(limit_s, best[0])
+
+    for each in fitted(job, solution, worth_s):
+        found = _fastest_schedule(job, pins, each, worth_s())
         best = min(best, found, key=lambda pair: pair[0])
     for _ in range(MOST_REWRITTEN):
-        cut = faster_cut(job, best[1], min(limit_s, best[0]))
-        found = (math.inf, solution) if cut is None else _fastest_schedule(job, pins, cut, min(limit_s, best[0]))
+        cut = faster_cut(job, best[1], worth_s())
+        found = (math.inf, solution) if cut is None else _fastest_schedule(job, pins, cut, worth_s())
         if not found[0] < best[0]:
             break
         best = found

@@ -25,19 +25,23 @@ if TYPE_CHECKING:
     from autopar.planning import Job
 
 MAX_TIGHTENINGS, TIE = 6, 1e-6
+SLACK = 0.1
+"""Sums err by less."""
 MOST_SKETCHED, MOST_TIMED, MOST_REWRITTEN = 24, 2, 4
 """So many cuts next to a plan are sketched, so many of the fastest are rewritten, so many times."""
 
 
-def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
+def fitted(job: Job, solution: Solution, limit_s: Callable[[], float]) -> Iterator[Solution]:
     """A placed solution as it is and, where its stages' devices differ, with more segments on faster devices, and fewer
-    where the rewritten program does not fit."""
+    where the rewritten program does not fit; none that takes longer than a limit under any schedule, as far as sums
+    tell. The limit is asked for once the first is known."""
     yield solution
     plan = job.plan(solution)
     kinds = [{job.cluster.devices[device] for device in own} for own in plan.stage_devices]
     if solution.configuration.virtual_stages > 1 or all(own == kinds[0] for own in kinds):
         return
-    caps = job.stage_caps(plan)
+    caps, sketch = job.stage_caps(plan), CutSketch(job, solution)
+    most_s = limit_s() * (1 + SLACK)
     slow = _slowness(job, plan, solution)
     seconds = [each for stage in solution.stages for each in stage.segments_s]
     most = [len(seconds)] * plan.pp
@@ -46,6 +50,8 @@ def fitted(job: Job, solution: Solution) -> Iterator[Solution]:
         if ends is None or ends == tuple(stage.last for stage in solution.stages):
             return
         other = cut_at(solution, ends)
+        if sketch.least_s(ends) > most_s:
+            return
         peaks = job.peaks(job.plan(other))
         if all(peak <= cap for peak, cap in zip(peaks, caps, strict=True)):
             yield other
@@ -123,6 +129,10 @@ class CutSketch:
         count = self._program.microbatches
         found = step_time_s(self._program, slowest_first(cut, count)[:LIKELY], limit_s=limit_s)
         return found if found <= limit_s else math.inf
+
+    def least_s(self, ends: tuple[int, ...]) -> float:
+        """Of a step in a window that is wide enough, as far as sums tell."""
+        return float(self._summed_s(np.array([ends]))[0])
 
     def _ways(self, own: IntArray) -> Iterator[IntArray]:
         """From one and from the shares that cost least, which may be far: where several stages take as long, moving a
