@@ -50,7 +50,9 @@ class Command:
     microbatch_size: Annotated[int | None, arg(metavar="N", help="pin the samples of a microbatch")] = None
     zero: Annotated[int | None, arg(metavar="LEVEL", help="pin the ZeRO level, 0 to 3")] = None
     recompute: Annotated[str | None, arg(metavar="LEVEL", help="pin recompute: none, selective or full")] = None
-    schedule: Annotated[str | None, arg(metavar="S", help="pin the schedule: 1f1b or gpipe")] = None
+    schedule: Annotated[
+        str | None, arg(metavar="S", help="pin the schedule: gpipe, 1f1b, interleaved or zero_bubble")
+    ] = None
     window: Annotated[int | None, arg(metavar="N", help="pin how far 1f1b runs ahead of transfers")] = None
     memory_cap: Annotated[str | None, arg(metavar="SIZE", help='memory of each device to use, such as "30GiB"')] = None
     precision: Annotated[

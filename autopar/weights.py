@@ -124,26 +124,49 @@ class _Entry:
 def _entries(root: Path) -> dict[str, _Entry]:
     """Every tensor of the files by its name there. Errors: WeightsError."""
     entries: dict[str, _Entry] = {}
-    for file in _files(root):
+    known = _places_said(root)
+    for file in _files(root, known):
         try:
             with safe_open(file, framework="pt") as opened:
-                entries.update({key: _entry(str(file), key, opened.get_slice(key)) for key in opened.keys()})
+                own = (key for key in opened.keys() if known.get(key, file.name) == file.name)
+                found = {key: _entry(str(file), key, opened.get_slice(key)) for key in own}
         except (SafetensorError, OSError) as error:
             raise WeightsError(str(file), f"it cannot be read ({error}); give a whole safetensors file") from error
+        _check_apart(root, file, found, entries)
+        entries.update(found)
     return entries
+
+
+def _check_apart(root: Path, file: Path, found: Mapping[str, _Entry], known: Mapping[str, _Entry]) -> None:
+    """WeightsError where a file before has a tensor of this one."""
+    if twice := sorted(found.keys() & known.keys()):
+        other = Path(known[twice[0]].place[0]).name
+        message = f"{other} and {file.name} both have {twice[0]!r} ({len(twice)} in all); give one file, or an index"
+        raise WeightsError(str(root), message, tuple(twice))
 
 
 def _entry(file: str, key: str, found: Any) -> _Entry:
     return _Entry((file, key), tuple(found.get_shape()), found.get_dtype().rstrip("0123456789"))
 
 
-def _files(root: Path) -> list[Path]:
+def _places_said(root: Path) -> dict[str, str]:
+    """The file of each tensor, where the folder has an index. Errors: WeightsError."""
+    indexes = sorted(root.glob(_INDEX))
+    if len(indexes) != 1:
+        return {}
+    try:
+        return dict(json.loads(indexes[0].read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        advice = 'it maps names of tensors to files under "weight_map"; mend it, or leave it out'
+        raise WeightsError(str(indexes[0]), f"it is no index ({error!r}); {advice}") from error
+
+
+def _files(root: Path, known: Mapping[str, str]) -> list[Path]:
     """The file itself, those that the folder's index names, or all of the folder. Errors: WeightsError."""
     if not root.is_dir():
         return [root]
-    indexes = sorted(root.glob(_INDEX))
-    if len(indexes) == 1:
-        return [root / name for name in sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))]
+    if known:
+        return [root / name for name in sorted(set(known.values()))]
     files = sorted(root.glob(_FILES))
     if not files:
         raise WeightsError(str(root), "it holds no *.safetensors; save some with safetensors.torch.save_file")

@@ -335,6 +335,25 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             exe.load_weights(path)
 
 
+def test_two_files_with_one_tensor_are_refused_unless_an_index_says_which(tmp_path: Path) -> None:
+    """The last of the files was taken, whatever it was."""
+    torch.manual_seed(3)
+    wanted = {name: value.clone() for name, value in Tied().state_dict().items()}
+    save_file(wanted, tmp_path / "a.safetensors")
+    save_file({name: torch.zeros_like(value) for name, value in wanted.items()}, tmp_path / "b.safetensors")
+    exe = autopar.compile(Tied(), cpu_cluster(1))
+    with pytest.raises(WeightsError, match="a.safetensors and b.safetensors both have"):
+        exe.load_weights(tmp_path)
+    places = {name: "b.safetensors" if name == "first.bias" else "a.safetensors" for name in wanted}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    exe.load_weights(tmp_path)
+    state = exe.full_state_dict()
+    assert torch.equal(state["first.weight"], wanted["first.weight"]) and not state["first.bias"].any()
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(WeightsError, match="weight_map"):
+        exe.load_weights(tmp_path)
+
+
 # --- Memory
 
 
