@@ -187,6 +187,11 @@ class Network:
         return float(self.bandwidths[~np.eye(len(self), dtype=bool)].max())
 
     @cached_property
+    def bandwidth_between_nodes(self) -> float:
+        """Between any two devices of different nodes; nothing where there is one node."""
+        return float(self.bandwidths[~self.same_node].max(initial=0.0))
+
+    @cached_property
     def bandwidths_out(self) -> tuple[float, ...]:
         """The fastest that leaves each region for another one, the largest first."""
         region = self.regions_by_device

@@ -121,6 +121,17 @@ def test_a_bound_knows_of_slow_devices_and_of_borders() -> None:
     assert Prices(Places(slow), summed).bound_s() == pytest.approx(3 * 2e8 / 4 / 1e7)
 
 
+@pytest.mark.parametrize(("sizes", "tp"), [((2, 2), 4), ((1, 3), 2), ((3, 3), 2)])
+def test_a_bound_knows_of_shards_that_cross_the_border_of_a_node(sizes: tuple[int, ...], tp: int) -> None:
+    """More than a node has, or of some stage where they do not divide its devices: a hundred times as slow."""
+    inside = 'devices = {}\n[nodes.inside]\nlatency = "1 us"\nbandwidth = "100 GB/s"\nsource = "a test"\n'
+    nodes = "".join(NODES.format("a", "v100-sxm2-16gb") + (inside.format(n) if n > 1 else "") for n in sizes)
+    cluster = Cluster.from_toml(REGIONS.format(nodes=nodes), "sites.toml")
+    what = replace(traffic(1, sum(sizes) // tp, tp, reduced=0.0), exchanged_bytes=1e9)
+    bound_s = Prices(Places(cluster), what).bound_s()
+    assert 7 * (0.1 + 1.0) < bound_s <= brute_force_s(cluster, what) * (1 + 1e-12)
+
+
 def regions_of(found: Placed, cluster: Cluster, shape: tuple[int, int]) -> list[list[str]]:
     assert cluster.network is not None
     return [[cluster.network.region(d) for d in row] for row in np.array(found.devices).reshape(shape).tolist()]

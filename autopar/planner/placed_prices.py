@@ -174,14 +174,28 @@ class Prices:
 
     @property
     def _least_exchange_s(self) -> float:
-        """Around the shards of a stage."""
-        t = self.traffic
-        return 0.0 if t.tp == 1 else t.exchanged_bytes / self.network.fastest_bandwidth
+        """Around the shards of a stage: more than a node has cross a border of one."""
+        t, network = self.traffic, self.network
+        if t.tp == 1:
+            return 0.0
+        alone = t.tp <= max(network.sizes)
+        return t.exchanged_bytes / (network.fastest_bandwidth if alone else network.bandwidth_between_nodes)
+
+    @property
+    def _crossing_s(self) -> float:
+        """What some stage of some replica takes at least where shards do not divide the devices of every node, and it
+        crosses a border of one."""
+        t, network = self.traffic, self.network
+        if t.tp == 1 or _divides(t.tp, network.sizes):
+            return 0.0
+        stages_s = np.full(t.pp, t.stage_s + self._least_exchange_s)
+        stages_s[0] = t.stage_s + t.exchanged_bytes / network.bandwidth_between_nodes
+        return _shared_out_s(stages_s)
 
     def _slowest_bound_s(self) -> float:
         """Of the slowest replica: some one has a stage on the slowest devices of that stage, some one sends over the
         border of each region of which stages do not divide the devices."""
-        t, slowest = self.traffic, self._even_s()
+        t, slowest = self.traffic, max(self._even_s(), self._crossing_s)
         (inside, _), (across, _) = self._fastest_hops_s()
         for size, bandwidth in self.places.borders:
             if size % t.pp:
