@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ from passes.trace import alias_map
 _INDEX = "*.safetensors.index.json"
 _FILES = "*.safetensors"
 _FLOATING = ("F", "BF")
+_LOOKED_AT = 2**16
+"""Values of two tensors of files that are compared where the model has one for both."""
 
 
 class LoadedWeights(NamedTuple):
@@ -98,9 +102,23 @@ def find_weights(path: str | os.PathLike[str], model: nn.Module) -> tuple[dict[s
     found: dict[str, Place] = {}
     for name in sorted(entries.keys() & expected.keys(), key=lambda name: (first[name] != name, name)):
         _check_fits(root, name, entries[name], expected[name])
-        found.setdefault(first[name], entries[name].place)
+        taken = found.setdefault(first[name], entries[name].place)
+        if taken != entries[name].place and not torch.equal(_begin(taken), _begin(entries[name].place)):
+            message = f"{taken[1]!r} and {name!r} differ there, but are one tensor of the model"
+            raise WeightsError(str(root), f"{message}; load weights of this very model", (taken[1], name))
     missing = dict.fromkeys(first[name] for name in expected if first[name] not in found)
     return found, LoadedWeights(tuple(missing), tuple(sorted(entries.keys() - expected.keys())))
+
+
+def _begin(place: Place) -> Tensor:
+    """The first values of a tensor of a file, in single precision: those of two that are not tied differ there."""
+    file, key = place
+    with safe_open(file, framework="pt") as opened:
+        values = opened.get_slice(key)
+        shape = values.get_shape()
+        rows = max(1, _LOOKED_AT // max(1, math.prod(shape[1:])))
+        begin: Tensor = (values[:rows] if shape else opened.get_tensor(key)).float()
+    return begin
 
 
 def check_all_match(path: str, loaded: LoadedWeights) -> None:

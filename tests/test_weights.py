@@ -335,6 +335,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             exe.load_weights(path)
 
 
+def test_values_of_a_shared_weight_that_differ_are_refused(tmp_path: Path) -> None:
+    """Those of one name were taken: a model that ties its head would have lost the file's."""
+    own = {**FIT, "last.weight": FIT["first.weight"].clone()}
+    save_file(own, tmp_path / "w.safetensors")
+    exe = autopar.compile(Tied(), cpu_cluster(1))
+    exe.load_weights(tmp_path)
+    save_file({**own, "last.weight": torch.zeros(4, 4)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="'first.weight' and 'last.weight' differ"):
+        exe.load_weights(tmp_path)
+
+
 def test_two_files_with_one_tensor_are_refused_unless_an_index_says_which(tmp_path: Path) -> None:
     """The last of the files was taken, whatever it was."""
     torch.manual_seed(3)
