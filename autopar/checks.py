@@ -130,13 +130,18 @@ def _check_whole_shares(size: int, degrees: Sequence[int], batch: int) -> None:
         )
 
 
-def check_sequence(space: ModelSpace) -> None:
-    """ParallelismError where no value between the model's blocks has a sequence."""
+def check_sequence(space: ModelSpace, tp: int | tuple[int, ...] | None) -> None:
+    """ParallelismError where no value between the model's blocks has a sequence, or one that a pinned tp divides."""
     local = space.local_model(space.traced.global_graph.batch)
     if local is None or not local.has_sequence((1,)):
         raise ParallelismError(
             "sequence_parallel=True, but no value between the model's blocks is [batch, sequence, features]; "
             "leave it None"
+        )
+    if isinstance(tp, int) and not local.has_sequence((tp,)):
+        raise ParallelismError(
+            f"sequence_parallel=True, but tp={tp} divides no sequence between the model's blocks; pad the sequence, or "
+            "leave sequence_parallel or tp None"
         )
 
 

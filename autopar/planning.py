@@ -209,7 +209,7 @@ class Job:
     def _check_pins(self) -> None:
         check_pins(self.options.parallelism, self.cluster.num_devices, self.batch, self.analysis)
         if self.options.parallelism.sequence_parallel:
-            check_sequence(self.space)
+            check_sequence(self.space, self.options.parallelism.tp)
 
     def _decision(self, solution: Solution, start: float) -> Decision:
         plan, notes = fastest(self, solution)

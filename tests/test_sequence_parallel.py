@@ -151,6 +151,15 @@ def test_it_is_refused_where_there_is_no_sequence() -> None:
         autopar.estimate(model, cpu_cluster(2), batch, parallelism=autopar.Parallelism(tp=2, sequence_parallel=True))
 
 
+def test_a_sequence_that_does_not_divide_is_named() -> None:
+    """It said that the model cannot be sharded, whose degrees were all right."""
+    model, batch = example_gpt(torch.float64)
+    odd = {name: value[:, :15] for name, value in batch.items()}
+    pins = autopar.Parallelism(dp=1, tp=2, pp=1, sequence_parallel=True)
+    with pytest.raises(ParallelismError, match="tp=2 divides no sequence.*pad the sequence"):
+        autopar.estimate(model, cpu_cluster(2), odd, parallelism=pins)
+
+
 def test_a_plan_that_says_otherwise_is_refused() -> None:
     model, batch = gpt()
     pins = {pin: autopar.Parallelism(tp=2, sequence_parallel=pin) for pin in (True, False)}
