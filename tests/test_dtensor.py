@@ -158,6 +158,7 @@ def _in_graphs(name: str) -> bool:
     return not (schema.is_mutable or "backward" in op or op.startswith("_foreach") or op.endswith("_copy"))
 
 
+@pytest.mark.slow
 def test_ops_that_dtensor_knows_have_a_rule() -> None:
     """Or become ops that have one, or stand in a list that says why not."""
     script = Path(__file__).with_name("dtensor_rules.py")
