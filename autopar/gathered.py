@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from autopar.hiding import hidden_of
 from autopar.narrower import WORTH
 from autopar.options import FLAT
 from autopar.planner.chain import Chain, Floor
@@ -61,12 +62,17 @@ Ask = Callable[[Callable[[Solution], Sequence[int]]], Solution | Infeasible]
 
 
 def unless_beaten(job: Job, ask: Ask) -> Solution | Infeasible:
-    """What the search finds; its first plan as it is where a gathered one takes less than that: others take more."""
+    """What the search finds; its first plan as it is where a gathered one takes less than that may, and so than all
+    others: it has not been rewritten then."""
+    known = False
 
     def confirm(found: Solution) -> Sequence[int]:
-        if beats(job, found) is not None:
+        nonlocal known
+        if not known and beats(job, found) is not None:
             raise _BeatenError(found)
-        return job.peaks(job.plan(found))
+        peaks = job.peaks(job.plan(found))
+        known = known or max(peaks) <= job.cap_bytes
+        return peaks
 
     try:
         return ask(confirm)
@@ -75,8 +81,8 @@ def unless_beaten(job: Job, ask: Ask) -> Solution | Infeasible:
 
 
 def beats(job: Job, solution: Solution) -> Gathered | None:
-    """The fastest plan that is gathered, if it takes less than the price of what was found."""
-    return gathered(job, solution, solution.objective_s)
+    """The fastest plan that is gathered, if it takes less than what was found may: its price, less what it may hide."""
+    return gathered(job, solution, solution.objective_s - hidden_of(job, solution))
 
 
 def gathered(job: Job, solution: Solution, than_s: float) -> Gathered | None:

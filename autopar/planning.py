@@ -17,6 +17,7 @@ from torch import nn
 from autopar.checks import check_pins, check_plan, check_sequence, check_trains, missing_rules, plan_notes, unruled
 from autopar.equal_meshes import EqualMeshes
 from autopar.gathered import Gathered, beats, unless_beaten
+from autopar.hiding import hidden_s
 from autopar.kernel_calls import kernel_notes, worth_compiling
 from autopar.link import Linker
 from autopar.linked import Linked, device_map
@@ -40,7 +41,7 @@ from autopar.runtime.optim import OptimizerSpec, capture
 from autopar.runtime.probe import is_elementwise, is_separable
 from autopar.spaces import Spaces
 from autopar.tied import tied_s
-from autopar.timing import fastest, hidden_s, waited_s
+from autopar.timing import fastest, waited_s
 from cost_model.axes import Axes
 from cost_model.cluster import Cluster
 from cost_model.collector import collector_paused

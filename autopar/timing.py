@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autopar.gathered import Gathered, beats, gathered
+from autopar.hiding import hidden_of
 from autopar.narrower import WORTH
-from autopar.planner.search import Configuration
 from autopar.planner.solution import Solution
 from autopar.reductions import reduced
 from autopar.report import seconds_text
@@ -19,21 +19,18 @@ from cost_model.plan import Plan
 if TYPE_CHECKING:
     from autopar.planning import Job
 
-_BACKWARD = 2 / 3
-"""Of the time of a microbatch that recomputes nothing: a backward multiplies twice what the forward did once."""
-
 
 def waited_s(job: Job, solution: Solution) -> float:
     """Seconds of a step of a plan that was found, under the schedule that is fastest for its very choices, with sums of
     gradients behind backward where that is worth a look; or of the plan of any mesh that is found for the schedule that
     waits least. Infinite where collectives are to move behind compute and have no room for it."""
-    own, c = held(job, solution), solution.configuration
+    own = held(job, solution)
     if job.options.parallelism.overlap and not job.fits(replace(own.plan, overlap=True)):
         return math.inf
     least_s = job.step_s(own.plan)
     other = elsewhere(job, least_s) if is_plain(job, solution) else None
     other_s = math.inf if other is None else job.step_s(job.plan(other))
-    gain_s = hidden_s(job, c, solution.objective_s / c.objective.balanced[0])
+    gain_s = hidden_of(job, solution)
     if gain_s > WORTH * least_s and least_s - gain_s < other_s:
         least_s = job.step_s(reduced(job, own)[0])
     return min(least_s, other_s)
@@ -70,17 +67,3 @@ def _unless_elsewhere(job: Job, solution: Solution, best: Gathered) -> tuple[Pla
     seconds = f"{seconds_text(job.step_s(plan))} against {seconds_text(solution.objective_s)}"
     note = f"{plan.schedule_text()} was chosen after the search: {seconds} of {solution.configuration.schedule}"
     return plan, (f"{note}; the gap is that of the best plan under that",)
-
-
-def hidden_s(job: Job, c: Configuration, along_s: float) -> float:
-    """The most that sums of gradients over replicas can hide behind the last microbatch's backward; nothing where they
-    may not move, or have to be of parts since the state of all parameters has no room on every replica.
-
-    along_s: of a microbatch through all stages.
-    """
-    pins = job.options.parallelism
-    if c.dp == 1 or pins.overlap is False or pins.zero or job.state_bytes > job.cap_bytes * c.tp * c.pp:
-        return 0.0
-    ranks = tuple(range(0, c.dp * c.tp, c.tp))
-    sums_s = job.cluster.collective_time_s("all_reduce", job.reduced_bytes / (c.tp * c.pp), ranks)
-    return min(sums_s, _BACKWARD * along_s / c.pp)

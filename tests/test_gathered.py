@@ -42,3 +42,24 @@ def test_ctrl_c_leaves_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = estimate(16)
     assert not found.plan.overlap or not found.plan.saving_text().startswith(", zero 3")
     assert any("interrupted after" in note for note in found.notes)
+
+
+@pytest.mark.slow
+def test_what_may_hide_sums_of_gradients_is_looked_at_beside_gathered_plans() -> None:
+    """A gathered plan that takes less than the price of the first plan found ended the search, whatever others hide."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, num_local_experts=8, use_cache=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model, ids = MixtralForCausalLM(config), torch.zeros(8, 256, dtype=torch.long)
+    cluster = autopar.Cluster.load("dgx2-v100-32gb", 8)
+
+    def step_s(**pins: Any) -> float:
+        parallelism = autopar.Parallelism(**pins)
+        batch = {"input_ids": ids, "labels": ids}
+        return autopar.estimate(model, cluster, batch, parallelism=parallelism).step_time_s
+
+    assert step_s() <= min(step_s(dp=dp, tp=8 // dp, pp=1) for dp in (1, 2, 4)) * (1 + 1e-9)
