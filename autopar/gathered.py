@@ -88,16 +88,15 @@ def beats(job: Job, solution: Solution) -> Gathered | None:
 def gathered(job: Job, solution: Solution, than_s: float) -> Gathered | None:
     """The fastest such plan; None where none is known to take less. solution: one that it is to be like but for choices
     and degrees. It is searched for once, unless much slower ones would do now."""
-    limit_s = (1 - WORTH) * than_s
     if not _may_be(job, solution):
         return None
     pins = _pins(job, solution.configuration)
     key = (pins, job.cap_bytes)
     known_s, found = job.gathered.get(key, (0.0, None))
-    if found is None and (1 - WORTH) * limit_s > known_s:
-        found = _searched(job, replace(pins, zero=_LEVEL, overlap=True), limit_s)
-        job.gathered[key] = limit_s, found
-    return found if found is not None and found.step_s < limit_s else None
+    if found is None and (1 - WORTH) * than_s > known_s:
+        found = _searched(job, replace(pins, zero=_LEVEL, overlap=True), than_s)
+        job.gathered[key] = than_s, found
+    return found if found is not None and found.step_s < than_s else None
 
 
 def _pins(job: Job, c: Configuration) -> Parallelism:
