@@ -193,7 +193,7 @@ class Cluster:
         found = {device.products for device in self.devices}
         return found.pop() if len(found) == 1 else BLAS
 
-    @property
+    @functools.cached_property
     def memory_cap_bytes(self) -> int:
         """What a plan may use on every device unless told otherwise: the least memory less reserve."""
         return min(device.usable_bytes for device in self.devices)

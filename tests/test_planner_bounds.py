@@ -14,7 +14,7 @@ from autopar.planner.bounds import TIME_ONLY, Objective, StageSpace, dual, steep
 from autopar.planner.chain import Chain
 from autopar.planner.columns import RangeTable
 from autopar.planner.factor_graph import Factor, FactorGraph
-from autopar.planner.paths import LEVELS, Arcs, bottleneck, levels_of, sweep
+from autopar.planner.paths import LEVELS, Arcs, Ends, Groups, bottleneck, levels_of, sweep
 from autopar.planner.segment import Price, Segment
 
 CHOICES = 7
@@ -74,13 +74,24 @@ def test_steeper_prices_reach_the_convex_hull(seed: int) -> None:
 def random_arcs(rng: np.random.Generator, stages: int, count: int, nodes: int) -> list[Arcs]:
     return [
         Arcs(
-            rng.integers(0, nodes, count),
-            rng.integers(0, nodes, count),
-            rng.uniform(1, 9, count),
+            Ends(rng.integers(0, nodes, count), rng.integers(0, nodes, count)),
+            rng.uniform(1, 9, (count, 2)),
             rng.uniform(1, 9, count),
         )
         for _ in range(stages)
     ]
+
+
+@settings(max_examples=drawn(200), deadline=None)
+@given(ends=st.lists(st.integers(0, 9) | st.just(3), max_size=60), levels=st.sampled_from([None, 1, 5]))
+def test_the_least_row_of_each_node_is_found_whatever_the_sizes_of_groups(ends: list[int], levels: int | None) -> None:
+    shape = (len(ends),) if levels is None else (len(ends), levels)
+    rows = np.random.default_rng(len(ends)).permutation(int(np.prod(shape))).reshape(shape).astype(float)
+    groups = Groups.of(np.array(ends, dtype=np.int64))
+    least = groups.least(rows[groups.order])
+    assert sorted(groups.nodes) == sorted(set(ends)) and sorted(groups.order) == list(range(len(ends)))
+    for node, found in zip(groups.nodes, least, strict=True):
+        assert (found == rows[np.array(ends) == node].min(axis=0)).all()
 
 
 def tilings(arcs: list[Arcs], start: int, end: int) -> list[tuple[int, ...]]:
@@ -100,18 +111,18 @@ def test_sweeps_and_bottlenecks_equal_enumeration(seed: int) -> None:
     arcs = random_arcs(np.random.default_rng(seed), stages=3, count=7, nodes=3)
     known = tilings(arcs, 0, 2)
     starts, ends = np.array([0]), np.array([2])
-    worst, path = bottleneck(arcs, starts, ends, 3)
-    assert worst == min((max(a.cost_s[i] for a, i in zip(arcs, p, strict=True)) for p in known), default=np.inf)
+    worst, path = bottleneck([a.ends for a in arcs], [a.slow_s for a in arcs], starts, ends, 3)
+    assert worst == min((max(a.slow_s[i] for a, i in zip(arcs, p, strict=True)) for p in known), default=np.inf)
     assert not known or path in known
     levels = levels_of(arcs, 0.0, np.inf)
     found = sweep(arcs, levels, starts, ends, 3)
-    for level, limit in enumerate(levels.upper_s):
+    for (level, limit), number in itertools.product(enumerate(levels.upper_s), range(2)):
         slow = {p: max(a.slow_s[i] for a, i in zip(arcs, p, strict=True)) for p in known}
-        sums = {p: sum(a.cost_s[i] for a, i in zip(arcs, p, strict=True)) for p in known if slow[p] <= limit}
-        assert found.total_s()[level] == pytest.approx(min(sums.values(), default=np.inf))
+        sums = {p: sum(a.cost_s[i, number] for a, i in zip(arcs, p, strict=True)) for p in known if slow[p] <= limit}
+        assert found.total_s()[number, level] == pytest.approx(min(sums.values(), default=np.inf))
         if sums:
-            assert found.path(level) == min(sums, key=sums.__getitem__)
-        through = found.through_s(1)[:, level]
+            assert found.path(level, number) == min(sums, key=sums.__getitem__)
+        through = found.through_s(1)[:, number, level]
         for arc in range(7):
             least = min((v for p, v in sums.items() if p[1] == arc), default=np.inf)
             assert through[arc] == pytest.approx(least)
@@ -119,7 +130,7 @@ def test_sweeps_and_bottlenecks_equal_enumeration(seed: int) -> None:
 
 def test_levels_stay_exhaustive_when_there_are_too_many_times() -> None:
     times = np.sort(np.random.default_rng(0).uniform(1, 9, 1000))
-    arcs = Arcs(np.zeros(1000, dtype=np.int64), np.ones(1000, dtype=np.int64), times, times)
+    arcs = Arcs(Ends(np.zeros(1000, dtype=np.int64), np.ones(1000, dtype=np.int64)), times[:, None], times)
     levels = levels_of([arcs], 2.0, 8.0)
     kept = times[(times >= 2.0) & (times <= 8.0)]
     assert len(levels.upper_s) <= LEVELS[1] < len(kept)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from autopar.planner.chain import IntArray
 from autopar.planner.columns import SAVED, STATE, STEP, TIME, RangeTable
 from autopar.planner.factor_graph import FloatArray
-from autopar.planner.paths import Arcs, Sweep, bottleneck, levels_of, sweep
+from autopar.planner.paths import Arcs, Ends, Sweep, bottleneck, levels_of, sweep
 from autopar.planner.segment import Price
 
 Weights = tuple[float, float]
@@ -124,17 +124,14 @@ def bound(table: RangeTable, spaces: tuple[StageSpace, ...], objective: Objectiv
     nodes = (len(table.chain) + 1) * table.edges.width
     starts, ends = terminals(table)
     lows = [_lows(table, space, objective) for space in spaces]
-    arcs = [_arcs(table, space, low, 1.0) for space, low in zip(spaces, lows, strict=True)]
-    floor_s, _ = bottleneck([Arcs(a.source, a.target, a.slow_s, a.slow_s) for a in arcs], starts, ends, nodes)
+    joined = [Ends(table.edges.source[space.edges], table.edges.target[space.edges]) for space in spaces]
+    floor_s, _ = bottleneck(joined, [low.time_s for low in lows], starts, ends, nodes)
     if not np.isfinite(floor_s):
         return Bound(incumbent_s, (), tuple(np.full(len(space.edges), np.inf) for space in spaces))
     ceiling_s = max(floor_s, incumbent_s * (1 + 1e-9) / objective.microbatches)
+    arcs = [_arcs(table, *each, objective) for each in zip(spaces, joined, lows, strict=True)]
     levels = levels_of(arcs, floor_s, ceiling_s if np.isfinite(ceiling_s) else np.inf)
-    sweeps = []
-    for share in objective.shares:
-        shared = [_arcs(table, space, low, share) for space, low in zip(spaces, lows, strict=True)]
-        sweeps.append(sweep(shared, levels, starts, ends, nodes))
-    return _tightest(spaces, objective, sweeps, incumbent_s)
+    return _tightest(spaces, objective, sweep(arcs, levels, starts, ends, nodes), incumbent_s)
 
 
 def terminals(table: RangeTable) -> tuple[IntArray, IntArray]:
@@ -196,31 +193,34 @@ def _weighted(weights: Weights, time: FloatArray, step: FloatArray) -> FloatArra
     return weights[0] * time + weights[1] * step
 
 
-def _arcs(table: RangeTable, space: StageSpace, lows: _Lows, share: float) -> Arcs:
-    edges = table.edges
-    cost = (1 - share) * lows.along_s + share * lows.balanced_s + edges.cut_s[space.edges]
-    return Arcs(edges.source[space.edges], edges.target[space.edges], cost, lows.time_s)
+def _arcs(table: RangeTable, space: StageSpace, ends: Ends, lows: _Lows, objective: Objective) -> Arcs:
+    """With a sum for each share."""
+    share = np.array(objective.shares)
+    cost = (1 - share) * lows.along_s[:, None] + share * lows.balanced_s[:, None]
+    return Arcs(ends, cost + table.edges.cut_s[space.edges, None], lows.time_s)
 
 
-def _tightest(spaces: tuple[StageSpace, ...], objective: Objective, sweeps: list[Sweep], incumbent_s: float) -> Bound:
+def _tightest(spaces: tuple[StageSpace, ...], objective: Objective, found: Sweep, incumbent_s: float) -> Bound:
     """Per level the best share counts, then the least level: the slowest stage is at some level."""
-    rows = []
-    for share, found in zip(objective.shares, sweeps, strict=True):
-        rows.append(found.total_s() + (1 - share) * objective.slowest * found.levels.lower_s)
-    values = np.stack(rows)
+    values = found.total_s() + _apart(objective) * found.levels.lower_s
     level = int(values.max(axis=0).argmin())
-    best = sweeps[int(values[:, level].argmax())]
-    path = tuple(int(space.edges[arc]) for space, arc in zip(spaces, best.path(level), strict=True))
-    edge_s = tuple(_through(objective, sweeps, stage) for stage in range(len(spaces)))
+    best = found.path(level, int(values[:, level].argmax()))
+    path = tuple(int(space.edges[arc]) for space, arc in zip(spaces, best, strict=True))
+    edge_s = tuple(_through(objective, found, stage) for stage in range(len(spaces)))
     return Bound(min(float(values[:, level].max()), incumbent_s), path, edge_s)
 
 
-def _through(objective: Objective, sweeps: list[Sweep], stage: int) -> FloatArray:
-    best = None
-    for share, found in zip(objective.shares, sweeps, strict=True):
-        slowest = np.maximum(found.levels.lower_s, found.arcs[stage].slow_s[:, None])
-        values = found.through_s(stage) + (1 - share) * objective.slowest * slowest
-        best = values if best is None else np.maximum(best, values)
-    assert best is not None
+def _through(objective: Objective, found: Sweep, stage: int) -> FloatArray:
+    slowest = np.maximum(found.levels.lower_s, found.arcs[stage].slow_s[:, None])
+    values = found.through_s(stage)
+    values += _apart(objective) * slowest[:, None]
+    best = values[:, 0]
+    for number in range(1, values.shape[1]):
+        np.maximum(best, values[:, number], out=best)
     least: FloatArray = best.min(axis=1)
     return least
+
+
+def _apart(objective: Objective) -> FloatArray:
+    """[share, 1] how often the slowest stage counts as itself."""
+    return (1 - np.array(objective.shares)[:, None]) * objective.slowest

@@ -18,7 +18,7 @@ from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import Choice, StageIlp
 from autopar.planner.least import least_costs, mean_bytes, quick_bound_s
-from autopar.planner.paths import Arcs, bottleneck
+from autopar.planner.paths import Ends, bottleneck
 from autopar.planner.pools import Pool, Pools
 from autopar.planner.segment import Price, Segment
 from autopar.planner.solvers import Program
@@ -374,7 +374,7 @@ class ConfigurationSolver:
         """The tiling whose largest stage is smallest; None if no tiling is possible at any cap."""
         if not np.isfinite(self.cap_bytes):
             return None
-        table, arcs, spaces = self.table, [], []
+        table, joined, needs, spaces = self.table, list[Ends](), list[FloatArray](), list[StageSpace]()
         if table.longest < len(self.chain):
             table.extend(len(self.chain))
         table.require(table.edges.cls)
@@ -382,13 +382,13 @@ class ConfigurationSolver:
             edges = self._stage_edges(stage)
             room = np.full(len(edges), np.inf)
             space = StageSpace(stage, self.held[stage], edges, room, room)
-            need = self._needed_bytes(space)
-            arcs.append(Arcs(table.edges.source[edges], table.edges.target[edges], need, need))
+            joined.append(Ends(table.edges.source[edges], table.edges.target[edges]))
+            needs.append(self._needed_bytes(space))
             spaces.append(space)
-        needed, path = bottleneck(arcs, *self.pools.ends())
+        needed, path = bottleneck(joined, needs, *self.pools.ends())
         if not path:
             return None
-        binding = int(np.argmax([a.cost_s[arc] for a, arc in zip(arcs, path, strict=True)]))
+        binding = int(np.argmax([need[arc] for need, arc in zip(needs, path, strict=True)]))
         layers = [table.prices.index(space.least_bytes_price()) for space in spaces]
         columns = tuple(
             table.column(int(space.edges[arc]), layer) for space, arc, layer in zip(spaces, path, layers, strict=True)

@@ -7,8 +7,6 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from autopar.planner.bounds import TIME_ONLY, Objective
 from autopar.planner.chain import Chain
 from autopar.planner.factor_graph import FactorGraph, FloatArray
@@ -22,7 +20,7 @@ def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objectiv
 
 def least_costs(sequence: tuple[int, ...], segments: Sequence[Segment], prices: Sequence[Price]) -> FloatArray:
     """[price] of a row of segments of these kinds."""
-    costs = {kind: _stacked(segments[kind], prices) for kind in dict.fromkeys(sequence)}
+    costs = {kind: segments[kind].costs(prices) for kind in dict.fromkeys(sequence)}
     joins, whole = _joins(sequence)
     for number, (left, right) in joins:
         costs[number] = (costs[left][:, :, :, None] + costs[right][:, None]).min(axis=2)
@@ -43,12 +41,7 @@ def mean_bytes(chain: Chain, segments: Sequence[Segment], held: Sequence[int]) -
     may: a guess at whether anything fits, which costs next to nothing."""
     price = Price(0.0, 0.0, 1.0, sum(held) / len(held))
     counts = Counter(chain.sequence).items()
-    return sum(count * float(segments[kind].solve((price,))[0].cost.min()) for kind, count in counts) / len(held)
-
-
-def _stacked(segment: Segment, prices: Sequence[Price]) -> FloatArray:
-    """[price, entry, exit]"""
-    return np.stack([table.cost for table in segment.solve(prices)])
+    return sum(count * float(segments[kind].costs((price,)).min()) for kind, count in counts) / len(held)
 
 
 @functools.lru_cache(maxsize=64)

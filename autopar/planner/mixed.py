@@ -26,7 +26,7 @@ from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import StageIlp
 from autopar.planner.mesh_chains import MeshChains
 from autopar.planner.mesh_tables import MeshTables
-from autopar.planner.paths import Arcs, bottleneck
+from autopar.planner.paths import Ends, bottleneck
 from autopar.planner.segment import Price, unproved
 from autopar.planner.solution import Infeasible, Solution, stage_solution
 from autopar.planner.stage_columns import Role, StageColumns, stage_columns
@@ -293,10 +293,10 @@ class MixedSolver:
         caps, offered = self._caps(arranged, ()), self.cuts.offered(arranged.seats, arranged.shape.samples, columns)
         over = [own.needed_bytes[o.column] - cap for own, o, cap in zip(columns, offered, caps, strict=True)]
         least = min(0.0, *(float(each.min(initial=0.0)) for each in over))
-        arcs = [Arcs(o.ways.before, o.ways.after, x - least, x) for o, x in zip(offered, over, strict=True)]
+        joined = [Ends(o.ways.before, o.ways.after) for o in offered]
         places = 1 + max(int(ends.max(initial=0)) for o in offered for ends in (o.ways.before, o.ways.after))
         first = np.zeros(1, dtype=np.int64)
-        worst, path = bottleneck(arcs, first, first, places)
+        worst, path = bottleneck(joined, [each - least for each in over], first, first, places)
         if not path:
             return math.inf, None
         ways = [_Way.of(own, o, [at])[0] for own, o, at in zip(columns, offered, path, strict=True)]

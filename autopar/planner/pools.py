@@ -12,7 +12,7 @@ from autopar.planner.chain import IntArray
 from autopar.planner.columns import SAVED, STATE, STEP, TIME, Column, RangeTable
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import objective_s
-from autopar.planner.paths import Arcs, bottleneck, levels_of, sweep
+from autopar.planner.paths import Arcs, Ends, bottleneck, levels_of, sweep
 from autopar.planner.worthwhile import Ways, worthwhile
 
 MIXED_EDGES = 96
@@ -68,7 +68,7 @@ class Pools:
         edges = self.table.edges
         along_s = self.objective.waiting * pool.time_s
         cost = along_s + edges.cut_s[pool.edge] + pool.step_s / self.objective.pp
-        return Arcs(edges.source[pool.edge], edges.target[pool.edge], cost, pool.time_s)
+        return Arcs(Ends(edges.source[pool.edge], edges.target[pool.edge]), cost[:, None], pool.time_s)
 
     def value(self, columns: tuple[Column, ...]) -> float:
         """Seconds of a step; infinite without columns."""
@@ -78,8 +78,7 @@ class Pools:
         """The best of some shortest tilings by these columns, if better than ``best``."""
         arcs = [self.arcs(pool) for pool in pools]
         starts, ends, nodes = self.ends()
-        slow = [Arcs(a.source, a.target, a.slow_s, a.slow_s) for a in arcs]
-        floor_s, _ = bottleneck(slow, starts, ends, nodes)
+        floor_s, _ = bottleneck([a.ends for a in arcs], [a.slow_s for a in arcs], starts, ends, nodes)
         if not np.isfinite(floor_s) or floor_s > self.value(best):
             return best
         found = sweep(
@@ -89,7 +88,7 @@ class Pools:
             ends,
             nodes,
         )
-        values = found.total_s() + self.objective.slowest * found.levels.lower_s
+        values = found.total_s()[0] + self.objective.slowest * found.levels.lower_s
         for level in np.argsort(values, kind="stable")[:TRIED_LEVELS]:
             if np.isfinite(values[level]):
                 path = found.path(int(level))
@@ -193,7 +192,7 @@ class Pools:
         kept = []
         for stage, (pool, a) in enumerate(zip(pools, arcs, strict=True)):
             slowest = np.maximum(found.levels.lower_s, a.slow_s[:, None])
-            through = (found.through_s(stage) + self.objective.slowest * slowest).min(axis=1)
+            through = (found.through_s(stage)[:, 0] + self.objective.slowest * slowest).min(axis=1)
             order = np.argsort(through, kind="stable")[: MAX_ILP_COLUMNS // len(pools)]
             kept.append([pool.column(self.table, int(i)) for i in order if through[i] < value * (1 - WORTH)])
         return kept

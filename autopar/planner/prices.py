@@ -201,7 +201,17 @@ class MeshPrices:
         """[source, target] seconds, forward and backward, of a change of placement; infinite where there is none."""
         if len(self.sizes) > 1:
             return self.routes.seconds(meta, sources, targets)
-        return np.array([[self.conversion_s(meta, a[0], b[0]) for b in targets] for a in sources])
+        return self._changes_s(meta, tuple(place for (place,) in sources), tuple(place for (place,) in targets))
+
+    @cached_property
+    def _changes_s(self) -> Callable[[TensorMeta, tuple[Placement, ...], tuple[Placement, ...]], FloatArray]:
+        """``conversions_s`` on the only axis; most tensors of a segment are like others."""
+
+        @functools.cache
+        def seconds(meta: TensorMeta, sources: tuple[Placement, ...], targets: tuple[Placement, ...]) -> FloatArray:
+            return np.array([[self.conversion_s(meta, a, b) for b in targets] for a in sources])
+
+        return seconds
 
     def made_forward(
         self, meta: TensorMeta, sources: Sequence[Placements], targets: Sequence[Placements], *, sliced: bool
@@ -246,7 +256,7 @@ class MeshPrices:
 
     def parameter_step_s(self, meta: TensorMeta, places: Placements, zero: int = 0) -> float:
         """Gradient reduction, optimizer and gathering once per step, at the rates of the whole model's buffers."""
-        sizes, varying = self._sizes(self.local_meta(meta, places)), varying_axes(places)
+        sizes, varying = self._sizes(meta, places), varying_axes(places)
         around = 2 * self._cast_s(sizes.gradient, sizes.reduced)
         update = sizes.updated.nbytes * self._optimizer_rate
         update += self._cast_s(sizes.gradient, sizes.updated) + self._cast_s(sizes.updated, sizes.stored)
@@ -259,9 +269,16 @@ class MeshPrices:
         gathered = sizes.stored.nbytes * self._rate_s("all_gather") if zero < 3 else 0.0
         return part / self.dp + scattered + gathered
 
-    def _sizes(self, meta: TensorMeta) -> _Sizes:
-        kept = self.precision.kept(meta.dtype)
-        return _Sizes(meta, *(replace(meta, dtype=dtype) for dtype in (kept.grads, kept.reduce, kept.updated)))
+    @cached_property
+    def _sizes(self) -> Callable[[TensorMeta, Placements], _Sizes]:
+        """Of a parameter on a rank."""
+
+        @functools.cache
+        def sizes(meta: TensorMeta, places: Placements) -> _Sizes:
+            local, kept = self.local_meta(meta, places), self.precision.kept(meta.dtype)
+            return _Sizes(local, *(replace(local, dtype=dtype) for dtype in (kept.grads, kept.reduce, kept.updated)))
+
+        return sizes
 
     def _cast_s(self, source: TensorMeta, target: TensorMeta) -> float:
         if source.dtype == target.dtype:
@@ -291,7 +308,7 @@ class MeshPrices:
     ) -> float:
         """Once per microbatch: its gradient added to the buffer where there are several, after a reduction from level 2
         on; at level 3 the parameter gathered for forward and for backward."""
-        sizes = self._sizes(self.local_meta(meta, places))
+        sizes = self._sizes(meta, places)
         gathers = 2 * sizes.stored.nbytes * self._microbatch_rate_s("all_gather") if zero == 3 else 0.0
         if not trainable:
             return gathers
@@ -309,7 +326,7 @@ class MeshPrices:
 
     def parameter_state_bytes(self, meta: TensorMeta, places: Placements, trainable: bool, zero: int = 0) -> float:
         """Weight, gradient and optimizer state with the master copy, each split over dp from level 3, 2 and 1 on."""
-        sizes = self._sizes(self.local_meta(meta, places))
+        sizes = self._sizes(meta, places)
         state = sizes.updated.nbytes * self.optimizer.state_bytes / max(self.parameter_bytes, 1)
         if self.optimizer.costs and sizes.updated != sizes.stored:
             state += sizes.updated.nbytes
@@ -341,6 +358,28 @@ class MeshPrices:
             return time_s, step_s, self.parameter_state_bytes(meta, places, trainable, zero)
 
         return costs
+
+    @cached_property
+    def parameter_table(self) -> Callable[..., FloatArray]:
+        """[placement, level, component] ``parameter_costs`` at each of several levels, or, of none, at the fastest."""
+
+        @functools.cache
+        def table(
+            meta: TensorMeta,
+            places: tuple[Placements, ...],
+            trainable: bool,
+            levels: tuple[int, ...],
+            accumulates: bool,
+        ) -> FloatArray:
+            chosen = [levels or (self.fastest_zero(meta, own) if trainable else 0,) for own in places]
+            return np.array(
+                [
+                    [self.parameter_costs(meta, own, trainable, zero, accumulates) for zero in known]
+                    for own, known in zip(places, chosen, strict=True)
+                ]
+            )
+
+        return table
 
     def fastest_zero(self, meta: TensorMeta, places: Placements) -> int:
         """Of the levels that cost no time in a microbatch, 0 and 1, the faster; 0 where they are equal."""

@@ -74,6 +74,7 @@ class Segment:
         pairs = (len(graph.entry_labels), len(graph.exit_labels))
         self._found = np.zeros((len(sizes), 1, *pairs), dtype=np.int64), np.full((1, *pairs, 4), np.inf)
         self._done: dict[Price, SegmentTable] = {}
+        self._least: dict[Price, FloatArray] = {}
 
     def solve(self, prices: Sequence[Price]) -> tuple[SegmentTable, ...]:
         """One table per price, each computed once."""
@@ -81,6 +82,15 @@ class Segment:
         if fresh:
             self._done.update(zip(fresh, self._solve(fresh), strict=True))
         return tuple(self._done[price] for price in prices)
+
+    def costs(self, prices: Sequence[Price]) -> FloatArray:
+        """[price, entry, exit] as ``SegmentTable.cost``, in about half the time where nothing else is asked for."""
+        if not self.exact:
+            return np.stack([table.cost for table in self.solve(prices)])
+        fresh = [price for price in dict.fromkeys(prices) if price not in self._least and price not in self._done]
+        if fresh:
+            self._least.update(zip(fresh, self._eliminated(self._priced(fresh))[0], strict=True))
+        return np.stack([self._least[p] if p in self._least else self._done[p].cost for p in prices])
 
     def assignment(self, price: Price, entry: int, exit: int) -> dict[str, str]:
         """Labels of a best assignment for one pair of boundary labels."""
@@ -100,22 +110,31 @@ class Segment:
         return self._plan.exact
 
     def _solve(self, prices: Sequence[Price]) -> Iterable[SegmentTable]:
-        weights = np.array([price.vector() for price in prices])
-        costs = weights @ self._flat
-        costs[:, self._forbidden] = np.inf
-        tables, sums = self._tables(costs), list[list[FloatArray]]()
-        for step in self._plan.steps:
-            sums.append(self._alike(step, [self._summed(tables, part, len(prices)) for part in step.sums]))
-            tables += [total.min(axis=1) for total in sums[-1]]
-        cost = self._pairs(self._summed(tables, self._plan.final, len(prices)))
+        costs = self._priced(prices)
+        cost, sums = self._eliminated(costs)
         labels = self._substitute(sums, cost.shape)
         totals = self._totals(labels, costs)
         totals[~np.isfinite(cost)] = np.inf
         if not self.exact:
+            weights = _weights(prices)
             labels, totals = self._allowed(*self._improved(prices, weights, cost, labels, totals))
             cost = np.where(np.isfinite(totals[..., 0]), np.minimum(cost, _priced(weights, totals)), np.inf)
         small = labels.astype(np.int16)
         return [SegmentTable(cost[k], totals[k], small[:, k]) for k in range(len(prices))]
+
+    def _priced(self, prices: Sequence[Price]) -> FloatArray:
+        """[price, entry of a factor]"""
+        costs: FloatArray = _weights(prices) @ self._flat
+        costs[:, self._forbidden] = np.inf
+        return costs
+
+    def _eliminated(self, costs: FloatArray) -> tuple[FloatArray, list[list[FloatArray]]]:
+        """[price, entry, exit] the least sums of entries of factors, and the sums of each step."""
+        tables, sums = self._tables(costs), list[list[FloatArray]]()
+        for step in self._plan.steps:
+            sums.append(self._alike(step, [self._summed(tables, part, len(costs)) for part in step.sums]))
+            tables += [np.minimum.reduce(total, axis=1) for total in sums[-1]]
+        return self._pairs(self._summed(tables, self._plan.final, len(costs))), sums
 
     def _alike(self, step: Step, totals: list[FloatArray]) -> list[FloatArray]:
         """The same sum in parts that all take equally much at least for the labels of what they share, which makes
@@ -230,6 +249,11 @@ def unproved(segments: Iterable[Segment]) -> tuple[str, ...]:
     )
 
 
+def _weights(prices: Sequence[Price]) -> FloatArray:
+    """[price, component]"""
+    return np.array([price.vector() for price in prices])
+
+
 def _priced(weights: FloatArray, totals: FloatArray) -> FloatArray:
     """[price, entry, exit] of [price, component] and [price, entry, exit, component]."""
     finite = np.isfinite(totals[..., 0])
@@ -247,13 +271,15 @@ def _flatten(
     counts = [len(labels) for labels in graph.domains.values()]
     sizes = {scope: math.prod(counts[v] for v in scope) for scope in tables}
     flat = np.zeros((4, sum(sizes.values())))
-    places = dict(zip(tables, zip(plan.scopes, plan.offsets, strict=True), strict=True))
+    places = {}
+    for scope, ordered, offset in zip(tables, plan.scopes, plan.offsets, strict=True):
+        axes = None if ordered == scope else [scope.index(v) for v in ordered]
+        places[scope] = slice(offset, offset + sizes[scope]), tuple(counts[v] for v in scope), axes
     for factor, scope in zip(graph.factors, scopes, strict=True):
-        ordered, offset = places[scope]
-        axes, shape = [scope.index(v) for v in ordered], [counts[v] for v in scope]
+        own, shape, axes = places[scope]
         for row, array in zip(flat, factor.components(), strict=True):
             if array is not None:
-                row[offset : offset + sizes[scope]] += array.reshape(shape).transpose(axes).ravel()
+                row[own] += (array if axes is None else array.reshape(shape).transpose(axes)).reshape(-1)
     forbidden = np.flatnonzero(np.isinf(flat[0]))
     flat[0, forbidden] = 0.0
     return flat, forbidden

@@ -222,12 +222,7 @@ class SegmentGraph:
         weight = 1.0 if name not in self.local.structure.shared or self._is_first_holder(name) else 0.0
         added = accumulates or not self._is_multiplied(name)
 
-        def costs(place: Placements, zero: int) -> tuple[float, float, float]:
-            time_s, step_s, state_bytes = prices.parameter_costs(meta, place, trainable, zero, added)
-            return time_s, weight * step_s, weight * state_bytes
-
-        chosen = [levels or (prices.fastest_zero(meta, place) if trainable else 0,) for place in places]
-        table = np.array([[costs(p, zero) for zero in known] for p, known in zip(places, chosen, strict=True)])
+        table = prices.parameter_table(meta, places, trainable, levels, added) * np.array([1.0, weight, weight])
         several = len(levels) > 1
         parts = [table[..., k] if several else table[:, 0, k] for k in range(3)]
         return Factor((input_key(name), *([zero_key(name)] if several else [])), *parts)

@@ -169,6 +169,6 @@ def price_of(call: OpCall) -> OpCost | None:
     entry = entry_of(call.op)
     if entry is not None:
         cost = entry.price(call)
-        return None if cost is None else replace(cost, op=cost.op or call.op)
+        return cost if cost is None or cost.op else replace(cost, op=call.op)
     dtype = next((m.dtype for m in (*call.outputs, *call.inputs)), "float32")
     return OpCost(kind="other", flops=0.0, nbytes=float(bytes_moved(call)), dtype=dtype)
