@@ -26,6 +26,8 @@ from cost_model.region_file import devices_and_network
 
 BACKENDS = ("nccl", "gloo", "mpi")
 TRANSFER = "transfer"
+_GROUPS = 1 << 14
+"""Of devices, whose places are remembered: those of some dozen plans of the largest clusters."""
 BEHIND = " behind"
 """After the kind of a collective: what remains of it where it moves behind compute that is long enough."""
 
@@ -285,17 +287,34 @@ class Cluster:
 
     def _level_of(self, devices: tuple[int, ...]) -> Level:
         """The innermost level that joins them."""
-        return next(x for x in self.levels if len({device // x.group_size for device in devices}) == 1)
+        return self.levels[_joined_at(self._group_sizes, devices)]
 
     def _tiers(self, devices: tuple[int, ...]) -> tuple[Tier, ...]:
         """How many meet at each level; where blocks differ, the fullest counts (priced as the regular group)."""
-        tiers: list[Tier] = []
-        parts = list(devices)
-        for level in self.levels:
-            blocks = Counter(part // level.group_size for part in parts)
-            tiers.append(Tier(max(blocks.values()), level.link))
-            parts = [block * level.group_size for block in blocks]
-        return tuple(tiers)
+        meeting = _meeting(self._group_sizes, devices)
+        return tuple(Tier(count, level.link) for count, level in zip(meeting, self.levels, strict=True))
+
+    @functools.cached_property
+    def _group_sizes(self) -> tuple[int, ...]:
+        """Of levels."""
+        return tuple(level.group_size for level in self.levels)
+
+
+@functools.lru_cache(maxsize=_GROUPS)
+def _joined_at(group_sizes: tuple[int, ...], devices: tuple[int, ...]) -> int:
+    """The number of the innermost level that joins devices."""
+    return next(n for n, size in enumerate(group_sizes) if len({device // size for device in devices}) == 1)
+
+
+@functools.lru_cache(maxsize=_GROUPS)
+def _meeting(group_sizes: tuple[int, ...], devices: tuple[int, ...]) -> tuple[int, ...]:
+    """The most that meet in a block of each level: devices, then blocks of the level inside."""
+    most, parts = [], list(devices)
+    for size in group_sizes:
+        blocks = Counter(part // size for part in parts)
+        most.append(max(blocks.values()))
+        parts = [block * size for block in blocks]
+    return tuple(most)
 
 
 def cluster_names() -> tuple[str, ...]:

@@ -55,8 +55,8 @@ class Relaxed:
     """All units of a configuration under the cap at once: every use of a shared variable has a label of its own, every
     segment all ways to save memory, and a stage reserves what the least of them reserves. What bounds it bounds them.
 
-    units: makes them; glances: how often its bound was raised only so far that others may come before it; proven: once
-    it was raised as far as it goes.
+    units: makes them; glances: how often its bound was raised only so far that others may come before it; near: whether
+    the last of them raised it less; proven: once it was raised as far as it goes.
     """
 
     order: tuple[int, ...]
@@ -64,4 +64,5 @@ class Relaxed:
     bound_s: float
     units: Callable[[], list[Unit]]
     glances: int = 0
+    near: bool = False
     proven: bool = False

@@ -55,7 +55,7 @@ MOST_SHARED_ENTRIES = 10**9
 """Of all tables that a search of each of these combinations goes through: some ten seconds."""
 WORTH_TIGHTENING = 0.01
 NEAR = 1.05
-GLANCES = 2
+GLANCES, FIRST_GLANCES = 2, 4
 HINTS = 4
 ALIKE = 0.2
 
@@ -274,8 +274,8 @@ class _Search:
     def _prove(self, node: Relaxed) -> None:
         """Put a node back under a higher bound, or its units in its place.
 
-        At first its bound is raised by NEAR at most: that is quickly done where it is far too low, and a plan that is
-        known by then spares many nodes more.
+        At first, and until some plan is known, its bound is raised by NEAR at most: that is quickly done where it is
+        far too low, and a plan that is known by then spares many nodes more.
         """
         if node.proven:
             self._put(node.units(), node.bound_s)
@@ -284,9 +284,9 @@ class _Search:
         if self._is_put_off(node):
             return
         cutoff_s, near_s = self._wanted_s(node.solver.configuration), node.bound_s * NEAR
-        if node.glances < GLANCES and near_s < cutoff_s:
+        if near_s < cutoff_s and not node.near and node.glances < (FIRST_GLANCES if math.isinf(cutoff_s) else GLANCES):
             outcome = node.solver.bound(near_s, near_s)
-            node.glances = GLANCES if outcome.bound_s < near_s else node.glances + 1
+            node.glances, node.near = node.glances + 1, outcome.bound_s < near_s
         else:
             outcome = node.solver.bound(cutoff_s, 0.0)
             node.proven = True
