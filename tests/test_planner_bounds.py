@@ -14,7 +14,7 @@ from autopar.planner.bounds import TIME_ONLY, Objective, StageSpace, dual, steep
 from autopar.planner.chain import Chain
 from autopar.planner.columns import RangeTable
 from autopar.planner.factor_graph import Factor, FactorGraph
-from autopar.planner.paths import LEVELS, Arcs, Ends, Groups, bottleneck, levels_of, sweep
+from autopar.planner.paths import LEVELS, Arcs, Ends, bottleneck, grouped, levels_of, sweep
 from autopar.planner.segment import Price, Segment
 
 CHOICES = 7
@@ -87,7 +87,7 @@ def random_arcs(rng: np.random.Generator, stages: int, count: int, nodes: int) -
 def test_the_least_row_of_each_node_is_found_whatever_the_sizes_of_groups(ends: list[int], levels: int | None) -> None:
     shape = (len(ends),) if levels is None else (len(ends), levels)
     rows = np.random.default_rng(len(ends)).permutation(int(np.prod(shape))).reshape(shape).astype(float)
-    groups = Groups.of(np.array(ends, dtype=np.int64))
+    groups = grouped(np.array(ends, dtype=np.int64))
     least = groups.least(rows[groups.order])
     assert sorted(groups.nodes) == sorted(set(ends)) and sorted(groups.order) == list(range(len(ends)))
     for node, found in zip(groups.nodes, least, strict=True):

@@ -84,6 +84,17 @@ def test_one_price_at_a_time_equals_all_at_once(seed: int) -> None:
         np.testing.assert_array_equal(one.labels, other.labels)
 
 
+@settings(max_examples=drawn(50), deadline=None)
+@given(seed=st.integers(0, 10**6), solved=st.integers(0, len(PRICES)))
+def test_costs_alone_are_those_of_tables_whatever_was_solved_before(seed: int, solved: int) -> None:
+    graph = random_graph(np.random.default_rng(seed), "both")
+    segment = Segment(graph)
+    segment.costs(PRICES[:2])
+    segment.solve(PRICES[solved:])
+    for price, cost in zip(PRICES, segment.costs(PRICES), strict=True):
+        np.testing.assert_allclose(cost, brute_force(graph, price), rtol=1e-12)
+
+
 def test_fixing_a_shared_variable_keeps_only_its_label() -> None:
     time_s = np.array([[5.0, 1.0], [2.0, 7.0]])
     graph = FactorGraph({"w": ("r", "s"), "x": ("a", "b")}, (Factor(("w", "x"), time_s),), shared=("w",))
@@ -133,6 +144,7 @@ def test_tables_too_large_are_bounded_and_an_assignment_is_priced(seed: int, end
         for entry, exit in zip(*np.nonzero(finite), strict=True):
             labels = segment.assignment(price, int(entry), int(exit))
             np.testing.assert_allclose(table.totals[entry, exit], totals_of(graph, labels), rtol=1e-12)
+        np.testing.assert_allclose(segment.costs([price])[0], table.cost, rtol=1e-12)
         if segment.exact:
             np.testing.assert_allclose(table.cost, least, rtol=1e-12)
 

@@ -105,7 +105,7 @@ class MeshChains:
 
     def _least(self, chain: Chain, price: Price) -> FloatArray:
         """[segment] what each costs least."""
-        costs = np.array([float(segment.solve((price,))[0].cost.min()) for segment in self.known(chain)])
+        costs = np.array([float(segment.costs((price,)).min()) for segment in self.known(chain)])
         found: FloatArray = costs[list(chain.sequence)]
         return found
 

@@ -36,11 +36,6 @@ class Groups:
     counts: tuple[int, ...]
     rest: IntArray
 
-    @staticmethod
-    def of(ends: IntArray) -> Groups:
-        """ends: the node of each row. Most stages of a search have rows between the same nodes."""
-        return _groups(ends.tobytes())
-
     def least(self, rows: FloatArray) -> FloatArray:
         """[node of ``nodes``, ...] of rows in ``order``, which are overwritten."""
         best, at = rows[: len(self.nodes)], len(self.nodes)
@@ -53,9 +48,13 @@ class Groups:
         return best
 
 
+def grouped(ends: IntArray) -> Groups:
+    """ends: the node of each row. Grouped once: most stages of a search have rows between the same nodes."""
+    return _grouped(ends.tobytes())
+
+
 @functools.lru_cache(maxsize=256)
-def _groups(raw: bytes) -> Groups:
-    """raw: of the node of each row."""
+def _grouped(raw: bytes) -> Groups:
     ends = np.frombuffer(raw, dtype=np.int64)
     together = np.argsort(ends, kind="stable")
     ordered = ends[together]
@@ -87,11 +86,11 @@ class Ends:
 
     @cached_property
     def by_source(self) -> Groups:
-        return Groups.of(self.source)
+        return grouped(self.source)
 
     @cached_property
     def by_target(self) -> Groups:
-        return Groups.of(self.target)
+        return grouped(self.target)
 
 
 @dataclass(frozen=True, eq=False)

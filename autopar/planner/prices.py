@@ -209,7 +209,9 @@ class MeshPrices:
 
         @functools.cache
         def seconds(meta: TensorMeta, sources: tuple[Placement, ...], targets: tuple[Placement, ...]) -> FloatArray:
-            return np.array([[self.conversion_s(meta, a, b) for b in targets] for a in sources])
+            found = np.array([[self.conversion_s(meta, a, b) for b in targets] for a in sources])
+            found.setflags(write=False)  # all that ask get this one
+            return found
 
         return seconds
 

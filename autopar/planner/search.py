@@ -56,6 +56,7 @@ MOST_SHARED_ENTRIES = 10**9
 WORTH_TIGHTENING = 0.01
 NEAR = 1.05
 GLANCES, FIRST_GLANCES = 2, 4
+"""So often the bound of a configuration is raised by ``NEAR`` at most; the latter while no plan is known."""
 HINTS = 4
 ALIKE = 0.2
 
