@@ -65,6 +65,10 @@ class _Hastened:
     def rendezvous(self) -> bool:
         return self.cluster.rendezvous
 
+    @property
+    def crowding(self) -> float:
+        return self.cluster.crowding
+
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float:
         return self.cluster.collective_time_s(kind, nbytes, devices) / self._factor(devices)
 

@@ -35,7 +35,7 @@ from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 20
+CALIBRATION_VERSION = 21
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
@@ -206,7 +206,7 @@ def measure(num_ranks: int, note: str = "") -> str:
         times, messages, beside = _measured(pool, num_ranks, library, step)
     memory_bytes = usable_memory_bytes() // num_ranks
     reserve_bytes = min(resident + round(_OS_SHARE * memory_bytes), memory_bytes - 1)
-    machine = Machine(description, num_ranks, memory_bytes, reserve_bytes, library, *beside)
+    machine = Machine(description, num_ranks, usable_cores(), memory_bytes, reserve_bytes, library, *beside)
     dtypes = {time.row.removeprefix("dtype:"): time.seconds for time in times if time.row.startswith("dtype:")}
     return render_cluster(machine, times, dtypes, messages)
 

@@ -52,10 +52,11 @@ class MessageTime:
 class Machine:
     """What was measured where. memory_bytes: of one rank; reserve_bytes: taken by its interpreter and libraries;
     products: what multiplies matrices of float32; cold: what calls take longer behind others;
-    steps: what steps take beside ops and messages."""
+    steps: what steps take beside ops and messages; cores: that the ranks share."""
 
     description: str
     num_ranks: int
+    cores: float
     memory_bytes: int
     reserve_bytes: int
     products: str
@@ -173,7 +174,7 @@ def _by_op(times: Iterable[OpTime]) -> Iterable[tuple[str, Iterable[OpTime]]]:
 def _head(machine: Machine) -> str:
     return (
         f'schema = {SCHEMA}\nname = "local-{machine.num_ranks}"\nnum_devices = {machine.num_ranks}\n'
-        f'backend = "gloo"\nsource = "measured: {machine.description}"\n'
+        f'backend = "gloo"\ncores = {machine.cores:g}\nsource = "measured: {machine.description}"\n'
     )
 
 

@@ -137,6 +137,10 @@ class _Meshes:
     job: Job
     limit_s: float
 
+    @property
+    def crowding(self) -> float:
+        return self.space.crowding
+
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
         microbatches = self.job.batch // dp // microbatch_size
         if dp == 1 or self._moved_s(dp, tp) * microbatches >= self.limit_s:

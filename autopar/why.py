@@ -85,6 +85,10 @@ class _HeldSpace:
     variable: str
     label: str
 
+    @property
+    def crowding(self) -> float:
+        return self.space.crowding
+
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
         return self.space.floor(dp, tp, microbatch_size, above_s)
 

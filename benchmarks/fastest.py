@@ -5,8 +5,8 @@
 Grids: all dp x tp x pp of the ranks, microbatch sizes, ZeRO 0, 1, 3 and the levels of recompute asked for (none:
 no memory is short here). Those whose estimate is more than --within times the least are counted, not run. Medians of
 the rounds are compared, in each of which every program takes one step, another one first, the slowest rank's time
-counting. The exit code is 1 where a grid is more than 5 % faster than the chosen plan. More ranks than cores share
-these: their estimates do not know it. Run it with nothing else on the machine.
+counting. The exit code is 1 where a grid is more than 5 % faster than the chosen plan. Run it with nothing else on the
+machine.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class Cluster:
 
     Each level's group size is a multiple of the one inside it, and the outermost joins all devices; levels are
     empty where a network is given or where there is one device only. backend: of torch.distributed. table: of the file
-    that describes it, where one does.
+    that describes it, where one does. cores: processors that all devices share, None where each has its own; figures
+    are of all devices at once.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Cluster:
     backend: str
     network: Network | None = None
     table: Table | None = field(default=None, compare=False, repr=False)
+    cores: float | None = None
 
     def __post_init__(self) -> None:
         assert self.devices and self.backend in BACKENDS
@@ -117,7 +119,7 @@ class Cluster:
     @classmethod
     def from_table(cls, table: Table, num_devices: int | None = None) -> Self:
         in_regions = table.has("nodes") or (any(map(table.has, REGION_KEYS)) and not table.has("levels"))
-        own = REGION_KEYS if in_regions else ("device", "num_devices", "levels")
+        own = REGION_KEYS if in_regions else ("device", "num_devices", "levels", "cores")
         table.only(("schema", "name", "source", "backend", *own))
         table.text("source")
         backend = table.text("backend")
@@ -128,7 +130,8 @@ class Cluster:
             _check_whole(table, len(devices), num_devices)
             return cls(table.text("name"), devices, (), backend, network, table)
         count = table.count("num_devices") if num_devices is None else _checked_count(num_devices)
-        return cls(table.text("name"), (device_of(table),) * count, _levels(table, count), backend, None, table)
+        cores = _cores(table) if table.has("cores") else None
+        return cls(table.text("name"), (device_of(table),) * count, _levels(table, count), backend, None, table, cores)
 
     @classmethod
     def from_matrix(
@@ -188,6 +191,11 @@ class Cluster:
     def rendezvous(self) -> bool:
         """gloo sends once the receiver has said that it waits; measured levels count that already."""
         return self.network is not None and self.backend == "gloo"
+
+    @property
+    def crowding(self) -> float:
+        """Devices per core where they share cores: so many times faster one is than its figures while others wait."""
+        return 1.0 if self.cores is None else max(1.0, self.num_devices / self.cores)
 
     @property
     def products(self) -> str:
@@ -276,6 +284,7 @@ class Cluster:
             "levels": [dataclasses.asdict(level) for level in self.levels],
             "network": None if self.network is None else dataclasses.asdict(self.network),
             "backend": self.backend,
+            "cores": self.cores,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -331,6 +340,13 @@ def _checked_count(num_devices: object) -> int:
     if isinstance(num_devices, bool) or not isinstance(num_devices, int) or num_devices < 1:
         raise ConfigError(f"num_devices must be a whole number above zero, not {num_devices!r}")
     return num_devices
+
+
+def _cores(table: Table) -> float:
+    cores = table.number("cores")
+    if not cores:
+        table.fail("cores", "must be above zero; leave it out where each device has a core of its own")
+    return cores
 
 
 def _check_whole(table: Table, count: int, num_devices: object) -> None:

@@ -32,7 +32,8 @@ class PricedCluster(Protocol):
     """What pricing asks of a cluster; ``devices`` are indexed as in ``Program.devices``.
 
     uneven: whether devices or links differ, so that replicas may take times of their own. rendezvous: whether a message
-    leaves only once its sender knows that it is awaited, beyond what transfers count.
+    leaves only once its sender knows that it is awaited, beyond what transfers count. crowding: ranks per core where
+    they share cores, of which all prices count that all compute; else 1.
     """
 
     @property
@@ -43,6 +44,9 @@ class PricedCluster(Protocol):
 
     @property
     def rendezvous(self) -> bool: ...
+
+    @property
+    def crowding(self) -> float: ...
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float: ...
 

@@ -22,6 +22,7 @@ from cost_model.schedule import (
     Step,
     Weight,
 )
+from cost_model.shared_cores import SharedClock, Span
 
 POSTED: dict[type[Step], type[Step]] = {post: receive for receive, post in POSTS.items()}
 SENDS = (SendForward, SendBackward)
@@ -118,7 +119,7 @@ class Link:
 class Rank:
     """The representative rank of one stage: its clock, where its time went, and its place in its list of steps.
 
-    events: what it did, None where nobody asks: writing them down takes as long as all else.
+    events: what it did, None where nobody asks: writing them down takes as long as all else. waits: for other stages.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class Rank:
         self.reduced_kinds_s: defaultdict[str, float] = defaultdict(float)
         self.events: list[Event] | None = [] if told else None
         self.links: dict[type[Step], Link] = {}
+        self.waits: list[Span] = []
 
     def tell(self, stream: str, name: str, microbatch: int, start_s: float, end_s: float, chunk: int = 0) -> None:
         """Write an event down, where any are."""
@@ -169,7 +171,7 @@ class Rank:
 
     def reduce(self, collective: Collective, seconds: float, start_s: float) -> None:
         """Take part in a collective of the step that starts when its last member is there."""
-        self.bubble_s += start_s - self.now
+        self._idle(start_s)
         self.now = start_s + seconds
         self.reduction_s += seconds
         self.reduced_kinds_s[collective.kind] += seconds
@@ -197,6 +199,16 @@ class Rank:
         self.optimizer_s = self.price.optimizer_s
         self.tell("compute", "optimizer", -1, self.now, end)
         self.now = end
+
+    def hasten(self, clock: SharedClock) -> None:
+        """Its step as it passes where ranks share cores: what it did is faster by as much as the rest of the time."""
+        end_s, waited_s, busy_s = clock(self.now), clock.length_s(self.waits), self.now - self.bubble_s
+        pace = (end_s - waited_s) / busy_s if busy_s else 1.0
+        self.compute_s, self.communication_s = self.compute_s * pace, self.communication_s * pace
+        self.reduction_s, self.optimizer_s = self.reduction_s * pace, self.optimizer_s * pace
+        self.bubble_s, self.now = waited_s, end_s
+        if self.events is not None:
+            self.events = [e._replace(start_s=clock(e.start_s), end_s=clock(e.end_s)) for e in self.events]
 
     def breakdown(self, driving_s: float) -> TimeBreakdown:
         return TimeBreakdown(
@@ -299,6 +311,12 @@ class Rank:
         waited = max(0.0, until_s - self.now)
         exposed = min(waited, transfer_s)
         self.communication_s += exposed
-        self.bubble_s += waited - exposed
+        self._idle(self.now + waited - exposed)
         self.now = max(self.now, until_s)
         return exposed
+
+    def _idle(self, until_s: float) -> None:
+        """Wait for another stage."""
+        if until_s > self.now:
+            self.bubble_s += until_s - self.now
+            self.waits.append((self.now, until_s))

@@ -31,6 +31,7 @@ from cost_model.schedule import (
     SendForward,
     stage_schedule,
 )
+from cost_model.shared_cores import shared_clock
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def simulate(
     receives = _mode(streams, blocking)
     replicas = [_run_schedule(program, prices, receives, told=told) for prices in price_replicas(program, cluster)]
     _run_step_work(program, replicas)
-    ranks = max(replicas, key=lambda replica: max(rank.now for rank in replica))
+    ranks = _slowest(program, replicas, cluster.crowding)
     last = max(ranks, key=lambda rank: rank.now)
     return SimulationResult(
         step_time_s=last.now + driving_s,
@@ -88,19 +89,20 @@ def step_time_s(
     program: Program,
     replicas: Replicas,
     *,
+    crowding: float = 1.0,
     limit_s: float = math.inf,
     streams: bool = False,
     blocking: bool = False,
 ) -> float:
     """Seconds of one step at given prices of the stages of each replica that differs; as ``simulate``, without memory
-    and timeline. Infinite as soon as one replica alone takes longer than a limit."""
+    and timeline. Infinite as soon as one replica alone takes longer than a limit. crowding: of the cluster."""
     runs = []
     for prices in replicas:
         runs.append(_run_schedule(program, prices, _mode(streams, blocking), told=False))
-        if max(rank.now for rank in runs[-1]) > limit_s:
+        if max(rank.now for rank in runs[-1]) > limit_s * crowding:
             return math.inf
     _run_step_work(program, runs)
-    return max(rank.now for run in runs for rank in run)
+    return max(rank.now for rank in _slowest(program, runs, crowding))
 
 
 def _mode(streams: bool, blocking: bool) -> Receives:
@@ -240,6 +242,18 @@ def _meet_behind(ranks: Sequence[Rank], collective: Collective, group: str, inde
         behind_s = rank.price.step_behind_s[index]
         end_s = start_s + rank.price.step_collectives_s[index] - behind_s
         rank.reduced_behind(collective, behind_s, start_s, end_s)
+
+
+def _slowest(program: Program, runs: Sequence[Sequence[Rank]], crowding: float) -> Sequence[Rank]:
+    """The replica that ends last, with each rank's step as it passes where others leave it their cores."""
+    ranks = max(runs, key=lambda run: max(rank.now for rank in run))
+    if crowding > 1:
+        end_s = max(rank.now for rank in ranks)
+        waits = [(len(program.ranks(rank.stage)), [*rank.waits, (rank.now, end_s)]) for rank in ranks]
+        clock = shared_clock(waits, end_s, crowding)
+        for rank in ranks:
+            rank.hasten(clock)
+    return ranks
 
 
 def _stage_estimate(program: Program, rank: Rank, memory: MemoryBreakdown) -> StageEstimate:

@@ -18,7 +18,7 @@ from cost_model.simulate import step_time_s
 
 def sketched_step_s(sketch: Program, cluster: PricedCluster) -> float:
     """Seconds of a step, each stage as slow as its slowest rank."""
-    return step_time_s(sketch, (price_stages(sketch, cluster),))
+    return step_time_s(sketch, (price_stages(sketch, cluster),), crowding=cluster.crowding)
 
 
 def with_weight_blocks(program: Program) -> Program:

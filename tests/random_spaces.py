@@ -40,6 +40,8 @@ def random_kind(rng: np.random.Generator, entry: bool, exit: bool, tied: bool, s
 class AsItIs:
     """A space without ways to trade time for memory, of which nothing is known before a chain is made."""
 
+    crowding: float = 1.0
+
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
         chain = self.chain(dp, tp, microbatch_size)
         return None if chain is None else Floor(len(chain), 0.0)
@@ -59,6 +61,7 @@ class RandomSpace(AsItIs):
     seed: int
     tied: bool = False
     step: bool = True
+    crowding: float = 1.0
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
         rng = np.random.default_rng([self.seed, dp, tp, microbatch_size])
@@ -111,6 +114,7 @@ class Whole:
     """All plans of a space that saves, for enumeration."""
 
     space: SavingSpace
+    crowding: float = 1.0
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
         return self.space.saving_chains(dp, tp, microbatch_size)[-1]
@@ -136,8 +140,8 @@ def value(
     if not np.isfinite(totals).all():
         return math.inf, math.inf
     cuts = sum(chain.cut_s(first, chosen[first]["in"]) for first, _ in tiling if first)
-    waiting = 1 / 3 if c.schedule == "zero_bubble" else 1.0
-    stages_s = waiting * totals[:, 0].sum() + (c.microbatches - waiting) * totals[:, 0].max()
+    waiting, slowest = weights(c)
+    stages_s = waiting * totals[:, 0].sum() + slowest * totals[:, 0].max()
     time_s = float(stages_s + cuts + totals[:, 1].max())
     held = [chain.in_flight(c.schedule, s, c.pp, c.microbatches) for s in range(c.pp)]
     need = [
@@ -145,6 +149,19 @@ def value(
         for s, r in enumerate(tiling)
     ]
     return time_s, float(max(need))
+
+
+def weights(c: Configuration) -> tuple[float, float]:
+    """Of all stages and of the slowest: linear between equally slow ones and one that alone is not empty."""
+    part = 1 / 3 if c.schedule == "zero_bubble" else 1.0
+    if c.pp == 1:
+        return part, c.microbatches - part
+    slots = [min(t, c.microbatches, c.pp, c.microbatches + c.pp - t) for t in range(1, c.microbatches + c.pp)]
+    full_s = sum(max(computing / c.pp, 1 / c.crowding) for computing in slots)
+    equal_s = c.microbatches + part * (full_s - c.microbatches)
+    lone_s = c.microbatches * max(1 / c.pp, 1 / c.crowding)
+    waiting = (equal_s - lone_s) / (c.pp - 1)
+    return waiting, lone_s - waiting
 
 
 def agrees(chosen: Sequence[dict[str, str]]) -> bool:
@@ -155,7 +172,7 @@ def agrees(chosen: Sequence[dict[str, str]]) -> bool:
 def every_plan(space: RandomSpace | Whole, pins: Pins) -> list[tuple[float, float]]:
     """(objective, bytes) of every plan of every configuration that is not forbidden."""
     found = []
-    for c in configurations(DEVICES, BATCH, pins):
+    for c in configurations(DEVICES, BATCH, pins, space.crowding):
         chain = space.chain(c.dp, c.tp, c.microbatch_size)
         single = [
             [dict(zip(g.domains, labels, strict=True)) for labels in itertools.product(*g.domains.values())]

@@ -48,6 +48,7 @@ class Cluster:
     transfers_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
     uneven: bool = False
     rendezvous: bool = False
+    crowding: float = 1.0
     shared: frozenset[int] = frozenset()
     behind: float = 0.0
     delays_s: Mapping[tuple[int, int], float] = field(default_factory=dict)

@@ -138,7 +138,7 @@ def invented_text(
         for ranks in message_ranks(num_ranks)
         for nbytes in (1024, 2**20)
     ]
-    machine = Machine("an invented machine", num_ranks, 8 * 2**30, 2**30, ONEDNN, cold, steps)
+    machine = Machine("an invented machine", num_ranks, 2.0, 8 * 2**30, 2**30, ONEDNN, cold, steps)
     return render_cluster(machine, [*times, *more], {"float32": 1e-3, "float64": 2e-3}, messages)
 
 

@@ -268,6 +268,14 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert Cluster.load(str(path)).num_devices == 4
 
 
+def test_devices_that_share_cores() -> None:
+    """A figure that prices depend on; more cores than devices hasten none of them."""
+    own = Cluster.from_toml(GOOD, "lab.toml")
+    few, many = (Cluster.from_toml(f"cores = {cores}\n{GOOD}", "lab.toml") for cores in (2, 16))
+    assert [c.crowding for c in (own, few, many, few.resized(8))] == [1.0, 2.0, 1.0, 4.0]
+    assert len({c.fingerprint() for c in (own, few, many)}) == 3
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key", "line", "nearest"),
     [
@@ -281,6 +289,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ('backend = "nccl"', 'backend = "ncl"', "backend", 5, None),
         ('name = "lab"', "name = 3", "name", 2, None),
         ("schema = 1", "schema = 2", "schema", 1, None),
+        ("schema = 1", "schema = 1\ncores = 0", "cores", 2, None),
+        ("schema = 1", "schema = 1\ncores = -2", "cores", 2, None),
         ('[[levels]]\nname = "ethernet"', '[levels.ethernet]\nname = "x"', "levels[0].ethernet", 17, None),
     ],
 )

@@ -34,6 +34,8 @@ from autopar.planner.solution import Infeasible, Pins, Progress, Solution
 from autopar.planner.timings import Timings
 from cost_model.errors import ParallelismError, UnknownNameError
 
+CROWDING = st.sampled_from([1.0, 1.5, 2.0, 4.0])
+
 
 @settings(max_examples=drawn(60), deadline=None)
 @given(seed=st.integers(0, 10**6), tied=st.booleans())
@@ -47,9 +49,9 @@ def test_without_a_cap_one_stage_is_exact(seed: int, tied: bool) -> None:
 
 
 @settings(max_examples=drawn(60), deadline=None)
-@given(seed=st.integers(0, 10**6), tied=st.booleans())
-def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool) -> None:
-    space = RandomSpace(seed, tied, step=False)
+@given(seed=st.integers(0, 10**6), tied=st.booleans(), crowding=CROWDING)
+def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool, crowding: float) -> None:
+    space = RandomSpace(seed, tied, step=False, crowding=crowding)
     found = search(space, DEVICES, BATCH)
     assert isinstance(found, Solution)
     assert found.objective_s == pytest.approx(min(every_plan(space, Pins()))[0])
@@ -62,11 +64,12 @@ def test_without_a_cap_and_step_costs_pipelines_are_exact(seed: int, tied: bool)
     tied=st.booleans(),
     tightness=st.floats(0, 1.2),
     schedule=st.sampled_from([None, "gpipe", "zero_bubble"]),
+    crowding=CROWDING,
 )
 def test_under_a_cap_the_bound_and_the_gap_are_true(
-    seed: int, tied: bool, tightness: float, schedule: str | None
+    seed: int, tied: bool, tightness: float, schedule: str | None, crowding: float
 ) -> None:
-    space, pins = RandomSpace(seed, tied), Pins(schedule=schedule)
+    space, pins = RandomSpace(seed, tied, crowding=crowding), Pins(schedule=schedule)
     plans = every_plan(space, pins)
     least, most = min(need for _, need in plans), min(plans)[1]
     cap = int(least - 2 + tightness * (most - least + 4))
@@ -102,10 +105,16 @@ def test_where_only_the_fastest_is_wanted_what_is_too_large_is_left_out(seed: in
 
 
 @settings(max_examples=drawn(60), deadline=None)
-@given(seed=st.integers(0, 10**6), tightness=st.floats(0, 1.2), hint_s=st.floats(0, 3), pp=st.integers(1, 2))
-def test_a_glance_under_a_cap_is_a_bound(seed: int, tightness: float, hint_s: float, pp: int) -> None:
-    space, pins = RandomSpace(seed), Pins(pp=pp, dp=1, tp=DEVICES // pp, microbatch_size=1)
-    plans, (c,) = every_plan(space, pins), configurations(DEVICES, BATCH, pins)
+@given(
+    seed=st.integers(0, 10**6),
+    tightness=st.floats(0, 1.2),
+    hint_s=st.floats(0, 3),
+    pp=st.integers(1, 2),
+    crowding=CROWDING,
+)
+def test_a_glance_under_a_cap_is_a_bound(seed: int, tightness: float, hint_s: float, pp: int, crowding: float) -> None:
+    space, pins = RandomSpace(seed, crowding=crowding), Pins(pp=pp, dp=1, tp=DEVICES // pp, microbatch_size=1)
+    plans, (c,) = every_plan(space, pins), configurations(DEVICES, BATCH, pins, crowding)
     least, best_s = min(need for _, need in plans), min(plans)[0]
     most = max(need for time_s, need in plans if time_s <= best_s * (1 + 1e-9))
     cap = int(least + tightness * (most - least)) + 1

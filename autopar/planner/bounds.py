@@ -7,6 +7,7 @@ agreeing labels; the slowest stage enters as itself (share 0), as the mean (shar
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from autopar.planner.columns import SAVED, STATE, STEP, TIME, RangeTable
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.paths import Arcs, Ends, Sweep, bottleneck, levels_of, sweep
 from autopar.planner.segment import Price
+from cost_model.shared_cores import pipeline_passes
 
 Weights = tuple[float, float]
 TIME_ONLY: Weights = (1.0, 0.0)
@@ -49,19 +51,37 @@ class StageSpace:
 
 @dataclass(frozen=True)
 class Objective:
-    """waiting x sum of stages + (microbatches - waiting) x slowest + largest step, over pp stages.
+    """waiting x sum of stages + slowest x slowest stage + largest step, over pp stages.
 
-    waiting: for the other stages, in parts of what 1f1b waits.
+    part: of what 1f1b waits for other stages. crowding: ranks per core; those that wait leave theirs to the others.
+
+    Stages that are equally slow compute for as long as microbatches take, and wait in part while the pipeline fills and
+    drains; a stage beside which the others have nothing to do computes all microbatches as fast as its ranks have
+    cores. What lies between is taken as linear: exact for all where each rank has a core.
     """
 
     pp: int
     microbatches: int
-    waiting: float = 1.0
+    part: float = 1.0
+    crowding: float = 1.0
 
-    @property
+    @functools.cached_property
+    def waiting(self) -> float:
+        """How often each stage counts."""
+        if self.pp == 1 or self.crowding == 1:
+            return self.part
+        filling = pipeline_passes(self.pp, self.microbatches, self.crowding) - self.microbatches
+        return (self.microbatches + self.part * filling - self.lone) / (self.pp - 1)
+
+    @functools.cached_property
     def slowest(self) -> float:
         """How often the slowest stage counts beside its place in the sum."""
-        return self.microbatches - self.waiting
+        return max(0.0, self.lone - self.waiting)
+
+    @property
+    def lone(self) -> float:
+        """How often a stage counts beside which the others have nothing to do: no step takes less than that."""
+        return self.microbatches * max(1 / self.pp, 1 / self.crowding)
 
     @property
     def balanced(self) -> Weights:
@@ -76,7 +96,7 @@ class Objective:
     @property
     def alone(self) -> Weights:
         """Weights of a stage that is both the slowest and the largest step."""
-        return (float(self.microbatches), 1.0)
+        return (self.lone, 1.0)
 
     @property
     def priced(self) -> tuple[Weights, ...]:
@@ -128,7 +148,7 @@ def bound(table: RangeTable, spaces: tuple[StageSpace, ...], objective: Objectiv
     floor_s, _ = bottleneck(joined, [low.time_s for low in lows], starts, ends, nodes)
     if not np.isfinite(floor_s):
         return Bound(incumbent_s, (), tuple(np.full(len(space.edges), np.inf) for space in spaces))
-    ceiling_s = max(floor_s, incumbent_s * (1 + 1e-9) / objective.microbatches)
+    ceiling_s = max(floor_s, incumbent_s * (1 + 1e-9) / objective.lone)
     arcs = [_arcs(table, *each, objective) for each in zip(spaces, joined, lows, strict=True)]
     levels = levels_of(arcs, floor_s, ceiling_s if np.isfinite(ceiling_s) else np.inf)
     return _tightest(spaces, objective, sweep(arcs, levels, starts, ends, nodes), incumbent_s)

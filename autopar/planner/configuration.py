@@ -13,7 +13,7 @@ class Configuration:
 
     virtual_stages: into so many parts the stages that are searched for are cut again. window: as in ``stage_schedule``.
     tp_axes: those that tp consists of, None where it is one. dp_inner: as in ``Plan``. zero: level of all parameters,
-    None where each has what was chosen for it.
+    None where each has what was chosen for it. crowding: ranks per core where they share cores.
     """
 
     dp: int
@@ -27,12 +27,12 @@ class Configuration:
     tp_axes: tuple[int, ...] | None = None
     dp_inner: int = 1
     zero: int | None = None
+    crowding: float = 1.0
 
     @property
     def objective(self) -> Objective:
         """What a step takes. Of what 1f1b waits zero_bubble waits a third where forward, backward and the gradients of
         parameters take equally long, else more (Qi et al., 2023, "Zero bubble pipeline parallelism", 2.3); interleaved
         waits one virtual stage's part of it."""
-        return Objective(
-            self.pp, self.microbatches, 1 / 3 if self.schedule == "zero_bubble" else 1 / self.virtual_stages
-        )
+        part = 1 / 3 if self.schedule == "zero_bubble" else 1 / self.virtual_stages
+        return Objective(self.pp, self.microbatches, part, self.crowding)

@@ -176,7 +176,7 @@ class ConfigurationSolver:
                 self.table.add(self._hinted() if np.isfinite(self.cap_bytes) else [])
                 best = self.pools.incumbent([self.pools.pool(space) for space in near], ())
                 near = self._within(near, min(limit_s, self.pools.value(best) * (1 + CLOSE)))
-            slowest_s = min(limit_s, self.pools.value(best) * (1 + CLOSE)) / self.configuration.microbatches
+            slowest_s = min(limit_s, self.pools.value(best) * (1 + CLOSE)) / self.objective.lone
             if np.isinf(longest_s) or longest_s > slowest_s:  # nor are longer ones of use
                 return near, best
             self.table.extend(min(len(self.chain), 2 * self.table.longest))
@@ -198,7 +198,7 @@ class ConfigurationSolver:
         """Without stages so slow that no tiling with them is within the limit, and what only they lead to."""
         if self.configuration.pp == 1 or not np.isfinite(limit_s):
             return tuple(spaces)
-        slowest_s = limit_s / self.configuration.microbatches
+        slowest_s = limit_s / self.objective.lone
         return self._connected([space.only(self._least_s(space) <= slowest_s) for space in spaces])
 
     def _connected(self, spaces: Sequence[StageSpace]) -> tuple[StageSpace, ...]:

@@ -36,7 +36,7 @@ class Choice:
 
 
 def objective_s(columns: Sequence[Column], objective: Objective) -> float:
-    """waiting x sum of stages + cuts + (microbatches - waiting) x slowest stage + largest per-step cost."""
+    """waiting x sum of stages + cuts + slowest x slowest stage + largest per-step cost."""
     along = sum(objective.waiting * c.time_s + c.cut_s for c in columns)
     return along + objective.slowest * max(c.time_s for c in columns) + max(c.step_s for c in columns)
 
@@ -83,7 +83,7 @@ class StageIlp:
         return self._choice(answer)
 
     def _objective(self) -> pulp.LpAffineExpression:
-        """sum_s sum_c (waiting time[c] + cut[c]) x[s, c] + (microbatches - waiting) slowest + step"""
+        """sum_s sum_c (waiting time[c] + cut[c]) x[s, c] + slowest_weight slowest + step"""
         terms = [
             (pick, (self.objective.waiting * c.time_s + c.cut_s) / self.unit_s)
             for picks, columns in zip(self.picks, self.offers, strict=True)

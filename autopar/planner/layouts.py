@@ -12,8 +12,8 @@ from cost_model.parallelism import SCHEDULES
 from cost_model.schedule import refusal
 
 
-def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configuration]:
-    """All configurations that pins, devices and batch allow, in the order that breaks ties."""
+def configurations(num_devices: int, batch: int, pins: Pins, crowding: float = 1.0) -> Iterator[Configuration]:
+    """All configurations that pins, devices and batch allow, in the order that breaks ties. crowding: of a cluster."""
     if pins.schedule not in (None, *SCHEDULES):
         raise UnknownNameError("schedule", pins.schedule, SCHEDULES)
     for pp in _divisors(num_devices, pins.pp):
@@ -25,7 +25,8 @@ def configurations(num_devices: int, batch: int, pins: Pins) -> Iterator[Configu
                 continue
             for size in reversed(_divisors(batch // dp, pins.microbatch_size)):
                 schedule, window = pins.schedule or "1f1b", pins.window or 1
-                yield Configuration(dp, tp, pp, schedule, size, batch // dp // size, pins.parts, window)
+                shape = (dp, tp, pp, schedule, size, batch // dp // size, pins.parts, window)
+                yield Configuration(*shape, crowding=crowding)
 
 
 def _divisors(number: int, pinned: int | None) -> list[int]:

@@ -83,7 +83,7 @@ class Pools:
             return best
         found = sweep(
             arcs,
-            levels_of(arcs, floor_s, self.value(best) * (1 + 1e-9) / self.objective.microbatches),
+            levels_of(arcs, floor_s, self.value(best) * (1 + 1e-9) / self.objective.lone),
             starts,
             ends,
             nodes,
@@ -188,7 +188,7 @@ class Pools:
         """
         arcs = [self.arcs(pool) for pool in pools]
         starts, ends, nodes = self.ends()
-        found = sweep(arcs, levels_of(arcs, 0.0, value / self.objective.microbatches), starts, ends, nodes)
+        found = sweep(arcs, levels_of(arcs, 0.0, value / self.objective.lone), starts, ends, nodes)
         kept = []
         for stage, (pool, a) in enumerate(zip(pools, arcs, strict=True)):
             slowest = np.maximum(found.levels.lower_s, a.slow_s[:, None])

@@ -192,7 +192,7 @@ class _Search:
         """Put every possible configuration in the queue under its floor: stages as fast as each other."""
         floors: dict[tuple[int, int, int], Floor | None] = {}
         reasons: list[tuple[int, str]] = []
-        for c in configurations(self.num_devices, self.batch, self.pins):
+        for c in configurations(self.num_devices, self.batch, self.pins, self.space.crowding):
             mesh = (c.dp, c.tp, c.microbatch_size)
             if mesh not in floors:
                 floors[mesh] = self.space.floor(*mesh)

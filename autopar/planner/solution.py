@@ -20,6 +20,10 @@ INTERRUPTED = "interrupted after"
 class Space(Protocol):
     """What the caller knows: the chain on a mesh at a microbatch size, or None where that is impossible."""
 
+    @property
+    def crowding(self) -> float:
+        """Of the cluster: ranks per core where they share cores, else 1."""
+
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
         """What costs less to know than the chain. One above so many seconds may take longer to find; where the answer
         is not above them, none is known."""

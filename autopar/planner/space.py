@@ -328,6 +328,11 @@ class PinnedSpace:
     sequence: bool | None = None
     axes: Sizes | None = None
 
+    @property
+    def crowding(self) -> float:
+        """Of the cluster."""
+        return self.space.cluster.crowding
+
     def sizes(self, tp: int) -> Sizes:
         """Of the axes of a tp."""
         return self.axes if self.axes and math.prod(self.axes) == tp else (tp,)
