@@ -4,6 +4,8 @@ What a node sends passes ``tc tbf`` on its own interface, which limits its rate,
 is the link: the middle routes it into a TUN device, each packet takes as long as its bytes do at the link's rate, one
 after the other, and what the relay writes back a delay later goes on to its node. That stands in for netem, which not
 every kernel has, and makes up for what a token bucket holds, which passes at once after every pause: no link does that.
+Nor does a link take a share of a core, as the relay does of many packets. Where a node's links are fast, all alike and
+without a delay, the bucket alone is the link, and holds two packets.
 Everything goes when the context ends, when its process dies (the relay and what runs on nodes die with it), or at the
 next start (namespaces of dead processes are found by their names).
 
@@ -44,6 +46,9 @@ HEADER_BYTES = 14  # of Ethernet
 _QUEUE = "64mb"  # of tbf: nothing is dropped, so that rates are what they say
 _AT_FIRST = (1e9, 0.0)
 _BUCKET_FRAMES = 16  # so that the relay, which may come late to a packet, is late for none
+_LINK_FRAMES = 2  # so that what the kernel sends a little late does not slow the rest
+_FAST_BITS_PER_S = 100e6  # two packets in about a millisecond
+_RELAYED = ("lookup", "100", "priority", "100")
 _ROUTE = ("initcwnd", "400", "initrwnd", "400", "congctl", "reno")  # as connections that have sent for long
 _TUNSETIFF, _IFF_TUN_NO_PI = 0x400454CA, 0x1001  # linux/if_tun.h
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -82,6 +87,7 @@ class SlowNetwork:
         self._name = f"{PREFIX}-{os.getpid()}"
         self._relay: subprocess.Popen[str] | None = None
         self._links: dict[tuple[int, int], Link] = {}
+        self._relayed: set[int] = set()
         self._started: list[subprocess.Popen[str]] = []
         self._on_end: Any = None
 
@@ -116,11 +122,9 @@ class SlowNetwork:
         their own. All that a node sends over equal links shares their rate."""
         pairs = itertools.permutations(range(self.nodes), 2)
         self._links = {pair: (others or {}).get(pair, (bits_per_s, delay_s)) for pair in pairs}
-        for node in range(self.nodes):
-            rates = dict.fromkeys(link for (source, _), link in self._links.items() if source == node)
-            total = sum(rate for rate, _ in rates) or bits_per_s
-            self._in(node, "tc", "qdisc", "replace", "dev", DEVICE, "root", *_tbf(total))
         self._tell()
+        for node in range(self.nodes):
+            self._limit(node)
 
     def cut(self, node: int) -> None:
         """The node's link dies: nothing leaves or reaches it, and nobody is told."""
@@ -130,6 +134,21 @@ class SlowNetwork:
         """One way of a link dies: nothing that one node sends the other arrives any more, and nobody is told."""
         del self._links[source, target]
         self._tell()
+        self._limit(source)
+
+    def _limit(self, node: int) -> None:
+        """The rate of what a node sends, and the way it takes."""
+        found = [link for (source, _), link in self._links.items() if source == node]
+        links = dict.fromkeys(found)
+        is_plain = len(links) == 1 and len(found) == self.nodes - 1
+        is_relayed = not (is_plain and found[0][0] >= _FAST_BITS_PER_S and found[0][1] == 0.0)
+        if is_relayed != (node in self._relayed):
+            self._in("middle", "ip", "rule", "add" if is_relayed else "del", "iif", f"to{node}", *_RELAYED)
+            self._relayed ^= {node}
+        if links:
+            frames = _BUCKET_FRAMES if is_relayed else _LINK_FRAMES
+            limit = _tbf(sum(rate for rate, _ in links), frames)
+            self._in(node, "tc", "qdisc", "replace", "dev", DEVICE, "root", *limit)
 
     def _tell(self) -> None:
         """The relay carries nothing between pairs that it is told no link of."""
@@ -168,7 +187,6 @@ class SlowNetwork:
             self._in(where, "ip", "addr", "add", f"10.213.{node}.{last}/24", "dev", device)
             self._in(where, "ip", "link", "set", device, "mtu", str(MTU_BYTES), "up")
         self._in(node, "ip", "route", "add", "default", "via", f"10.213.{node}.1", *_ROUTE)
-        self._in("middle", "ip", "rule", "add", "iif", f"to{node}", "lookup", "100", "priority", "100")
 
     def _start_relay(self) -> None:
         self._in("middle", "ip", "tuntap", "add", "dev", "delay0", "mode", "tun")
@@ -210,8 +228,8 @@ def namespaces_of(pid: int) -> list[str]:
     return [name for name in names if name.startswith(f"{PREFIX}-{pid}-")]
 
 
-def _tbf(bits_per_s: float) -> list[str]:
-    burst = _BUCKET_FRAMES * (MTU_BYTES + HEADER_BYTES)
+def _tbf(bits_per_s: float, frames: int = _BUCKET_FRAMES) -> list[str]:
+    burst = frames * (MTU_BYTES + HEADER_BYTES)
     return ["tbf", "rate", f"{bits_per_s:.0f}bit", "burst", str(burst), "limit", _QUEUE]
 
 

@@ -66,6 +66,7 @@ def test_a_network_is_as_slow_as_it_says_and_leaves_nothing() -> None:
             (20e6, 0.03, 10**5),
             (20e6, 0.03, 1),
             (1e6, 0.0, 16000),
+            (200e6, 0.0, 10**6),
         ):
             network.shape(bits_per_s, delay_s)
             check_exchange(source, nbytes, nbytes * 8 / bits_per_s + 2 * delay_s)
