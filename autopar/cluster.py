@@ -19,4 +19,4 @@ class Cluster(PricedCluster):
         from autopar.calibrate import local_cluster
 
         found = local_cluster(num_devices)
-        return cls(found.name, found.devices, found.levels, found.backend, found.network, cores=found.cores)
+        return cls(found.name, found.devices, found.levels, found.backend, found.network, crowding=found.crowding)

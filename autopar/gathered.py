@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from autopar.hiding import hidden_of
 from autopar.narrower import WORTH
 from autopar.options import FLAT
+from autopar.planner.bounds import Objective
 from autopar.planner.chain import Chain, Floor
 from autopar.planner.configuration import Configuration
 from autopar.planner.solution import Infeasible, Solution, is_interrupted
@@ -81,7 +82,10 @@ def unless_beaten(job: Job, ask: Ask) -> Solution | Infeasible:
 
 
 def beats(job: Job, solution: Solution) -> Gathered | None:
-    """The fastest plan that is gathered, if it takes less than what was found may: its price, less what it may hide."""
+    """The fastest plan that is gathered, if it takes less than what was found may: its price, less what it may hide.
+    Not known where ranks share cores, which may take less than prices say."""
+    if job.cluster.crowding > 1:
+        return None
     return gathered(job, solution, solution.objective_s - hidden_of(job, solution))
 
 
@@ -142,8 +146,8 @@ class _Meshes:
         return self.space.crowding
 
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
-        microbatches = self.job.batch // dp // microbatch_size
-        if dp == 1 or self._moved_s(dp, tp) * microbatches >= self.limit_s:
+        count, stages = self.job.batch // dp // microbatch_size, self.job.cluster.num_devices // (dp * tp)
+        if dp == 1 or self._moved_s(dp, tp) * Objective(stages, count, 1.0, self.crowding).lone >= self.limit_s:
             return None
         return self.space.floor(dp, tp, microbatch_size, above_s)
 

@@ -157,7 +157,8 @@ class DifferentMeshes:
         """
         best: Solution | None = None
         short: Infeasible | None = None
-        worth_s, bound_s = min(worth_s, limit_s * (1 + SLACK)), math.inf
+        crowding = self.job.cluster.crowding  # by which a step may take less than such a price
+        worth_s, bound_s = min(worth_s, limit_s * (1 + SLACK)) * crowding, math.inf
         fitting, rewritten = 0, set[tuple[object, ...]]()
         for arranged in self.solver.fastest(shapes, worth_s):
             assert arranged.solution is not None

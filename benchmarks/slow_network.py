@@ -171,6 +171,7 @@ class SlowNetwork:
         return process
 
     def _build(self) -> None:
+        self._relayed.clear()
         for node in (*range(self.nodes), "middle"):
             _run("ip", "netns", "add", self.namespace(node))
             self._in(node, "ip", "link", "set", "lo", "up")

@@ -80,8 +80,8 @@ class Cluster:
 
     Each level's group size is a multiple of the one inside it, and the outermost joins all devices; levels are
     empty where a network is given or where there is one device only. backend: of torch.distributed. table: of the file
-    that describes it, where one does. cores: processors that all devices share, None where each has its own; figures
-    are of all devices at once.
+    that describes it, where one does. crowding: devices per core where they share cores: so many times faster one is
+    than its figures, which are of all at once, while the others wait; else 1.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Cluster:
     backend: str
     network: Network | None = None
     table: Table | None = field(default=None, compare=False, repr=False)
-    cores: float | None = None
+    crowding: float = 1.0
 
     def __post_init__(self) -> None:
         assert self.devices and self.backend in BACKENDS
@@ -98,6 +98,7 @@ class Cluster:
         object.__setattr__(self, "devices", tuple(known.setdefault(device, device) for device in self.devices))
         assert self.network is not None or self.num_devices == 1 or self.levels[-1].group_size >= self.num_devices
         assert self.network is None or len(self.network.node_of) == self.num_devices
+        assert self.crowding == 1 or (self.crowding > 1 and self.network is None and len(known) == 1)
         sizes = [level.group_size for level in self.levels]
         assert all(outer % inner == 0 for inner, outer in zip(sizes, sizes[1:], strict=False)), sizes
 
@@ -130,8 +131,8 @@ class Cluster:
             _check_whole(table, len(devices), num_devices)
             return cls(table.text("name"), devices, (), backend, network, table)
         count = table.count("num_devices") if num_devices is None else _checked_count(num_devices)
-        cores = _cores(table) if table.has("cores") else None
-        return cls(table.text("name"), (device_of(table),) * count, _levels(table, count), backend, None, table, cores)
+        devices, levels, crowding = (device_of(table),) * count, _levels(table, count), _crowding(table)
+        return cls(table.text("name"), devices, levels, backend, None, table, crowding)
 
     @classmethod
     def from_matrix(
@@ -191,11 +192,6 @@ class Cluster:
     def rendezvous(self) -> bool:
         """gloo sends once the receiver has said that it waits; measured levels count that already."""
         return self.network is not None and self.backend == "gloo"
-
-    @property
-    def crowding(self) -> float:
-        """Devices per core where they share cores: so many times faster one is than its figures while others wait."""
-        return 1.0 if self.cores is None else max(1.0, self.num_devices / self.cores)
 
     @property
     def products(self) -> str:
@@ -284,7 +280,7 @@ class Cluster:
             "levels": [dataclasses.asdict(level) for level in self.levels],
             "network": None if self.network is None else dataclasses.asdict(self.network),
             "backend": self.backend,
-            "cores": self.cores,
+            **({} if self.crowding == 1 else {"crowding": self.crowding}),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -342,11 +338,14 @@ def _checked_count(num_devices: object) -> int:
     return num_devices
 
 
-def _cores(table: Table) -> float:
+def _crowding(table: Table) -> float:
+    """Of as many devices as the file gives figures for, which a cluster of another size keeps."""
+    if not table.has("cores"):
+        return 1.0
     cores = table.number("cores")
     if not cores:
         table.fail("cores", "must be above zero; leave it out where each device has a core of its own")
-    return cores
+    return max(1.0, table.count("num_devices") / cores)
 
 
 def _check_whole(table: Table, count: int, num_devices: object) -> None:

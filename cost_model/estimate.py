@@ -41,7 +41,8 @@ class MemoryBreakdown:
 @dataclass(frozen=True)
 class StageEstimate:
     """forward_s, backward_s: one microbatch, in all virtual stages, exposed tensor-parallel communication included.
-    op_kinds_s: seconds per step by op kind (collectives under their own names)."""
+    op_kinds_s: seconds per step by op kind (collectives under their own names). Where ranks share cores, while all
+    compute."""
 
     stage: int
     forward_s: float

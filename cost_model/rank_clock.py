@@ -120,6 +120,7 @@ class Rank:
     """The representative rank of one stage: its clock, where its time went, and its place in its list of steps.
 
     events: what it did, None where nobody asks: writing them down takes as long as all else. waits: for other stages.
+    pace: what it did took so many times its seconds.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Rank:
         self.events: list[Event] | None = [] if told else None
         self.links: dict[type[Step], Link] = {}
         self.waits: list[Span] = []
+        self.pace = 1.0
 
     def tell(self, stream: str, name: str, microbatch: int, start_s: float, end_s: float, chunk: int = 0) -> None:
         """Write an event down, where any are."""
@@ -203,20 +205,18 @@ class Rank:
     def hasten(self, clock: SharedClock) -> None:
         """Its step as it passes where ranks share cores: what it did is faster by as much as the rest of the time."""
         end_s, waited_s, busy_s = clock(self.now), clock.length_s(self.waits), self.now - self.bubble_s
-        pace = (end_s - waited_s) / busy_s if busy_s else 1.0
-        self.compute_s, self.communication_s = self.compute_s * pace, self.communication_s * pace
-        self.reduction_s, self.optimizer_s = self.reduction_s * pace, self.optimizer_s * pace
+        self.pace = (end_s - waited_s) / busy_s if busy_s else 1.0
         self.bubble_s, self.now = waited_s, end_s
         if self.events is not None:
             self.events = [e._replace(start_s=clock(e.start_s), end_s=clock(e.end_s)) for e in self.events]
 
     def breakdown(self, driving_s: float) -> TimeBreakdown:
         return TimeBreakdown(
-            compute_s=self.compute_s,
-            communication_s=self.communication_s,
+            compute_s=self.pace * self.compute_s,
+            communication_s=self.pace * self.communication_s,
             bubble_s=self.bubble_s,
-            reduction_s=self.reduction_s,
-            optimizer_s=self.optimizer_s,
+            reduction_s=self.pace * self.reduction_s,
+            optimizer_s=self.pace * self.optimizer_s,
             other_s=driving_s,
         )
 

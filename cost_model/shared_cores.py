@@ -2,7 +2,8 @@
 
 Prices are of all ranks at once, with ``crowding`` of them per core. While only some compute, each of those is faster:
 with a rank to a core as fast as it is alone, before that as their number is smaller. A step in which all wait for one
-rank is then ``crowding`` times as fast as its prices, and one in which none waits as they say.
+rank is then ``crowding`` times as fast as its prices, and one in which none waits as they say. What a rank stands still
+for while a message moves counts as computing: cores move it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def shared_clock(waits: Sequence[tuple[int, Sequence[Span]]], end_s: float, crow
     changes = np.array([(0.0, everyone), *starts, *stops, (end_s, 0)])
     changes = changes[np.argsort(changes[:, 0], kind="stable")]
     computing = np.cumsum(changes[:-1, 1])
-    pace = np.maximum(computing / everyone, 1 / crowding)
+    pace = np.where(computing > 0, np.maximum(computing / everyone, 1 / crowding), 1.0)
     passed_s = np.concatenate(([0.0], np.cumsum(pace * np.diff(changes[:, 0]))))
     return SharedClock(changes[:, 0], passed_s)
 

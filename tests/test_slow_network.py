@@ -36,6 +36,13 @@ with socket.create_server(("", 5000)) as listener:
             left -= len(peer.recv(min(left, 1 << 20)))
         peer.sendall(b"k")
 """
+KNOCK = r"""
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 5000), timeout=1.0)
+except OSError as error:
+    print(type(error).__name__)
+"""
 SOURCE = r"""
 import socket, sys, time
 peer = socket.create_connection((sys.argv[1], 5000))
@@ -77,8 +84,38 @@ def test_a_network_is_as_slow_as_it_says_and_leaves_nothing() -> None:
     assert sink.poll() is not None and source.poll() is not None
 
 
+def relayed(network: Any) -> set[str]:
+    """The nodes whose packets pass the relay, as the kernel has it."""
+    command = ["ip", "netns", "exec", network.namespace("middle"), "ip", "rule"]
+    return set(re.findall(r"iif (to\d)", subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def knocked(network: Any, source: int, target: int) -> str:
+    """What comes of a connection where nobody listens: a refusal is an answer."""
+    process = network.start(source, [sys.executable, "-c", KNOCK, network.address(target)], {})
+    return str(process.communicate()[0]).strip()
+
+
+def test_fast_links_pass_no_relay_unless_they_delay_or_one_of_them_dies() -> None:
+    with slow_network.SlowNetwork(3) as network:
+        for shape, expected in (
+            ((200e6, 0.0), set()),
+            ((200e6, 0.0, {(1, 0): (300e6, 0.0)}), {"to1"}),
+            ((200e6, 0.005), {"to0", "to1", "to2"}),
+            ((20e6, 0.0), {"to0", "to1", "to2"}),
+            ((200e6, 0.0), set()),
+        ):
+            network.shape(*shape)
+            assert relayed(network) == expected
+        assert [knocked(network, 0, node) for node in (1, 2)] == ["ConnectionRefusedError"] * 2
+        network.cut_way(0, 2)
+        assert relayed(network) == {"to0"}
+        assert [knocked(network, 0, node) for node in (1, 2)] == ["ConnectionRefusedError", "TimeoutError"]
+
+
 def check_exchange(source: Any, nbytes: int, expected_s: float) -> None:
-    """A message that follows a pause, and one byte in reply; no byte of it is free."""
+    """A message that follows a pause, and one byte in reply; no byte of it is free, but for what a fast link's bucket
+    holds, which is less than headers take of a large message."""
     asked(source, nbytes)
     seconds = min(float(asked(source, nbytes)) for _ in range(3))
     assert expected_s <= seconds <= 1.2 * expected_s + 0.02, (seconds, expected_s, nbytes)

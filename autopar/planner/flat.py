@@ -213,7 +213,7 @@ class FlatIlp:
     # --- Rows
 
     def _objective(self) -> pulp.LpAffineExpression:
-        """sum_s (waiting time[s] + cuts[s]) + (microbatches - waiting) slowest + step"""
+        """sum_s (waiting time[s] + cuts[s]) + slowest_weight slowest + step"""
         given = self.given.objective
         along = [(x, given.waiting * c) for s in self.stages for x, c in self.costs[s][TIME]] + self.cut_terms
         terms = [(x, c / self.unit_s) for x, c in along]
