@@ -151,6 +151,9 @@ class _Meshes:
             return None
         return self.space.floor(dp, tp, microbatch_size, above_s)
 
+    def least_saved_bytes(self, dp: int, tp: int, microbatch_size: int) -> float:
+        return self.space.least_saved_bytes(dp, tp, microbatch_size)
+
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         return self.space.chain(dp, tp, microbatch_size)
 

@@ -17,7 +17,7 @@ from autopar.options import FLAT
 from autopar.planner.search import Configuration, search
 from autopar.planner.solution import Pins, Progress, Solution, Space, is_interrupted
 from autopar.report import seconds_text
-from autopar.schedules import faster_schedules, may_fit
+from autopar.schedules import faster_schedules, may_fit, may_hold
 from autopar.tied import tied_s
 from cost_model.errors import ParallelismError
 from cost_model.plan import Plan
@@ -75,8 +75,11 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
                 if is_faster(same):
                     break
             elif not searched:
-                searched = True
-                for other in _searched(job, c, limit_s):
+                searched, slower = True, limit_s / sketched_s
+                held = functools.partial(
+                    may_hold, c, program, job.static_bytes(plan), job.stage_caps(plan), slower=slower
+                )
+                for other in _searched(job, c, limit_s, held):
                     is_faster(other)
     return Scheduled(best, chosen, () if best is plan else (_chosen_note(job, plan, best),))
 
@@ -117,15 +120,16 @@ def is_plain(job: Job, solution: Solution) -> bool:
     return placed == (None, None, None) and job.options.solver != FLAT and not is_interrupted(solution.notes)
 
 
-def _searched(job: Job, c: Configuration, worth_s: float) -> Iterator[Solution]:
+def _searched(job: Job, c: Configuration, worth_s: float, may_hold: Callable[..., bool]) -> Iterator[Solution]:
     """Plans of the same mesh that fit under the schedule of a configuration, of smaller microbatches or of as large.
 
     worth_s: of a step; as far as prices tell what one takes, it costs more than the schedule saves from there on.
+    may_hold(samples=): see ``schedules.may_hold``.
     """
     pinned = job.options.parallelism.microbatch_size
     smaller = [size for size in range(c.microbatch_size - 1, 0, -1) if c.microbatch_size % size == 0]
     for size in [c.microbatch_size] if pinned else [*smaller[:_SMALLER], c.microbatch_size]:
-        found = _searched_on_mesh(job, c, size, worth_s)
+        found = _searched_on_mesh(job, c, size, worth_s) if may_hold(samples=size) else None
         if found is not None:
             yield found
             return

@@ -17,6 +17,7 @@ from cost_model.schedule import refusal
 from cost_model.simulate import SimulationResult
 from cost_model.sketch import (
     least_saved_bytes,
+    most_kept_bytes,
     most_saved_bytes,
     sketched_step_s,
     with_virtual_stages,
@@ -75,6 +76,29 @@ def may_fit(
         return all(each <= cap for each, cap in zip(held, caps_bytes, strict=True))
     ends = [part.last for part in recut(solution.stages, c.pp * c.virtual_stages)]
     return sum(static_bytes) + least_saved_bytes(program, ends) <= sum(caps_bytes)
+
+
+def may_hold(
+    c: Configuration,
+    program: Program,
+    static_bytes: Sequence[int],
+    caps_bytes: Sequence[int],
+    samples: int,
+    slower: float,
+) -> bool:
+    """Whether stages of the same mesh may hold what zero bubble keeps for gradients of parameters, in microbatches of
+    so many samples, if the slowest of them may be so many times as slow as those that are known.
+
+    Prices know nothing of what is kept, which no recompute lets go of. Parameters and what is kept are thought to lie
+    as they do in ``program``, and to take what a stage has of segments; one that has no room gives some to others.
+    """
+    if c.schedule != "zero_bubble":
+        return True
+    kept = [nbytes * samples / c.microbatch_size for nbytes in most_kept_bytes(with_weight_blocks(program))]
+    parts = [
+        min(slower, cap / max(static + own, 1)) for static, own, cap in zip(static_bytes, kept, caps_bytes, strict=True)
+    ]
+    return sum(parts) >= c.pp
 
 
 def windows(program: Program, pins: Parallelism, seconds: Callable[[Program], float]) -> Iterator[tuple[int, float]]:

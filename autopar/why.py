@@ -92,6 +92,9 @@ class _HeldSpace:
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
         return self.space.floor(dp, tp, microbatch_size, above_s)
 
+    def least_saved_bytes(self, dp: int, tp: int, microbatch_size: int) -> float:
+        return self.space.least_saved_bytes(dp, tp, microbatch_size)
+
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         found = self.space.chain(dp, tp, microbatch_size)
         return None if found is None else self._held(found, tp)

@@ -6,7 +6,7 @@ that all stages together do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from cost_model.priced import PricedCluster
@@ -76,13 +76,23 @@ def least_saved_bytes(program: Program, ends: Sequence[int]) -> int:
 def most_saved_bytes(sketch: Program) -> tuple[int, ...]:
     """What each stage of a program or of ``with_weight_blocks`` has saved, and kept for gradients of parameters, when
     it has most: no more than it will hold."""
+    return _most(sketch, lambda chunk: _saved_bytes(sketch, chunk.segments[0], chunk.segments[-1] + 1))
+
+
+def most_kept_bytes(sketch: Program) -> tuple[int, ...]:
+    """What each stage of ``with_weight_blocks`` keeps for gradients of parameters when it keeps most: as much where
+    all is made again as where nothing is."""
+    return _most(sketch, lambda chunk: 0)
+
+
+def _most(sketch: Program, saved_bytes: Callable[[Chunk], int]) -> tuple[int, ...]:
+    """Of each stage, with so many bytes of each microbatch saved for the backward of a chunk."""
     found = []
     for stage in sketch.stages:
         steps = stage_schedule(
             sketch.schedule, stage.stage, sketch.pp, sketch.microbatches, sketch.virtual_stages, sketch.window
         )
-        saved = [_saved_bytes(sketch, chunk.segments[0], chunk.segments[-1] + 1) for chunk in stage.chunks]
-        found.append(_most_held(saved, list(map(_kept_bytes, stage.chunks)), steps))
+        found.append(_most_held([*map(saved_bytes, stage.chunks)], [*map(_kept_bytes, stage.chunks)], steps))
     return tuple(found)
 
 

@@ -46,6 +46,9 @@ class AsItIs:
         chain = self.chain(dp, tp, microbatch_size)
         return None if chain is None else Floor(len(chain), 0.0)
 
+    def least_saved_bytes(self, dp: int, tp: int, microbatch_size: int) -> float:
+        return 0.0
+
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         raise NotImplementedError
 

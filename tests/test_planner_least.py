@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from random_spaces import random_kind
 
 from autopar.options import Options
 from autopar.planner.bounds import TIME_ONLY
-from autopar.planner.least import least_costs
+from autopar.planner.chain import Chain, Floor
+from autopar.planner.least import least_costs, most_whole_s, slowest_stage_s
 from autopar.planner.segment import Price, Segment
 from autopar.planner.space import ModelSpace
 from autopar.planning import Job
@@ -54,6 +56,17 @@ def least_s(known: ModelSpace, dp: int, tp: int, size: int) -> float:
     return float(least_costs(chain.sequence, [Segment(graph) for graph in chain.kinds], (TIME,))[0])
 
 
+def assert_alike(known: ModelSpace, floor: Floor, dp: int, tp: int, size: int) -> None:
+    """Of each kind of segments that repeats as many as there are, none of which takes less."""
+    chain = known.chain(dp, (tp,), size)
+    assert chain is not None and floor.alike
+    counts = Counter(chain.sequence)
+    repeated = [(kind, count) for kind, count in counts.items() if count > 1]
+    for (count, each_s), (kind, known_count) in zip(floor.alike, repeated, strict=True):
+        least_s = float(Segment(chain.kinds[kind]).costs((TIME,)).min())
+        assert count == known_count and 0.0 < each_s <= least_s * (1 + 1e-9), (dp, tp, size)
+
+
 @pytest.mark.parametrize("cluster", ["p3.16xlarge", "dgx-a100-80gb", "a64fx"])
 def test_no_chain_goes_below_its_floors(cluster: str) -> None:
     """Nor below those that follow from fewer ranks, in whatever order meshes are asked for."""
@@ -65,8 +78,42 @@ def test_no_chain_goes_below_its_floors(cluster: str) -> None:
             floor = space(cluster).floor(dp, (tp,), size, floors_s[-1])
             assert floor is not None and floor.segments == len(space(cluster).structure.segments)
             floors_s.append(floor.time_s)
+            assert_alike(space(cluster), floor, dp, tp, size)
         assert floors_s[1] <= floors_s[2] <= time_s * (1 + 1e-9), (dp, tp, size)
         assert floors_s[2] > 0.3 * time_s, (dp, tp, size)
+
+
+def test_no_assignment_saves_less_than_is_known_before_the_chain() -> None:
+    known = space("dgx-a100-80gb")
+    for dp, tp, size in itertools.product((1, 2), (8, 1, 4), (1, 2)):
+        chain = known.chain(dp, (tp,), size)
+        assert chain is not None
+        segments = [Segment(graph) for graph in chain.kinds]
+        least = float(least_costs(chain.sequence, segments, (Price(0.0, 0.0, 0.0, 1.0),))[0])
+        assert 0.5 * least < known.least_saved_bytes(dp, (tp,), size) <= least * (1 + 1e-9)
+
+
+@settings(max_examples=drawn(100), deadline=None)
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 9), pp=st.integers(1, 9))
+def test_the_slowest_stage_is_that_of_the_best_of_all_tilings(seed: int, length: int, pp: int) -> None:
+    """Where segments that follow each other need not agree; else no tiling is faster."""
+    rng = np.random.default_rng(seed)
+    segments = [Segment(random_kind(rng, True, True, False, True)) for _ in range(3)]
+    row = tuple(int(kind) for kind in rng.integers(0, 3, length))
+    alone = [float(segment.costs((TIME,)).min()) for segment in segments]
+    times = [alone[kind] for kind in row]
+    pp = min(pp, length)
+    tilings = ((0, *cuts, length) for cuts in itertools.combinations(range(1, length), pp - 1))
+    least = min(max(sum(times[a:b]) for a, b in itertools.pairwise(ends)) for ends in tilings)
+    graphs = tuple(segment.graph for segment in segments)
+    found = slowest_stage_s(Chain(graphs, row, lambda i, label: 0.0, lambda i, j: 0), segments, pp)
+    assert found <= least * (1 + 1e-9) and found == pytest.approx(least, rel=1e-5)
+
+
+def test_whole_segments_are_counted_by_kind() -> None:
+    assert most_whole_s([(48, 1.0), (2, 7.0)], 32) == 7.0
+    assert most_whole_s([(48, 4.0), (2, 7.0)], 32) == 8.0
+    assert most_whole_s([], 4) == 0.0
 
 
 def test_a_device_whose_large_ops_are_slower_says_by_how_much() -> None:

@@ -14,10 +14,11 @@ from autopar import rescheduled
 from autopar.options import Options
 from autopar.planner.search import Solution, is_interrupted
 from autopar.planning import Job, Planned
-from autopar.schedules import faster_schedules, may_fit
+from autopar.schedules import faster_schedules, may_fit, may_hold
 from autopar.timing import waited_s
 from cost_model.cluster import Cluster
 from cost_model.parallelism import Parallelism
+from cost_model.sketch import most_kept_bytes, with_weight_blocks
 
 
 def test_a_faster_schedule_that_holds_too_much_gets_a_plan_of_its_own() -> None:
@@ -100,6 +101,30 @@ def test_what_a_schedule_is_known_to_hold_is_near_what_it_holds(pins: dict[str, 
         for stage, (always, most) in enumerate(zip(static, peaks, strict=True)):
             caps = [*peaks[:stage], always + round(nearly * (most - always)), *peaks[stage + 1 :]]
             assert not may_fit(solution, c, program, static, caps)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_zero_bubble_keeps_what_gradients_wait_for_whatever_is_made_again(recompute: str) -> None:
+    model, batch = example_gpt(n_layer=4)
+    pins = Parallelism(dp=1, tp=1, pp=4, microbatch_size=1, schedule="1f1b", window=1, recompute=recompute)
+    job = Job.of(model, cpu_cluster(4), batch, Options.of(None, ADAMW, pins, None, None, None))
+    solution = job.solve()
+    plan, c = job.plan(solution), replace(solution.configuration, schedule="zero_bubble")
+    program, static = job.program(plan), job.static_bytes(plan)
+    kept = most_kept_bytes(with_weight_blocks(program))
+    assert kept[0] == 0 and 2.5 * kept[1] < kept[3], "the first stage keeps nothing, the others one more each"
+    peaks = job.peaks(replace(plan, schedule="zero_bubble"))
+    for own, always, most in zip(kept[1:], static[1:], peaks[1:], strict=True):
+        assert own < most - always < (2.0 if recompute == "full" else 3.0) * own
+    needed = [own + always for own, always in zip(kept, static, strict=True)]
+    assert may_hold(c, program, static, needed, 1, 1.0)
+    assert not may_hold(c, program, static, [*needed[:3], needed[3] - 1], 1, 1.0)
+    assert may_hold(c, program, static, [*needed[:2], 2 * needed[2], round(0.85 * needed[3])], 1, 1.2), (
+        "one gives others some"
+    )
+    assert not may_hold(c, program, static, [*needed[:2], 2 * needed[2], round(0.85 * needed[3])], 1, 1.1)
+    assert not may_hold(c, program, static, needed, 2, 1.0)
+    assert may_hold(solution.configuration, program, static, [0] * 4, 1, 1.0), "others hold what prices know"
 
 
 @pytest.mark.parametrize("meshes", [[(4, 1)], pytest.param([(4, 2), (1, 4)], marks=pytest.mark.slow)], ids=str)

@@ -80,10 +80,12 @@ def at_once(ways: Sequence[Chain]) -> Chain:
 @dataclass(frozen=True)
 class Floor:
     """What is known of a chain before it is made: how many segments it has, and ``time_s``, seconds per microbatch,
-    forward and backward, that no assignment of them goes below."""
+    forward and backward, that no assignment of them goes below. alike: of each kind of them that repeats, how many
+    there are, and seconds that one of them takes at least."""
 
     segments: int
     time_s: float
+    alike: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

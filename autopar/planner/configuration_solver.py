@@ -17,7 +17,7 @@ from autopar.planner.columns import SAVED, STATE, Column, RangeTable
 from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import Choice, StageIlp
-from autopar.planner.least import least_costs, mean_bytes, quick_bound_s
+from autopar.planner.least import least_costs, mean_bytes, quick_bound_s, slowest_stage_s
 from autopar.planner.paths import Ends, bottleneck
 from autopar.planner.pools import Pool, Pools
 from autopar.planner.segment import Price, Segment
@@ -109,10 +109,13 @@ class ConfigurationSolver:
         chain, pp = self.chain, self.configuration.pp
         least = min(chain.reserve_bytes(*fold(chain.sequence).examples[k]) for k in range(len(set(chain.sequence))))
         room, held = pp * (self.cap_bytes - least) - sum(self.extra_bytes), min(self.held)
-        weights = self.objective.balanced
-        bytes_s = [hint_s * weights[0] for hint_s in self.hints_s]
-        prices = [Price(*weights, byte_s, byte_s * held) for byte_s in bytes_s]
-        duals = least_costs(chain.sequence, self.segments, prices) - np.array(bytes_s) * room
+        both = [self.objective.balanced] if pp == 1 else [self.objective.balanced, self.objective.along]
+        weighted = [(weights, hint_s * self.objective.balanced[0]) for weights in both for hint_s in self.hints_s]
+        prices = [Price(*weights, byte_s, byte_s * held) for weights, byte_s in weighted]
+        duals = least_costs(chain.sequence, self.segments, prices) - np.array([byte_s for _, byte_s in weighted]) * room
+        if pp > 1:
+            slowest_s = slowest_stage_s(chain, self.segments, pp)
+            duals[len(self.hints_s) :] += self.objective.slowest * slowest_s
         return float(max(0.0, duals.max())) + (pp - 1) * self._cheapest_cut_s
 
     @property
@@ -221,7 +224,7 @@ class ConfigurationSolver:
     @property
     def guess_bytes(self) -> float:
         """See ``mean_bytes``."""
-        return mean_bytes(self.chain, self.segments, self.held)
+        return mean_bytes(self.chain, self.segments, self.objective, self.held)
 
     def forget(self) -> None:
         """Drop the table; what segments know of prices stays."""

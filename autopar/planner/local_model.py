@@ -45,6 +45,8 @@ class Structure:
         self.representatives: dict[str, Segment] = {}
         for part in self.segments:
             self.representatives.setdefault(part.kind, part)
+        kinds = Counter(part.kind for part in self.segments)
+        self.repeated = {kind: count for kind, count in kinds.items() if count > 1}
 
     @cached_property
     def first_holders(self) -> dict[str, Segment]:

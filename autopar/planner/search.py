@@ -27,7 +27,7 @@ from autopar.planner.configuration_solver import ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.layouts import configurations, refused_because
-from autopar.planner.least import quick_bound_s
+from autopar.planner.least import most_whole_s, quick_bound_s
 from autopar.planner.nodes import Relaxed, Unit, Waiting
 from autopar.planner.segment import Segment, unproved
 from autopar.planner.solution import (
@@ -220,6 +220,9 @@ class _Search:
         if waiting.chain is not None:
             self._add_units(c, waiting.chain, waiting)
             return
+        if self.fastest_only and self._saves_much(c):
+            self.left_out_s = min(self.left_out_s, waiting.bound_s)
+            return
         floor = self.space.floor(c.dp, c.tp, c.microbatch_size, waiting.floor_s)
         if floor is not None and floor.time_s > waiting.floor_s:
             self._push(replace(waiting, bound_s=_floor_s(c, floor), floor_s=floor.time_s))
@@ -233,8 +236,14 @@ class _Search:
         if math.isfinite(bound_s):
             self._push(replace(waiting, bound_s=max(waiting.bound_s, bound_s), chain=chain))
 
+    def _saves_much(self, c: Configuration) -> bool:
+        """Whether no plan of the fastest chain fits, for what they save: known before it is made."""
+        shape = (c.pp, c.microbatches, c.virtual_stages, c.window)
+        held = sum(in_flight(c.schedule, stage, *shape) for stage in range(c.pp)) / c.pp
+        return self.space.least_saved_bytes(c.dp, c.tp, c.microbatch_size) * held > self.cap_bytes * c.pp
+
     def _is_large(self, c: Configuration, chain: Chain) -> bool:
-        """Whether the guess is that no plan fits; with labels of shared variables fixed it is no less."""
+        """Whether the guess is that the fastest plan does not fit."""
         return self.solver(chain, self._segments(chain), c, math.inf).guess_bytes > self.cap_bytes
 
     def _segments(self, chain: Chain) -> list[Segment]:
@@ -544,8 +553,9 @@ def _configuration(unit: Unit | Waiting | Relaxed) -> Configuration:
 
 
 def _floor_s(c: Configuration, floor: Floor) -> float:
-    """Seconds of a step of stages that are as fast as each other."""
-    return c.objective.balanced[0] * floor.time_s
+    """Seconds of a step of stages that are as fast as each other, or as one that has whole segments."""
+    slowest_s = max(floor.time_s / c.pp, most_whole_s(floor.alike, c.pp))
+    return c.objective.waiting * floor.time_s + c.objective.slowest * slowest_s
 
 
 def _gap(objective_s: float, bound_s: float) -> float:

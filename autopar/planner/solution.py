@@ -28,6 +28,9 @@ class Space(Protocol):
         """What costs less to know than the chain. One above so many seconds may take longer to find; where the answer
         is not above them, none is known."""
 
+    def least_saved_bytes(self, dp: int, tp: int, microbatch_size: int) -> float:
+        """By a microbatch, of all stages together: no plan of the chain saves less. Costs less to know than it."""
+
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None: ...
 
     def saving_chains(self, dp: int, tp: int, microbatch_size: int) -> Sequence[Chain]:

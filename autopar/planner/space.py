@@ -11,16 +11,17 @@ import copy
 import functools
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import overload
 
+import numpy as np
+
 from autopar.optimizer_price import OptimizerPrice
 from autopar.planner.chain import Chain, Floor
-from autopar.planner.factor_graph import FactorGraph
-from autopar.planner.least import floor_s
+from autopar.planner.factor_graph import FactorGraph, FloatArray
+from autopar.planner.least import floors_s, least_saved_bytes
 from autopar.planner.local_model import LocalModel, Sizes, Structure
 from autopar.planner.prices import MeshPrices
 from autopar.planner.saving import NONE, SAVE_ALL, Saving
@@ -72,7 +73,8 @@ class ModelSpace:
         self._models: dict[int, LocalModel | None] = {}
         self._chains: dict[tuple[int, Sizes, int, Saving, bool | None], Chain | None] = {}
         self._graphs: dict[tuple[int, Sizes, bool | None, str], SegmentGraph] = {}
-        self._floors_s: dict[tuple[int, bool | None], dict[Sizes, float]] = {}
+        self._least_saved_bytes: dict[tuple[int, Sizes, bool | None], float] = {}
+        self._floors_s: dict[tuple[int, bool | None], dict[Sizes, FloatArray]] = {}
         self._prices: dict[Sizes, MeshPrices] = {}
         self._mesh_prices: dict[tuple[int, Sizes], MeshPrices] = {}
         self._updated: list[int] | None = None
@@ -128,32 +130,46 @@ class ModelSpace:
             return None
         known = self._floors_s.setdefault((microbatch_size, sequence), {})
         if not known:  # one rank splits no sequence
-            known[(1,)] = self._floor_s(local, self.mesh_prices(dp, (1,)), None)
-        time_s = self._inherited_s(known, sizes)
-        if time_s <= above_s and sizes not in known:
-            known[sizes] = self._floor_s(local, self.mesh_prices(dp, sizes), sequence)
-            time_s = max(time_s, known[sizes])
-        return Floor(len(local.segments), time_s)
+            known[(1,)] = floors_s(*self._repeated(local, self.mesh_prices(dp, (1,)), None))
+        found_s = self._inherited_s(known, sizes)
+        if found_s[0] <= above_s and sizes not in known:
+            known[sizes] = floors_s(*self._repeated(local, self.mesh_prices(dp, sizes), sequence))
+            found_s = np.maximum(found_s, known[sizes])
+        alike = zip(self.structure.repeated.values(), found_s[1:].tolist(), strict=True)
+        return Floor(len(local.segments), float(found_s[0]), tuple(alike))
 
-    def _inherited_s(self, known: Mapping[Sizes, float], sizes: Sizes) -> float:
+    def _inherited_s(self, known: Mapping[Sizes, FloatArray], sizes: Sizes) -> FloatArray:
         ranks, slowing = math.prod(sizes), self.slowing
-        fewer = [(math.prod(other), floor_s) for other, floor_s in known.items() if other != sizes]
-        parts = [floor_s * count / ranks / slowing for count, floor_s in fewer if count < ranks and ranks % count == 0]
-        return max([*filter(math.isfinite, parts), known.get(sizes, 0.0)])  # more ranks may do what fewer cannot
+        fewer = [(math.prod(other), floors) for other, floors in known.items() if other != sizes]
+        parts = [floors * count / ranks / slowing for count, floors in fewer if count < ranks and ranks % count == 0]
+        parts = [floors for floors in parts if np.isfinite(floors).all()]  # more ranks may do what fewer cannot
+        own = known.get(sizes, np.zeros_like(known[(1,)]))
+        found: FloatArray = np.maximum.reduce([own, *parts])
+        return found
 
     @cached_property
     def slowing(self) -> float:
         """Larger ops may run at so many times lower rates than smaller ones."""
         return max(device.slowing for device in {id(device): device for device in self.cluster.devices}.values())
 
-    def _floor_s(self, local: LocalModel, prices: MeshPrices, sequence: bool | None) -> float:
-        representatives, counts = local.structure.representatives, Counter(part.kind for part in local.segments)
-        graphs = {
-            kind: self._graph(local, part, prices, sequence).ops_alone
-            for kind, part in representatives.items()
-            if counts[kind] > 1
-        }
-        return floor_s([part.kind for part in local.segments], graphs)
+    def _repeated(
+        self, local: LocalModel, prices: MeshPrices, sequence: bool | None
+    ) -> tuple[list[str], dict[str, FactorGraph]]:
+        """The kind of each segment, and graphs of the ops of those that repeat."""
+        parts = local.structure.representatives
+        graphs = {kind: self._graph(local, parts[kind], prices, sequence).ops_alone for kind in self.structure.repeated}
+        return [part.kind for part in local.segments], graphs
+
+    def least_saved_bytes(self, dp: int, sizes: Sizes, microbatch_size: int, sequence: bool | None = None) -> float:
+        """What segments that repeat save of one microbatch at least, where nothing is made again."""
+        local = self._possible(dp, sizes, microbatch_size, sequence)
+        if local is None:
+            return 0.0
+        key = (microbatch_size, sizes, sequence)
+        if key not in self._least_saved_bytes:
+            row, graphs = self._repeated(local, self.mesh_prices(dp, sizes), sequence)
+            self._least_saved_bytes[key] = least_saved_bytes(row, graphs)
+        return self._least_saved_bytes[key]
 
     def _graph(self, local: LocalModel, part: Segment, prices: MeshPrices, sequence: bool | None) -> SegmentGraph:
         """prices: any of the mesh that differ in dp alone."""
@@ -340,6 +356,12 @@ class PinnedSpace:
     def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
         """See ``ModelSpace.floor``."""
         return self.space.floor(dp, self.sizes(tp), microbatch_size, above_s, self.sequence)
+
+    def least_saved_bytes(self, dp: int, tp: int, microbatch_size: int) -> float:
+        """See ``ModelSpace.least_saved_bytes``."""
+        if self.recompute not in (None, NONE):
+            return 0.0
+        return self.space.least_saved_bytes(dp, self.sizes(tp), microbatch_size, self.sequence)
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain | None:
         """Unless pinned otherwise nothing is recomputed, and only optimizer state is split, where that is faster."""
