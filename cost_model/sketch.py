@@ -15,29 +15,10 @@ from cost_model.program import Block, Chunk, Instruction, Program
 from cost_model.schedule import Backward, Forward, Step, Weight, splits_backward, stage_schedule
 from cost_model.simulate import step_time_s
 
-_PERIODS = (3, 4, 5)
-_MANY = 2 * sum(_PERIODS)
-_ALIKE = 1e-9
-
 
 def sketched_step_s(sketch: Program, cluster: PricedCluster) -> float:
-    """Seconds of a step, each stage as slow as its slowest rank.
-
-    Of many microbatches as few are simulated as show that as many more, again, take as much longer: a pipeline that has
-    filled repeats itself.
-    """
-    prices = (price_stages(sketch, cluster),)
-
-    def seconds(microbatches: int) -> float:
-        return step_time_s(replace(sketch, microbatches=microbatches), prices, crowding=cluster.crowding)
-
-    if sketch.microbatches <= _MANY * sketch.pp:
-        return seconds(sketch.microbatches)
-    first_s, second_s, third_s = (seconds(count * sketch.pp) for count in _PERIODS)
-    each_s = (third_s - second_s) / sketch.pp
-    if abs(third_s - 2 * second_s + first_s) > _ALIKE * third_s:
-        return seconds(sketch.microbatches)
-    return third_s + (sketch.microbatches - _PERIODS[-1] * sketch.pp) * each_s
+    """Seconds of a step, each stage as slow as its slowest rank."""
+    return step_time_s(sketch, (price_stages(sketch, cluster),), crowding=cluster.crowding)
 
 
 def with_weight_blocks(program: Program) -> Program:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ from autopar import Parallelism
 from autopar.options import Options
 from autopar.planning import Job
 from cost_model.errors import BatchError, ParallelismError
-from cost_model.prices import price_stages
-from cost_model.program import Program
-from cost_model.simulate import step_time_s
 from cost_model.sketch import sketched_step_s, with_virtual_stages, with_weight_blocks
 
 MEMORY_LOW, MEMORY_HIGH = 0.0, 0.10
@@ -288,30 +284,6 @@ def test_a_plan_file_says_which_part_is_where(tmp_path: Path) -> None:
 
 
 # --- The planner's choice
-
-
-def test_of_many_microbatches_a_sketch_simulates_few_where_they_repeat_themselves(monkeypatch: Any) -> None:
-    """Whatever stages take, and messages; where few do not tell, all are simulated."""
-    model, batch = example_gpt(n_layer=6)
-    pins = Parallelism(dp=1, tp=1, pp=3, schedule="1f1b", window=1, microbatch_size=1)
-    cluster = cpu_cluster(3, 1e9)
-    job = Job.of(model, cluster, batch, Options.of(None, ADAMW, pins, None, None, None))
-    program = replace(job.planned(job.decide(0.0)).linked.program, microbatches=120)
-    ran: list[int] = []
-
-    def counted(sketch: Program, *args: Any, **kwargs: Any) -> float:
-        ran.append(sketch.microbatches)
-        return step_time_s(sketch, *args, **kwargs)
-
-    monkeypatch.setattr("cost_model.sketch.step_time_s", counted)
-    for other in (replace(program, window=2), with_weight_blocks(program), with_virtual_stages(program, range(1, 7))):
-        ran.clear()
-        exact_s = step_time_s(other, (price_stages(other, cluster),))
-        assert sketched_step_s(other, cluster) == pytest.approx(exact_s, rel=1e-9)
-        assert sum(ran) < 120
-    monkeypatch.setattr("cost_model.sketch._ALIKE", -1.0)
-    assert sketched_step_s(program, cluster) == step_time_s(program, (price_stages(program, cluster),))
-    assert ran[-1] == 120
 
 
 @pytest.mark.parametrize("microbatch_size", [1, pytest.param(4, marks=pytest.mark.slow)])
