@@ -76,10 +76,10 @@ def scheduled(job: Job, solution: Solution) -> Scheduled:
                     break
             elif not searched:
                 searched, slower = True, limit_s / sketched_s
-                held = functools.partial(
-                    may_hold, c, program, job.static_bytes(plan), job.stage_caps(plan), slower=slower
+                room = functools.partial(
+                    may_hold, same, c, program, job.static_bytes(plan), job.stage_caps(plan), slower=slower
                 )
-                for other in _searched(job, c, limit_s, held):
+                for other in _searched(job, c, limit_s, room):
                     is_faster(other)
     return Scheduled(best, chosen, () if best is plan else (_chosen_note(job, plan, best),))
 
@@ -120,16 +120,16 @@ def is_plain(job: Job, solution: Solution) -> bool:
     return placed == (None, None, None) and job.options.solver != FLAT and not is_interrupted(solution.notes)
 
 
-def _searched(job: Job, c: Configuration, worth_s: float, may_hold: Callable[..., bool]) -> Iterator[Solution]:
+def _searched(job: Job, c: Configuration, worth_s: float, has_room: Callable[..., bool]) -> Iterator[Solution]:
     """Plans of the same mesh that fit under the schedule of a configuration, of smaller microbatches or of as large.
 
     worth_s: of a step; as far as prices tell what one takes, it costs more than the schedule saves from there on.
-    may_hold(samples=): see ``schedules.may_hold``.
+    has_room(samples=): as ``schedules.may_hold``.
     """
     pinned = job.options.parallelism.microbatch_size
     smaller = [size for size in range(c.microbatch_size - 1, 0, -1) if c.microbatch_size % size == 0]
     for size in [c.microbatch_size] if pinned else [*smaller[:_SMALLER], c.microbatch_size]:
-        found = _searched_on_mesh(job, c, size, worth_s) if may_hold(samples=size) else None
+        found = _searched_on_mesh(job, c, size, worth_s) if has_room(samples=size) else None
         if found is not None:
             yield found
             return

@@ -24,6 +24,8 @@ from cost_model.sketch import (
     with_weight_blocks,
 )
 
+_ROUNDING = 1e-9
+
 
 def faster_schedules(
     solution: Solution, program: Program, base: SimulationResult, cluster: Cluster, pins: Parallelism
@@ -79,6 +81,7 @@ def may_fit(
 
 
 def may_hold(
+    solution: Solution,
     c: Configuration,
     program: Program,
     static_bytes: Sequence[int],
@@ -87,18 +90,26 @@ def may_hold(
     slower: float,
 ) -> bool:
     """Whether stages of the same mesh may hold what zero bubble keeps for gradients of parameters, in microbatches of
-    so many samples, if the slowest of them may be so many times as slow as those that are known.
+    so many samples, if its step may take so many times what it does with the stages that were found.
 
-    Prices know nothing of what is kept, which no recompute lets go of. Parameters and what is kept are thought to lie
-    as they do in ``program``, and to take what a stage has of segments; one that has no room gives some to others.
+    Prices know nothing of what is kept, which no recompute lets go of. A guess: parameters and what is kept are thought
+    to lie as they do in ``program``, and to be as much, and take as long, in each segment of a stage. One that has no
+    room for all of its segments gives some to others, as whole ones and as long as these are not too slow then.
     """
     if c.schedule != "zero_bubble":
         return True
     kept = [nbytes * samples / c.microbatch_size for nbytes in most_kept_bytes(with_weight_blocks(program))]
-    parts = [
-        min(slower, cap / max(static + own, 1)) for static, own, cap in zip(static_bytes, kept, caps_bytes, strict=True)
-    ]
-    return sum(parts) >= c.pp
+    count = c.microbatches * c.microbatch_size / samples
+    longest_s = slower * max(stage.time_s for stage in solution.stages) * _filled(c, c.microbatches) / _filled(c, count)
+    own = zip(solution.stages, static_bytes, kept, caps_bytes, strict=True)
+    parts = ((stage, min(longest_s / stage.time_s, cap / max(static + more, 1))) for stage, static, more, cap in own)
+    room = sum(int((stage.last - stage.first) * part + _ROUNDING) for stage, part in parts)
+    return room >= solution.stages[-1].last
+
+
+def _filled(c: Configuration, microbatches: float) -> float:
+    """How many times as long as its slowest stage computes a step takes that waits a third of what 1f1b does."""
+    return 1 + (c.pp - 1) / 3 / microbatches
 
 
 def windows(program: Program, pins: Parallelism, seconds: Callable[[Program], float]) -> Iterator[tuple[int, float]]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
+from autopar.planner.bounds import TIME_ONLY
 from autopar.planner.factor_graph import COMPONENTS
 from autopar.planner.layouts import configurations
+from autopar.planner.least import least_costs
 from autopar.planner.search import Chain, Configuration, Factor, FactorGraph, Floor
+from autopar.planner.segment import Price, Segment
 from autopar.planner.solution import Pins, Solution
 
 DEVICES, BATCH, SEGMENTS = 2, 2, 3
@@ -65,6 +69,23 @@ class RandomSpace(AsItIs):
     tied: bool = False
     step: bool = True
     crowding: float = 1.0
+
+    def floor(self, dp: int, tp: int, microbatch_size: int, above_s: float = -1.0) -> Floor | None:
+        """As high as it may be."""
+        chain = self.chain(dp, tp, microbatch_size)
+        if chain is None:
+            return None
+        segments, price = [Segment(graph) for graph in chain.kinds], Price(*TIME_ONLY)
+        whole_s = float(least_costs(chain.sequence, segments, (price,))[0])
+        alike = Counter(chain.sequence).items()
+        return Floor(
+            len(chain), whole_s, tuple((count, float(segments[k].costs((price,)).min())) for k, count in alike)
+        )
+
+    def least_saved_bytes(self, dp: int, tp: int, microbatch_size: int) -> float:
+        chain = self.chain(dp, tp, microbatch_size)
+        segments = [Segment(graph) for graph in chain.kinds]
+        return float(least_costs(chain.sequence, segments, (Price(0.0, 0.0, 0.0, 1.0),))[0])
 
     def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
         rng = np.random.default_rng([self.seed, dp, tp, microbatch_size])

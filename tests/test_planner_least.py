@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import example_gpt
 from parity import ADAMW
-from random_spaces import random_kind
+from random_spaces import agrees, random_kind, value
 
 from autopar.options import Options
 from autopar.planner.bounds import TIME_ONLY
 from autopar.planner.chain import Chain, Floor
-from autopar.planner.least import least_costs, most_whole_s, slowest_stage_s
+from autopar.planner.configuration import Configuration
+from autopar.planner.configuration_solver import ConfigurationSolver
+from autopar.planner.least import floors_s, least_costs, most_whole_s, quick_bound_s, slowest_stage_s
+from autopar.planner.search import _floor_s
 from autopar.planner.segment import Price, Segment
 from autopar.planner.space import ModelSpace
 from autopar.planning import Job
@@ -108,6 +112,56 @@ def test_the_slowest_stage_is_that_of_the_best_of_all_tilings(seed: int, length:
     graphs = tuple(segment.graph for segment in segments)
     found = slowest_stage_s(Chain(graphs, row, lambda i, label: 0.0, lambda i, j: 0), segments, pp)
     assert found <= least * (1 + 1e-9) and found == pytest.approx(least, rel=1e-5)
+
+
+@settings(max_examples=drawn(60), deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    blocks=st.integers(0, 2),
+    pp=st.integers(1, 4),
+    microbatches=st.integers(1, 8),
+    schedule=st.sampled_from(["1f1b", "gpipe", "zero_bubble"]),
+    crowding=st.sampled_from([1.0, 1.0, 1.5, 4.0]),
+)
+def test_no_plan_is_faster_than_is_known_before_ranges_are_priced(
+    seed: int, blocks: int, pp: int, microbatches: int, schedule: str, crowding: float
+) -> None:
+    """By floors and quick bounds; nor one that fits than glances under a cap say."""
+    rng, row = np.random.default_rng(seed), (0, *[1] * blocks, 2)
+    tied, step_times = blocks < 2 and bool(rng.integers(2)), float(rng.choice([0.1, 1.0, 100.0]))
+    shapes = ((False, True, tied), (True, True, False), (True, False, tied))
+    kinds = [random_kind(rng, *shape, True) for shape in shapes]
+    long = (
+        tuple(replace(f, step_s=f.step_s if f.step_s is None else f.step_s * step_times) for f in k.factors)
+        for k in kinds
+    )
+    graphs = tuple(replace(kind, factors=factors) for kind, factors in zip(kinds, long, strict=True))
+    chain = Chain(graphs, row, lambda i, label: float(i), lambda i, j: 3 * (j - i))
+    c = Configuration(1, 1, min(pp, len(row)), schedule, 1, microbatches, crowding=crowding)
+    plans = plans_of(chain, c)
+    segments, best_s = [Segment(graph) for graph in graphs], min(plans)[0] * (1 + 1e-9)
+    cap = float(rng.choice([need for _, need in plans]))
+    solver = ConfigurationSolver(chain, segments, c, cap, hints_s=tuple(rng.uniform(0, 3, 2)))
+    floors = floors_s(
+        [str(kind) for kind in row], {str(kind): replace(graphs[kind], shared=()) for kind in sorted(set(row))}
+    )
+    alike = tuple(zip((row.count(kind) for kind in sorted(set(row))), floors[1:].tolist(), strict=True))
+    assert _floor_s(c, Floor(len(row), float(floors[0]), alike)) <= best_s
+    assert quick_bound_s(chain, segments, c.objective) <= best_s and solver.quick_bound_s() <= best_s
+    assert solver.glance_s() <= min(time_s for time_s, need in plans if need <= cap) * (1 + 1e-9)
+
+
+def plans_of(chain: Chain, c: Configuration) -> list[tuple[float, float]]:
+    """(seconds, largest stage's bytes) of all that are allowed."""
+    kinds, count = [chain.kinds[kind] for kind in chain.sequence], len(chain)
+    labels = [
+        [dict(zip(g.domains, each, strict=True)) for each in itertools.product(*g.domains.values())] for g in kinds
+    ]
+    chosen = [each for each in itertools.product(*labels) if agrees(each)]
+    cuts = itertools.combinations(range(1, count), c.pp - 1)
+    tilings = [list(itertools.pairwise((0, *each, count))) for each in cuts]
+    found = [value(chain, tiling, each, c) for tiling in tilings for each in chosen]
+    return [plan for plan in found if np.isfinite(plan[0])]
 
 
 def test_whole_segments_are_counted_by_kind() -> None:

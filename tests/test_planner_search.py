@@ -278,6 +278,24 @@ def test_an_impossible_mesh_is_left_out() -> None:
         search(Half(3), DEVICES, BATCH, pins=Pins(tp=2))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mesh_on_which_nothing_is_allowed_leaves_the_others_in_order(seed: int, batch: int) -> None:
+    """Though its floor is infinite, and with one microbatch the slowest of equal stages counts no further time."""
+
+    class Forbidding(RandomSpace):
+        def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
+            chain, nothing = super().chain(dp, tp, microbatch_size), Factor(("inner",), np.full(2, np.inf))
+            head, block, tail = chain.kinds
+            none = replace(block, factors=(*block.factors, nothing))
+            return replace(chain, kinds=(head, none if tp == 2 else block, tail))
+
+    found = search(Forbidding(seed), 4, batch)
+    expected = [search(RandomSpace(seed), 4, batch, pins=Pins(tp=tp)) for tp in (1, 4)[2 - batch :]]
+    assert isinstance(found, Solution)
+    assert found.objective_s == min(each.objective_s for each in expected if isinstance(each, Solution))
+
+
 def test_an_interruption_returns_the_best_so_far() -> None:
     def stop(progress: Progress) -> None:
         if progress.best_s is not None:

@@ -117,14 +117,20 @@ def test_zero_bubble_keeps_what_gradients_wait_for_whatever_is_made_again(recomp
     for own, always, most in zip(kept[1:], static[1:], peaks[1:], strict=True):
         assert own < most - always < (2.0 if recompute == "full" else 3.0) * own
     needed = [own + always for own, always in zip(kept, static, strict=True)]
-    assert may_hold(c, program, static, needed, 1, 1.0)
-    assert not may_hold(c, program, static, [*needed[:3], needed[3] - 1], 1, 1.0)
-    assert may_hold(c, program, static, [*needed[:2], 2 * needed[2], round(0.85 * needed[3])], 1, 1.2), (
-        "one gives others some"
-    )
-    assert not may_hold(c, program, static, [*needed[:2], 2 * needed[2], round(0.85 * needed[3])], 1, 1.1)
-    assert not may_hold(c, program, static, needed, 2, 1.0)
-    assert may_hold(solution.configuration, program, static, [0] * 4, 1, 1.0), "others hold what prices know"
+    ends = [(first, first + 10) for first in (0, 10, 20, 30)]
+    stages = (replace(s, first=a, last=b, time_s=1.0) for s, (a, b) in zip(solution.stages, ends, strict=True))
+    alike = replace(solution, stages=tuple(stages))
+
+    def fits(caps: list[int], slower: float, samples: int = 1, found: Solution = alike) -> bool:
+        return may_hold(found, c, program, static, caps, samples, slower)
+
+    assert fits(needed, 1.0) and not fits([*needed[:3], needed[3] - 1], 1.0)
+    uneven = [*needed[:2], 2 * needed[2], round(0.85 * needed[3])]
+    assert fits(uneven, 1.2) and not fits(uneven, 1.1), "one gives others two, which have time for them"
+    light = replace(alike, stages=(*alike.stages[:2], replace(alike.stages[2], time_s=0.8), alike.stages[3]))
+    assert fits(uneven, 1.0, found=light), "and takes what the slowest has already"
+    assert not fits(needed, 1.0, samples=2), "larger microbatches keep more, and wait longer"
+    assert may_hold(solution, solution.configuration, program, static, [0] * 4, 1, 1.0), "others hold what prices know"
 
 
 @pytest.mark.parametrize("meshes", [[(4, 1)], pytest.param([(4, 2), (1, 4)], marks=pytest.mark.slow)], ids=str)

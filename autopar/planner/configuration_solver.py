@@ -17,7 +17,7 @@ from autopar.planner.columns import SAVED, STATE, Column, RangeTable
 from autopar.planner.configuration import Configuration
 from autopar.planner.factor_graph import FloatArray
 from autopar.planner.ilp import Choice, StageIlp
-from autopar.planner.least import least_costs, mean_bytes, quick_bound_s, slowest_stage_s
+from autopar.planner.least import beside_slowest_s, least_costs, mean_bytes, quick_bound_s, slowest_stage_s
 from autopar.planner.paths import Ends, bottleneck
 from autopar.planner.pools import Pool, Pools
 from autopar.planner.segment import Price, Segment
@@ -115,7 +115,7 @@ class ConfigurationSolver:
         duals = least_costs(chain.sequence, self.segments, prices) - np.array([byte_s for _, byte_s in weighted]) * room
         if pp > 1:
             slowest_s = slowest_stage_s(chain, self.segments, pp)
-            duals[len(self.hints_s) :] += self.objective.slowest * slowest_s
+            duals[len(self.hints_s) :] += beside_slowest_s(0.0, self.objective, slowest_s)
         return float(max(0.0, duals.max())) + (pp - 1) * self._cheapest_cut_s
 
     @property
@@ -224,7 +224,7 @@ class ConfigurationSolver:
     @property
     def guess_bytes(self) -> float:
         """See ``mean_bytes``."""
-        return mean_bytes(self.chain, self.segments, self.objective, self.held)
+        return mean_bytes(self.chain, self.segments, self.held)
 
     def forget(self) -> None:
         """Drop the table; what segments know of prices stays."""

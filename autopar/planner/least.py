@@ -13,7 +13,6 @@ import numpy as np
 
 from autopar.planner.bounds import TIME_ONLY, Objective
 from autopar.planner.chain import Chain
-from autopar.planner.columns import SAVED, STATE
 from autopar.planner.factor_graph import FactorGraph, FloatArray
 from autopar.planner.segment import Price, Segment
 
@@ -26,9 +25,15 @@ def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objectiv
     balanced, along = Price(*objective.balanced), Price(*objective.along)
     if objective.pp == 1:
         return float(least_costs(chain.sequence, segments, (balanced,))[0])
-    slowest_s = objective.slowest * slowest_stage_s(chain, segments, objective.pp, (balanced, along))
+    slowest_s = slowest_stage_s(chain, segments, objective.pp, (balanced, along))
     balanced_s, along_s = least_costs(chain.sequence, segments, (balanced, along))
-    return float(max(balanced_s, along_s + slowest_s))
+    return float(max(balanced_s, beside_slowest_s(along_s, objective, slowest_s)))
+
+
+def beside_slowest_s(along_s: float, objective: Objective, slowest_s: float) -> float:
+    """Seconds of a step of which the slowest stage takes so many per microbatch: infinite where that is, though with
+    one microbatch no stage counts once more."""
+    return along_s + objective.slowest * slowest_s if math.isfinite(slowest_s) else math.inf
 
 
 def slowest_stage_s(chain: Chain, segments: Sequence[Segment], pp: int, wanted: Sequence[Price] = ()) -> float:
@@ -87,15 +92,12 @@ def least_saved_bytes(row: Sequence[str], graphs: Mapping[str, FactorGraph]) -> 
     return sum(counts[kind] * float(Segment(graph).costs((price,)).min()) for kind, graph in graphs.items())
 
 
-def mean_bytes(chain: Chain, segments: Sequence[Segment], objective: Objective, held: Sequence[int]) -> float:
-    """Of a stage, on average, where all hold the mean number of microbatches and each segment is as fast as it may be:
-    a guess at whether the fastest plan fits, which costs next to nothing. Infinite if a segment allows nothing."""
-    price, total = Price(*objective.balanced), 0.0
-    for kind, count in Counter(chain.sequence).items():
-        (table,) = segments[kind].solve((price,))
-        fastest = table.totals.reshape(-1, table.totals.shape[-1])[table.cost.argmin()]
-        total += count * float(fastest[STATE] + sum(held) / len(held) * fastest[SAVED])
-    return total / len(held)
+def mean_bytes(chain: Chain, segments: Sequence[Segment], held: Sequence[int]) -> float:
+    """Of a stage, on average, where all hold the mean number of microbatches and each segment needs as little as it
+    may: a guess at whether anything fits, which costs next to nothing."""
+    price = Price(0.0, 0.0, 1.0, sum(held) / len(held))
+    counts = Counter(chain.sequence).items()
+    return sum(count * float(segments[kind].costs((price,)).min()) for kind, count in counts) / len(held)
 
 
 @functools.lru_cache(maxsize=64)

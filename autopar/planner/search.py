@@ -27,7 +27,7 @@ from autopar.planner.configuration_solver import ConfigurationSolver, Outcome
 from autopar.planner.factor_graph import Factor, FactorGraph
 from autopar.planner.flat_solver import FlatSolver
 from autopar.planner.layouts import configurations, refused_because
-from autopar.planner.least import most_whole_s, quick_bound_s
+from autopar.planner.least import beside_slowest_s, most_whole_s, quick_bound_s
 from autopar.planner.nodes import Relaxed, Unit, Waiting
 from autopar.planner.segment import Segment, unproved
 from autopar.planner.solution import (
@@ -237,13 +237,14 @@ class _Search:
             self._push(replace(waiting, bound_s=max(waiting.bound_s, bound_s), chain=chain))
 
     def _saves_much(self, c: Configuration) -> bool:
-        """Whether no plan of the fastest chain fits, for what they save: known before it is made."""
+        """Whether no plan of the fastest chain fits, for what they save: known before it is made. Each stage holds no
+        fewer microbatches than the one that holds fewest."""
         shape = (c.pp, c.microbatches, c.virtual_stages, c.window)
-        held = sum(in_flight(c.schedule, stage, *shape) for stage in range(c.pp)) / c.pp
+        held = min(in_flight(c.schedule, stage, *shape) for stage in range(c.pp))
         return self.space.least_saved_bytes(c.dp, c.tp, c.microbatch_size) * held > self.cap_bytes * c.pp
 
     def _is_large(self, c: Configuration, chain: Chain) -> bool:
-        """Whether the guess is that the fastest plan does not fit."""
+        """Whether the guess is that no plan fits; with labels of shared variables fixed it is no less."""
         return self.solver(chain, self._segments(chain), c, math.inf).guess_bytes > self.cap_bytes
 
     def _segments(self, chain: Chain) -> list[Segment]:
@@ -555,7 +556,7 @@ def _configuration(unit: Unit | Waiting | Relaxed) -> Configuration:
 def _floor_s(c: Configuration, floor: Floor) -> float:
     """Seconds of a step of stages that are as fast as each other, or as one that has whole segments."""
     slowest_s = max(floor.time_s / c.pp, most_whole_s(floor.alike, c.pp))
-    return c.objective.waiting * floor.time_s + c.objective.slowest * slowest_s
+    return beside_slowest_s(c.objective.waiting * floor.time_s, c.objective, slowest_s)
 
 
 def _gap(objective_s: float, bound_s: float) -> float:
