@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import add
@@ -25,6 +26,7 @@ from cost_model.sketch import (
 )
 
 _ROUNDING = 1e-9
+"""Of a segment: what whole numbers may lack after divisions."""
 
 
 def faster_schedules(
@@ -102,7 +104,10 @@ def may_hold(
     count = c.microbatches * c.microbatch_size / samples
     longest_s = slower * max(stage.time_s for stage in solution.stages) * _filled(c, c.microbatches) / _filled(c, count)
     own = zip(solution.stages, static_bytes, kept, caps_bytes, strict=True)
-    parts = ((stage, min(longest_s / stage.time_s, cap / max(static + more, 1))) for stage, static, more, cap in own)
+    parts = (
+        (stage, min(longest_s / stage.time_s if stage.time_s else math.inf, cap / max(static + more, 1)))
+        for stage, static, more, cap in own
+    )
     room = sum(int((stage.last - stage.first) * part + _ROUNDING) for stage, part in parts)
     return room >= solution.stages[-1].last
 

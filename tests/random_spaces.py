@@ -194,18 +194,21 @@ def agrees(chosen: Sequence[dict[str, str]]) -> bool:
 
 
 def every_plan(space: RandomSpace | Whole, pins: Pins) -> list[tuple[float, float]]:
-    """(objective, bytes) of every plan of every configuration that is not forbidden."""
-    found = []
-    for c in configurations(DEVICES, BATCH, pins, space.crowding):
-        chain = space.chain(c.dp, c.tp, c.microbatch_size)
-        single = [
-            [dict(zip(g.domains, labels, strict=True)) for labels in itertools.product(*g.domains.values())]
-            for g in (chain.kinds[k] for k in chain.sequence)
-        ]
-        plans = [chosen for chosen in itertools.product(*single) if agrees(chosen)]
-        for cuts in itertools.combinations(range(1, SEGMENTS), c.pp - 1):
-            tiling = list(itertools.pairwise((0, *cuts, SEGMENTS)))
-            found += [value(chain, tiling, chosen, c) for chosen in plans]
+    """(objective, largest stage's bytes) of every plan of every configuration that is not forbidden."""
+    asked = configurations(DEVICES, BATCH, pins, space.crowding)
+    return [plan for c in asked for plan in plans_of(space.chain(c.dp, c.tp, c.microbatch_size), c)]
+
+
+def plans_of(chain: Chain, c: Configuration) -> list[tuple[float, float]]:
+    """(objective, largest stage's bytes) of every plan of one configuration that is not forbidden."""
+    single = [
+        [dict(zip(g.domains, labels, strict=True)) for labels in itertools.product(*g.domains.values())]
+        for g in (chain.kinds[k] for k in chain.sequence)
+    ]
+    plans = [chosen for chosen in itertools.product(*single) if agrees(chosen)]
+    cuts = itertools.combinations(range(1, len(chain)), c.pp - 1)
+    tilings = [list(itertools.pairwise((0, *each, len(chain)))) for each in cuts]
+    found = [value(chain, tiling, chosen, c) for tiling in tilings for chosen in plans]
     return [plan for plan in found if math.isfinite(plan[0])]
 
 

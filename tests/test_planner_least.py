@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import example_gpt
 from parity import ADAMW
-from random_spaces import agrees, random_kind, value
+from random_spaces import plans_of, random_kind
 
 from autopar.options import Options
 from autopar.planner.bounds import TIME_ONLY
@@ -149,19 +149,6 @@ def test_no_plan_is_faster_than_is_known_before_ranges_are_priced(
     assert _floor_s(c, Floor(len(row), float(floors[0]), alike)) <= best_s
     assert quick_bound_s(chain, segments, c.objective) <= best_s and solver.quick_bound_s() <= best_s
     assert solver.glance_s() <= min(time_s for time_s, need in plans if need <= cap) * (1 + 1e-9)
-
-
-def plans_of(chain: Chain, c: Configuration) -> list[tuple[float, float]]:
-    """(seconds, largest stage's bytes) of all that are allowed."""
-    kinds, count = [chain.kinds[kind] for kind in chain.sequence], len(chain)
-    labels = [
-        [dict(zip(g.domains, each, strict=True)) for each in itertools.product(*g.domains.values())] for g in kinds
-    ]
-    chosen = [each for each in itertools.product(*labels) if agrees(each)]
-    cuts = itertools.combinations(range(1, count), c.pp - 1)
-    tilings = [list(itertools.pairwise((0, *each, count))) for each in cuts]
-    found = [value(chain, tiling, each, c) for tiling in tilings for each in chosen]
-    return [plan for plan in found if np.isfinite(plan[0])]
 
 
 def test_whole_segments_are_counted_by_kind() -> None:

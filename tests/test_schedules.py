@@ -103,7 +103,7 @@ def test_what_a_schedule_is_known_to_hold_is_near_what_it_holds(pins: dict[str, 
             assert not may_fit(solution, c, program, static, caps)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_zero_bubble_keeps_what_gradients_wait_for_whatever_is_made_again(recompute: str) -> None:
     model, batch = example_gpt(n_layer=4)
     pins = Parallelism(dp=1, tp=1, pp=4, microbatch_size=1, schedule="1f1b", window=1, recompute=recompute)
@@ -129,6 +129,8 @@ def test_zero_bubble_keeps_what_gradients_wait_for_whatever_is_made_again(recomp
     assert fits(uneven, 1.2) and not fits(uneven, 1.1), "one gives others two, which have time for them"
     light = replace(alike, stages=(*alike.stages[:2], replace(alike.stages[2], time_s=0.8), alike.stages[3]))
     assert fits(uneven, 1.0, found=light), "and takes what the slowest has already"
+    idle = replace(alike, stages=tuple(replace(stage, time_s=0.0) for stage in alike.stages))
+    assert fits(needed, 1.0, found=idle), "what takes no time is not too slow for any stage"
     assert not fits(needed, 1.0, samples=2), "larger microbatches keep more, and wait longer"
     assert may_hold(solution, solution.configuration, program, static, [0] * 4, 1, 1.0), "others hold what prices know"
 

@@ -17,6 +17,7 @@ from autopar.planner.factor_graph import FactorGraph, FloatArray
 from autopar.planner.segment import Price, Segment
 
 _CLOSE = 1e-6
+"""Of the slowest stage's seconds: how close below them a bound may stop."""
 
 
 def quick_bound_s(chain: Chain, segments: Sequence[Segment], objective: Objective) -> float:
