@@ -72,6 +72,9 @@ class _Hastened:
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float:
         return self.cluster.collective_time_s(kind, nbytes, devices) / self._factor(devices)
 
+    def once_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float:
+        return self.cluster.once_time_s(kind, nbytes, devices) / self._factor(devices)
+
     def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...], /) -> float:
         return self.cluster.behind_time_s(kind, nbytes, devices) / self._factor(devices)
 

@@ -28,14 +28,14 @@ from autopar.calibrate_cold import COLD_PRODUCTS, products_size
 from autopar.calibrate_fit import Machine, MessageTime, OpTime, render_cluster
 from autopar.calibrate_probes import all_probes
 from autopar.calibrate_rate import usual_seconds
-from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, Cold, Probe, Steps, message_ranks
+from autopar.calibrate_worker import MESSAGE_KINDS, MOVING_KINDS, STEP_KINDS, Cold, Probe, Steps, message_ranks
 from autopar.runtime.pool import WORKER_ENVIRONMENT, WorkerPool
 from cost_model.cluster import BEHIND, TRANSFER, Cluster, cluster_names
 from cost_model.device import BLAS, Device, device_names
 from cost_model.errors import ClusterFileError, ConfigError, WorkerError
 from cost_model.program import OpCost
 
-CALIBRATION_VERSION = 21
+CALIBRATION_VERSION = 22
 """To be raised when what is measured, or how, changes: older results are then measured anew."""
 CACHE_VARIABLE = "AUTOPAR_CACHE_DIR"
 MESSAGE_BYTES = (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26)
@@ -306,6 +306,7 @@ def _messages(num_ranks: int) -> list[tuple[str, int, int]]:
     groups = [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in MESSAGE_KINDS]
     pairs = [("transfer", 2)] if num_ranks > 1 else []
     wanted = pairs + [group for group in groups if group[0] != "transfer"]
+    wanted += [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in STEP_KINDS]
     plain = [(kind, ranks, nbytes) for kind, ranks in wanted for nbytes in MESSAGE_BYTES]
     moving = [(kind, ranks) for ranks in message_ranks(num_ranks) for kind in MOVING_KINDS]
     moving += [(TRANSFER + BEHIND, ranks) for _, ranks in pairs]

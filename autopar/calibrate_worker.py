@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from autopar.runtime import kernels
 from autopar.runtime.exchange import End, Exchange, exchange_of
 from autopar.runtime.transfers import Transfers, connect_stages
-from cost_model.cluster import BEHIND, TRANSFER
+from cost_model.cluster import BEHIND, ONCE, ONCE_KINDS, TRANSFER
 from cost_model.device import BLAS, PRODUCT_LIBRARIES, STREAM_KINDS
 from cost_model.device_rows import is_small_product
 from cost_model.ops import OpCall, Ref, price_of
@@ -47,6 +47,7 @@ NARROW = "narrow"
 """The row of a probe that looks up rows so narrow that finding each takes its time, not its bytes."""
 _BETWEEN = 512  # width of the product between two messages: some milliseconds
 MESSAGE_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "transfer")
+STEP_KINDS = tuple(kind + ONCE for kind in ONCE_KINDS)
 MOVING_KINDS = tuple(kind + BEHIND for kind in BEHIND_KINDS)
 _MAX_COPIES = 256
 _HOT_SHARE = 0.4  # of the time given to a probe
@@ -182,6 +183,8 @@ class Calibrator:
         if behind:
             begin = _begun(kind, payload["nbytes"], payload["ranks"], exchange)
             return _behind_seconds(begin, payload["repeats"], exchange, group)
+        if payload["kind"] in STEP_KINDS:
+            return _once_seconds(payload["kind"], payload["nbytes"], payload["repeats"], exchange, group)
         call, messages = _message(
             payload["kind"], payload["nbytes"], payload["ranks"], group, exchange, self._transfers
         )
@@ -255,6 +258,25 @@ def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
             operand @ operand
             samples.append(_once_s(call))
     return statistics.median(samples)
+
+
+def _once_seconds(kind: str, nbytes: int, repeats: int, exchange: Exchange, group: dist.ProcessGroup) -> float:
+    """Wall seconds of one collective of ``STEP_KINDS``, as a step with ZeRO ends: gradients are scattered after
+    compute, this rank's part is updated, parameters are gathered. The median, as of ``_wall_seconds``."""
+    ranks, rank = group.size(), group.rank()
+    gradients, weights, arriving = (torch.zeros(max(1, nbytes // 4 // ranks) * n) for n in (ranks, ranks, ranks - 1))
+    sent, kept = gradients.view(ranks, -1)[rank], weights.view(ranks, -1)[rank]
+    operand, samples = torch.rand(_BETWEEN, _BETWEEN), dict[str, list[float]]()
+    for _ in range(_MESSAGE_ROUNDS):
+        dist.barrier(group)
+        for _ in range(repeats):
+            operand @ operand
+            scattered_s = _once_s(lambda: exchange.begin_scatter(sent, gradients, arriving)())
+            kept.add_(sent)
+            gathered_s = _once_s(lambda: exchange.gather(weights, kept))
+            for name, seconds in zip(STEP_KINDS, (scattered_s, gathered_s), strict=True):
+                samples.setdefault(name, []).append(seconds)
+    return statistics.median(samples[kind])
 
 
 def _behind_seconds(begin: Callable[[], End], repeats: int, exchange: Exchange, group: dist.ProcessGroup) -> float:

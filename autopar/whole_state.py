@@ -49,6 +49,6 @@ def _summed(nbytes: int, inner: int) -> tuple[Collective, ...]:
 def _seconds(program: Program, stage: int, cluster: Cluster, collectives: Iterable[Collective]) -> float:
     """Of the slowest of the groups that run each."""
     return sum(
-        max(cluster.collective_time_s(c.kind, c.nbytes, group) for group in axis_groups(program, c.axis, stage))
+        max(cluster.once_time_s(c.kind, c.nbytes, group) for group in axis_groups(program, c.axis, stage))
         for c in collectives
     )

@@ -30,6 +30,9 @@ _GROUPS = 1 << 14
 """Of devices, whose places are remembered: those of some dozen plans of the largest clusters."""
 BEHIND = " behind"
 """After the kind of a collective: what remains of it where it moves behind compute that is long enough."""
+ONCE = " once"
+"""After the kind of a collective: of flat gradients before an update, or of flat parameters after it, in place."""
+ONCE_KINDS = ("reduce_scatter", "all_gather")
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,18 @@ class Cluster:
         curve = level.curve(kind, len(devices))
         return curve.seconds(nbytes) if curve else level.start_s + collective_s(kind, nbytes, self._tiers(devices))
 
+    def once_time_s(self, kind: str, nbytes: float, devices: tuple[int, ...]) -> float:
+        """Seconds of a collective once a step: each rank's part of gradients and parameters lies in its place, and
+        parameters follow closely upon gradients, when ranks have met already.
+
+        As measured; as any other where nothing was. Errors: as ``collective_time_s``.
+        """
+        whole_s = self.collective_time_s(kind, nbytes, devices)
+        if self.network is not None or len(devices) < 2:
+            return whole_s
+        curve = self._level_of(devices).curve(kind + ONCE, len(devices))
+        return curve.seconds(nbytes) if curve else whole_s
+
     def behind_time_s(self, kind: str, nbytes: float, devices: tuple[int, ...]) -> float:
         """Seconds that a collective keeps these devices from computing where it moves behind their compute.
 
@@ -390,7 +405,7 @@ def _level(part: Table, inner: int, unbounded: int | None) -> Level:
 
 def _measured(part: Table) -> tuple[Measured, ...]:
     curves = []
-    kinds = (*FLAT, TRANSFER, *(kind + BEHIND for kind in (*FLAT, TRANSFER)))
+    kinds = (*FLAT, TRANSFER, *(kind + BEHIND for kind in (*FLAT, TRANSFER)), *(kind + ONCE for kind in ONCE_KINDS))
     for item in part.tables("measured"):
         item.only(("kind", "ranks", "points"))
         if item.text("kind") not in kinds:

@@ -149,14 +149,17 @@ class _Pricer:
 
     def stage(self, stage: int, dps: Sequence[int]) -> StagePrice:
         own, optimizer = self.program.stages[stage], self._optimizer(stage, dps)
+        once_s = tuple(self._once_s(stage, dps, c) for c in own.step.collectives)
         return StagePrice(
             chunks=tuple(self._chunk(stage, dps, number) for number in range(len(own.chunks))),
-            step_collectives_s=tuple(self._collective_s(stage, dps, c) for c in own.step.collectives),
-            step_gathers_s=tuple(self._blocking_s(stage, dps, "the step", c) for c in own.step.gathers),
+            step_collectives_s=once_s,
+            step_gathers_s=tuple(
+                self._once_s(stage, dps, self._inside(stage, "the step", c)) for c in own.step.gathers
+            ),
             optimizer_s=sum(optimizer.values()),
             optimizer_kinds_s=optimizer,
             shares_egress=self._shares_egress(stage, dps),
-            step_behind_s=tuple(self._behind_s(stage, dps, c) for c in own.step.collectives),
+            step_behind_s=tuple(map(min, once_s, (self._behind_s(stage, dps, c) for c in own.step.collectives))),
         )
 
     def _optimizer(self, stage: int, dps: Sequence[int]) -> dict[str, float]:
@@ -275,10 +278,18 @@ class _Pricer:
         return price_s
 
     def _blocking_s(self, stage: int, dps: Sequence[int], where: str, collective: Collective) -> float:
-        """A collective that a stage waits for by itself; one that spans stages would have no common moment there."""
+        """A collective that a stage waits for by itself."""
+        return self._collective_s(stage, dps, self._inside(stage, where, collective))
+
+    def _inside(self, stage: int, where: str, collective: Collective) -> Collective:
+        """The collective; one that spans stages would have no common moment there."""
         if collective_stages(self.program, collective.axis, stage) != (stage,):
             raise VerificationError("block_collectives", f"{where}: {collective} spans stages")
-        return self._collective_s(stage, dps, collective)
+        return collective
+
+    def _once_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
+        """A collective that comes once a step."""
+        return self._slowest_s(stage, dps, collective, self.cluster.once_time_s)
 
     def _collective_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
         """Seconds of the slowest of the groups that run it at the same time; nothing within a group of one."""
@@ -286,7 +297,8 @@ class _Pricer:
 
     def hidden_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
         """The part of a collective that can move behind compute."""
-        return self._collective_s(stage, dps, collective) - self._behind_s(stage, dps, collective)
+        whole_s = max(self._collective_s(stage, dps, collective), self._once_s(stage, dps, collective))
+        return whole_s - self._behind_s(stage, dps, collective)
 
     def _behind_s(self, stage: int, dps: Sequence[int], collective: Collective) -> float:
         """What remains of a collective behind compute."""

@@ -38,7 +38,7 @@ class Cluster:
     """Seconds of a collective are its bytes times the sum of its devices; of a transfer, as listed by (from, to).
 
     delay_s: of an empty message, delays_s: from and to devices where it differs. handled_s: of sending one and
-    receiving one. behind: the part of a collective that remains behind compute.
+    receiving one. behind: the part of a collective that remains behind compute; once: of one that comes once a step.
     """
 
     devices: tuple[Device, ...]
@@ -51,10 +51,14 @@ class Cluster:
     crowding: float = 1.0
     shared: frozenset[int] = frozenset()
     behind: float = 0.0
+    once: float = 1.0
     delays_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     def collective_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
         return float(nbytes * sum(devices))
+
+    def once_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
+        return self.once * self.collective_time_s(kind, nbytes, devices)
 
     def behind_time_s(self, kind: str, nbytes: int, devices: tuple[int, ...]) -> float:
         return self.behind * self.collective_time_s(kind, nbytes, devices)

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import example_gpt
 
+import autopar
 from autopar import calibrate
 from autopar.calibrate_elements import element_probes
 from autopar.calibrate_fit import (
@@ -35,14 +37,26 @@ from autopar.calibrate_orders import order_probes
 from autopar.calibrate_probes import all_probes, reference_product
 from autopar.calibrate_rate import usual_seconds
 from autopar.calibrate_step import step_s
-from autopar.calibrate_worker import ALONE, MESSAGE_KINDS, NARROW, Cold, Steps, cpu_seconds, message_ranks, op_call
+from autopar.calibrate_worker import (
+    ALONE,
+    MESSAGE_KINDS,
+    NARROW,
+    STEP_KINDS,
+    Cold,
+    Steps,
+    cpu_seconds,
+    message_ranks,
+    op_call,
+)
 from autopar.cluster import Cluster
 from autopar.runtime.pool import WorkerPool
+from cost_model.cluster import ONCE_KINDS
 from cost_model.device import BLAS, GEMM_KINDS, ONEDNN, PRODUCT_LIBRARIES, STREAM_KINDS, Device, attention_cost
 from cost_model.device_rows import GemmRow, StreamRow, is_small_product
 from cost_model.errors import ConfigError, WorkerError
 from cost_model.ops import price_of
 from cost_model.ops.convolution import DEPTHWISE
+from cost_model.parallelism import Parallelism
 from cost_model.program import OpCost
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +252,30 @@ def test_transfers_that_were_measured_take_their_ranks_to_handle() -> None:
     assert cluster.handling_time_s(2**20, 0, 1) == pytest.approx(1e-3)
     assert cluster.handling_time_s(2**10, 0, 1) == cluster.transfer_time_s(2**10, 0, 1)  # never more than all of it
     assert cluster.handling_time_s(2**20, 1, 1) == 0.0
+
+
+def test_what_comes_once_a_step_takes_what_was_measured_so() -> None:
+    """In programs and in the search, which shards state where gradients and parameters move for less than a sum."""
+    plain = Cluster.from_toml(invented_text(), "invented.toml")
+    lines = "".join(
+        f'[[levels.measured]]\nkind = "{kind} once"\nranks = 2\npoints = [[1024, 1e-6], [1048576, 1e-5]]\n'
+        for kind in ONCE_KINDS
+    )
+    quick = Cluster.from_toml(invented_text() + lines, "invented.toml")
+    for kind in ("all_reduce", *ONCE_KINDS):
+        whole_s = plain.collective_time_s(kind, 2**20, (0, 1))
+        assert plain.once_time_s(kind, 2**20, (0, 1)) == quick.collective_time_s(kind, 2**20, (0, 1)) == whole_s
+        assert quick.once_time_s(kind, 2**20, (0, 1)) == (whole_s if kind == "all_reduce" else pytest.approx(1e-5))
+        assert quick.once_time_s(kind, 2**20, (0,)) == 0.0
+    model, batch = example_gpt()
+    pins = Parallelism(dp=2, tp=1, pp=1, zero=1, microbatch_size=2, overlap=False)
+    slow, fast = (autopar.estimate(model, cluster, batch, parallelism=pins) for cluster in (plain, quick))
+    shorter_s = slow.step_time_s - fast.step_time_s
+    moved_s = sum(slow.stages[0].op_kinds_s[kind] - fast.stages[0].op_kinds_s[kind] for kind in ONCE_KINDS)
+    assert shorter_s == pytest.approx(moved_s) and moved_s > 1e-4
+    free = dataclasses.replace(pins, zero=None)
+    chosen = [autopar.estimate(model, cluster, batch, parallelism=free).plan for cluster in (plain, quick)]
+    assert ["zero 1" in plan.saving_text() for plan in chosen] == [False, True]
 
 
 def test_one_rank_needs_no_network() -> None:
@@ -515,7 +553,7 @@ def test_messages_of_an_odd_number_of_ranks_are_measured() -> None:
     """Transfers go between pairs, of which the last rank is in none."""
     with WorkerPool(3, target="autopar.calibrate_worker:Calibrator") as pool:
         pool.call("__init__", None)
-        for kind, ranks in (("transfer", 2), ("all_reduce", 3)):
+        for kind, ranks in (("transfer", 2), ("all_reduce", 3), *((kind, 3) for kind in STEP_KINDS)):
             payload = {"kind": kind, "ranks": ranks, "nbytes": 4096, "repeats": 2}
             assert 0 < max(pool.call("measure_message", payload)) < 5
 

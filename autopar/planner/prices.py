@@ -297,7 +297,7 @@ class MeshPrices:
             ranks = tuple(first + rank for first in replicas for rank in self.group(axes))
             if len(ranks) == 1:
                 return 0.0
-            return self.cluster.collective_time_s(kind, self.reduced_bytes, ranks) / self.reduced_bytes
+            return self.cluster.once_time_s(kind, self.reduced_bytes, ranks) / self.reduced_bytes
 
         return rate_s
 
