@@ -183,8 +183,8 @@ class Calibrator:
         if behind:
             begin = _begun(kind, payload["nbytes"], payload["ranks"], exchange)
             return _behind_seconds(begin, payload["repeats"], exchange, group)
-        if payload["kind"] in STEP_KINDS:
-            return _once_seconds(payload["kind"], payload["nbytes"], payload["repeats"], exchange, group)
+        if kind.endswith(ONCE):
+            return _once_seconds(kind.removesuffix(ONCE), payload["nbytes"], payload["repeats"], exchange, group)
         call, messages = _message(
             payload["kind"], payload["nbytes"], payload["ranks"], group, exchange, self._transfers
         )
@@ -261,12 +261,12 @@ def _wall_seconds(call: Call, repeats: int, group: dist.ProcessGroup) -> float:
 
 
 def _once_seconds(kind: str, nbytes: int, repeats: int, exchange: Exchange, group: dist.ProcessGroup) -> float:
-    """Wall seconds of one collective of ``STEP_KINDS``, as a step with ZeRO ends: gradients are scattered after
+    """Wall seconds of one collective of ``ONCE_KINDS``, as a step with ZeRO ends: gradients are scattered after
     compute, this rank's part is updated, parameters are gathered. The median, as of ``_wall_seconds``."""
     ranks, rank = group.size(), group.rank()
     gradients, weights, arriving = (torch.zeros(max(1, nbytes // 4 // ranks) * n) for n in (ranks, ranks, ranks - 1))
     sent, kept = gradients.view(ranks, -1)[rank], weights.view(ranks, -1)[rank]
-    operand, samples = torch.rand(_BETWEEN, _BETWEEN), dict[str, list[float]]()
+    operand, samples = torch.rand(_BETWEEN, _BETWEEN), []
     for _ in range(_MESSAGE_ROUNDS):
         dist.barrier(group)
         for _ in range(repeats):
@@ -274,9 +274,8 @@ def _once_seconds(kind: str, nbytes: int, repeats: int, exchange: Exchange, grou
             scattered_s = _once_s(lambda: exchange.begin_scatter(sent, gradients, arriving)())
             kept.add_(sent)
             gathered_s = _once_s(lambda: exchange.gather(weights, kept))
-            for name, seconds in zip(STEP_KINDS, (scattered_s, gathered_s), strict=True):
-                samples.setdefault(name, []).append(seconds)
-    return statistics.median(samples[kind])
+            samples.append({"reduce_scatter": scattered_s, "all_gather": gathered_s}[kind])
+    return statistics.median(samples)
 
 
 def _behind_seconds(begin: Callable[[], End], repeats: int, exchange: Exchange, group: dist.ProcessGroup) -> float:

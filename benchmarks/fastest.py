@@ -153,7 +153,8 @@ def main() -> None:
     given = parser.parse_args()
     if "RANK" not in os.environ:
         autopar.Cluster.local(given.ranks)  # measured before there are other ranks
-        sys.exit(max([launch(given.ranks, name) for name in given.models]))
+        codes = [launch(given.ranks, name) for name in given.models]
+        sys.exit(int(any(codes)))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     (name,) = given.models
