@@ -19,6 +19,7 @@ from random_spaces import BATCH, DEVICES, LABELS, AsItIs, RandomSpace, SavingSpa
 
 from autopar.planner.configuration_solver import ConfigurationSolver
 from autopar.planner.layouts import configurations
+from autopar.planner.nodes import Unit
 from autopar.planner.search import (
     Chain,
     Configuration,
@@ -490,3 +491,19 @@ def test_the_queue_is_sorted_anew_where_plans_of_a_configuration_take_less_than_
         run.timings.note_awaited(plain, 0.0)
     assert run.queue[0][0] == min(run._key(unit) for _, _, unit in run.queue)
     assert plain.configuration in [_configuration(unit) for key, _, unit in run.queue if key < 1e6]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_plans_wait_is_known_before_their_units_are_solved(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mesh behind slow links is otherwise proven and solved under the cap, label by label, to be found too slow."""
+    space, real, known = SavingSpace(seed, tied=True), _Search._solve, list[bool]()
+    least = search(space, DEVICES, BATCH, cap_bytes=1)
+    assert isinstance(least, Infeasible)
+
+    def solve(run: _Search, unit: Unit) -> None:
+        known.append(unit.solver.configuration in run.timings._awaited_s)
+        real(run, unit)
+
+    monkeypatch.setattr(_Search, "_solve", solve)
+    found = search(space, DEVICES, BATCH, cap_bytes=2 * least.needed_bytes, timed=lambda each: each.objective_s)
+    assert isinstance(found, Solution) and known and all(known)

@@ -44,12 +44,14 @@ class Shortage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """bound_s is proven for the configuration; without a choice it is over the cutoff, or nothing fits."""
+    """bound_s is proven for the configuration; without a choice it is over the cutoff, or nothing fits. best: the best
+    tiling that was met where only a bound was asked for."""
 
     bound_s: float
     choice: Choice | None = None
     shortage: Shortage | None = None
     ilp: Program | None = None
+    best: tuple[Column, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +130,7 @@ class ConfigurationSolver:
     def bound(self, cutoff_s: float, within_s: float) -> Outcome:
         """A bound: that of ``solve``, or less once some plan is known to take no longer than ``within_s``."""
         found = self._found(cutoff_s * (1 + CLOSE), within_s)
-        return found if isinstance(found, Outcome) else Outcome(found.proven.bound_s)
+        return found if isinstance(found, Outcome) else Outcome(found.proven.bound_s, best=found.best)
 
     def solve(self, cutoff_s: float) -> Outcome:
         """The best choice, or only a bound once that is over the cutoff, or what memory is short."""

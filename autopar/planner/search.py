@@ -303,6 +303,8 @@ class _Search:
             node.proven = True
         self._learn(node.solver)
         node.bound_s = max(node.bound_s, outcome.bound_s)
+        if outcome.best and (node.near or node.proven):
+            self._note_awaited(node.solver, outcome.best, self._relaxed_solution(node, outcome.best))
         if outcome.shortage is not None:
             self.hopeless.append((outcome.shortage.needed_bytes, node.order, node))
         if math.isfinite(node.bound_s):
@@ -395,7 +397,7 @@ class _Search:
             self._under_cap(unit)
         elif outcome.choice is not None:
             unit.solution = self._solution(unit, outcome)
-            self._note_awaited(unit, outcome.choice.columns, unit.solution)
+            self._note_awaited(unit.solver, outcome.choice.columns, unit.solution)
         elif outcome.shortage is not None:
             short = outcome.shortage
             self._short(unit, short.needed_bytes, short.stage, stage_solutions(unit.solver, short.columns))
@@ -404,12 +406,18 @@ class _Search:
         unit.solver.forget()
         self._report(unit.solver.configuration)
 
-    def _note_awaited(self, unit: Unit, columns: Sequence[Column], found: Solution) -> None:
+    def _relaxed_solution(self, node: Relaxed, columns: tuple[Column, ...]) -> Solution:
+        """The best of what a node was bounded by, which may be no plan; its plans wait about as long."""
+        value_s = node.solver.pools.value(columns)
+        stages = stage_solutions(node.solver, columns)
+        return Solution(node.solver.configuration, stages, value_s, node.bound_s, _gap(value_s, node.bound_s), ())
+
+    def _note_awaited(self, solver: ConfigurationSolver, columns: Sequence[Column], found: Solution) -> None:
         """Where plans are simulated, what they wait for is looked at before."""
         if self.timings.step_s is None:
             return
-        spare = [self.cap_bytes - needed for needed in unit.solver.needed_bytes(columns)]
-        held = zip(unit.solver.held, spare, columns, strict=True)
+        spare = [self.cap_bytes - needed for needed in solver.needed_bytes(columns)]
+        held = zip(solver.held, spare, columns, strict=True)
         rooms = [count + left / max(column.saved_bytes, 1.0) for count, left, column in held]
         with self._in_order(found.configuration):
             self.timings.note_awaited(found, awaited_s(found.stages, found.configuration, self.pins, rooms))
