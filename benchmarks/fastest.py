@@ -8,7 +8,8 @@ every program takes two steps, in another order, of which the second counts, on 
 those within 10 % of the fastest then take four times as many rounds among themselves, which alone count: of twenty that
 are as fast as each other, the fastest is one that was lucky. They are compared within rounds, as a machine that changes
 its speed does so for all of a round: the median of the chosen plan's time over another's. The exit code is 1 where a
-grid is more than 5 % faster than the chosen plan. Run it with nothing else on the machine.
+grid is more than 5 % faster than the chosen plan. Run it with nothing else on the machine, in the hour of an
+`autopar profile`.
 """
 
 from __future__ import annotations
