@@ -304,7 +304,7 @@ class _Search:
         self._learn(node.solver)
         node.bound_s = max(node.bound_s, outcome.bound_s)
         if outcome.best and (node.near or node.proven):
-            self._note_awaited(node.solver, outcome.best, self._relaxed_solution(node, outcome.best))
+            self._note_awaited(node.solver, outcome.best)
         if outcome.shortage is not None:
             self.hopeless.append((outcome.shortage.needed_bytes, node.order, node))
         if math.isfinite(node.bound_s):
@@ -397,7 +397,7 @@ class _Search:
             self._under_cap(unit)
         elif outcome.choice is not None:
             unit.solution = self._solution(unit, outcome)
-            self._note_awaited(unit.solver, outcome.choice.columns, unit.solution)
+            self._note_awaited(unit.solver, outcome.choice.columns)
         elif outcome.shortage is not None:
             short = outcome.shortage
             self._short(unit, short.needed_bytes, short.stage, stage_solutions(unit.solver, short.columns))
@@ -406,16 +406,13 @@ class _Search:
         unit.solver.forget()
         self._report(unit.solver.configuration)
 
-    def _relaxed_solution(self, node: Relaxed, columns: tuple[Column, ...]) -> Solution:
-        """The best of what a node was bounded by, which may be no plan; its plans wait about as long."""
-        value_s = node.solver.pools.value(columns)
-        stages = stage_solutions(node.solver, columns)
-        return Solution(node.solver.configuration, stages, value_s, node.bound_s, _gap(value_s, node.bound_s), ())
-
-    def _note_awaited(self, solver: ConfigurationSolver, columns: Sequence[Column], found: Solution) -> None:
-        """Where plans are simulated, what they wait for is looked at before."""
+    def _note_awaited(self, solver: ConfigurationSolver, columns: Sequence[Column]) -> None:
+        """Where plans are simulated, what they wait for is looked at before: of a plan, or of the best that a node was
+        bounded by, which may be none, but waits about as long as its plans."""
         if self.timings.step_s is None:
             return
+        value_s = solver.pools.value(tuple(columns))
+        found = Solution(solver.configuration, stage_solutions(solver, columns), value_s, 0.0, math.inf, ())
         spare = [self.cap_bytes - needed for needed in solver.needed_bytes(columns)]
         held = zip(solver.held, spare, columns, strict=True)
         rooms = [count + left / max(column.saved_bytes, 1.0) for count, left, column in held]
@@ -533,7 +530,8 @@ class _Search:
             said = f"plans of other meshes or microbatches were simulated, too, and are slower: {len(slower)}"
             notes = (*notes, said)
         if proven_s < bound_s * (1 - 1e-9):
-            said = f"without what plans found for other meshes wait for, the gap would be {_gap(step_s, proven_s):.2%}"
+            gap = f"{_gap(step_s, proven_s):.2%}"
+            said = f"without what plans of other meshes are thought to wait for, the gap would be {gap}"
             notes = (*notes, said)
         return replace(found, bound_s=bound_s, gap=_gap(step_s, bound_s), notes=(*found.notes, *notes))
 

@@ -82,7 +82,7 @@ class StageSolution:
 @dataclass(frozen=True)
 class Solution:
     """objective_s: seconds of a step; bound_s: no plan of any configuration is faster, those that were simulated apart,
-    and with what plans of a configuration were found to wait (``Timings``), which notes say.
+    and with what plans of a configuration are thought to wait (``Timings``), which notes say.
 
     gap: (objective_s - bound_s) / bound_s, 0 where proven optimal. notes: fallbacks, timeouts, interruption.
     placement: the device of each (stage, replica, shard), in that order; None: counting up. ilp: that chose it.

@@ -42,7 +42,7 @@ class Timings:
             self._hidden_s[c] = hidden_s
 
     def note_awaited(self, found: Solution, awaited_s: float) -> None:
-        """What a plan waits for messages beside its price, and what that lacks."""
+        """What a plan, or what bounded its configuration, waits for messages beside its price, and what that lacks."""
         c, beside_s = found.configuration, awaited_s + (0.0 if self.lacks_s is None else self.lacks_s(found))
         self._awaited_s[c] = min(beside_s, self._awaited_s.get(c, beside_s))
 
