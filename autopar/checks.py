@@ -24,7 +24,7 @@ from passes.batch import BatchAnalysis
 from passes.calls import call_of
 from passes.dependence import differentiable_nodes
 from passes.fingerprint import fingerprint
-from passes.graph import ModelGraph, is_getitem, source_of
+from passes.graph import ModelGraph, is_getitem, op_name, source_of
 from passes.segment import Segment
 from passes.shard import form_of, input_key, is_own_form, op_key
 from passes.zero import zero_key
@@ -296,8 +296,8 @@ def unruled(model: ModelGraph) -> dict[str, list[fx.Node]]:
     """Calls of each op that the op table does not know."""
     found: dict[str, list[fx.Node]] = {}
     for node in model.nodes():
-        if not is_getitem(node) and entry_of(str(node.target)) is None:
-            found.setdefault(str(node.target), []).append(node)
+        if not is_getitem(node) and entry_of(op_name(node)) is None:
+            found.setdefault(op_name(node), []).append(node)
     return found
 
 

@@ -19,7 +19,7 @@ from cost_model.factors import FactorMap, Strategy, parse_map, split_factor
 from cost_model.ops.table import OPS, Op, OpCall, bytes_moved, register
 from cost_model.placement import Partial, Placement, Shard
 from cost_model.program import OpCost
-from passes.graph import ModelGraph
+from passes.graph import ModelGraph, op_name
 
 _Call = tuple[list[Any], dict[str, Any]]
 _FACTOR = re.compile(r"\w+")
@@ -76,7 +76,7 @@ def register_rule(op: str, notation: str, *, whole: str = "", check: Sequence[An
 
 def unchecked_notes(model: ModelGraph) -> tuple[str, ...]:
     """Which rules of the user's own a program relies on that nothing has proved."""
-    names = sorted({str(node.target) for node in model.nodes()} & _UNCHECKED)
+    names = sorted({op_name(node) for node in model.nodes()} & _UNCHECKED)
     return tuple(
         f"{name} is split as autopar.register_rule said, which was not checked: pass check=(its arguments in one call)"
         for name in names

@@ -24,7 +24,7 @@ from cost_model.tensor import TensorMeta
 from passes.batch_sizes import CannotSplitError, Sizes
 from passes.calls import call_of, tensor_args
 from passes.dependence import active_nodes, ancestors
-from passes.graph import ModelGraph, is_getitem, source_of
+from passes.graph import ModelGraph, is_getitem, op_name, source_of
 from passes.specialise import BatchMismatchError
 from passes.vocabulary import collect
 
@@ -179,11 +179,11 @@ class _Analysis:
 
     def _active(self, node: fx.Node) -> tuple[Place, ...]:
         operands, places = self._operands(node)
-        exchanged = self._exchanged(str(node.target), places[0] if places else None)
+        exchanged = self._exchanged(op_name(node), places[0] if places else None)
         if exchanged is not None:
             self.synchronised.add(node.name)
             return (exchanged,)
-        if str(node.target) == WRITTEN:
+        if op_name(node) == WRITTEN:
             self.synchronised.add(node.name)
         return self._placed(node, operands, places)
 
@@ -248,7 +248,7 @@ class _Analysis:
                 self._as_whole(operand, each)
 
     def _rule(self, node: fx.Node) -> FactorMap:
-        entry = entry_of(str(node.target))
+        entry = entry_of(op_name(node))
         rule = entry.factors(call_of(node, self.model.metas)) if entry else None
         if rule is None:
             raise CannotSplitError(f"{node.target} has no rule for its batch dim ({source_of(node)})")
@@ -386,7 +386,7 @@ class _Analysis:
 
 def is_view(node: fx.Node, model: ModelGraph) -> bool:
     """Whether a value is its one operand, seen otherwise."""
-    entry = entry_of(str(node.target)) if node.op == "call_function" and not is_getitem(node) else None
+    entry = entry_of(op_name(node)) if node.op == "call_function" and not is_getitem(node) else None
     return entry is not None and len(tensor_args(node)) == 1 and entry.price(call_of(node, model.metas)) is None
 
 

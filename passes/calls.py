@@ -11,7 +11,7 @@ from torch import fx
 
 from cost_model.ops import OpCall, Ref
 from cost_model.tensor import TensorMeta
-from passes.graph import Meta
+from passes.graph import Meta, op_name
 
 
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def call_of(node: fx.Node, metas: Mapping[str, Meta]) -> OpCall:
     arguments = {name: _map(value, refer) for name, value in schema_arguments(node).items()}
     out = metas.get(node.name, ())
     outputs = (out,) if isinstance(out, TensorMeta) else tuple(m for m in out if m is not None)
-    return OpCall(op=str(node.target), inputs=tuple(inputs), outputs=outputs, args=arguments)
+    return OpCall(op=op_name(node), inputs=tuple(inputs), outputs=outputs, args=arguments)
 
 
 def _map(value: Any, refer: Any) -> object:

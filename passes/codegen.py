@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.graph import is_getitem
+from passes.graph import is_getitem, op_name
 from passes.group import Kernel
 from passes.lower import Function, Line
 
@@ -76,7 +76,7 @@ class _Names:
         self.kernels: dict[str, Kernel] = {}
 
     def of(self, node: fx.Node) -> str:
-        target = str(node.target)
+        target = op_name(node)
         if isinstance(node.target, Kernel):
             self.kernels[target] = node.target
             return target
@@ -131,10 +131,10 @@ def _wrapped(head: str, items: Sequence[str], tail: str) -> str:
 def _line(line: Line, names: _Names) -> str:
     node = line.node
     deletes = f"; del {', '.join(line.deletes)}" if line.deletes else ""
-    if str(node.target) in ACCUMULATIONS:
+    if op_name(node) in ACCUMULATIONS:
         *operands, parameter = node.args
         arguments = [f'grads["{parameter}"]', *(_text(o) for o in operands)]
-        return _wrapped(f"{ACCUMULATIONS[str(node.target)]}(", arguments, f"){deletes}")
+        return _wrapped(f"{ACCUMULATIONS[op_name(node)]}(", arguments, f"){deletes}")
     return _call(node, line.outputs, names, "_" if line.in_place else "", deletes)
 
 

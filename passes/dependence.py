@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from cost_model.tensor import TensorMeta
-from passes.graph import ModelGraph
+from passes.graph import ModelGraph, op_name
 
 
 def active_nodes(model: ModelGraph) -> frozenset[str]:
@@ -23,7 +23,7 @@ def differentiable_nodes(model: ModelGraph) -> frozenset[str]:
     """Values through which a gradient reaches a trainable parameter, or the activation received."""
     carrying = {i.node for i in model.inputs if i.trainable or i.kind == "activation"}
     for node in model.nodes():
-        if "detach" in str(node.target):
+        if "detach" in op_name(node):
             continue
         if any(operand.name in carrying for operand in node.all_input_nodes):
             carrying.add(node.name)
@@ -39,7 +39,7 @@ def receiving_nodes(model: ModelGraph) -> frozenset[str]:
         node = stack.pop()
         if node.name not in found:
             found.add(node.name)
-            stack.extend(() if "detach" in str(node.target) or not _has_floats(model, node) else node.all_input_nodes)
+            stack.extend(() if "detach" in op_name(node) or not _has_floats(model, node) else node.all_input_nodes)
     return frozenset(found)
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from cost_model.errors import UnsupportedError
 from passes.fakes import fake_like
-from passes.graph import is_getitem
+from passes.graph import is_getitem, op_name
 
 aten = torch.ops.aten
 _LIFTED = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
@@ -46,7 +46,7 @@ def detach(module: fx.GraphModule) -> fx.GraphModule:
 
 def _is_switch(node: fx.Node) -> bool:
     """Whether the node runs a part of the model with gradients switched on or off."""
-    return str(node.target) == "wrap_with_set_grad_enabled"
+    return op_name(node) == "wrap_with_set_grad_enabled"
 
 
 def is_region(node: fx.Node) -> bool:

@@ -26,7 +26,7 @@ from cost_model.strategies import (
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
 from passes.dependence import active_nodes
-from passes.graph import ModelGraph, is_getitem
+from passes.graph import ModelGraph, is_getitem, op_name
 from passes.shard import exit_key, input_key, op_key
 from passes.vocabulary import collect
 
@@ -101,7 +101,7 @@ class _Follow:
     def _best(self, node: fx.Node) -> Strategy:
         operands, meta = tensor_args(node), self.model.metas[node.name]
         plain = replicated(len(operands), 1 if isinstance(meta, TensorMeta) else len(meta))
-        entry = entry_of(str(node.target))
+        entry = entry_of(op_name(node))
         rule = entry.factors(call_of(node, self.model.metas)) if entry and node.target is not collect else None
         if rule is None:
             return plain

@@ -13,6 +13,7 @@ from cost_model.errors import UnsupportedError
 from passes.calls import schema_arguments
 from passes.detach import detach
 from passes.fakes import as_parameter, fake_tensor
+from passes.graph import op_name
 from passes.in_place import state_writes, writes
 from passes.instance_statistics import show_statistics
 
@@ -81,7 +82,7 @@ def _is_of_vmap(node: fx.Node) -> bool:
 
 def _is_autocast(node: fx.Node) -> bool:
     """Whether a region casts. UnsupportedError where it does so on devices of another kind than the traced ones."""
-    if str(node.target) != "wrap_with_autocast" or not node.args[2]:
+    if op_name(node) != "wrap_with_autocast" or not node.args[2]:
         return False
     values = (arg.meta.get("val") for arg in node.all_input_nodes)
     if all(value.device.type == node.args[0] for value in values if isinstance(value, torch.Tensor)):

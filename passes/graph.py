@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from cost_model.errors import VerificationError
 from cost_model.tensor import TensorMeta
@@ -85,16 +87,31 @@ class ModelGraph:
 def meta_of(value: Any) -> Meta | None:
     """TensorMeta of a (fake) tensor, a tuple of them for tuple outputs, None for anything else."""
     if isinstance(value, torch.Tensor):
-        return TensorMeta(tuple(int(s) for s in value.shape), str(value.dtype).removeprefix("torch."))
+        return TensorMeta(tuple(map(int, value.shape)), _dtype_name(value.dtype))
     if isinstance(value, tuple | list):
         return tuple(m if isinstance(m := meta_of(v), TensorMeta) else None for v in value)
     return None
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def op_name(node: fx.Node) -> str:
+    """What a node calls, by the name that the op table knows it by."""
+    return _op_name(node.target) if isinstance(node.target, OpOverload) else str(node.target)
+
+
+@functools.cache
+def _op_name(op: OpOverload) -> str:
+    return str(op)
 
 
 def is_getitem(node: fx.Node) -> bool:

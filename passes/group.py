@@ -18,7 +18,7 @@ from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
 from passes import vocabulary
 from passes.calls import call_of
-from passes.graph import Meta, is_getitem, meta_of
+from passes.graph import Meta, is_getitem, meta_of, op_name
 from passes.storage import is_view
 
 aten = torch.ops.aten
@@ -139,13 +139,13 @@ def _call(node: fx.Node) -> OpCall:
 
 def _kind(node: fx.Node) -> str | None:
     """The kind of a call that may be part of a kernel."""
-    if not str(node.target).startswith("aten.") or not node.all_input_nodes or not _metas(node):
+    if not op_name(node).startswith("aten.") or not node.all_input_nodes or not _metas(node):
         return None
     cost = price_of(_call(node))
     if cost is None:
         return None
     if cost.kind == "copy":
-        return "elementwise" if str(node.target) in _COPIES else None
+        return "elementwise" if op_name(node) in _COPIES else None
     return cost.kind if cost.kind in (*_POINTWISE, *_ROWS, _REDUCTION) else None
 
 
@@ -169,7 +169,7 @@ class _Run:
         cost = self._cost(body)
         if not self.outputs or not worth(cost):
             return
-        ops = [str(node.target).split(".")[1].strip("_") for node in self.members]
+        ops = [op_name(node).split(".")[1].strip("_") for node in self.members]
         kernel = kernels.of(body, ops, cost, self._workspace_bytes())
         last = self._last()
         moved = self._dependents(last)

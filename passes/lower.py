@@ -18,7 +18,7 @@ from cost_model.placement import Shard
 from cost_model.program import Block, Collective, Instruction, OpCost, Value
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of
-from passes.graph import Meta, is_getitem, meta_of
+from passes.graph import Meta, is_getitem, meta_of, op_name
 from passes.group import Kernel
 from passes.operand_copies import copied_bytes
 from passes.overlap_vocabulary import BEGIN, BEGINS, ENDS, complete
@@ -187,7 +187,7 @@ class _Lower:
         collective = _collective(node, self.metas)
         cost, workspace = self._work(node, in_place, collective)
         return Instruction(
-            op=str(node.target),
+            op=op_name(node),
             inputs=tuple(o.name for o in node.all_input_nodes),
             outputs=tuple(self._value(v) for v in variables),
             cost=cost,

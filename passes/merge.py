@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.dependence import active_nodes
-from passes.graph import ModelGraph, drop_dead_calls
+from passes.graph import ModelGraph, drop_dead_calls, op_name
 
 
 def merge_equal(graphs: Sequence[ModelGraph]) -> None:
@@ -17,7 +17,7 @@ def merge_equal(graphs: Sequence[ModelGraph]) -> None:
     of them are made one. Calls that are equal at one size only (``arange`` of the batch and of a sequence as long)
     are not; graphs that differ in structure stay as they are."""
     calls = [graph.nodes() for graph in graphs]
-    if len({tuple(str(n.target) for n in nodes) for nodes in calls}) != 1:
+    if len({tuple(map(op_name, nodes)) for nodes in calls}) != 1:
         return
     active = active_nodes(graphs[0])
     first_of: dict[Any, tuple[fx.Node, ...]] = {}

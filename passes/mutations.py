@@ -62,6 +62,8 @@ def changed_buffers(exported: torch.export.ExportedProgram) -> Changed:
 
 def check_statistics(model: ModelGraph, statistics: Mapping[str, int]) -> None:
     """UnsupportedError where a batch norm sends no gradient back, in whose place its new running statistics travel."""
+    if not statistics:
+        return
     receiving = receiving_nodes(model)
     by_name = {node.name: node for node in model.graph.nodes}
     for item in model.inputs:

@@ -13,7 +13,7 @@ from cost_model.placement import Shard
 from cost_model.strategies import follow
 from cost_model.tensor import TensorMeta
 from passes.calls import call_of, tensor_args
-from passes.graph import ModelGraph, is_getitem
+from passes.graph import ModelGraph, is_getitem, op_name
 from passes.restate_masks import refused
 from passes.rewriter import FIRST, LAST, LOSS, MASK, PICKED
 from passes.vocabulary import collect
@@ -23,6 +23,8 @@ _ROWS = Shard(0)
 
 def check_picked(model: ModelGraph) -> None:
     """UnsupportedError where a row that is not picked might count."""
+    if not any(PICKED in node.meta for node in model.nodes()):
+        return
     rows: dict[str, int] = {}
     for node in model.nodes():
         mark = node.meta.get(PICKED)
@@ -59,7 +61,7 @@ def _are_rows(model: ModelGraph, node: fx.Node, mark: str | None, rows: dict[str
 
 def _keeps_apart(model: ModelGraph, node: fx.Node, rows: dict[str, int], count: int) -> bool:
     """Whether a row of each result is made of one row of each operand; what else there is may have rows of its own."""
-    entry = entry_of(str(node.target))
+    entry = entry_of(op_name(node))
     rule = entry.factors(call_of(node, model.metas)) if entry is not None else None
     if rule is None:
         return False

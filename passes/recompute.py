@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.graph import is_getitem
+from passes.graph import is_getitem, op_name
 from passes.pieces import AMBIENT, segment_of
 from passes.storage import is_view
 
@@ -163,7 +163,7 @@ def _source(node: fx.Node) -> fx.Node:
 def _is_once(node: fx.Node) -> bool:
     """Collectives and random ops run once."""
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    namespace, name = _named(str(node.target))
+    namespace, name = _named(op_name(node))
     return random or (namespace == "autopar" and name in _COLLECTIVES)
 
 
@@ -177,7 +177,7 @@ def is_heavy(op: str, *, weighted: bool) -> bool:
 
 
 def _is_heavy_call(node: fx.Node, weights: Collection[fx.Node]) -> bool:
-    return is_heavy(str(node.target), weighted=any(_root(o) in weights for o in node.all_input_nodes))
+    return is_heavy(op_name(node), weighted=any(_root(o) in weights for o in node.all_input_nodes))
 
 
 def _root(node: fx.Node) -> fx.Node:

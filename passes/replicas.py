@@ -27,7 +27,7 @@ from passes.batch import (
     analyse_batch,
     is_view,
 )
-from passes.graph import ModelGraph, drop_dead_calls
+from passes.graph import ModelGraph, drop_dead_calls, op_name
 from passes.layer_vocabulary import DIFFERENTIABLE
 from passes.rewriter import GraphBuilder
 from passes.trace import Traced
@@ -169,7 +169,7 @@ def _first_use(value: fx.Node, model: ModelGraph) -> fx.Node:
 def exchange_notes(model: ModelGraph, synchronised: Collection[str]) -> Iterator[str]:
     """What the replicas of a model exchange, in words. synchronised: ``BatchAnalysis.synchronised``."""
     calls = [n for n in model.nodes() if n.name in synchronised]
-    counts, gathers = Counter(str(n.target) for n in calls), [n for n in calls if str(n.target) == REPLICA_GATHER]
+    counts, gathers = Counter(op_name(n) for n in calls), [n for n in calls if op_name(n) == REPLICA_GATHER]
     if counts[BATCH_NORM]:
         yield (
             f"the statistics of {counts[BATCH_NORM]} batch norm(s) are those of the global batch, as on one device: "

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
+from passes.flat import flat
 from passes.graph import source_of
 from passes.restate import REWRITES, rewrites
 
@@ -33,7 +33,7 @@ def refuse_unknown_shape(node: fx.Node) -> None:
 
 def is_unknown(value: Any) -> bool:
     """Whether a shape follows from the values of a tensor."""
-    made = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    made = (leaf for leaf in flat(value)[0] if isinstance(leaf, torch.Tensor))
     return any(isinstance(extent, torch.SymInt) for tensor in made for extent in tensor.shape)
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from cost_model.errors import UnsupportedError
 from cost_model.tensor import TensorMeta
+from passes.flat import flat
 from passes.graph import GraphInput, source_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def touches_sparse(run: Cleaner, node: fx.Node) -> bool:
     if any(isinstance(run.mapped.get(operand), Sparse) for operand in node.all_input_nodes):
         return True
     given = [operand for operand in node.all_input_nodes if operand.op != "call_function"]  # calls were looked at
-    return any(is_sparse(v) for one in (node, *given) for v in pytree.tree_leaves(one.meta.get("val")))
+    return any(is_sparse(leaf) for one in (node, *given) for leaf in flat(one.meta.get("val"))[0])
 
 
 def sparse_call(run: Cleaner, node: fx.Node) -> Any:

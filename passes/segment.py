@@ -6,18 +6,18 @@ not stand in the way of cuts: they are carried along, whole on every rank, besid
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from torch import fx
 
 from cost_model.tensor import TensorMeta
 from passes.dependence import active_nodes, batch_nodes, differentiable_nodes, receiving_nodes
-from passes.graph import ModelGraph
+from passes.graph import Meta, ModelGraph, op_name
 from passes.written import parameter_left
 
 LONG = 12
@@ -93,11 +93,11 @@ class _Facts:
     shared: frozenset[str]
     carried: frozenset[str]
 
-    @cached_property
+    @functools.cached_property
     def differentiable(self) -> frozenset[str]:
         return differentiable_nodes(self.model)
 
-    @cached_property
+    @functools.cached_property
     def twins(self) -> dict[str, fx.Node]:
         """Nodes of the other graph by name."""
         assert self.other is not None
@@ -111,7 +111,7 @@ def _names(model: ModelGraph) -> list[str]:
 def _cuttable(model: ModelGraph) -> frozenset[str]:
     """Values that may cross from stage to stage: floating, of the batch, and the loss sends them a gradient back."""
     floating = {n for n, m in model.metas.items() if isinstance(m, TensorMeta) and m.is_floating}
-    detached = {n.name for n in model.nodes() if "detach" in str(n.target)}
+    detached = {n.name for n in model.nodes() if "detach" in op_name(n)}
     return (receiving_nodes(model) & batch_nodes(model) & floating) - detached
 
 
@@ -285,17 +285,22 @@ def _lines(facts: _Facts, model: ModelGraph, atom: list[fx.Node]) -> list[str]:
             )
             identity = node.name if node.name in facts.shared else "carried" if node.name in facts.carried else ""
             trainable = node.name in facts.trainable
-            outside[node] = f"{kind}{len(outside)}{identity}{model.metas[node.name]}{trainable}"
+            outside[node] = f"{kind}{len(outside)}{identity}{_text(model.metas[node.name])}{trainable}"
         return outside[node]
 
     lines = []
     for node in atom:
         args = fx.map_arg(node.args, lambda n: _Named(name(n)))
-        kwargs = fx.map_arg(dict(node.kwargs), lambda n: _Named(name(n)))
+        kwargs = fx.map_arg(dict(node.kwargs), lambda n: _Named(name(n))) if node.kwargs else {}
         used_later = any(u not in local for u in node.users)
         carried = node.name in facts.carried
-        lines.append(f"{node.target}{args}{kwargs}{model.metas[node.name]}{used_later}{carried}")
+        lines.append(f"{op_name(node)}{args}{kwargs}{_text(model.metas[node.name])}{used_later}{carried}")
     return lines
+
+
+@functools.lru_cache(maxsize=4096)
+def _text(meta: Meta) -> str:
+    return str(meta)
 
 
 class _Named(str):
@@ -363,7 +368,7 @@ def _label(nodes: list[fx.Node], targets: Mapping[str, str]) -> str:
     """The longest module path shared by the segment's parameters, else its first op; targets: of parameters."""
     paths = [targets[o.name].split(".")[:-1] for n in nodes for o in n.all_input_nodes if o.name in targets]
     if not paths:
-        return str(nodes[0].target)
+        return op_name(nodes[0])
     common = paths[0]
     for path in paths[1:]:
         common = common[: next((i for i, (a, b) in enumerate(zip(common, path, strict=False)) if a != b), len(path))]

@@ -93,7 +93,8 @@ def twins(whole: ModelGraph, other: ModelGraph) -> dict[fx.Node, fx.Node]:
 
 def are_twins(whole: ModelGraph, other: ModelGraph) -> bool:
     """Whether two graphs are of the same calls."""
-    return [_identity(n) for n in whole.graph.nodes] == [_identity(n) for n in other.graph.nodes]
+    same = len(whole.graph.nodes) == len(other.graph.nodes)
+    return same and all(map(_are_alike, whole.graph.nodes, other.graph.nodes))
 
 
 def named_like(graph: ModelGraph, like: ModelGraph) -> ModelGraph:
@@ -116,8 +117,11 @@ def named_like(graph: ModelGraph, like: ModelGraph) -> ModelGraph:
     )
 
 
-def _identity(node: fx.Node) -> tuple[Any, ...]:
-    return node.op, node.target, [n.name for n in node.all_input_nodes]
+def _are_alike(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two calls are of one op on operands of the same names."""
+    if one.op != other.op or one.target != other.target:
+        return False
+    return [n.name for n in one.all_input_nodes] == [n.name for n in other.all_input_nodes]
 
 
 def changed_sizes(node: fx.Node, twin: fx.Node) -> list[str]:

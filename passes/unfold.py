@@ -23,7 +23,7 @@ from cost_model.errors import VerificationError
 from cost_model.ops import entry_of
 from cost_model.ops.table import backward_only
 from passes.fakes import fake_like
-from passes.graph import is_getitem
+from passes.graph import is_getitem, op_name
 from passes.plain_forms import PLAIN_FORMS
 from passes.rewriter import SOURCE_KEYS
 from passes.unmutate import unmutate
@@ -40,7 +40,7 @@ class Unfolded:
 def unfolded(node: fx.Node) -> Unfolded | None:
     """What a call is made of; None where it is to be kept."""
     target: Any = node.target
-    function, composite = _made_of(target)
+    function, composite = _made_of(node)
     if function is None:
         return None
     leaves, form = pytree.tree_flatten((node.args, node.kwargs))
@@ -85,10 +85,13 @@ def _is_plain(node: fx.Node, target: Any) -> bool:
     return node.op == "call_function" and (is_op or is_getitem(node))
 
 
-def _made_of(target: Any) -> tuple[Callable[..., Any] | None, bool]:
+def _made_of(node: fx.Node) -> tuple[Callable[..., Any] | None, bool]:
     """What computes an op without a rule by other ops, and whether it is torch's own composite kernel."""
-    entry = entry_of(str(target))
-    if not isinstance(target, torch._ops.OpOverload) or (entry is not None and entry.factors is not backward_only):
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return None, False
+    entry = entry_of(op_name(node))
+    if entry is not None and entry.factors is not backward_only:
         return None, False
     composite = target._can_decompose()
     return (target.decompose if composite else _decompositions().get(target)), composite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,14 +69,29 @@ def _arguments(node: fx.Node) -> _Arguments:
     return _Arguments(*node.args)  # type: ignore[arg-type]
 
 
+class _Call(NamedTuple):
+    """Of a template: a node, its name without its number, that number, and the number of its modules' stack."""
+
+    node: fx.Node
+    base: str
+    number: int
+    stack: int
+
+
+class _Body(NamedTuple):
+    """Of a template: the call of ``repeated`` of its full trace, its calls in order, and the modules they lie in."""
+
+    first: fx.Node
+    calls: list[_Call]
+    stacks: list[dict[str, Any]]
+
+
 class _Unrolling:
-    """inputs: the hidden parameters. bodies: of each template, its calls in order; firsts: the call of ``repeated`` of
-    its full trace."""
+    """inputs: the hidden parameters. bodies: by template."""
 
     def __init__(self, graph: fx.Graph, repeats: Repeats, inputs: Mapping[str, fx.Node]) -> None:
         self.graph, self.repeats, self.inputs = graph, repeats, inputs
-        self.bodies: dict[int, list[fx.Node]] = {}
-        self.firsts: dict[int, fx.Node] = {}
+        self.bodies: dict[int, _Body] = {}
         self.laid: dict[int, dict[fx.Node, fx.Node]] = {}
 
     def run(self) -> None:
@@ -93,10 +107,10 @@ class _Unrolling:
         values, number, _, place = _arguments(node)
         outside = len(self.repeats.templates[number].outside)
         if number not in self.bodies:
-            self.firsts[number], self.bodies[number] = node, self._body(values[:outside], values[outside:])
+            self.bodies[number] = _body(node, self._made_of(values[:outside], values[outside:]))
         return values[outside + place]
 
-    def _body(self, outside: list[fx.Node], made: list[fx.Node]) -> list[fx.Node]:
+    def _made_of(self, outside: list[fx.Node], made: list[fx.Node]) -> list[fx.Node]:
         """All that the made values depend on, up to those from outside."""
         found, stack = set[fx.Node](), list(made)
         while stack:
@@ -111,7 +125,7 @@ class _Unrolling:
 
     def _repeat(self, node: fx.Node) -> fx.Node:
         _, number, run, place = _arguments(node)
-        known, outside = _arguments(self.firsts[number]).values, len(self.repeats.templates[number].outside)
+        known, outside = _arguments(self.bodies[number].first).values, len(self.repeats.templates[number].outside)
         if run not in self.laid:
             self.laid[run] = self._lay(number, dict(zip(known, self._read(node), strict=False)), node)
         return self.laid[run][known[outside + place]]
@@ -123,27 +137,32 @@ class _Unrolling:
         return [next(rest) if name is None else self.inputs[name] for name in self.repeats.reads[run]]
 
     def _lay(self, number: int, outside: Mapping[fx.Node, fx.Node], call: fx.Node) -> dict[fx.Node, fx.Node]:
-        laid = dict(outside)
+        laid, body = dict(outside), self.bodies[number]
         shift = self.repeats.shifts[_arguments(call).run]
+        stacks = [_moved(stack, body.first, call) for stack in body.stacks]
         with self.graph.inserting_before(call):
-            for node in self.bodies[number]:
-                made = copied_node(self.graph, node, laid, _shifted(node.name, shift))
-                made.meta["nn_module_stack"] = _moved(node, self.firsts[number], call)
-                laid[node] = made
+            for node, base, place, stack in body.calls:
+                laid[node] = made = copied_node(self.graph, node, laid, f"{base}_{place + shift[base]}")
+                made.meta["nn_module_stack"] = stacks[stack]
         return laid
 
 
-def _shifted(name: str, shift: Counter[str]) -> str:
-    match = _NUMBERED.fullmatch(name)
-    assert match is not None
-    base, number = match.groups()
-    return f"{base}_{int(number or 0) + shift[base]}"
+def _body(first: fx.Node, nodes: list[fx.Node]) -> _Body:
+    stacks: dict[tuple[Any, ...], int] = {}
+    calls = []
+    for node in nodes:
+        match = _NUMBERED.fullmatch(node.name)
+        assert match is not None
+        base, number = match.groups()
+        stack = stacks.setdefault(tuple(node.meta["nn_module_stack"].items()), len(stacks))
+        calls.append(_Call(node, base, int(number or 0), stack))
+    return _Body(first, calls, [dict(stack) for stack in stacks])
 
 
-def _moved(node: fx.Node, first: fx.Node, call: fx.Node) -> dict[str, Any]:
+def _moved(stack: dict[str, Any], first: fx.Node, call: fx.Node) -> dict[str, Any]:
     """The modules a repeated node lies in: those of its module, then those within, under that one's name."""
     before, after = first.meta["nn_module_stack"], call.meta["nn_module_stack"]
-    old, new = (list(stack.values())[-1][0] for stack in (before, after))
-    inner = {key: entry for key, entry in node.meta["nn_module_stack"].items() if key not in before}
+    old, new = (list(each.values())[-1][0] for each in (before, after))
+    inner = {key: entry for key, entry in stack.items() if key not in before}
     moved = {key.replace(old, new, 1): (path.replace(old, new, 1), kind) for key, (path, kind) in inner.items()}
     return {**after, **moved}
