@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pulp
 import pytest
-from effort import drawn
+from effort import drawn, paced_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lp_reader import solved_elsewhere
@@ -395,18 +394,15 @@ def test_a_search_over_eight_devices_is_quick(cap: int | None, limit_s: float) -
         def chain(self, dp: int, tp: int, microbatch_size: int) -> Chain:
             return known[dp, tp, microbatch_size]
 
-    began = time.process_time()
-    search(Known(), 8, 32, cap_bytes=cap)
-    assert time.process_time() - began < limit_s
+    assert paced_s(lambda: search(Known(), 8, 32, cap_bytes=cap)) < limit_s
 
 
 def test_a_long_chain_on_many_stages_is_quick() -> None:
     """Edges that cannot beat the best columns are dropped, and the ILP sees a bounded number of columns."""
     space, pins = LargeSpace(segments=66, variables=8, labels=4), Pins(tp=4, pp=16, microbatch_size=1)
-    began = time.process_time()
-    found = search(space, 128, 256, pins=pins)
-    assert isinstance(found, Solution) and found.gap < 0.01
-    assert time.process_time() - began < 8
+    found = list[object]()
+    assert paced_s(lambda: found.append(search(space, 128, 256, pins=pins))) < 8
+    assert isinstance(found[0], Solution) and found[0].gap < 0.01
 
 
 @pytest.mark.parametrize("part", [0.1, 0.3, 0.5, 0.7])
@@ -459,6 +455,16 @@ def test_plans_that_may_take_less_than_their_price_are_timed_before_cheaper_ones
     assert isinstance(found, Solution) and found.configuration.dp > 1
     assert timed(found) < timed(plain) and found.gap == 0.0
     assert search(space, DEVICES, BATCH, timed=timed) == plain
+
+
+@pytest.mark.parametrize(("part", "price_s"), [(0.03, 9.7), (0.005, 10.0)])
+def test_what_a_mesh_may_hide_counts_where_it_is_more_than_a_hundredth_of_it(part: float, price_s: float) -> None:
+    """Two plans of a ResNet on four ranks differ by 1.6 % of a step, and by 3 % in what they hide."""
+    plain = search(RandomSpace(3), DEVICES, BATCH)
+    assert isinstance(plain, Solution)
+    timings = Timings(lambda found: found.objective_s, lambda c, along_s: part * along_s)
+    timings.note_hidden(plain.configuration, 10.0, 10.0)
+    assert timings.price_s(plain.configuration, 10.0) == pytest.approx(price_s)
 
 
 def test_a_plan_that_takes_what_it_is_priced_at_is_the_only_one_timed() -> None:

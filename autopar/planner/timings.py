@@ -11,6 +11,8 @@ from autopar.planner.solution import Solution
 
 EXACT = 1.05
 """So far above its price a step may be before plans of a higher price are looked at."""
+HARDLY_ANY = 0.01
+"""The part of a price that is left out where it may be hidden: meshes are told apart by more."""
 MOST_TIMED = 8
 """Plans that are simulated."""
 MOST_SOLVED = 50
@@ -38,7 +40,7 @@ class Timings:
         """What plans of a configuration, priced at no less than ``floor_s``, may take less: left out where that is
         hardly any of it."""
         hidden_s = 0.0 if self.may_hide_s is None else self.may_hide_s(c, along_s)
-        if hidden_s > (EXACT - 1) * floor_s:
+        if hidden_s > HARDLY_ANY * floor_s:
             self._hidden_s[c] = hidden_s
 
     def note_awaited(self, found: Solution, awaited_s: float) -> None:
