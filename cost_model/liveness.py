@@ -152,14 +152,14 @@ def _values(block: Block) -> Iterator[Value]:
 
 
 def _outputs(block: Block) -> list[Value]:
-    names = set(block.outputs)
-    return [value for value in _values(block) if value.name in names]
+    """In the block's own order."""
+    values = {value.name: value for value in _values(block)}
+    return [values[name] for name in dict.fromkeys(block.outputs) if name in values]
 
 
 def _gradients(chunk: Chunk) -> list[Value]:
     """What the backward sends: its first output, where the chunk has received an activation."""
-    names = chunk.backward.outputs[: chunk.received is not None]
-    return [value for value in _values(chunk.backward) if value.name in names]
+    return [] if chunk.received is None else _outputs(chunk.backward)[:1]
 
 
 def _received(name: str, meta: TensorMeta | None) -> dict[str, int]:
@@ -168,13 +168,16 @@ def _received(name: str, meta: TensorMeta | None) -> dict[str, int]:
 
 
 def _sent(chunk: Chunk, static: Collection[str]) -> Value | None:
-    """The forward output that crosses the cut: of the right meta, and not saved if there is such a one."""
+    """What the forward sends: its first output, where there is a chunk that comes after; None where it is no storage
+    of its own."""
     if chunk.sent is None:
         return None
-    fits = [v for v in _outputs(chunk.forward) if v.meta == chunk.sent and v.storage not in static]
-    if not fits:
-        raise VerificationError("sent", f"segments {chunk.segments}: no output of {chunk.forward.name} is {chunk.sent}")
-    return min(fits, key=lambda value: value.storage in chunk.saved)
+    first = _outputs(chunk.forward)[:1]
+    if not first or first[0].meta != chunk.sent:
+        raise VerificationError(
+            "sent", f"segments {chunk.segments}: the first output of {chunk.forward.name} is not {chunk.sent}"
+        )
+    return None if first[0].storage in static else first[0]
 
 
 def _carried(chunk: Chunk, static: Collection[str], sent: str | None) -> dict[str, int]:

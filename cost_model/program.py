@@ -135,9 +135,9 @@ class StepWork:
 class Chunk:
     """Neighbouring segments as a stage runs them, microbatch by microbatch.
 
-    forward: reads microbatch inputs and the activation received; its outputs are the saved values
-    and the activation sent (or the loss). backward: reads saved values and the gradient received;
-    outputs the gradient sent. Parameter gradients are accumulated in place into a flat buffer.
+    forward: reads microbatch inputs and the activation received; its outputs are the activation sent (or the loss)
+    and the saved values. backward: reads saved values and the gradient received; its outputs are the gradient sent and
+    the values kept. Parameter gradients are accumulated in place into a flat buffer.
     saved: storages alive from a microbatch's forward to its backward.
     sent / received: the activation that crosses the cut after / before this chunk (None at the ends of the chain);
     the gradient that comes back has the same meta. sent_split / received_split: whether tp shards hold parts of it.

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read as torch is imported: processes of tests run beside each other
 MOST_DEAD_CLASSES = 1500
@@ -17,6 +18,8 @@ _living_classes = 0
 
 def pytest_configure(config: pytest.Config) -> None:
     """Said before tests are imported, whose number of examples depends on it.
+
+    Where slow tests are left out, changes are held against the same random examples; a run of all tests draws new ones.
 
     Shells have what they start in the background ignore interrupts, and its children with it: those that tests
     interrupt would never end.
@@ -27,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr == "not slow":
         os.environ[LEFT_OUT] = "1"
+        settings.register_profile("the same examples", derandomize=True)
+        settings.load_profile("the same examples")
 
 
 def pytest_collection_finish() -> None:

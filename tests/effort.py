@@ -27,7 +27,6 @@ def paced_s(work: Callable[[], object]) -> float:
     """Processor seconds that a call takes, fewer on a machine that is slow: as many times fewer as a fixed piece of
     Python takes longer there, right before or right after it. What tests before it left in memory is not collected in
     that time."""
-    gc.collect()
     gc.freeze()
     try:
         before_s, seconds, after_s = _cpu_s(_yardstick), _cpu_s(work), _cpu_s(_yardstick)

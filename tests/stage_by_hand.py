@@ -36,7 +36,7 @@ def hand_stage(stage: int, pp: int, step: StepWork = NO_STEP) -> StageProgram:
         "forward",
         (value("w", 1000), *incoming),
         (line([value("t", 10)]), line([value("h", 100)], ["t"]), line([value("out", ACTIVATION)])),
-        ("h", "out"),
+        ("out", "h"),
     )
     backward = Block(
         "backward",

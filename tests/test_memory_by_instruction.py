@@ -22,6 +22,9 @@ from cost_model.schedule import (
     stage_schedule,
 )
 
+SIZES = st.integers(0, 90) | st.just(ACTIVATION)
+"""Bytes of values; some look like what is sent."""
+
 
 @dataclass
 class Heap:
@@ -113,11 +116,11 @@ def split_stages(draw: st.DrawFn) -> tuple[StageProgram, int]:
     stage = draw(st.integers(1, pp - 1))
     whole = draw(chunks(stage, pp))
     inputs = list(whole.backward.inputs)
-    made = [value(f"b{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(0, 4)))]
+    made = [value(f"b{i}", draw(SIZES)) for i in range(draw(st.integers(0, 4)))]
     kept = [v for v in (*made, *inputs) if draw(st.booleans())]
     sent = value("grad_in", ACTIVATION)
     backward = lines_of(draw, [*made, sent], [v.storage for v in (*made, *inputs) if v not in kept])
-    late = [value(f"w{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(1, 3)))]
+    late = [value(f"w{i}", draw(SIZES)) for i in range(draw(st.integers(1, 3)))]
     weight = lines_of(draw, late, [v.storage for v in (*late, *kept)])
     outputs = ("grad_in", *(v.name for v in kept))
     split = replace(
@@ -134,7 +137,7 @@ def chunks(draw: st.DrawFn, stage: int, pp: int) -> Chunk:
     """A random part of a chain; what it received is saved, freed at random points of the backward."""
     own = hand_stage(stage, pp).chunks[0]
     incoming = list(own.forward.inputs[1:])
-    made = [value(f"f{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(0, 4)))]
+    made = [value(f"f{i}", draw(SIZES)) for i in range(draw(st.integers(0, 4)))]
     kept = [v for v in made if draw(st.booleans())]
     shared = stage < pp - 1 and draw(st.booleans())
     out = [value("out", ACTIVATION)] if stage < pp - 1 else []
@@ -142,10 +145,10 @@ def chunks(draw: st.DrawFn, stage: int, pp: int) -> Chunk:
     temporary = [v.storage for v in made if v not in kept]
     forward = lines_of(draw, [*made, *out], temporary)
     inputs = [*saved, *([value("grad_out", ACTIVATION)] if out else [])]
-    back = [value(f"b{i}", draw(st.integers(0, 90))) for i in range(draw(st.integers(1, 4)))]
+    back = [value(f"b{i}", draw(SIZES)) for i in range(draw(st.integers(1, 4)))]
     sent_back = [value("grad_in", ACTIVATION)] if stage else []
     backward = lines_of(draw, [*back, *sent_back], [v.storage for v in (*back, *inputs)])
-    names = tuple(v.name for v in (*kept, *out))
+    names = tuple(v.name for v in (*out, *kept))
     return replace(
         own,
         forward=Block("forward", own.forward.inputs, forward, names),
