@@ -56,20 +56,27 @@ class Function:
 
 
 class Storages:
-    """Names of the storages of one stage, shared by its functions: the first value that lies in each.
+    """Names and sizes of the storages of one stage, shared by its functions. The first value in each names it.
 
-    An all_reduce in place passes its operand's storage on to its result.
+    An all_reduce in place passes its operand's storage on to its result. A value that was traced as the input of a
+    segment may be part of what another segment made or a message brought: the largest that was met is the size.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._given = dict(names)
         self._names: dict[Hashable, str] = {}
+        self._sizes: dict[str, int] = {}
 
     def of(self, node: fx.Node) -> str:
         return self._names.setdefault(storage_of(node), self._given.get(node.name, node.name))
 
     def pass_on(self, source: fx.Node, target: fx.Node) -> None:
         self._names[storage_of(target)] = self.of(source)
+
+    def bytes_of(self, node: fx.Node) -> int:
+        name, own = self.of(node), int(node.meta["val"].untyped_storage().nbytes())
+        self._sizes[name] = max(own, self._sizes.get(name, 0))
+        return self._sizes[name]
 
 
 def lower(
@@ -140,8 +147,7 @@ class _Lower:
     def _value(self, node: fx.Node) -> Value:
         meta = self.metas[node.name]
         assert isinstance(meta, TensorMeta)
-        size = node.meta["val"].untyped_storage().nbytes()
-        return Value(node.name, meta, self.storages.of(node), int(size))
+        return Value(node.name, meta, self.storages.of(node), self.storages.bytes_of(node))
 
     def _hold(self, node: fx.Node) -> None:
         self.alive.setdefault(self.storages.of(node), set()).add(node.name)

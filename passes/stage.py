@@ -262,7 +262,7 @@ class _Builder:
             inputs=self.sharded.graph.inputs,
             placements=self.sharded.placements,
             metas={i.node: self.sharded.graph.tensor(i.node) for i in self.sharded.graph.inputs},
-            constants=self._constant_values(setup, forward, backward, *([] if weight is None else [weight])),
+            constants=self._constant_values(forward, backward, *([] if weight is None else [weight])),
             sent=None if self.last else self.sharded.graph.tensor(self.sharded.graph.outputs[0]),
             received=self.sharded.graph.tensor(self.activation) if self.activation else None,
             exit=self.sharded.exit,
@@ -347,12 +347,9 @@ class _Builder:
         values.update({v.name: v for v in function.block.inputs})
         return tuple(dict.fromkeys(values[name].storage for name in kept))
 
-    def _constant_values(self, setup: Function, *functions: Function) -> tuple[Value, ...]:
-        """One for each storage, which is as large as setup made it, though functions read parts of it."""
+    def _constant_values(self, *functions: Function) -> tuple[Value, ...]:
+        """One for each storage that functions read."""
         known = {v.storage: v for f in functions for v in f.block.inputs if v.name in self.graphs.constants}
-        for made in (v for line in setup.block.instructions for v in line.outputs if v.storage in known):
-            own = known[made.storage]
-            known[made.storage] = replace(own, storage_bytes=max(own.storage_bytes, made.storage_bytes))
         return tuple(known.values())
 
 

@@ -20,6 +20,8 @@ _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 a
 _HALF = ("bfloat16", "float16")
 _ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
 _CAPACITY = 1.25
+_COPIES = vocabulary.by_rows, aten.clone.default
+_TURNED_ROWS, _TURNED_ROWS_OF_BYTES = 60, 120  # of square blocks; aten/src/ATen/native/Copy.cpp, copy_transpose_valid
 _ALIGNED = alignment_vocabulary.CTC, alignment_vocabulary.CTC_BACKWARD
 _EXPERTS = layer_vocabulary.EXPERTS, layer_vocabulary.EXPERTS_BACKWARD
 _DEEPEST_SINGLE = 1024  # of blocks of float32
@@ -37,6 +39,8 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
         return _experts(node, is_backward=node.target is not _EXPERTS[0])
     if node.target in _ALIGNED:
         return _alignments(node, passes=1 + (node.target is not _ALIGNED[0]))
+    if node.target in _COPIES:
+        return _turning(_value(node.args[0]), _value(node))
     if cost is None or cost.gemm is None:
         return 0
     if cost.kind in ("attention", "attention_backward"):
@@ -93,6 +97,15 @@ def _attention(cost: OpCost, *, is_backward: bool) -> int:
     if cost.dtype in _HALF:
         total += 2 * scores + (_packing(columns, depth, rows, turned=True) if is_backward else 0)
     return total
+
+
+def _turning(matrix: Tensor, copy: Tensor) -> int:
+    """The block through which a matrix that lies transposed, without gaps, is copied row after row."""
+    is_bytes = matrix.dtype == torch.uint8
+    is_turned = matrix.dim() == 2 and matrix.stride() == (1, matrix.shape[0]) and copy.is_contiguous()
+    if not is_turned or matrix.numel() < _TURNED_ROWS**2:
+        return 0
+    return (_TURNED_ROWS_OF_BYTES if is_bytes else _TURNED_ROWS) ** 2 * matrix.element_size()
 
 
 def _packing(m: int, n: int, k: int, *, turned: bool) -> int:

@@ -46,6 +46,31 @@ class SharedBlocks(nn.Module):
         return nn.functional.mse_loss(x, y)
 
 
+class Reading(nn.Module):
+    """A layer that reads two values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other, self.out = nn.Linear(32, 128), nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, made: Tensor, context: Tensor) -> Tensor:
+        return made + self.out(torch.tanh(self.own(made) + self.other(context)))
+
+
+class Reminded(nn.Module):
+    """Every layer reads what the first one makes, beside what the one before it makes: a decoder and its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers = nn.Linear(16, 32), nn.ModuleList(Reading() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = context = torch.tanh(self.first(x))
+        for layer in self.layers:
+            made = layer(made, context)
+        return made.square().mean()
+
+
 def _name(pins: dict[str, Any]) -> str:
     return "-".join(f"{key}={value}" for key, value in pins.items())
 
@@ -191,6 +216,18 @@ def test_real_ranks_hold_what_is_estimated(schedule: str) -> None:
     for stage in found.stages:
         error = stage.peak_bytes.error
         assert error is not None and MEMORY_LOW <= error <= MEMORY_HIGH, (schedule, stage)
+
+
+@pytest.mark.usefixtures("shared_ranks")
+def test_a_message_of_several_values_is_held_whole() -> None:
+    """As long as one of them is read."""
+    pins = Parallelism(dp=1, tp=1, pp=2, schedule="gpipe", microbatch_size=8)
+    batch = {"x": torch.randn(64, 64, 16)}
+    with autopar.compile(Reminded(), cpu_cluster(2), batch, optimizer=ADAMW, parallelism=pins) as exe:
+        found = autopar.compare(exe, batch, 1, warmup=1)
+    for stage in found.stages:
+        error = stage.peak_bytes.error
+        assert error is not None and MEMORY_LOW <= error <= MEMORY_HIGH, stage
 
 
 @pytest.mark.usefixtures("shared_ranks")

@@ -109,6 +109,25 @@ def test_images_that_lie_otherwise_are_copied_first(name: str) -> None:
         assert peak - left <= said(call, *operands) <= peak - left + SLACK + (peak - left) // 50
 
 
+def clone(matrix: Tensor) -> Tensor:
+    return matrix.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize(
+    ("run", "traced"), [(kernels.by_rows, vocabulary.by_rows), (clone, clone)], ids=["rows", "clone"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("shape", [(60, 60), (59, 60), (256, 512)], ids=str)
+def test_a_matrix_is_turned_through_a_block(
+    shape: tuple[int, int], dtype: torch.dtype, run: Callable[..., Tensor], traced: Callable[..., Tensor]
+) -> None:
+    turned = torch.zeros(shape, dtype=dtype).t()
+    with_gaps = torch.zeros(shape[0], 2 * shape[1], dtype=dtype)[:, : shape[1]].t()
+    for matrix in (turned, with_gaps):
+        peak, left = peak_bytes(lambda matrix=matrix: run(matrix))
+        assert said(traced, matrix) == peak - left
+
+
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 HAS_HALF_KERNELS = "avx512_bf16" in FLAGS and "amx_tile" not in FLAGS
 HALF_SHAPES = [
