@@ -32,6 +32,8 @@ SHAPES = {
     "each channel alone": (8, 64, 64, 32, 3, 1, 64),
     "one small sample": (1, 8, 8, 8, 3, 1, 1),
     "a stride": (8, 64, 64, 32, 3, 2, 1),
+    "one by one over colours": (16, 3, 32, 16, 1, 1, 1),
+    "one by one and a stride": (8, 32, 64, 16, 1, 2, 1),
 }
 
 
