@@ -56,27 +56,26 @@ class Function:
 
 
 class Storages:
-    """Names and sizes of the storages of one stage, shared by its functions. The first value in each names it.
+    """Names and sizes of the storages of one stage, shared by its functions: the first value in each says both.
 
-    An all_reduce in place passes its operand's storage on to its result. A value that was traced as the input of a
-    segment may be part of what another segment made or a message brought: the largest that was met is the size.
+    An all_reduce in place passes its operand's storage on to its result. Later values may say otherwise: what was
+    traced as the input of a segment may be part of what another made or a message brought, or one number read many
+    times.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._given = dict(names)
         self._names: dict[Hashable, str] = {}
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[Hashable, int] = {}
 
     def of(self, node: fx.Node) -> str:
         return self._names.setdefault(storage_of(node), self._given.get(node.name, node.name))
 
     def pass_on(self, source: fx.Node, target: fx.Node) -> None:
-        self._names[storage_of(target)] = self.of(source)
+        self._names[storage_of(target)], self._sizes[storage_of(target)] = self.of(source), self.bytes_of(source)
 
     def bytes_of(self, node: fx.Node) -> int:
-        name, own = self.of(node), int(node.meta["val"].untyped_storage().nbytes())
-        self._sizes[name] = max(own, self._sizes.get(name, 0))
-        return self._sizes[name]
+        return self._sizes.setdefault(storage_of(node), int(node.meta["val"].untyped_storage().nbytes()))
 
 
 def lower(
@@ -130,12 +129,12 @@ class _Lower:
         return [u for u in node.users if is_getitem(u)] if isinstance(meta, tuple) else [node]
 
     def run(self) -> Function:
+        values = tuple(self._value(n) for n in self.inputs)
         for node in self.inputs:
             self._hold(node)
         lines: list[Line] = []
         for index, node in enumerate(self.calls):
             lines.append(self._line(index, node))
-        values = tuple(self._value(n) for n in self.inputs)
         block = Block(self.name, values, tuple(line.instruction for line in lines), self.returned)
         names = tuple(n.name for n in self.inputs)
         return Function(
