@@ -27,5 +27,5 @@ def _cast(graph: fx.Graph, before: fx.Node, gradient: fx.Node, dtype: torch.dtyp
     with graph.inserting_before(before):
         made = graph.call_function(torch.ops.aten.to.dtype, (gradient, dtype))
     value = fake_tensor(gradient.meta["val"].shape, dtype)
-    made.meta = {**gradient.meta, "val": value, "storage": ("cast", made.name)}
+    made.meta = {**gradient.meta, "val": value, "storage": ("cast", made)}
     return made

@@ -49,7 +49,7 @@ def product(graph: fx.Graph, node: fx.Node) -> fx.Node:
         made = graph.call_function(aten.mm.default, (left, right))
     rows, columns = left.meta["val"].shape[0], right.meta["val"].shape[1]
     value = fake_tensor((rows, columns), left.meta["val"].dtype)
-    made.meta = {**node.meta, "val": value, "storage": ("product", made.name)}
+    made.meta = {**node.meta, "val": value, "storage": ("product", made)}
     return made
 
 

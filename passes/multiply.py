@@ -54,7 +54,7 @@ def _by_rows(graph: fx.Graph, node: fx.Node, matrix: fx.Node) -> fx.Node:
     with graph.inserting_before(node):
         copied = graph.call_function(vocabulary.by_rows, (matrix,))
     laid = fake_tensor(value.shape, value.dtype)
-    copied.meta = {**node.meta, "val": laid, "storage": ("rows", copied.name)}
+    copied.meta = {**node.meta, "val": laid, "storage": ("rows", copied)}
     return copied
 
 

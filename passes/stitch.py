@@ -248,7 +248,7 @@ class _Stitch:
     def _call(self, target: Any, args: tuple[fx.Node, ...], like: torch.Tensor, segment: int, **kwargs: Any) -> fx.Node:
         made = self.graph.call_function(target, args, kwargs)
         made.meta["val"] = fake_tensor(like.shape, like.dtype)
-        made.meta["storage"] = ("made", made.name)
+        made.meta["storage"] = ("made", made)
         made.meta["label"] = ""
         made.meta["segment"] = segment
         return made

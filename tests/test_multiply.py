@@ -173,6 +173,25 @@ def test_memory_is_what_is_estimated() -> None:
         assert 0 <= autopar.compare(exe, batch, steps=1).peak_memory_error < 0.01
 
 
+class Factored(torch.nn.Module):
+    """A layer whose matrix is a product of two; its first factor is turned before the layer's input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (torch.nn.Parameter(torch.randn(K, width) / K) for width in (M, N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.left.t() @ self.right).square().mean()
+
+
+@pytest.mark.usefixtures("shared_ranks")
+def test_copies_of_two_functions_are_two_storages() -> None:
+    """Nodes of the forward and of the backward bear the same names."""
+    model, batch = Factored(), {"x": torch.randn(2 * 4 * N, N)}
+    with autopar.compile(model, quick_cluster(2), batch, optimizer=SGD, parallelism=PLANS["replicas"]) as exe:
+        assert 0 <= autopar.compare(exe, batch, steps=1).peak_memory_error < 0.01
+
+
 def test_devices_that_differ_multiply_as_torch_does() -> None:
     cluster = quick_cluster(2)
     assert cluster.products == ONEDNN
