@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_model.factors import FactorMap, parse_map
-from cost_model.ops.table import INSIDE, PRODUCTS, Op, OpCall, register, register_priced, saving, sweep
+from cost_model.ops.table import INSIDE, PRODUCTS, Op, OpCall, register, register_priced, saving
 from cost_model.placement import Shard
 from cost_model.program import OpCost
 from cost_model.tensor import TensorMeta
@@ -126,11 +126,6 @@ def _gemm(weight: TensorMeta, groups: int, transposed: bool, positions: int) -> 
     return groups, positions, outs, ins * math.prod(kernel)
 
 
-def _cost(call: OpCall, gemm: tuple[int, int, int, int], nbytes: int, kind: str = "convolution") -> OpCost:
-    name = _depthwise(call.inputs[1], _groups(call), _is_transposed(call), kind)
-    return OpCost(kind, 2.0 * math.prod(gemm), float(nbytes), call.inputs[0].dtype, gemm, name)
-
-
 def _depthwise(weight: TensorMeta, groups: int, transposed: bool, kind: str) -> str | None:
     """The name where a group has one channel, in and out."""
     first, second, *kernel = weight.shape
@@ -148,18 +143,17 @@ def _positions(call: OpCall) -> int:
 
 
 def _price(call: OpCall) -> OpCost:
-    gemm = _gemm(call.inputs[1], _groups(call), _is_transposed(call), _positions(call))
-    return _cost(call, gemm, sum(m.nbytes for m in (*call.inputs, *call.outputs)))
+    weight, groups, transposed = call.inputs[1], _groups(call), _is_transposed(call)
+    gemm, kind = _gemm(weight, groups, transposed, _positions(call)), "convolution"
+    nbytes = float(sum(m.nbytes for m in (*call.inputs, *call.outputs)))
+    name = _depthwise(weight, groups, transposed, kind)
+    return OpCost(kind, 2.0 * math.prod(gemm), nbytes, call.inputs[0].dtype, gemm, name)
 
 
 def _planned_backward(call: OpCall) -> tuple[OpCost, ...]:
-    """One product for the gradient of the input and one for that of the weight; the bias is summed."""
-    groups, m, n, k = _gemm(call.inputs[1], _groups(call), _is_transposed(call), _positions(call))
-    nbytes = sum(t.nbytes for t in (*call.inputs[:2], *call.outputs))
-    out = call.outputs[0]
-    bias = (sweep("reduction", out, call.inputs[2], flops=out.numel),) if len(call.inputs) == 3 else ()
-    products = [_cost(call, gemm, nbytes, _BACKWARD) for gemm in ((groups, m, k, n), (groups, k, n, m))]
-    return (*products, *bias)
+    """The one call that gives the gradients of the input and of the weight, and of the bias beside them."""
+    source, weight, out = *call.inputs[:2], call.outputs[0]
+    return (_backward(source, weight, out, _groups(call), _is_transposed(call), _positions(call), products=2),)
 
 
 def _traced_backward(call: OpCall) -> OpCost:
@@ -169,16 +163,28 @@ def _traced_backward(call: OpCall) -> OpCost:
     assert isinstance(wanted, list | tuple)
     of = source if transposed else gradient
     positions = of.shape[0] * math.prod(of.shape[2:])
-    gemm = _gemm(weight, _groups(call), transposed, positions)
-    products = float(sum(bool(w) for w in wanted[:2]))
-    nbytes = products * sum(m.nbytes for m in (gradient, source, weight))
+    products = sum(bool(w) for w in wanted[:2])
+    return _backward(source, weight, gradient, _groups(call), transposed, positions, products)
+
+
+def _backward(
+    source: TensorMeta,
+    weight: TensorMeta,
+    gradient: TensorMeta,
+    groups: int,
+    transposed: bool,
+    positions: int,
+    products: int,
+) -> OpCost:
+    gemm = _gemm(weight, groups, transposed, positions)
+    nbytes = float(products * sum(m.nbytes for m in (gradient, source, weight)))
     return OpCost(
         _BACKWARD,
-        2.0 * math.prod(gemm) * max(products, 1.0),
+        2.0 * math.prod(gemm) * max(products, 1),
         max(nbytes, float(gradient.nbytes)),
         source.dtype,
         gemm,
-        _depthwise(weight, _groups(call), transposed, _BACKWARD),
+        _depthwise(weight, groups, transposed, _BACKWARD) or f"aten.{_BACKWARD}.default",
     )
 
 

@@ -182,9 +182,17 @@ def _native_batch_norm_price(call: OpCall) -> OpCost:
 
 
 def _channel_backward(call: OpCall) -> tuple[OpCost, ...]:
-    source = call.inputs[0]
-    moved = [source] * 5 + list(call.inputs[1:]) * 2
-    return (sweep("norm_backward", *moved, flops=2 * NORM_FLOPS * source.numel),)
+    return (_gradients(call.inputs[0], *call.inputs[1:], *call.inputs[1:]),)
+
+
+def _traced_channel_backward(call: OpCall) -> OpCost:
+    """aten.native_(group, batch)_norm_backward(grad_out, input, ...)."""
+    return _gradients(call.inputs[1], *call.inputs[2:], *call.outputs[1:])
+
+
+def _gradients(source: TensorMeta, *small: TensorMeta) -> OpCost:
+    """Sums over the output's gradient and the input, then the input's gradient, for which both are read again."""
+    return sweep("norm_backward", *[source] * 5, *small, flops=2 * NORM_FLOPS * source.numel)
 
 
 for _name, _factors in (
@@ -207,6 +215,5 @@ register(Op("autopar.batch_norm.default", _channel_factors, _channel_price, _cha
 register_priced("aten.native_group_norm.default", _channel_price)
 register_priced("aten.native_batch_norm.default", _native_batch_norm_price)
 register_priced(
-    "aten.native_group_norm_backward.default aten.native_batch_norm_backward.default",
-    pass_of("norm_backward", 2 * NORM_FLOPS),
+    "aten.native_group_norm_backward.default aten.native_batch_norm_backward.default", _traced_channel_backward
 )
