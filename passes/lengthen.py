@@ -28,11 +28,11 @@ _Facts = tuple[object, ...]
 
 @dataclass(frozen=True)
 class _Kind(Generic[T]):
-    """How things of blocks are called, what becomes of one under other names so many blocks further on, and what all
-    of a family have in common."""
+    """How things of blocks are called, what becomes of one under other names so many blocks further on (None: it stays
+    where it is), and what all of a family have in common."""
 
     name: Callable[[T], str]
-    renamed: Callable[[T, Rename, int], T]
+    renamed: Callable[[T, Rename, int | None], T]
     facts: Callable[[T], _Facts]
 
 
@@ -90,7 +90,7 @@ class _Lengthen:
         self.code, self.equal, self.left_out = code, run, run.left_out
         self.names = Families(run.left_out)
         self.whole, self.known = whole, {i.node: i for i in whole.inputs}
-        self._lines = _Kind[Instruction](_maker, lambda i, rename, by: _renamed(i, rename, by * run.period), _work)
+        self._lines = _Kind[Instruction](_maker, lambda i, rename, by: _renamed(i, rename, self._moved(i, by)), _work)
         self._inputs = _Kind[GraphInput](
             lambda i: i.node, lambda i, rename, _: self.known.get(rename(i.node), i), lambda i: (i.kind, i.trainable)
         )
@@ -263,14 +263,21 @@ class _Lengthen:
         steps = range(1, self.left_out + 1)
         if any(len({kind.facts(thing) for thing in row}) > 1 for row in zip(*parts, strict=True)):
             raise UnlikeError
-        low, high = (0, 0), (self.left_out, 0)
-        moves = [low, low, *((by, by) for by in steps), high]
+        moves = [0, 0, *steps, self.left_out]
         blocks = [parts[0], *[parts[1]] * (self.left_out + 1), parts[2]]
         made: list[T] = []
-        for (by, further), part in zip(moves if ascending else moves[::-1], blocks, strict=True):
+        for by, part in zip(moves if ascending else moves[::-1], blocks, strict=True):
             rename = self.names.renamed(by)
-            made += [kind.renamed(thing, rename, further) for thing in part]
+            made += [kind.renamed(thing, rename, by) for thing in part]
         return made
+
+    def _moved(self, line: Instruction, by: int | None) -> int:
+        """The segment of an instruction so many blocks further on; what stands in the place of a middle block may be of
+        its neighbours."""
+        run, block = self.equal, self.equal.block(line.segment)
+        if by is None or block is None:
+            return line.segment
+        return line.segment + (self._counted(block) + BEFORE - 1 + by - block) * run.period
 
     def _spread(self, row: Sequence[T], kind: _Kind[T]) -> tuple[T, ...]:
         """A row of things of blocks, with those of the blocks left out between."""
@@ -286,7 +293,7 @@ class _Lengthen:
             elif block == 0:
                 raise UnlikeError
             else:
-                made.append(kind.renamed(row[at], rename, 0))
+                made.append(kind.renamed(row[at], rename, None))
             at = max(at + 1, place.end)
         return tuple(made)
 
@@ -336,22 +343,21 @@ def _work(i: Instruction) -> _Facts:
     return i.op, i.cost, i.collective, i.workspace_bytes, results, len(i.inputs), len(i.frees), i.begins, i.completes
 
 
-def _renamed(line: Instruction, rename: Rename, further: int) -> Instruction:
-    """An instruction under other names, so many segments further on."""
+def _renamed(line: Instruction, rename: Rename, segment: int) -> Instruction:
+    """An instruction under other names, of another segment."""
     inputs, frees = tuple(map(rename, line.inputs)), tuple(map(rename, line.frees))
-    outputs = tuple(_renamed_value(v, rename, 0) for v in line.outputs)
-    segment = line.segment + further if line.segment >= 0 else line.segment
+    outputs = tuple(_renamed_value(v, rename) for v in line.outputs)
     if (inputs, frees, segment) == (line.inputs, line.frees, line.segment) and outputs == line.outputs:
         return line
     awaits = None if line.awaits is None else rename(line.awaits)
     return replace(line, inputs=inputs, outputs=outputs, frees=frees, segment=segment, awaits=awaits)
 
 
-def _renamed_value(value: Value, rename: Rename, further: int) -> Value:
+def _renamed_value(value: Value, rename: Rename) -> Value:
     return Value(rename(value.name), value.meta, rename(value.storage), value.storage_bytes)
 
 
-_VALUES = _Kind[Value](lambda v: v.name, _renamed_value, lambda v: (v.meta, v.storage_bytes))
+_VALUES = _Kind[Value](lambda v: v.name, lambda v, rename, _: _renamed_value(v, rename), lambda v: (v.meta, v.storage_bytes))
 _NAMES = _Kind[str](lambda name: name, lambda name, rename, _: rename(name), lambda _: ())
 
 

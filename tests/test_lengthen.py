@@ -146,10 +146,20 @@ def test_blocks_that_give_values_to_others_than_the_next_are_made_as_they_are() 
     assert not any(repeats(priced([Layer() for _ in range(2 * BLOCKS)], Down, pp=2)))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_blocks_of_two_kinds_by_turns_or_one_after_the_other(tp: int) -> None:
-    assert repeats(priced([Layer(16 + 8 * (n % 2)) for n in range(2 * BLOCKS)], tp=tp)) == [True]
-    assert repeats(priced([Layer(16 + 8 * (n >= BLOCKS)) for n in range(2 * BLOCKS)], tp=tp)) == [True]
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {},
+        {"tp": 2},
+        {"dp": 2, "zero": 3},
+        {"dp": 2, "zero": 3, "overlap": True},
+        {"dp": 2, "zero": 3, "overlap": True, "recompute": "selective"},
+        {"dp": 2, "zero": 2, "overlap": True, "recompute": "full"},
+    ],
+)
+def test_blocks_of_two_kinds_by_turns_or_one_after_the_other(pins: dict[str, Any]) -> None:
+    assert set(repeats(priced([Layer(16 + 8 * (n % 2)) for n in range(2 * BLOCKS)], **pins))) == {True}
+    assert set(repeats(priced([Layer(16 + 8 * (n >= BLOCKS)) for n in range(2 * BLOCKS)], **pins))) == {True}
 
 
 @pytest.mark.parametrize("layer", [lambda: Layer(mask=True), lambda: Layer(drop=0.5), Statistics])
