@@ -308,12 +308,15 @@ class _Lengthen:
         if length <= 0 or ends > len(names):
             return 0
         pairs = zip(names[at : ends - length], names[at + length : ends], strict=True)
-        return length if all(self._are_twins(a, b, twins) for a, b in pairs) else 0
+        return length if all(self._are_twins(a, b, twins, block) for a, b in pairs) else 0
 
-    def _are_twins(self, name: str, other: str, twins: Mapping[str, str]) -> bool:
+    def _are_twins(self, name: str, other: str, twins: Mapping[str, str], outermost: int) -> bool:
         """Of what the outermost of the middle blocks has from its neighbour nothing else is known than that it stands
-        here."""
-        return twins[name] == other if name in twins else other not in self.names.index
+        here, where the next one has what is of the outermost."""
+        index = self.names.index
+        if name in twins:
+            return twins[name] == other
+        return other not in index or (name not in index and index[other] == outermost)
 
 
 def _place_of(starts: Mapping[int, int]) -> _Place:
@@ -357,7 +360,9 @@ def _renamed_value(value: Value, rename: Rename) -> Value:
     return Value(rename(value.name), value.meta, rename(value.storage), value.storage_bytes)
 
 
-_VALUES = _Kind[Value](lambda v: v.name, lambda v, rename, _: _renamed_value(v, rename), lambda v: (v.meta, v.storage_bytes))
+_VALUES = _Kind[Value](
+    lambda v: v.name, lambda v, rename, _: _renamed_value(v, rename), lambda v: (v.meta, v.storage_bytes)
+)
 _NAMES = _Kind[str](lambda name: name, lambda name, rename, _: rename(name), lambda _: ())
 
 

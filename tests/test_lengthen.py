@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from autopar.options import Options
 from autopar.planning import Job
 from autopar.uneven import cut_at
+from cost_model.cluster import Cluster
 from cost_model.parallelism import Parallelism
+from gpt import GPT, GPTConfig
 from passes.families import Families, UnlikeError
 from passes.relabel import relabelled
 from passes.verify import verify_priced
@@ -160,6 +162,25 @@ def test_blocks_that_give_values_to_others_than_the_next_are_made_as_they_are() 
 def test_blocks_of_two_kinds_by_turns_or_one_after_the_other(pins: dict[str, Any]) -> None:
     assert set(repeats(priced([Layer(16 + 8 * (n % 2)) for n in range(2 * BLOCKS)], **pins))) == {True}
     assert set(repeats(priced([Layer(16 + 8 * (n >= BLOCKS)) for n in range(2 * BLOCKS)], **pins))) == {True}
+
+
+@pytest.mark.parametrize("levels", [("none", "full"), ("full", "selective")])
+def test_blocks_that_recompute_otherwise_from_the_middle_on(levels: tuple[str, str]) -> None:
+    """What a block saves stands beside what the block after it does, whose own is that of the next run."""
+    width, count = 512, 18
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=512, block_size=width, n_layer=count, n_head=8, n_embd=width)).half()
+    batch = {name: torch.zeros(4, width, dtype=torch.long) for name in ("idx", "targets")}
+    pins = Parallelism(dp=2, tp=4, pp=1, zero=3, overlap=True)
+    options = Options.of(None, SGD, pins, "1000GiB", None, None)
+    job = Job.of(model, Cluster.load("dgx-a100-80gb", 8), batch, options)
+    plan = job.decide(0.0).plan
+    (stage,) = plan.stages
+    half = stage.last_segment // 2
+    other = replace(stage, recompute=(levels[0],) * half + (levels[1],) * (stage.last_segment - half))
+    plan = replace(plan, stages=(other,))
+    verify_priced(job.linked(plan).program, job.program(plan))
+    assert set(repeats(job)) == {True}
 
 
 @pytest.mark.parametrize("layer", [lambda: Layer(mask=True), lambda: Layer(drop=0.5), Statistics])
