@@ -10,6 +10,7 @@ from torch import fx
 from passes import vocabulary
 from passes.fakes import fake_tensor
 from passes.graph import torch_dtype
+from passes.storage import own_storage
 
 
 def cast_gradients(backward: fx.Graph, dtypes: Mapping[str, str]) -> None:
@@ -27,5 +28,5 @@ def _cast(graph: fx.Graph, before: fx.Node, gradient: fx.Node, dtype: torch.dtyp
     with graph.inserting_before(before):
         made = graph.call_function(torch.ops.aten.to.dtype, (gradient, dtype))
     value = fake_tensor(gradient.meta["val"].shape, dtype)
-    made.meta = {**gradient.meta, "val": value, "storage": ("cast", made)}
+    made.meta = {**gradient.meta, "val": value, "storage": own_storage(made)}
     return made

@@ -13,7 +13,7 @@ from torch import fx
 from passes import vocabulary
 from passes.fakes import fake_tensor
 from passes.graph import torch_dtype
-from passes.storage import is_view
+from passes.storage import is_view, own_storage
 
 aten = torch.ops.aten
 ACCUMULATIONS = (vocabulary.accumulate, vocabulary.accumulate_product)
@@ -49,7 +49,7 @@ def product(graph: fx.Graph, node: fx.Node) -> fx.Node:
         made = graph.call_function(aten.mm.default, (left, right))
     rows, columns = left.meta["val"].shape[0], right.meta["val"].shape[1]
     value = fake_tensor((rows, columns), left.meta["val"].dtype)
-    made.meta = {**node.meta, "val": value, "storage": ("product", made)}
+    made.meta = {**node.meta, "val": value, "storage": own_storage(made)}
     return made
 
 

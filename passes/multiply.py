@@ -17,6 +17,7 @@ from cost_model.device_rows import QUICK_FLOPS
 from passes import vocabulary
 from passes.fakes import fake_tensor
 from passes.fuse import operands, product
+from passes.storage import own_storage
 
 aten = torch.ops.aten
 _APART: dict[object, Callable[..., object]] = {
@@ -54,7 +55,7 @@ def _by_rows(graph: fx.Graph, node: fx.Node, matrix: fx.Node) -> fx.Node:
     with graph.inserting_before(node):
         copied = graph.call_function(vocabulary.by_rows, (matrix,))
     laid = fake_tensor(value.shape, value.dtype)
-    copied.meta = {**node.meta, "val": laid, "storage": ("rows", copied)}
+    copied.meta = {**node.meta, "val": laid, "storage": own_storage(copied)}
     return copied
 
 

@@ -14,7 +14,7 @@ from passes.graph import ModelGraph, copied_node, torch_dtype
 from passes.joint import JointGraph, TracedPiece, trace_joint, trace_values
 from passes.lower import label_of
 from passes.pieces import AMBIENT, cut_pieces, piece_key, segment_of
-from passes.storage import renamed, storage_of
+from passes.storage import own_storage, renamed, storage_of
 from passes.vocabulary import forward_end
 
 aten = torch.ops.aten
@@ -248,7 +248,7 @@ class _Stitch:
     def _call(self, target: Any, args: tuple[fx.Node, ...], like: torch.Tensor, segment: int, **kwargs: Any) -> fx.Node:
         made = self.graph.call_function(target, args, kwargs)
         made.meta["val"] = fake_tensor(like.shape, like.dtype)
-        made.meta["storage"] = ("made", made)
+        made.meta["storage"] = own_storage(made)
         made.meta["label"] = ""
         made.meta["segment"] = segment
         return made

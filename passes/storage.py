@@ -37,6 +37,12 @@ def memory_of(value: torch.Tensor) -> int:
     return int(value.untyped_storage()._cdata)
 
 
+def own_storage(node: fx.Node) -> Hashable:
+    """The identity of what a call that a pass adds makes: functions of a stage share identities, and name their nodes
+    alike."""
+    return "made", node
+
+
 def renamed(identity: Any, rename: Callable[[Hashable], Hashable]) -> Any:
     """The identity (or tuple of them) of a copied node."""
     if isinstance(identity, tuple) and not _is_renamed(identity):

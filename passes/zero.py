@@ -26,7 +26,7 @@ from passes.fuse import ACCUMULATIONS, parameter_of, product
 from passes.graph import GraphInput, ModelGraph, torch_dtype
 from passes.pieces import segment_of
 from passes.split import SplitGraphs, inputs_first
-from passes.storage import renamed, storage_of
+from passes.storage import own_storage, renamed, storage_of
 
 aten = torch.ops.aten
 AXIS = "dp"
@@ -168,7 +168,7 @@ def _gather(graph: fx.Graph, bucket: Bucket, whole: Mapping[fx.Node, int], using
     for segment, uses in users.items():
         with graph.inserting_before(uses[0]):
             full = graph.call_function(vocabulary.all_gather, (shard, AXIS, bucket.dp, 0, 1))
-            _describe(full, bucket.meta, ("gathered", full), segment, _label(uses[0]))
+            _describe(full, bucket.meta, own_storage(full), segment, _label(uses[0]))
             for node, offset in whole.items():
                 if any(node in use.all_input_nodes for use in uses):
                     _unpack(graph, node, full, offset, uses)

@@ -153,29 +153,24 @@ def _price(call: OpCall) -> OpCost:
 def _planned_backward(call: OpCall) -> tuple[OpCost, ...]:
     """The one call that gives the gradients of the input and of the weight, and of the bias beside them."""
     source, weight, out = *call.inputs[:2], call.outputs[0]
-    return (_backward(source, weight, out, _groups(call), _is_transposed(call), _positions(call), products=2),)
+    return (_backward(call, source, weight, out, _positions(call), products=2),)
 
 
 def _traced_backward(call: OpCall) -> OpCost:
     """aten.convolution_backward(grad_output, input, weight, ...): a product for each gradient that is wanted."""
     gradient, source, weight = call.inputs
-    transposed, wanted = bool(call.args.get("transposed")), call.args["output_mask"]
+    wanted = call.args["output_mask"]
     assert isinstance(wanted, list | tuple)
-    of = source if transposed else gradient
+    of = source if _is_transposed(call) else gradient
     positions = of.shape[0] * math.prod(of.shape[2:])
     products = sum(bool(w) for w in wanted[:2])
-    return _backward(source, weight, gradient, _groups(call), transposed, positions, products)
+    return _backward(call, source, weight, gradient, positions, products)
 
 
 def _backward(
-    source: TensorMeta,
-    weight: TensorMeta,
-    gradient: TensorMeta,
-    groups: int,
-    transposed: bool,
-    positions: int,
-    products: int,
+    call: OpCall, source: TensorMeta, weight: TensorMeta, gradient: TensorMeta, positions: int, products: int
 ) -> OpCost:
+    groups, transposed = _groups(call), _is_transposed(call)
     gemm = _gemm(weight, groups, transposed, positions)
     nbytes = float(products * sum(m.nbytes for m in (gradient, source, weight)))
     return OpCost(
