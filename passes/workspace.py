@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from cost_model.program import OpCost
 from passes import alignment_vocabulary, layer_vocabulary, vocabulary
+from passes.convolution_workspace import convolution_backward_bytes, convolution_bytes
 
 aten = torch.ops.aten
 _BOOKKEEPING = 4096  # bytes beside the blocks that a product packs: between 1 and 2 KiB were seen
-_STEPPING = 48 * 1024  # bytes that the gradient of an image needs beside it where kernels step: 36 to 46 KiB were seen
 _HALF = ("bfloat16", "float16")
 _ROWS, _COLUMNS, _DEPTH, _PADDING, _WIDEST, _DEEPEST = 256, 64, 512, 32, 1024, 1536  # of blocks of half types
 _CAPACITY = 1.25
@@ -28,10 +28,7 @@ _EXPERTS = layer_vocabulary.EXPERTS, layer_vocabulary.EXPERTS_BACKWARD
 _DEEPEST_SINGLE = 1024  # of blocks of float32
 _QUERIES, _KEYS = ((768, 256), (192, 64), (0, 32)), 512  # of blocks of attention: (least queries, rows), columns
 _IS_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
-_BLOCK = 8 if _IS_AVX2 else 16  # channels that oneDNN lays side by side: one to each place of a register
 _TALL, _APART, _PACKED_ROWS = 1024, 2048, 4 * 1024 * 260  # of products of float32 with AVX2: rows, elements, bytes
-_PLAIN_CHANNELS = 4  # images of at most so many channels are read as they are
-_SMALL_NUMEL, _SMALL_KERNEL, _MANY_SAMPLES = 20480, 3, 16  # aten/src/ATen/native/Convolution.cpp, use_mkldnn
 
 
 def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
@@ -52,12 +49,9 @@ def workspace_bytes(node: fx.Node, cost: OpCost | None) -> int:
         first = [operand for operand in node.args if isinstance(operand, fx.Node)][-2]
         return _packing(*cost.gemm[1:], turned=not _value(first).is_contiguous())
     if node.target is aten.convolution.default:
-        call = _Convolution.of(node.args[0], node.args[1], node.args[3], node.args[8])
-        return _convolution(call, _value(node)) + _straightened(call.source)
+        return convolution_bytes(node)
     if node.target is aten.convolution_backward.default:
-        gradient, source, weight, _, stride, _, _, _, _, groups, wanted = node.args
-        call, above = _Convolution.of(source, weight, stride, groups), _value(gradient)
-        return _backward(call, above, wanted) + _straightened(call.source, above)
+        return convolution_backward_bytes(node)
     return 0
 
 
@@ -132,107 +126,6 @@ def _single(cost: OpCost) -> int:
     _, rows, _, depth = cost.gemm
     packed = _PACKED_ROWS if _IS_AVX2 and rows >= _TALL and depth % _APART == 0 else 0
     return packed + 4 * min(_rounded(depth, 16), _DEEPEST_SINGLE) * _COLUMNS + _BOOKKEEPING
-
-
-class _Convolution:
-    """One call's operands, and their bytes as oneDNN lays them out: channels in blocks, filled up with zeros."""
-
-    def __init__(self, source: Tensor, weight: Tensor, stride: list[int], groups: int) -> None:
-        self.source, self.weight, self.stride, self.groups = source, weight, stride, groups
-
-    @staticmethod
-    def of(source: Any, weight: Any, stride: Any, groups: Any) -> _Convolution:
-        return _Convolution(_value(source), _value(weight), stride, groups)
-
-    @property
-    def is_product(self) -> bool:
-        """Kernels of one element over few samples: a plain product."""
-        return self.is_by_position and all(step == 1 for step in self.stride) and self.source.shape[0] < _MANY_SAMPLES
-
-    @property
-    def is_small(self) -> bool:
-        """One small sample: a product with a matrix of patches."""
-        large_kernel = all(size > _SMALL_KERNEL for size in self.weight.shape[2:])
-        return self.groups == 1 and not large_kernel and len(self.source) == 1 and self.source.numel() <= _SMALL_NUMEL
-
-    def blocked(self, x: Tensor) -> int:
-        """Bytes of an image [batch, channels, ...]."""
-        return _nbytes(x) * _filled(x.shape[1]) // x.shape[1]
-
-    @property
-    def is_by_position(self) -> bool:
-        """Kernels of one element."""
-        return all(size == 1 for size in self.weight.shape[2:])
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether images are read as they are."""
-        return self.source.shape[1] <= _PLAIN_CHANNELS and not self.is_by_position
-
-    @property
-    def read(self) -> int:
-        """Bytes of the input's copy, where it is not read as it is."""
-        return 0 if self.is_plain else self.blocked(self.source)
-
-    def gathered(self, positions: int) -> int:
-        """What is read of one image, laid side by side, where kernels of one element step over the rest."""
-        if not self.is_by_position or all(step == 1 for step in self.stride):
-            return 0
-        return _filled(self.source.shape[1]) * positions * self.source.element_size()
-
-    @property
-    def copies(self) -> int:
-        """Of the input's gradient before it is laid out plainly."""
-        return 1 if all(step == 1 for step in self.stride) else 2
-
-    @property
-    def weights(self) -> int:
-        outs, ins = self.weight.shape[:2]
-        if self.groups > 1:
-            return _nbytes(self.weight)
-        filled = ins if self.is_plain else _filled(ins)
-        return _nbytes(self.weight) * _filled(outs) // outs * filled // ins
-
-    def patches(self, positions: int) -> int:
-        return math.prod(self.weight.shape[1:]) * positions * self.source.element_size()
-
-
-def _convolution(call: _Convolution, out: Tensor) -> int:
-    """Copies of the operands, and the result before it is laid out plainly."""
-    if call.is_product:
-        return 0
-    if call.is_small:
-        return call.patches(math.prod(out.shape[2:]))
-    made = call.blocked(out)
-    copies = call.read + call.weights + made - _nbytes(out) + call.gathered(math.prod(out.shape[2:]))
-    return max(copies, made) + _BOOKKEEPING
-
-
-def _backward(call: _Convolution, gradient: Tensor, wanted: Any) -> int:
-    """First the gradient of the input, then that of the weight, each from copies of its own."""
-    if call.is_product:
-        return 0
-    if call.is_small:
-        return call.patches(math.prod(gradient.shape[2:]))
-    made, weights, weight = call.blocked(gradient), call.weights, _nbytes(call.weight)
-    gathered = call.gathered(math.prod(gradient.shape[2:]))
-    needs = [
-        call.read + made + weights + gathered - weight,
-        weights + len(call.weight) * call.weight.element_size(),
-    ]
-    if wanted[0]:
-        source, stepping = call.blocked(call.source), 0 if call.copies == 1 else _STEPPING
-        needs += [made + weights + source + stepping - _nbytes(call.source) - weight, source * call.copies - weight]
-    return max(needs) + _BOOKKEEPING
-
-
-def _straightened(*images: Tensor) -> int:
-    """Copies of those that do not lie element after element, as the gradient of a mean over an image."""
-    return sum(_nbytes(image) for image in images if not image.is_contiguous())
-
-
-def _filled(channels: int) -> int:
-    return _rounded(channels, _BLOCK)
 
 
 def _rounded(count: int, unit: int) -> int:
