@@ -47,6 +47,8 @@ SURE = 3
 OF_MEDIAN = math.sqrt(math.pi / 2)
 """The standard error of a median over that of a mean, of normal samples."""
 ZEROS = (0, 1, 3)
+AT_A_TIME = 24
+"""Programs that are compiled and timed together with the chosen one: of about a hundred the memory would not do."""
 
 
 @dataclass
@@ -55,11 +57,8 @@ class Program:
 
     name: str
     exe: autopar.Executable
+    estimate_s: float
     times_s: list[float] = field(default_factory=list)
-
-    @property
-    def estimate_s(self) -> float:
-        return self.exe.estimate.step_time_s
 
     @property
     def median_s(self) -> float:
@@ -85,15 +84,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The chosen plan beside another program, over the rounds that both were part of."""
+    """The chosen plan beside another program, over the rounds that both were part of, from one on."""
 
     chosen: Program
     other: Program
+    since: int
 
     @property
     def ratio(self) -> float:
         """How often the other's time the chosen plan takes: by medians or within rounds, whichever is more."""
-        times_s = self.chosen.times_s[: len(self.other.times_s)]
+        times_s = self._beside()
         return max(statistics.median(times_s) / self.other.median_s, math.exp(statistics.median(self._within())))
 
     @property
@@ -104,8 +104,12 @@ class Comparison:
         return math.log(AT_MOST / self.ratio) > SURE * error
 
     def _within(self) -> list[float]:
-        """Of each round, the logarithm of the ratio; the chosen plan takes part in all."""
-        return [math.log(mine / its) for mine, its in zip(self.chosen.times_s, self.other.times_s, strict=False)]
+        """Of each round, the logarithm of the ratio."""
+        return [math.log(mine / its) for mine, its in zip(self._beside(), self.other.times_s, strict=True)]
+
+    def _beside(self) -> list[float]:
+        """The chosen plan takes part in all rounds."""
+        return self.chosen.times_s[self.since : self.since + len(self.other.times_s)]
 
 
 def grids(ranks: int, batch: int, recomputes: list[str]) -> Iterator[autopar.Parallelism]:
@@ -130,7 +134,7 @@ def compiled(name: str, cluster: autopar.Cluster, pins: autopar.Parallelism | No
         return None
     plan = found.plan
     text = f"dp={plan.dp} tp={plan.tp} pp={plan.pp} {plan.microbatches} x {plan.microbatch_size} {plan.schedule_text()}"
-    return Program(text + plan.saving_text(), autopar.compile(model, cluster, batch, plan=plan))
+    return Program(text + plan.saving_text(), autopar.compile(model, cluster, batch, plan=plan), found.step_time_s)
 
 
 def is_fastest(name: str, given: argparse.Namespace) -> bool:
@@ -140,15 +144,14 @@ def is_fastest(name: str, given: argparse.Namespace) -> bool:
     samples = len(next(iter(batch.values())))
     chosen = compiled(name, cluster, None, float("inf"))
     assert chosen is not None
-    every = list(grids(given.ranks, samples, given.recompute))
-    tried = [compiled(name, cluster, pins, given.within * chosen.estimate_s) for pins in every]
-    programs = [chosen, *{p.exe.plan: p for p in tried if p is not None and p.exe.plan != chosen.exe.plan}.values()]
-    _say(f"{name} on {given.ranks} ranks: {len(every)} grids, {len(programs)} different programs are run")
-    take_turns(programs, WARM_UP, batch)
-    for program in programs:
-        program.times_s.clear()
-    compared = [Comparison(chosen, program) for program in programs if program is not chosen]
-    measure(compared, given.most, batch)
+    every, known = list(grids(given.ranks, samples, given.recompute)), {chosen.exe.plan}
+    compared: list[Comparison] = []
+    for first in range(0, len(every), AT_A_TIME):
+        tried = [compiled(name, cluster, pins, given.within * chosen.estimate_s) for pins in every[first:][:AT_A_TIME]]
+        others = {p.exe.plan: p for p in tried if p is not None and p.exe.plan not in known}
+        known |= set(others)
+        compared += measure(chosen, list(others.values()), given.most, batch)
+    _say(f"{name} on {given.ranks} ranks: {len(every)} grids, {len(known)} different programs were run")
     _say(f"  {chosen.text()}  <- chosen")
     for each in sorted(compared, key=lambda each: each.ratio, reverse=True):
         _say(f"  {each.other.text()}, chosen {each.ratio:.3f} of it")
@@ -157,13 +160,20 @@ def is_fastest(name: str, given: argparse.Namespace) -> bool:
     return ratio <= AT_MOST
 
 
-def measure(compared: Sequence[Comparison], most: int, batch: dict[str, Tensor]) -> None:
+def measure(chosen: Program, others: Sequence[Program], most: int, batch: dict[str, Tensor]) -> list[Comparison]:
     """Rounds until it is known of each program that it is not more than 5 % faster, or ``most`` of them."""
-    left = list(compared)
+    take_turns([chosen, *others], WARM_UP, batch)
+    for program in others:
+        program.times_s.clear()
+    compared = [Comparison(chosen, other, len(chosen.times_s)) for other in others]
+    left = compared
     for _ in range(math.ceil(most / AT_ONCE)):
         if left:
-            take_turns([left[0].chosen, *(each.other for each in left)], AT_ONCE, batch)
+            take_turns([chosen, *(each.other for each in left)], AT_ONCE, batch)
             left = [each for each in left if not each.is_settled]
+    for program in others:
+        program.exe.close()
+    return compared
 
 
 def take_turns(programs: Sequence[Program], rounds: int, batch: dict[str, Tensor]) -> None:

@@ -200,17 +200,19 @@ def _of_groups(call: _Convolution, read: int, made: int) -> int:
 
 
 def _backward(call: _Convolution, gradient: Tensor, wanted: Any) -> int:
-    """First the gradient of the input, then that of the weight, each from copies of its own."""
-    weight, source = _nbytes(call.weight), _nbytes(call.source)
+    """First the gradient of the input, then those of weight and bias, each from copies of its own."""
+    of_source, of_weight, of_bias = wanted
+    weight, source = _nbytes(call.weight) * of_weight, _nbytes(call.source) * of_source
     convolved, inner = (gradient, call.source) if call.is_transposed else (call.source, gradient)
     positions = math.prod(inner.shape[2:])
     if call.is_product:
-        columns = source if wanted[0] and call.source.dim() == _VOLUME else 0
-        return max(columns, _of_groups(call, source + _nbytes(gradient), weight + source * wanted[0])) + _BOOKKEEPING
+        columns = source if call.source.dim() == _VOLUME else 0
+        read = _nbytes(call.source) + _nbytes(gradient)
+        return max(columns, _of_groups(call, read, weight + source)) + _BOOKKEEPING
     if call.is_small:
         return call.patches(positions) + _BOOKKEEPING
-    needs = [_for_weight(call, convolved, inner)]
-    if wanted[0]:
+    needs = [_for_weight(call, convolved, inner)] if of_weight or of_bias else []
+    if of_source:
         needs += [need - weight for need in _for_source(call, gradient)]
     return max(needs) + _BOOKKEEPING
 
