@@ -53,10 +53,11 @@ AT_A_TIME = 24
 
 @dataclass
 class Program:
-    """A compiled plan with its estimate and the time of each of its turns in seconds, the slowest rank's."""
+    """A compiled plan with its estimate and the time of each of its turns in seconds, the slowest rank's; exe: until it
+    is done with."""
 
     name: str
-    exe: autopar.Executable
+    exe: autopar.Executable | None
     estimate_s: float
     times_s: list[float] = field(default_factory=list)
 
@@ -70,13 +71,20 @@ class Program:
 
     def run(self, batch: dict[str, Tensor]) -> None:
         """One turn: in training a step finds what one before it left."""
+        assert self.exe is not None
         self.exe.step(batch)
-        self.times_s.append(statistics.median(self._step_s(batch) for _ in range(COUNTED)))
+        self.times_s.append(statistics.median(self._step_s(self.exe, batch) for _ in range(COUNTED)))
 
-    def _step_s(self, batch: dict[str, Tensor]) -> float:
+    def close(self) -> None:
+        if self.exe is not None:
+            self.exe.close()
+        self.exe = None
+
+    @staticmethod
+    def _step_s(exe: autopar.Executable, batch: dict[str, Tensor]) -> float:
         dist.barrier()
         start = time.perf_counter()
-        self.exe.step(batch)
+        exe.step(batch)
         seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         return float(seconds)
@@ -143,12 +151,12 @@ def is_fastest(name: str, given: argparse.Namespace) -> bool:
     batch = MODELS[name]()[1]
     samples = len(next(iter(batch.values())))
     chosen = compiled(name, cluster, None, float("inf"))
-    assert chosen is not None
+    assert chosen is not None and chosen.exe is not None
     every, known = list(grids(given.ranks, samples, given.recompute)), {chosen.exe.plan}
     compared: list[Comparison] = []
     for first in range(0, len(every), AT_A_TIME):
         tried = [compiled(name, cluster, pins, given.within * chosen.estimate_s) for pins in every[first:][:AT_A_TIME]]
-        others = {p.exe.plan: p for p in tried if p is not None and p.exe.plan not in known}
+        others = {p.exe.plan: p for p in tried if p is not None and p.exe is not None and p.exe.plan not in known}
         known |= set(others)
         compared += measure(chosen, list(others.values()), given.most, batch)
     _say(f"{name} on {given.ranks} ranks: {len(every)} grids, {len(known)} different programs were run")
@@ -172,7 +180,7 @@ def measure(chosen: Program, others: Sequence[Program], most: int, batch: dict[s
             take_turns([chosen, *(each.other for each in left)], AT_ONCE, batch)
             left = [each for each in left if not each.is_settled]
     for program in others:
-        program.exe.close()
+        program.close()
     return compared
 
 
